@@ -1,0 +1,87 @@
+// The element types that kernels read and write, and their conversions to the type that they compute in (float, or double
+// for double). No torch header: this file is compiled once per instruction set (cpu_level.h) and by nvcc.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define FUSED_CNN_HD __host__ __device__ __forceinline__
+#else
+#define FUSED_CNN_HD inline __attribute__((always_inline))
+#endif
+
+namespace fused_cnn {
+
+enum class DType { f64, f32, f16, bf16 };
+
+struct bf16_t {
+  uint16_t bits;
+};
+struct f16_t {
+  uint16_t bits;
+};
+
+template <typename T>
+struct compute_type {
+  using type = float;
+};
+template <>
+struct compute_type<double> {
+  using type = double;
+};
+template <typename T>
+using compute_t = typename compute_type<T>::type;
+
+namespace detail {
+template <typename To, typename From>
+FUSED_CNN_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+}  // namespace detail
+
+FUSED_CNN_HD double to_compute(double v) {
+  return v;
+}
+FUSED_CNN_HD float to_compute(float v) {
+  return v;
+}
+FUSED_CNN_HD float to_compute(bf16_t v) {
+  return detail::bit_cast<float>(static_cast<uint32_t>(v.bits) << 16);
+}
+// Branch-free, so that compilers vectorise it: the exponent is rebased by one multiplication, which makes subnormals right too.
+FUSED_CNN_HD float to_compute(f16_t v) {
+  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;
+  const float scaled = detail::bit_cast<float>(magnitude) * 0x1p112f;
+  const uint32_t special = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : detail::bit_cast<uint32_t>(scaled);
+  return detail::bit_cast<float>(sign | special);
+}
+
+FUSED_CNN_HD void from_compute(double v, double* out) {
+  *out = v;
+}
+FUSED_CNN_HD void from_compute(float v, float* out) {
+  *out = v;
+}
+// Round to nearest even; a NaN stays a (quiet) NaN.
+FUSED_CNN_HD void from_compute(float v, bf16_t* out) {
+  const uint32_t u = detail::bit_cast<uint32_t>(v);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  out->bits = static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+FUSED_CNN_HD void from_compute(float v, f16_t* out) {
+  const uint32_t u = detail::bit_cast<uint32_t>(v);
+  const uint32_t sign = (u >> 16) & 0x8000u;
+  const uint32_t magnitude = u & 0x7fffffffu;
+  // Subnormal results: adding 0.5 (whose last bit is worth 2^-24, as a half's is) rounds to nearest even in hardware.
+  const uint32_t small = detail::bit_cast<uint32_t>(detail::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t finite = magnitude < 0x38800000u ? small : normal;
+  const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  out->bits = static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? large : finite));
+}
+
+}  // namespace fused_cnn

@@ -1,0 +1,75 @@
+"""add_relu: the residual epilogue out = relu(x + residual), in one pass.
+
+Forward reads two tensors and writes one (eager: reads three, writes two). Backward reads grad_out and out and writes one gradient,
+which x and residual share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..._backends import resolve
+from ..._checks import check_nchw, check_same
+from ..._layout import empty_nchw
+from ..._library import define, define_triton, kernel
+from . import reference
+
+
+def _fake_fwd(x: Tensor, residual: Tensor) -> Tensor:
+    return empty_nchw(x, *x.shape[1:])
+
+
+def _fake_bwd(grad_out: Tensor, out: Tensor) -> Tensor:
+    return empty_nchw(out, *out.shape[1:])
+
+
+define("add_relu_fwd(Tensor x, Tensor residual) -> Tensor", _fake_fwd)
+define("add_relu_bwd(Tensor grad_out, Tensor out) -> Tensor", _fake_bwd)
+define_triton("add_relu", "add_relu_fwd", "add_relu_bwd")
+
+
+class _AddReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, backend: str) -> Tensor:
+        out = kernel("add_relu_fwd", backend)(x, residual)
+        ctx.save_for_backward(out)
+        ctx.backend = backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
+        (out,) = ctx.saved_tensors
+        grad = kernel("add_relu_bwd", ctx.backend)(grad_out, out)
+        return grad, grad, None
+
+
+def add_relu(x: Tensor, residual: Tensor, *, backend: str | None = None) -> Tensor:
+    """relu(x + residual), the end of a residual block (arXiv 1512.03385, section 3.2, figure 2).
+
+    Args:
+        x: (N, C, H, W), floating point, any strides.
+        residual: x's shape, dtype and device. Nothing is broadcast.
+        backend: "reference", "native", "triton", or None for the best at hand.
+
+    Returns:
+        (N, C, H, W) in x's dtype; channels_last where x's channels are adjacent in memory, else contiguous.
+
+    Saved for backward: the result, which the next layer keeps anyway. Nothing is mutated. Differentiable once.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes do not agree.
+        BackendUnavailable: an explicit backend cannot run here.
+    """
+    check_nchw("add_relu", "x", x)
+    check_same("add_relu", "x", x, "residual", residual)
+    backend = resolve("add_relu_fwd", backend, x)
+    if backend == "reference":
+        return reference.add_relu(x, residual)
+    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad):
+        return _AddReLU.apply(x, residual, backend)
+    return kernel("add_relu_fwd", backend)(x, residual)
