@@ -1,0 +1,119 @@
+"""What a room's cases.py is made of: inputs of real and of awkward shapes, the bytes and FLOPs that they cost, and the tolerance.
+
+Tests and benchmarks read the same cases, so what is timed is what is tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("channels_last", "contiguous", "slice", "offset")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input: x's shape and whatever else the room's `make` needs. `real` cases are layers of real networks."""
+
+    name: str
+    shape: tuple[int, int, int, int]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    real: bool = False
+
+    def batched(self, n: int) -> Case:
+        """The same layer at batch n."""
+        return Case(self.name, (n, *self.shape[1:]), self.options, self.real)
+
+
+class Maker:
+    """Makes a case's random tensors: seeded, in one dtype, on one device, activations in one memory layout.
+
+    Layouts: "channels_last"; "contiguous" (N, C, H, W); "slice" (channels of a wider channels_last tensor); "offset" (channels_last,
+    starting one element into its storage, so that nothing is 16-byte aligned).
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, layout: str = "channels_last", device: str = "cpu", seed: int = 0, grad: bool = True
+    ) -> None:
+        self.dtype, self.layout, self.device, self.grad = dtype, layout, device, grad
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def _normal(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        values = torch.randn(shape, generator=self.generator, dtype=torch.float32)
+        return values.to(self.device, dtype or self.dtype)
+
+    def activation(self, *shape: int) -> Tensor:
+        """A standard-normal (N, C, H, W) tensor in the maker's layout."""
+        n, c, h, w = shape
+        values = self._normal(shape)
+        if self.layout == "contiguous":
+            x = values
+        elif self.layout == "channels_last":
+            x = values.contiguous(memory_format=torch.channels_last)
+        elif self.layout == "slice":
+            wide = torch.empty(n, h, w, c + 5, dtype=self.dtype, device=self.device)
+            x = wide[..., 3 : 3 + c].permute(0, 3, 1, 2).copy_(values)
+        elif self.layout == "offset":
+            storage = torch.empty(values.numel() + 1, dtype=self.dtype, device=self.device)
+            x = storage[1:].view(n, h, w, c).permute(0, 3, 1, 2).copy_(values)
+        else:
+            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+        return x.detach().requires_grad_(self.grad)
+
+    def weight(self, *shape: int) -> Tensor:
+        """A (out, in, kh, kw) weight, scaled so that a convolution keeps its input's variance (He, arXiv 1502.01852, section 2.2)."""
+        fan_in = max(1, shape[1] * shape[2] * shape[3])
+        return (self._normal(shape) * (2 / fan_in) ** 0.5).detach().requires_grad_(self.grad)
+
+    def vector(self, n: int, *, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """A per-channel vector, such as a bias, in the maker's dtype unless another is given."""
+        return (self._normal((n,), dtype) * std + mean).detach().requires_grad_(self.grad)
+
+    def buffer(self, n: int, *, low: float, high: float) -> Tensor:
+        """A per-channel buffer without gradient, uniform in [low, high), float32 (float64 for float64)."""
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return (torch.rand(n, generator=self.generator) * (high - low) + low).to(self.device, dtype)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least memory traffic in bytes and the arithmetic of one call: forward, and forward's backward."""
+
+    forward_bytes: int
+    backward_bytes: int
+    forward_flops: int
+    backward_flops: int
+
+
+@dataclass(frozen=True)
+class OpCases:
+    """One public op: its cases and how to judge and to price them.
+
+    `make(case, maker)` returns the positional and keyword arguments; every tensor among them that requires grad gets a gradient.
+    `cost(case, itemsize)` prices the call. `registered` names the registered op by which a backend is known to implement this one,
+    where it is not `<name>_fwd`. `rounding` is the number of roundings to the dtype that the absolute term
+    allows, and `reason` says why so many.
+    """
+
+    name: str
+    op: Callable[..., Tensor]
+    cases: tuple[Case, ...]
+    make: Callable[[Case, Maker], tuple[tuple[Any, ...], dict[str, Any]]]
+    cost: Callable[[Case, int], Cost]
+    rounding: float
+    reason: str
+    registered: str = ""
+
+
+AWKWARD_CHANNELS = (1, 3, 17, 65, 112, 480)
+AWKWARD_SIZES = (1, 7, 14, 28, 55)
+
+
+def awkward_shapes(batch: int = 2) -> list[tuple[int, int, int, int]]:
+    """Odd channel counts and sizes in pairs, kept small, and an empty batch."""
+    pairs = [(1, 55), (3, 28), (17, 14), (65, 7), (112, 7), (480, 1), (3, 1), (17, 7), (1, 1)]
+    return [(batch, c, s, s) for c, s in pairs] + [(1, 17, 5, 9), (0, 17, 7, 7)]

@@ -1,0 +1,119 @@
+"""Compares a backend with the reference in higher precision, by the contract that every op is held to.
+
+The reference in float64 is the truth. A backend's largest error against it is at most twice eager PyTorch's in the same dtype (three
+times for gradients), plus the case's absolute term; beside it stands a fixed bound, so that a bad eager result hides nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import ops
+from .ops._cases import Case, Maker, OpCases
+
+# Largest error relative to the largest true value that is ever accepted: 16 units in the last place, and for float64 and
+# float32 as many again as sums over some ten thousand terms lose.
+FIXED_BOUND = {torch.float64: 1e-11, torch.float32: 2e-4, torch.float16: 0.016, torch.bfloat16: 0.125}
+
+
+def all_cases() -> list[OpCases]:
+    """Every public op's cases, found in the rooms: `fused_cnn/ops/<room>/cases.py` holds CASES, one OpCases or several."""
+    found: list[OpCases] = []
+    for room in pkgutil.iter_modules(ops.__path__):
+        if room.ispkg:
+            cases = importlib.import_module(f"{ops.__name__}.{room.name}.cases").CASES
+            found += [cases] if isinstance(cases, OpCases) else cases
+    return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Largest absolute errors against float64 of one output or gradient, and the bound that `error` must keep."""
+
+    what: str
+    error: float
+    eager_error: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.bound  # False for NaN
+
+
+def max_error(actual: Tensor, truth: Tensor) -> float:
+    """The largest absolute difference; infinite where one is NaN or infinite and the other is not the same."""
+    if actual.shape != truth.shape:
+        raise AssertionError(f"expected shape {tuple(truth.shape)}, got {tuple(actual.shape)}")
+    if truth.numel() == 0:
+        return 0.0
+    actual = actual.detach().to(torch.float64)
+    same = (actual == truth) | (actual.isnan() & truth.isnan())
+    difference = (actual - truth).abs().masked_fill(same, 0.0)
+    return difference.nan_to_num(nan=float("inf")).max().item()
+
+
+def judge(
+    what: str, actual: Tensor, eager: Tensor, truth: Tensor, *, factor: float, rounding: float, dtype: torch.dtype
+) -> Comparison:
+    """Hold one tensor to the contract: `factor` times eager's error plus `rounding` units in the last place of the largest value."""
+    finite = truth[truth.isfinite()]
+    scale = finite.abs().max().item() if finite.numel() else 0.0
+    eager_error = max_error(eager, truth)
+    bound = factor * eager_error + rounding * torch.finfo(dtype).eps * scale
+    bound = min(bound, FIXED_BOUND[dtype] * max(scale, 1.0))
+    return Comparison(what, max_error(actual, truth), eager_error, bound)
+
+
+def _run(op_cases: OpCases, args: Any, kwargs: Any, backend: str | None, grad_out: Tensor | None) -> dict[str, Tensor]:
+    out = op_cases.op(*args, **kwargs, backend=backend)
+    results = {"out": out}
+    leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+    if grad_out is not None and leaves:
+        grads = torch.autograd.grad(out, leaves, grad_out.to(out.dtype), allow_unused=True)
+        results |= {f"grad {i}": g for i, g in enumerate(grads) if g is not None}
+    return results
+
+
+def compare(
+    op_cases: OpCases,
+    case: Case,
+    backend: str | None,
+    dtype: torch.dtype,
+    layout: str = "channels_last",
+    device: str = "cpu",
+    *,
+    backward: bool = True,
+) -> Iterator[Comparison]:
+    """Run a case forward and backward through a backend, eager PyTorch and float64; yield how each result compares."""
+
+    def inputs() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return op_cases.make(case, Maker(dtype, layout, device, grad=backward))
+
+    def to_float64(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf.detach().to(torch.float64).requires_grad_(leaf.requires_grad)
+        return leaf
+
+    args, kwargs = pytree.tree_map(to_float64, inputs())
+    with torch.no_grad():
+        shape = op_cases.op(*args, **kwargs, backend="reference").shape
+    args, kwargs = pytree.tree_map(to_float64, inputs())  # again: an op may update buffers
+    grad_out = Maker(dtype, layout, device, seed=1, grad=False).activation(*shape) if backward else None
+    truth = _run(op_cases, args, kwargs, "reference", grad_out)
+    eager = _run(op_cases, *inputs(), "reference", grad_out)
+    actual = _run(op_cases, *inputs(), backend, grad_out)
+    for what, true_value in truth.items():
+        if actual[what].dtype != eager[what].dtype:
+            raise AssertionError(f"{what}: expected dtype {eager[what].dtype}, got {actual[what].dtype}")
+        factor = 2.0 if what == "out" else 3.0
+        yield judge(
+            what, actual[what], eager[what], true_value, factor=factor, rounding=op_cases.rounding, dtype=dtype
+        )

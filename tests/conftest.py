@@ -1,0 +1,46 @@
+"""Shared set-up: Triton's interpreter where there is no GPU, torchvision beside a CPU build of torch, NaN-filled memory."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _define_torchvision_ops() -> None:
+    """torchvision's wheels carry ops for CUDA builds of torch only; beside a CPU build its import wants these two declared."""
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pass
+    except RuntimeError:
+        _define_torchvision_ops.library = library = torch.library.Library("torchvision", "DEF")  # type: ignore[attr-defined]
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+_define_torchvision_ops()
+
+
+def backends() -> list[str]:
+    """The backends that the op tests compare with the reference on this machine."""
+    return ["native", "triton"] if importlib.util.find_spec("triton") else ["native"]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def nan_filled_memory() -> Iterator[None]:
+    """torch.empty returns NaN, so that an element that a kernel forgets to write cannot pass."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
