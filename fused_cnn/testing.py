@@ -72,14 +72,37 @@ def judge(
     return Comparison(what, max_error(actual, truth), eager_error, bound)
 
 
-def _run(op_cases: OpCases, args: Any, kwargs: Any, backend: str | None, grad_out: Tensor | None) -> dict[str, Tensor]:
-    out = op_cases.op(*args, **kwargs, backend=backend)
-    results = {"out": out}
-    leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
-    if grad_out is not None and leaves:
-        grads = torch.autograd.grad(out, leaves, grad_out.to(out.dtype), allow_unused=True)
-        results |= {f"grad {i}": g for i, g in enumerate(grads) if g is not None}
-    return results
+@dataclass
+class _Run:
+    """One call of an op: its result, and the leaves to differentiate for."""
+
+    out: Tensor
+    leaves: list[Tensor]
+
+    @classmethod
+    def of(cls, op_cases: OpCases, inputs: Any, backend: str | None) -> _Run:
+        args, kwargs = inputs
+        leaves = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.requires_grad]
+        return cls(op_cases.op(*args, **kwargs, backend=backend), leaves)
+
+    def results(self, grad_out: Tensor | None) -> dict[str, Tensor]:
+        found = {"out": self.out}
+        if grad_out is not None and self.leaves:
+            found |= zip(
+                (f"grad {i}" for i in range(len(self.leaves))),
+                torch.autograd.grad(self.out, self.leaves, grad_out.to(self.out.dtype)),
+                strict=True,
+            )
+        return found
+
+
+def _same_side_of_the_kink(grad_out: Tensor, outs: list[Tensor]) -> Tensor:
+    """grad_out without the elements that rounding moved across ReLU's kink, where the gradient jumps and no bound could hold."""
+    positive = [out.detach() > 0 for out in outs]
+    agree = torch.stack([p == positive[0] for p in positive]).all(0)
+    if agree.numel() and agree.double().mean() < 0.97:
+        raise AssertionError("more than 3% of the outputs differ in sign from the float64 reference")
+    return grad_out.masked_fill_(~agree, 0.0)  # in place: keeps the layout under test
 
 
 def compare(
@@ -102,14 +125,16 @@ def compare(
             return leaf.detach().to(torch.float64).requires_grad_(leaf.requires_grad)
         return leaf
 
-    args, kwargs = pytree.tree_map(to_float64, inputs())
-    with torch.no_grad():
-        shape = op_cases.op(*args, **kwargs, backend="reference").shape
-    args, kwargs = pytree.tree_map(to_float64, inputs())  # again: an op may update buffers
-    grad_out = Maker(dtype, layout, device, seed=1, grad=False).activation(*shape) if backward else None
-    truth = _run(op_cases, args, kwargs, "reference", grad_out)
-    eager = _run(op_cases, *inputs(), "reference", grad_out)
-    actual = _run(op_cases, *inputs(), backend, grad_out)
+    runs = [
+        _Run.of(op_cases, pytree.tree_map(to_float64, inputs()), "reference"),
+        _Run.of(op_cases, inputs(), "reference"),
+        _Run.of(op_cases, inputs(), backend),
+    ]
+    grad_out = None
+    if backward:
+        grad_out = Maker(dtype, layout, device, seed=1, grad=False).activation(*runs[0].out.shape)
+        grad_out = _same_side_of_the_kink(grad_out, [run.out for run in runs])
+    truth, eager, actual = (run.results(grad_out) for run in runs)
     for what, true_value in truth.items():
         if actual[what].dtype != eager[what].dtype:
             raise AssertionError(f"{what}: expected dtype {eager[what].dtype}, got {actual[what].dtype}")

@@ -1,6 +1,9 @@
 // Splits n elements over PyTorch's CPU threads; a thread gets at least kGrain of them, so that small tensors stay on one.
+// Reductions over rows use RowTasks instead: a split that depends on the shape alone, so that sums are the same to the bit in
+// every run and for every number of threads.
 #pragma once
 #include <torch/csrc/stable/ops.h>
+#include <algorithm>
 
 namespace fused_cnn {
 
@@ -10,6 +13,24 @@ template <typename F>
 void parallel_elements(int64_t n, const F& body) {
   if (n > 0) torch::stable::parallel_for(0, n, kGrain, body);
 }
+
+// `rows` rows of `channels` elements in at most 64 tasks. A task's partial sums cost as much as a row, so it gets 32 rows or more.
+struct RowTasks {
+  int64_t rows;
+  int64_t count;
+
+  RowTasks(int64_t rows, int64_t channels)
+      : rows(rows), count(std::max<int64_t>(1, std::min({rows * channels / (kGrain / 2), rows / 32, int64_t{64}}))) {}
+  int64_t begin(int64_t task) const { return rows * task / count; }
+  int64_t size(int64_t task) const { return begin(task + 1) - begin(task); }
+
+  template <typename F>
+  void run(const F& body) const {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task) body(task);
+    });
+  }
+};
 
 inline const char* at(const void* base, int64_t index, int64_t element_size) {
   return static_cast<const char*>(base) + index * element_size;

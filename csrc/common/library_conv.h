@@ -1,0 +1,88 @@
+// The library's convolution and its gradients, called through the dispatcher: oneDNN on the CPU, cuDNN on CUDA.
+#pragma once
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+#include "common/checks.h"
+
+namespace fused_cnn {
+
+using Ints = std::vector<int64_t>;
+
+struct ConvParams {
+  Ints stride, padding, dilation;
+  int64_t groups;
+};
+
+inline int64_t conv_out_size(const Tensor& x, const Tensor& weight, const ConvParams& p, int axis) {
+  const int64_t reach = p.dilation[axis] * (weight.size(axis + 2) - 1) + 1;
+  return (x.size(axis + 2) + 2 * p.padding[axis] - reach) / p.stride[axis] + 1;
+}
+
+// Every condition under which a convolution's pointers may be used; the shape of weight is (out, in / groups, kh, kw).
+inline void check_conv(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& residual, const ConvParams& p) {
+  check_4d(op, "x", x);
+  check_4d(op, "weight", weight);
+  check_like(op, "x", x, "weight", weight, /*same_shape=*/false);
+  FUSED_CNN_CHECK(p.stride.size() == 2 && p.padding.size() == 2 && p.dilation.size() == 2, op,
+                  ": stride, padding and dilation must have two values");
+  FUSED_CNN_CHECK(p.groups >= 1 && weight.size(0) % p.groups == 0 && weight.size(1) * p.groups == x.size(1), op,
+                  ": x has ", x.size(1), " channels; a weight of shape ", shape_of(weight), " with groups=", p.groups,
+                  " takes ", weight.size(1) * p.groups);
+  for (int axis = 0; axis < 2; ++axis) {
+    FUSED_CNN_CHECK(p.stride[axis] >= 1 && p.dilation[axis] >= 1 && p.padding[axis] >= 0, op,
+                    ": stride and dilation must be at least 1 and padding at least 0");
+    FUSED_CNN_CHECK(weight.size(axis + 2) >= 1 && conv_out_size(x, weight, p, axis) >= 1, op,
+                    ": the kernel is larger than the padded input, x ", shape_of(x), ", weight ", shape_of(weight));
+  }
+  if (bias) {
+    check_channels(op, "bias", *bias, weight.size(0));
+    check_like(op, "x", x, "bias", *bias, /*same_shape=*/false);
+  }
+  if (residual) {
+    check_4d(op, "residual", *residual);
+    check_like(op, "x", x, "residual", *residual, /*same_shape=*/false);
+    FUSED_CNN_CHECK(residual->size(0) == x.size(0) && residual->size(1) == weight.size(0) &&
+                        residual->size(2) == conv_out_size(x, weight, p, 0) &&
+                        residual->size(3) == conv_out_size(x, weight, p, 1),
+                    op, ": residual must have the result's shape, got ", shape_of(*residual));
+  }
+}
+
+inline Tensor library_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                           const ConvParams& p) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 9> stack{from(x),          from(weight), from(bias),    from(p.stride), from(p.padding),
+                                    from(p.dilation), from(false),  from(Ints{0, 0}), from(p.groups)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// (grad_x, grad_weight); one that is not needed is undefined.
+inline std::tuple<Tensor, Tensor> library_conv_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                        const ConvParams& p, bool needs_x, bool needs_weight) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  const bool mask[] = {needs_x, needs_weight, false};
+  std::array<StableIValue, 11> stack{
+      from(grad),
+      from(x),
+      from(weight),
+      from(std::optional<Ints>()),
+      from(p.stride),
+      from(p.padding),
+      from(p.dilation),
+      from(false),
+      from(Ints{0, 0}),
+      from(p.groups),
+      from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3)),
+  };
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  Tensor grad_x = to<Tensor>(stack[0]), grad_weight = to<Tensor>(stack[1]), grad_bias = to<Tensor>(stack[2]);
+  return {grad_x, grad_weight};
+}
+
+}  // namespace fused_cnn

@@ -1,0 +1,27 @@
+// fused_cnn::conv_bias_relu_fwd and conv_bias_relu_bwd on the CPU, for kernels of any size; see common/cpu_conv.h.
+#include "common/cpu_conv.h"
+
+namespace fused_cnn {
+namespace {
+
+Tensor conv_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                          std::optional<Tensor> residual, Ints stride, Ints padding, Ints dilation, int64_t groups,
+                          bool relu) {
+  return cpu_conv_forward("conv_bias_relu_fwd", x, weight, bias, residual, {stride, padding, dilation, groups}, relu);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bias_relu_bwd(const Tensor& grad_out, std::optional<Tensor> out,
+                                                              const Tensor& x, const Tensor& weight, Ints stride,
+                                                              Ints padding, Ints dilation, int64_t groups, bool needs_x,
+                                                              bool needs_weight, bool needs_bias) {
+  return cpu_conv_backward("conv_bias_relu_bwd", grad_out, out, x, weight, {stride, padding, dilation, groups}, needs_x,
+                           needs_weight, needs_bias);
+}
+
+}  // namespace
+}  // namespace fused_cnn
+
+STABLE_TORCH_LIBRARY_IMPL(fused_cnn, CPU, m) {
+  m.impl("conv_bias_relu_fwd", TORCH_BOX(&fused_cnn::conv_bias_relu_fwd));
+  m.impl("conv_bias_relu_bwd", TORCH_BOX(&fused_cnn::conv_bias_relu_bwd));
+}

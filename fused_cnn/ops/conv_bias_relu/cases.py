@@ -1,0 +1,83 @@
+"""conv_bias_relu on the 3x3, 5x5 and 7x7 layers of GoogLeNet and ResNet-50, and on awkward geometry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .._cases import Case, Cost, Maker, OpCases, awkward_shapes
+from .._conv import out_size
+from .op import conv_bias_relu
+
+REAL = [
+    ("googlenet stem 7x7", (1, 3, 224, 224), {"out": 64, "kernel": 7, "stride": 2, "padding": 3}),
+    ("googlenet 3a 3x3", (1, 96, 28, 28), {"out": 128, "kernel": 3, "padding": 1}),
+    ("googlenet_paper 4a 5x5", (1, 16, 14, 14), {"out": 48, "kernel": 5, "padding": 2}),
+    ("resnet50 layer1 conv2", (1, 64, 56, 56), {"out": 64, "kernel": 3, "padding": 1}),
+    ("resnet50 layer2 conv2 stride 2", (1, 128, 56, 56), {"out": 128, "kernel": 3, "stride": 2, "padding": 1}),
+    ("resnet50 layer4 conv2", (1, 512, 7, 7), {"out": 512, "kernel": 3, "padding": 1}),
+    ("resnet18 layer1 conv2", (1, 64, 56, 56), {"out": 64, "kernel": 3, "padding": 1, "residual": True}),
+]
+ODD = [
+    ("dilated", (2, 8, 14, 14), {"out": 9, "kernel": 3, "padding": 2, "dilation": 2}),
+    ("grouped", (2, 8, 7, 7), {"out": 12, "kernel": 3, "padding": 1, "groups": 4}),
+    ("oblong", (2, 5, 9, 7), {"out": 6, "kernel": (1, 7), "padding": (0, 3)}),
+    ("two strides", (2, 5, 9, 8), {"out": 6, "kernel": (3, 2), "stride": (2, 3), "padding": (1, 0)}),
+    ("no bias, linear", (2, 5, 9, 8), {"out": 6, "kernel": 3, "bias": False, "relu": False}),
+    ("kernel as large as the input", (2, 5, 4, 4), {"out": 6, "kernel": 4, "residual": True}),
+    ("padding wider than the image", (1, 3, 2, 2), {"out": 4, "kernel": 5, "padding": 4}),
+]
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def _result_shape(case: Case) -> tuple[int, int, int, int]:
+    o = case.options
+    geometry = zip(
+        case.shape[2:], *(_pair(o.get(k, d)) for k, d in (("kernel", 1), ("stride", 1), ("padding", 0), ("dilation", 1))),
+        strict=True,
+    )
+    height, width = (out_size(*axis) for axis in geometry)
+    return case.shape[0], o["out"], height, width
+
+
+def make(case: Case, maker: Maker) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    o = case.options
+    x = maker.activation(*case.shape)
+    weight = maker.weight(o["out"], case.shape[1] // o.get("groups", 1), *_pair(o["kernel"]))
+    bias = maker.vector(o["out"]) if o.get("bias", True) else None
+    residual = maker.activation(*_result_shape(case)) if o.get("residual") else None
+    names = ("stride", "padding", "dilation", "groups", "relu")
+    return (x, weight, bias, residual), {k: o[k] for k in names if k in o}
+
+
+def cost(case: Case, itemsize: int) -> Cost:
+    o = case.options
+    n, c, h, w = case.shape
+    _, out, height, width = _result_shape(case)
+    kh, kw = _pair(o["kernel"])
+    weights = out * (c // o.get("groups", 1)) * kh * kw
+    x, y = n * c * h * w, n * out * height * width
+    residual = y if o.get("residual") else 0
+    product = 2 * n * height * width * weights
+    forward = (x + weights + residual + y) * itemsize
+    return Cost(forward, (2 * y + 2 * x + 2 * weights + residual) * itemsize, product, 2 * product)
+
+
+CASES = OpCases(
+    name="conv_bias_relu",
+    op=conv_bias_relu,
+    cases=(
+        *(Case(name, shape, options, real=True) for name, shape, options in REAL),
+        *(Case(name, shape, options) for name, shape, options in ODD),
+        *(
+            Case("x".join(map(str, shape)), shape, {"out": 19, "kernel": 3, "padding": 1, "residual": True})
+            for shape in awkward_shapes()
+        ),
+    ),
+    make=make,
+    cost=cost,
+    rounding=4,
+    reason="the sum's order is free, bias and residual are added before the one rounding where eager rounds after each step",
+)

@@ -1,0 +1,109 @@
+"""conv_bias_relu: out = relu(conv2d(x, weight) + bias + residual) for any kernel size, bias, residual and ReLU in the epilogue.
+
+Forward reads x, weight and residual and writes out once; eager's addition and ReLU each read and write out again. Backward masks
+grad_out and sums grad_bias in one pass, then takes the library's convolution gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..._backends import resolve
+from ..._library import define, kernel
+from .._conv import IntPair, autocast, check_conv, empty_gradients, empty_result, pair
+from . import reference
+
+
+def _fake_fwd(x, weight, bias, residual, stride, padding, dilation, groups, relu):  # type: ignore[no-untyped-def]
+    return empty_result(x, weight.shape, stride, padding, dilation)
+
+
+def _fake_bwd(  # type: ignore[no-untyped-def]
+    grad_out, out, x, weight, stride, padding, dilation, groups, needs_x, needs_weight, needs_bias
+):
+    return empty_gradients(grad_out, out, x, weight, needs_x, needs_weight, needs_bias)
+
+
+define(
+    "conv_bias_relu_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] stride, SymInt[] padding, "
+    "SymInt[] dilation, SymInt groups, bool relu) -> Tensor",
+    _fake_fwd,
+)
+define(
+    "conv_bias_relu_bwd(Tensor grad_out, Tensor? out, Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, "
+    "SymInt[] dilation, SymInt groups, bool needs_x, bool needs_weight, bool needs_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_bwd,
+)
+
+
+class _ConvBiasReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x, weight, bias, residual, stride, padding, dilation, groups, relu, backend
+    ):
+        geometry = (stride, padding, dilation, groups)
+        out = kernel("conv_bias_relu_fwd", backend)(x, weight, bias, residual, *geometry, relu)
+        ctx.save_for_backward(x, weight, out if relu else None)
+        ctx.geometry, ctx.backend = geometry, backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, out = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        gx, gw, gb, grad = kernel("conv_bias_relu_bwd", ctx.backend)(
+            grad_out, out, x, weight, *ctx.geometry, *needs[:3]
+        )
+        found = (gx, gw, gb, grad_out if out is None else grad)
+        return (*(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 6)
+
+
+def conv_bias_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    relu: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """relu(conv2d(x, weight) + bias + residual); the ReLU, bias and residual are optional.
+
+    Args:
+        x: (N, C, H, W), floating point, any strides.
+        weight: (out, C / groups, kh, kw), x's dtype and device.
+        bias: (out,), x's dtype, or None.
+        residual: the result's shape, x's dtype, added before the ReLU, or None.
+        stride, padding, dilation, groups: as torch.nn.functional.conv2d takes them.
+        relu: False leaves the ReLU out.
+        backend: "reference", "native", "triton", or None for the best at hand.
+
+    Returns:
+        (N, out, H', W') in x's dtype (autocast's where autocast is on); channels_last where x's channels are adjacent in memory.
+
+    Saved for backward: x, weight and, with ReLU, the result. Nothing is mutated. Differentiable once (the reference: twice).
+
+    Raises:
+        ValueError, TypeError: shapes, devices, dtypes or geometry do not agree.
+        BackendUnavailable: an explicit backend cannot run here.
+    """
+    x, weight, bias, residual = autocast(x, weight, bias, residual)
+    geometry = (pair(stride), pair(padding), pair(dilation), groups)
+    check_conv("conv_bias_relu", x, weight, bias, residual, *geometry)
+    backend = resolve("conv_bias_relu_fwd", backend, x)
+    if backend == "reference":
+        return reference.conv_bias_relu(x, weight, bias, residual, *geometry, relu)
+    inputs = (x, weight, bias, residual)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _ConvBiasReLU.apply(*inputs, *geometry, relu, backend)
+    return kernel("conv_bias_relu_fwd", backend)(*inputs, *geometry, relu)
