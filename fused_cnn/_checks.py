@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,3 +36,30 @@ def check_vector(op: str, name: str, v: Tensor | None, channels: int, x: Tensor)
         raise ValueError(f"{op}: {name} must have shape ({channels},), got {tuple(v.shape)}")
     if v.device != x.device:
         raise ValueError(f"{op}: {name} must be on the input's device {x.device}, got {v.device}")
+
+
+def check_branches(op: str, branches: Sequence[Tensor]) -> None:
+    """There is at least one branch, and all are (N, C_i, H, W) with the same N, H and W, dtype and device."""
+    if len(branches) == 0:
+        raise ValueError(f"{op}: at least one branch is needed, got none")
+    first = branches[0]
+    for i, branch in enumerate(branches):
+        check_nchw(op, f"branch {i}", branch)
+        check_same(op, "branch 0", first, f"branch {i}", branch, shape=False)
+        if (branch.shape[0], *branch.shape[2:]) != (first.shape[0], *first.shape[2:]):
+            raise ValueError(
+                f"{op}: branch {i} must have branch 0's batch, height and width: "
+                f"branch 0 has shape {tuple(first.shape)}, branch {i} has {tuple(branch.shape)}"
+            )
+
+
+def vector_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which kernels take per-channel vectors for an input x: float32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_parameter(op: str, name: str, v: Tensor | None, channels: int, x: Tensor) -> None:
+    """v, if given, is a per-channel vector in x's dtype or, for a 16-bit x, in float32."""
+    check_vector(op, name, v, channels, x)
+    if v is not None and v.dtype not in (x.dtype, vector_dtype(x)):
+        raise TypeError(f"{op}: {name} must be {x.dtype} or {vector_dtype(x)}, got {v.dtype}")

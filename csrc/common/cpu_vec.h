@@ -9,6 +9,9 @@
 #include <immintrin.h>
 #endif
 
+// Bodies of loops are lambdas; each must be compiled into its loop.
+#define FUSED_CNN_INLINE __attribute__((always_inline))
+
 namespace fused_cnn::FUSED_CNN_LEVEL {
 namespace {
 
@@ -56,7 +59,8 @@ inline Vec<float> to_lanes(HalfWords bits, bf16_t) {
 }
 inline Vec<float> to_lanes(HalfWords bits, f16_t) {
 #if defined(__AVX512F__)
-  return _mm512_cvtph_ps(reinterpret_cast<__m256i>(bits));
+  // The masked form with all lanes on: GCC 12 warns of its own header's undefined operand in the plain one.
+  return _mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(bits));
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(reinterpret_cast<__m128i>(bits));
 #else
@@ -74,7 +78,8 @@ inline HalfWords to_bits(Vec<float> v, bf16_t) {
 }
 inline HalfWords to_bits(Vec<float> v, f16_t) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<HalfWords>(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return reinterpret_cast<HalfWords>(
+      _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__)
   return reinterpret_cast<HalfWords>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
@@ -142,7 +147,7 @@ inline void store(Vec<compute_t<T>> v, T* p, Some some) {
 
 // body(first column, All or Some) over a row of `channels` columns.
 template <typename C, typename F>
-inline __attribute__((always_inline)) void columns(int64_t channels, const F& body) {
+FUSED_CNN_INLINE inline void columns(int64_t channels, const F& body) {
   int64_t c = 0;
   for (; c + kLanes<C> <= channels; c += kLanes<C>) body(c, All{});
   if (c < channels) body(c, Some{static_cast<int>(channels - c)});
@@ -155,7 +160,7 @@ struct Rows {
 
 // body(first row, Rows<4> or Rows<1>) over [0, rows).
 template <typename F>
-inline __attribute__((always_inline)) void row_groups(int64_t rows, const F& body) {
+FUSED_CNN_INLINE inline void row_groups(int64_t rows, const F& body) {
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) body(r, Rows<4>{});
   for (; r < rows; ++r) body(r, Rows<1>{});
