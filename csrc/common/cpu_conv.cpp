@@ -1,5 +1,5 @@
-// The convolution rooms' CPU work: the library's convolution with the epilogue in one pass behind it, and the epilogue's gradient
-// (mask and column sums in one pass) before the library's convolution gradients.
+// The convolution rooms' CPU work: forward on the engine, or on the library with the epilogue in one pass behind it; backward the
+// epilogue's gradient (mask and column sums in one pass) before the library's convolution gradients.
 #include "common/cpu_conv.h"
 #include <algorithm>
 #include "common/cpu_kernels.h"
@@ -16,11 +16,8 @@ Tensor as_float_vector(const Tensor& like, const std::vector<double>& values) {
   return torch::stable::to(wide, like.scalar_type());
 }
 
-}  // namespace
-
-Tensor cpu_conv_forward(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                        const std::optional<Tensor>& residual, const ConvParams& params, bool relu) {
-  check_conv(op, x, weight, bias, residual, params);
+Tensor library_conv_forward(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                            const std::optional<Tensor>& residual, const ConvParams& params, bool relu) {
   const DType dtype = dtype_of(op, "x", x);
   const MemoryFormat format = result_format(x);
   Tensor out = dense(library_conv(x, weight, bias, params), format);
@@ -34,6 +31,126 @@ Tensor cpu_conv_forward(const char* op, const Tensor& x, const Tensor& weight, c
     loop(dtype, at(to, begin, size), from == nullptr ? nullptr : at(from, begin, size), end - begin, relu);
   });
   return out;
+}
+
+bool has_pitch(const Tensor& t) {
+  const int64_t pitch = t.stride(3);
+  return t.stride(1) == 1 && pitch >= t.size(1) && t.stride(2) == pitch * t.size(3) &&
+         t.stride(0) == pitch * t.size(3) * t.size(2);
+}
+
+}  // namespace
+
+Pixels::Pixels(const Tensor& t)
+    : tensor(has_pitch(t) ? t : dense(t, MemoryFormat::ChannelsLast)),
+      pitch(has_pitch(t) ? t.stride(3) : t.size(1)) {}
+
+bool engine_takes(const Tensor& x, int64_t groups) {
+  return groups == 1 && (x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16);
+}
+
+engine::DType engine_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::BFloat16 ? engine::DType::bf16 : engine::DType::f32;
+}
+
+engine::ThreadPool engine_threads() {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int64_t count, int64_t grain, void (*fn)(int64_t, int64_t, void*), void* context) {
+            torch::stable::parallel_for(0, count, grain, [=](int64_t b, int64_t e) { fn(b, e, context); });
+          }};
+}
+
+engine::ConvShape engine_shape(const Tensor& x, int64_t out_channels, const Ints& kernel, const ConvParams& p) {
+  engine::ConvShape s{};
+  s.N = x.size(0), s.C = x.size(1), s.H = x.size(2), s.W = x.size(3);
+  s.kernel_h = kernel[0], s.kernel_w = kernel[1];
+  s.stride_h = p.stride[0], s.stride_w = p.stride[1];
+  s.pad_h = p.padding[0], s.pad_w = p.padding[1];
+  s.dilation_h = p.dilation[0], s.dilation_w = p.dilation[1];
+  s.destinations = 1;
+  s.out_channels[0] = out_channels;
+  return s;
+}
+
+Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases) {
+  const char* op = "conv_pack";
+  FUSED_CNN_CHECK(!weights.empty() && weights.size() <= engine::kMaxDestinations && weights.size() == biases.size(), op,
+                  ": between 1 and ", engine::kMaxDestinations, " weights with as many biases, got ", weights.size());
+  engine::ConvShape shape{};
+  std::vector<Tensor> keep;
+  std::vector<const void*> weight_data;
+  std::vector<const float*> bias_data;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor& w = weights[i];
+    check_4d(op, "weight", w);
+    check_like(op, "the first weight", weights[0], "weight", w, /*same_shape=*/false);
+    FUSED_CNN_CHECK(engine_takes(w, 1), op, ": weight must be float32 or bfloat16");
+    FUSED_CNN_CHECK(w.size(1) == weights[0].size(1) && w.size(2) == weights[0].size(2) && w.size(3) == weights[0].size(3),
+                    op, ": weights that share an input must have equal in-channels and kernels, got ", shape_of(w));
+    shape.out_channels[i] = w.size(0);
+    keep.push_back(dense(w, MemoryFormat::Contiguous));
+    weight_data.push_back(keep.back().data_ptr());
+    if (biases[i]) {
+      check_channels(op, "bias", *biases[i], w.size(0));
+      keep.push_back(torch::stable::to(*biases[i], ScalarType::Float));
+      keep.back() = torch::stable::contiguous(keep.back());
+      bias_data.push_back(static_cast<const float*>(keep.back().data_ptr()));
+    } else {
+      bias_data.push_back(nullptr);
+    }
+  }
+  shape.destinations = static_cast<int>(weights.size());
+  shape.C = weights[0].size(1), shape.kernel_h = weights[0].size(2), shape.kernel_w = weights[0].size(3);
+  shape.stride_h = shape.stride_w = shape.dilation_h = shape.dilation_w = 1;
+  const engine::DType dtype = engine_dtype(weights[0]);
+  const int64_t sizes[] = {engine::packed_weight_bytes(shape, dtype)};
+  Tensor packed = torch::stable::empty(sizes, ScalarType::Byte, torch::headeronly::Layout::Strided, weights[0].device());
+  engine::pack_weight(shape, dtype, weight_data.data(), bias_data.data(), packed.data_ptr());
+  return packed;
+}
+
+void check_packed(const char* op, const Tensor& packed, const engine::ConvShape& shape, engine::DType dtype) {
+  const int64_t expected = engine::packed_weight_bytes(shape, dtype);
+  FUSED_CNN_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_cpu() &&
+                      packed.is_contiguous() && packed.size(0) == expected &&
+                      reinterpret_cast<uintptr_t>(packed.data_ptr()) % 64 == 0,
+                  op, ": packed must be the ", expected, " bytes that conv_pack made of this weight shape, got ",
+                  shape_of(packed));
+}
+
+Tensor cpu_conv_packed(const char* op, const Tensor& x, const Tensor& packed, const Ints& weight_shape,
+                       const std::optional<Tensor>& residual, const ConvParams& params, bool relu) {
+  check_4d(op, "x", x);
+  FUSED_CNN_CHECK(engine_takes(x, params.groups), op, ": x must be float32 or bfloat16 and groups 1");
+  FUSED_CNN_CHECK(weight_shape.size() == 4 && weight_shape[1] == x.size(1) && weight_shape[0] >= 1, op,
+                  ": x has shape ", shape_of(x), ", which does not fit the weight's input channels");
+  const Ints kernel{weight_shape[2], weight_shape[3]};
+  check_geometry(op, x, kernel, params);
+  const engine::ConvShape shape = engine_shape(x, weight_shape[0], kernel, params);
+  const int64_t height = engine::conv_out_h(shape), width = engine::conv_out_w(shape);
+  if (residual) check_residual(op, x, *residual, weight_shape[0], height, width);
+  check_packed(op, packed, shape, engine_dtype(x));
+  Tensor out = empty_nchw(x, weight_shape[0], height, width, MemoryFormat::ChannelsLast);
+  if (out.numel() > 0) {
+    const Pixels in(x);
+    std::optional<Pixels> addend;
+    if (residual) addend.emplace(*residual);
+    engine::ConvArgs args{in.data(), in.pitch, packed.data_ptr(), {}};
+    args.destination[0] = {out.data_ptr(), weight_shape[0], addend ? addend->data() : nullptr,
+                           addend ? addend->pitch : 0, relu};
+    engine::conv_forward(shape, engine_dtype(x), args, engine_threads());
+  }
+  return dense(out, result_format(x));
+}
+
+Tensor cpu_conv_forward(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                        const std::optional<Tensor>& residual, const ConvParams& params, bool relu) {
+  check_conv(op, x, weight, bias, residual, params);
+  if (!engine_takes(x, params.groups) || weight.size(0) == 0) {
+    return library_conv_forward(op, x, weight, bias, residual, params, relu);
+  }
+  const Ints shape{weight.size(0), weight.size(1), weight.size(2), weight.size(3)};
+  return cpu_conv_packed(op, x, engine_pack({weight}, {bias}), shape, residual, params, relu);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_conv_backward(const char* op, const Tensor& grad_out,

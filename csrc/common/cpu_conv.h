@@ -1,8 +1,31 @@
-// What the two convolution rooms share on the CPU.
+// What the convolution rooms share on the CPU. float32 and bfloat16 with groups == 1 run on the project's own convolution
+// (engine/conv_engine.h), whose weights are packed once or, for a plain weight, per call; the rest is the library's convolution
+// with the epilogue in one pass behind it.
 #pragma once
+#include "common/engine/conv_engine.h"
 #include "common/library_conv.h"
 
 namespace fused_cnn {
+
+// An activation as the engine reads it: pixels `pitch` elements apart, channels adjacent. Copies only what is laid out otherwise.
+struct Pixels {
+  explicit Pixels(const Tensor& t);
+  Tensor tensor;
+  int64_t pitch;
+  void* data() const { return tensor.data_ptr(); }
+};
+
+bool engine_takes(const Tensor& x, int64_t groups);
+engine::DType engine_dtype(const Tensor& x);
+engine::ThreadPool engine_threads();
+engine::ConvShape engine_shape(const Tensor& x, int64_t out_channels, const Ints& kernel, const ConvParams& params);
+
+// One buffer of bytes that holds the weights and biases of convolutions sharing an input; biases are float32 or absent.
+Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases);
+void check_packed(const char* op, const Tensor& packed, const engine::ConvShape& shape, engine::DType dtype);
+
+Tensor cpu_conv_packed(const char* op, const Tensor& x, const Tensor& packed, const Ints& weight_shape,
+                       const std::optional<Tensor>& residual, const ConvParams& params, bool relu);
 
 // relu(conv(x, weight) + bias [+ residual]), checked.
 Tensor cpu_conv_forward(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,

@@ -15,9 +15,30 @@ struct ConvParams {
   int64_t groups;
 };
 
-inline int64_t conv_out_size(const Tensor& x, const Tensor& weight, const ConvParams& p, int axis) {
-  const int64_t reach = p.dilation[axis] * (weight.size(axis + 2) - 1) + 1;
+inline int64_t conv_out_size(const Tensor& x, const Ints& kernel, const ConvParams& p, int axis) {
+  const int64_t reach = p.dilation[axis] * (kernel[axis] - 1) + 1;
   return (x.size(axis + 2) + 2 * p.padding[axis] - reach) / p.stride[axis] + 1;
+}
+
+inline void check_geometry(const char* op, const Tensor& x, const Ints& kernel, const ConvParams& p) {
+  FUSED_CNN_CHECK(p.stride.size() == 2 && p.padding.size() == 2 && p.dilation.size() == 2, op,
+                  ": stride, padding and dilation must have two values");
+  for (int axis = 0; axis < 2; ++axis) {
+    FUSED_CNN_CHECK(p.stride[axis] >= 1 && p.dilation[axis] >= 1 && p.padding[axis] >= 0, op,
+                    ": stride and dilation must be at least 1 and padding at least 0");
+    FUSED_CNN_CHECK(kernel[axis] >= 1 && conv_out_size(x, kernel, p, axis) >= 1, op, ": kernel (", kernel[0], ", ",
+                    kernel[1], ") is larger than the padded input of shape ", shape_of(x));
+  }
+}
+
+inline void check_residual(const char* op, const Tensor& x, const Tensor& residual, int64_t channels, int64_t height,
+                           int64_t width) {
+  check_4d(op, "residual", residual);
+  check_like(op, "x", x, "residual", residual, /*same_shape=*/false);
+  FUSED_CNN_CHECK(residual.size(0) == x.size(0) && residual.size(1) == channels && residual.size(2) == height &&
+                      residual.size(3) == width,
+                  op, ": residual must have the result's shape (", x.size(0), ", ", channels, ", ", height, ", ", width,
+                  "), got ", shape_of(residual));
 }
 
 // Every condition under which a convolution's pointers may be used; the shape of weight is (out, in / groups, kh, kw).
@@ -26,28 +47,17 @@ inline void check_conv(const char* op, const Tensor& x, const Tensor& weight, co
   check_4d(op, "x", x);
   check_4d(op, "weight", weight);
   check_like(op, "x", x, "weight", weight, /*same_shape=*/false);
-  FUSED_CNN_CHECK(p.stride.size() == 2 && p.padding.size() == 2 && p.dilation.size() == 2, op,
-                  ": stride, padding and dilation must have two values");
   FUSED_CNN_CHECK(p.groups >= 1 && weight.size(0) % p.groups == 0 && weight.size(1) * p.groups == x.size(1), op,
                   ": x has ", x.size(1), " channels; a weight of shape ", shape_of(weight), " with groups=", p.groups,
                   " takes ", weight.size(1) * p.groups);
-  for (int axis = 0; axis < 2; ++axis) {
-    FUSED_CNN_CHECK(p.stride[axis] >= 1 && p.dilation[axis] >= 1 && p.padding[axis] >= 0, op,
-                    ": stride and dilation must be at least 1 and padding at least 0");
-    FUSED_CNN_CHECK(weight.size(axis + 2) >= 1 && conv_out_size(x, weight, p, axis) >= 1, op,
-                    ": the kernel is larger than the padded input, x ", shape_of(x), ", weight ", shape_of(weight));
-  }
+  const Ints kernel{weight.size(2), weight.size(3)};
+  check_geometry(op, x, kernel, p);
   if (bias) {
     check_channels(op, "bias", *bias, weight.size(0));
     check_like(op, "x", x, "bias", *bias, /*same_shape=*/false);
   }
   if (residual) {
-    check_4d(op, "residual", *residual);
-    check_like(op, "x", x, "residual", *residual, /*same_shape=*/false);
-    FUSED_CNN_CHECK(residual->size(0) == x.size(0) && residual->size(1) == weight.size(0) &&
-                        residual->size(2) == conv_out_size(x, weight, p, 0) &&
-                        residual->size(3) == conv_out_size(x, weight, p, 1),
-                    op, ": residual must have the result's shape, got ", shape_of(*residual));
+    check_residual(op, x, *residual, weight.size(0), conv_out_size(x, kernel, p, 0), conv_out_size(x, kernel, p, 1));
   }
 }
 

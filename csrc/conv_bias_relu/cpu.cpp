@@ -18,10 +18,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bias_relu_bwd(const Tensor& grad
                            needs_weight, needs_bias);
 }
 
+Tensor conv_bias_relu_pack(const Tensor& weight, std::optional<Tensor> bias) {
+  return engine_pack({weight}, {bias});
+}
+
+Tensor conv_bias_relu_packed_fwd(const Tensor& x, const Tensor& packed, Ints weight_shape,
+                                 std::optional<Tensor> residual, Ints stride, Ints padding, Ints dilation, bool relu) {
+  return cpu_conv_packed("conv_bias_relu_packed_fwd", x, packed, weight_shape, residual, {stride, padding, dilation, 1},
+                         relu);
+}
+
 }  // namespace
 }  // namespace fused_cnn
 
 STABLE_TORCH_LIBRARY_IMPL(fused_cnn, CPU, m) {
   m.impl("conv_bias_relu_fwd", TORCH_BOX(&fused_cnn::conv_bias_relu_fwd));
   m.impl("conv_bias_relu_bwd", TORCH_BOX(&fused_cnn::conv_bias_relu_bwd));
+  m.impl("conv_bias_relu_pack", TORCH_BOX(&fused_cnn::conv_bias_relu_pack));
+  m.impl("conv_bias_relu_packed_fwd", TORCH_BOX(&fused_cnn::conv_bias_relu_packed_fwd));
 }

@@ -6,14 +6,14 @@ grad_out and sums grad_bias in one pass, then takes the library's convolution gr
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._backends import resolve
-from ..._library import define, kernel
+from ..._library import define, has_kernel, kernel
 from .._conv import IntPair, autocast, check_conv, empty_gradients, empty_result, pair
 from . import reference
 
@@ -28,6 +28,15 @@ def _fake_bwd(  # type: ignore[no-untyped-def]
     return empty_gradients(grad_out, out, x, weight, needs_x, needs_weight, needs_bias)
 
 
+def _fake_pack(weight: Tensor, bias: Tensor | None) -> Tensor:
+    size = torch.library.get_ctx().new_dynamic_size()  # the layout, and so the size, is the processor's affair
+    return weight.new_empty(size, dtype=torch.uint8)
+
+
+def _fake_packed_fwd(x, packed, weight_shape, residual, stride, padding, dilation, relu):  # type: ignore[no-untyped-def]
+    return empty_result(x, weight_shape, stride, padding, dilation)
+
+
 define(
     "conv_bias_relu_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] stride, SymInt[] padding, "
     "SymInt[] dilation, SymInt groups, bool relu) -> Tensor",
@@ -39,6 +48,34 @@ define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _fake_bwd,
 )
+define("conv_bias_relu_pack(Tensor weight, Tensor? bias) -> Tensor", _fake_pack)
+define(
+    "conv_bias_relu_packed_fwd(Tensor x, Tensor packed, SymInt[] weight_shape, Tensor? residual, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, bool relu) -> Tensor",
+    _fake_packed_fwd,
+)
+
+
+class PackedConv(NamedTuple):
+    """A weight and bias in the layout that the native CPU convolution reads; good on this machine only, never to be saved."""
+
+    data: Tensor
+    shape: tuple[int, int, int, int]
+
+
+def pack_conv(
+    weight: Tensor, bias: Tensor | None, *, like: Tensor, groups: int = 1, backend: str | None = None
+) -> tuple[Tensor | PackedConv, Tensor | None]:
+    """The weight and bias to call conv_bias_relu with many times, without gradients, on inputs of `like`'s dtype and device.
+
+    Packed where the native CPU convolution will run (the bias, kept in float32, is then inside); else both in `like`'s dtype.
+    """
+    packable = groups == 1 and like.dtype in (torch.float32, torch.bfloat16) and weight.size(0) > 0
+    name = "conv_bias_relu_pack"
+    if packable and has_kernel(name, "native", like.device.type) and resolve("conv_bias_relu_fwd", backend, like) == "native":
+        data = kernel(name, "native")(weight.to(like.dtype), bias)
+        return PackedConv(data, tuple(weight.shape)), None
+    return weight.to(like.dtype), None if bias is None else bias.to(like.dtype)
 
 
 class _ConvBiasReLU(torch.autograd.Function):
@@ -66,7 +103,7 @@ class _ConvBiasReLU(torch.autograd.Function):
 
 def conv_bias_relu(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedConv,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     *,
@@ -81,7 +118,7 @@ def conv_bias_relu(
 
     Args:
         x: (N, C, H, W), floating point, any strides.
-        weight: (out, C / groups, kh, kw), x's dtype and device.
+        weight: (out, C / groups, kh, kw), x's dtype and device; or what pack_conv made of it, bias included.
         bias: (out,), x's dtype, or None.
         residual: the result's shape, x's dtype, added before the ReLU, or None.
         stride, padding, dilation, groups: as torch.nn.functional.conv2d takes them.
@@ -97,8 +134,10 @@ def conv_bias_relu(
         ValueError, TypeError: shapes, devices, dtypes or geometry do not agree.
         BackendUnavailable: an explicit backend cannot run here.
     """
-    x, weight, bias, residual = autocast(x, weight, bias, residual)
     geometry = (pair(stride), pair(padding), pair(dilation), groups)
+    if isinstance(weight, PackedConv):
+        return kernel("conv_bias_relu_packed_fwd", "native")(x, *weight, residual, *geometry[:3], relu)
+    x, weight, bias, residual = autocast(x, weight, bias, residual)
     check_conv("conv_bias_relu", x, weight, bias, residual, *geometry)
     backend = resolve("conv_bias_relu_fwd", backend, x)
     if backend == "reference":

@@ -1,0 +1,217 @@
+// Chooses the kernels for this CPU, cuts a convolution into items and hands them to the caller's threads. Compiled for
+// the base instruction set. Memory: one scratch buffer per thread, kept between calls; everything else is the caller's.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include "conv_plan.h"
+
+namespace fused_cnn::engine {
+namespace {
+
+constexpr int64_t kPanelVectors = 2;
+constexpr int64_t kCacheLine = 64;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+bool supported(const Level& level) {
+#if defined(__x86_64__)
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (&level == &avx512_bf16_level) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (&level == &avx512_level) return avx512;
+  if (&level == &avx2_level) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return &level == &generic_level;
+}
+
+const Level* const kLevels[] = {  // best first
+#if defined(__x86_64__)
+    &avx512_bf16_level, &avx512_level, &avx2_level,
+#endif
+    &generic_level};
+
+const Level*& current() {
+  static const Level* level = *std::find_if(std::begin(kLevels), std::end(kLevels), [](auto l) { return supported(*l); });
+  return level;
+}
+
+struct ScratchBuffer {
+  void* data = nullptr;
+  int64_t bytes = 0;
+  void* at_least(int64_t wanted) {
+    if (wanted > bytes) {
+      std::free(data);
+      bytes = round_up(wanted, 4096);
+      data = std::aligned_alloc(4096, bytes);
+    }
+    return data;
+  }
+  ~ScratchBuffer() { std::free(data); }
+};
+thread_local ScratchBuffer scratch_buffer;
+
+int64_t element_size(const Level& level, DType dtype) {  // as the kernels read it
+  return dtype == DType::bf16 && level.bf16_products ? 2 : 4;
+}
+
+Reduction reduction(const ConvShape& s) {
+  const bool fold = s.kernel_w > 1 && s.dilation_w == 1 && s.C < 16;
+  return {s.kernel_h, fold ? 1 : s.kernel_w, fold ? s.kernel_w * s.C : s.C, fold};
+}
+
+// The part of the plan that the packed layout depends on.
+Plan plan_weight(const ConvShape& shape, DType dtype, const void* packed) {
+  const Level& level = *current();
+  Plan plan{};
+  plan.shape = shape;
+  plan.dtype = dtype;
+  plan.reduction = reduction(shape);
+  for (int d = 0; d < shape.destinations; d++)
+    plan.vector_of[d + 1] = plan.vector_of[d] + ceil_div(shape.out_channels[d], level.lanes);
+  plan.vectors = plan.vector_of[shape.destinations];
+  plan.panels = ceil_div(plan.vectors, kPanelVectors);
+  const Reduction& r = plan.reduction;
+  const int64_t steps = r.taps_h * r.taps_w * (element_size(level, dtype) == 2 ? ceil_div(r.run, 2) : r.run);
+  plan.panel_bytes = steps * kPanelVectors * level.lanes * 4;
+  plan.args.packed = packed;
+  plan.bias = (const float*)packed;
+  plan.weight = (const char*)packed + round_up(plan.vectors * level.lanes * 4, kCacheLine);
+  return plan;
+}
+
+// Blocks: enough pixels to use a weight panel several times while it is in cache, few enough that their input stays in
+// L2 beside it, and with the groups of panels enough items to keep all threads busy to the end.
+void plan_blocks(Plan& plan, const Level& level, int threads) {
+  ConvShape& s = plan.shape;
+  const int64_t size = element_size(level, plan.dtype), tile = level.tile_pixels;
+  plan.out_h = conv_out_h(s), plan.out_w = conv_out_w(s);
+  const bool pointwise = s.kernel_h * s.kernel_w == 1;
+  const bool flat = pointwise && s.stride_h * s.stride_w == 1 && s.pad_h + s.pad_w == 0;
+  if (flat) {
+    s.W = plan.out_w = s.N * s.H * s.W;
+    s.N = s.H = plan.out_h = 1;
+  }
+  plan.step_h = s.kernel_h == 1 ? 1 : s.stride_h;
+  plan.step_w = s.kernel_w == 1 ? 1 : s.stride_w;
+
+  // Tile pixels 2 KiB (or a multiple) apart share a few L1 sets, and evict each other at every k.
+  const int64_t x_size = plan.dtype == DType::bf16 ? 2 : 4;
+  const bool aliased = s.stride_w * plan.args.x_pitch * size % 2048 == 0;
+  plan.gather = s.pad_h || s.pad_w || size != x_size || aliased || (plan.reduction.fold && plan.args.x_pitch != s.C);
+  if (plan.gather) {
+    const int64_t lines = ceil_div(s.C * size, kCacheLine) | 1;  // odd, for the same reason
+    plan.pitch = plan.reduction.fold ? s.C : lines * kCacheLine / size;
+  } else {
+    plan.pitch = plan.args.x_pitch;
+    plan.step_h = s.stride_h, plan.step_w = s.stride_w;
+  }
+
+  const int64_t reach_h = (s.kernel_h - 1) * s.dilation_h + 1, reach_w = (s.kernel_w - 1) * s.dilation_w + 1;
+  int64_t wanted = 16 * tile;  // pixels per block
+  for (;; wanted /= 2) {
+    if (flat) {
+      plan.block_h = 1;
+      plan.block_w = round_up(ceil_div(plan.out_w, ceil_div(plan.out_w, wanted)), tile);
+    } else {
+      const int64_t rows = std::max<int64_t>(1, wanted / plan.out_w), even = plan.out_w * 2 <= tile ? 2 : 1;
+      plan.block_h = std::min(plan.out_h, round_up(ceil_div(plan.out_h, ceil_div(plan.out_h, rows)), even));
+      plan.block_w = plan.out_w;
+    }
+    plan.in_h = (plan.block_h - 1) * plan.step_h + reach_h;
+    plan.in_w = (plan.block_w - 1) * plan.step_w + reach_w;
+    plan.blocks_y = ceil_div(plan.out_h, plan.block_h);
+    plan.blocks_x = ceil_div(plan.out_w, plan.block_w);
+    const int64_t blocks = s.N * plan.blocks_y * plan.blocks_x;
+    const bool fits = plan.in_h * plan.in_w * s.C * size <= 384 * 1024;
+    const bool busy = threads == 1 || blocks * plan.panels >= 6 * threads;
+    plan.groups = threads == 1 ? 1 : std::min(plan.panels, ceil_div(8 * threads, blocks));
+    if ((fits && busy) || wanted <= tile) break;
+  }
+}
+
+struct Work {
+  const Plan& plan;
+  const Level& level;
+  int64_t items;
+  std::atomic<int64_t> next{0};
+};
+
+// Threads take items as they come free, so that one delayed by other work on the machine does not delay the call.
+void take_items(int64_t, int64_t, void* context) {
+  Work& work = *static_cast<Work*>(context);
+  const Plan& plan = work.plan;
+  Scratch scratch{nullptr, -1};
+  if (plan.gather)
+    scratch.data = scratch_buffer.at_least(plan.in_h * plan.in_w * plan.pitch * element_size(work.level, plan.dtype));
+  for (int64_t item; (item = work.next.fetch_add(1, std::memory_order_relaxed)) < work.items;)
+    work.level.run_item(plan, item, scratch);
+}
+
+struct PoolWork {
+  const PoolShape& shape;
+  const Level& level;
+  DType dtype;
+  const void* x;
+  int64_t x_pitch;
+  void* out;
+  int64_t out_pitch;
+};
+
+void pool_rows(int64_t begin, int64_t end, void* context) {
+  const PoolWork& w = *static_cast<const PoolWork*>(context);
+  for (int64_t row = begin; row < end; row++)
+    w.level.max_pool_row(w.shape, w.dtype, w.x, w.x_pitch, w.out, w.out_pitch, row);
+}
+
+}  // namespace
+
+int64_t conv_out_h(const ConvShape& s) {
+  return (s.H + 2 * s.pad_h - (s.kernel_h - 1) * s.dilation_h - 1) / s.stride_h + 1;
+}
+
+int64_t conv_out_w(const ConvShape& s) {
+  return (s.W + 2 * s.pad_w - (s.kernel_w - 1) * s.dilation_w - 1) / s.stride_w + 1;
+}
+
+int64_t packed_weight_bytes(const ConvShape& shape, DType dtype) {
+  const Plan plan = plan_weight(shape, dtype, nullptr);
+  return (const char*)plan.weight - (const char*)nullptr + ceil_div(plan.panel_bytes * plan.vectors, kPanelVectors);
+}
+
+void pack_weight(const ConvShape& shape, DType dtype, const void* const* weight, const float* const* bias,
+                 void* packed) {
+  current()->pack(plan_weight(shape, dtype, packed), weight, bias, packed);
+}
+
+void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args, const ThreadPool& pool) {
+  if (shape.N * conv_out_h(shape) * conv_out_w(shape) <= 0) return;
+  const Level& level = *current();
+  Plan plan = plan_weight(shape, dtype, args.packed);
+  plan.args = args;
+  plan_blocks(plan, level, pool.threads);
+  Work work{plan, level, plan.shape.N * plan.blocks_y * plan.blocks_x * plan.groups};
+  const int64_t workers = std::min<int64_t>(pool.threads, work.items);
+  if (workers <= 1) take_items(0, 1, &work);
+  else pool.parallel_for(workers, 1, take_items, &work);
+}
+
+void max_pool(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, void* out, int64_t out_pitch,
+              const ThreadPool& pool) {
+  const int64_t rows = shape.N * shape.out_h, per_row = shape.out_w * shape.C * shape.kernel_h * shape.kernel_w;
+  PoolWork work{shape, *current(), dtype, x, x_pitch, out, out_pitch};
+  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, per_row));
+  if (pool.threads <= 1 || rows <= grain) pool_rows(0, rows, &work);
+  else pool.parallel_for(rows, grain, pool_rows, &work);
+}
+
+const char* cpu_level() { return current()->name; }
+
+bool set_cpu_level(const char* name) {
+  for (const Level* level : kLevels)
+    if (!std::strcmp(level->name, name) && supported(*level)) return current() = level, true;
+  return false;
+}
+
+}  // namespace fused_cnn::engine

@@ -1,0 +1,59 @@
+// What conv_dispatch.cpp (compiled once, for the base instruction set) and the kernels (compiled once per level) tell
+// each other: one Plan per call, cut into items that any thread may run, and one table of functions per level. Only
+// plain structs may appear here: an inline function could be emitted by an AVX-512 file and then be linked everywhere.
+#pragma once
+#include "conv_engine.h"
+
+namespace fused_cnn::engine {
+
+// How the K axis, all (kh, kw, c), is walked: taps_h * taps_w runs of `run` consecutive elements. Usually a run is one
+// pixel's C channels; with few channels it is a kernel row, kernel_w * C elements, which are contiguous in NHWC too.
+struct Reduction {
+  int64_t taps_h, taps_w, run;
+  bool fold;  // a run is a kernel row: pixels must then lie exactly C apart
+};
+
+// The convolution as blocks of output pixels (block_h x block_w, of one image) by groups of weight panels. An unpadded
+// 1x1 stride-1 convolution is planned as one image of one row that holds every pixel.
+struct Plan {
+  ConvShape shape;
+  ConvArgs args;
+  DType dtype;
+  Reduction reduction;
+  int64_t out_h, out_w;
+  int64_t block_h, block_w, blocks_y, blocks_x;
+  int64_t vectors, panels, groups;
+  int64_t vector_of[kMaxDestinations + 1];  // first vector of each destination
+  const float* bias;                        // packed: one float per lane of every vector
+  const void* weight;                       // packed: [panel][taps_h][taps_w][run][lanes of the panel]
+  int64_t panel_bytes;                      // of a full panel
+
+  // Where gather is set, the input of a block is first copied to scratch, with its zero padding, as in_h x in_w pixels
+  // `pitch` elements apart. Strides that no tap needs (a 1x1 kernel's) are dropped by the copy: step_h, step_w.
+  bool gather;
+  int64_t in_h, in_w, pitch, step_h, step_w;
+};
+
+// What a thread keeps between items: its scratch, and the block that the scratch holds (-1: none).
+struct Scratch {
+  void* data;
+  int64_t block;
+};
+
+struct Level {
+  const char* name;
+  int lanes;           // floats per vector; a panel is two vectors
+  int tile_pixels;     // output pixels per microkernel call, at most
+  bool bf16_products;  // bf16 is multiplied as it is, in pairs along K; otherwise it is widened to float first
+  void (*pack)(const Plan& plan, const void* const* weight, const float* const* bias, void* packed);
+  void (*run_item)(const Plan& plan, int64_t item, Scratch& scratch);
+  void (*max_pool_row)(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, void* out,
+                       int64_t out_pitch, int64_t row);
+};
+
+extern const Level generic_level;
+#if defined(__x86_64__)
+extern const Level avx2_level, avx512_level, avx512_bf16_level;
+#endif
+
+}  // namespace fused_cnn::engine
