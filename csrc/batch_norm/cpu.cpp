@@ -20,39 +20,46 @@ struct Inputs {
   int64_t element_size, vector_size;
   int64_t rows, total;
   std::vector<RowView> views;
-  std::vector<Tensor> vectors;  // keeps weights and biases alive
-  Tensor mean, rstd;
+  std::vector<Tensor> biases;  // keeps them alive
+  Tensor mean, rstd, scale;
   std::vector<BnInput> branches;
   std::vector<int64_t> first, channels;
 
   Inputs(const char* op, const std::vector<Tensor>& xs, const Tensor& mean_, const Tensor& rstd_,
-         const std::vector<Tensor>& weights, const std::vector<Tensor>& biases)
+         const std::vector<Tensor>& weights, const std::vector<Tensor>& biases_)
       : total(check_branches(op, xs)) {
     const Tensor& x = xs[0];
     dtype = dtype_of(op, "x", x);
     vector_type = vector_dtype(dtype);
     element_size = x.element_size();
     rows = row_count(x);
-    FUSED_CNN_CHECK(weights.size() == xs.size() && biases.size() == xs.size(), op, ": expected one weight and one bias for each of ",
-                    xs.size(), " inputs, got ", weights.size(), " and ", biases.size());
+    FUSED_CNN_CHECK(weights.size() == xs.size() && biases_.size() == xs.size(), op, ": expected one weight and one bias for each of ",
+                    xs.size(), " inputs, got ", weights.size(), " and ", biases_.size());
     mean = checked_vector(op, "mean", mean_, total, x, vector_type);
     rstd = checked_vector(op, "rstd", rstd_, total, x, vector_type);
+    scale = empty_vector(x, total, vector_type);
     vector_size = mean.element_size();
     int64_t begin = 0;
     for (size_t i = 0; i < xs.size(); ++i) {
       const int64_t c = xs[i].size(1);
       views.push_back(rows_of(xs[i]));
       const Tensor weight = checked_vector(op, "weight", weights[i], c, x, vector_type);
-      const Tensor bias = checked_vector(op, "bias", biases[i], c, x, vector_type);
-      vectors.insert(vectors.end(), {weight, bias});
-      branches.push_back({views[i].data, views[i].stride, vector_at(mean, begin), vector_at(rstd, begin), weight.data_ptr(),
-                          bias.data_ptr()});
+      biases.push_back(checked_vector(op, "bias", biases_[i], c, x, vector_type));
+      multiply(vector_at(rstd, begin), weight.data_ptr(), vector_at(scale, begin), c);
+      branches.push_back({views[i].data, views[i].stride, vector_at(mean, begin), vector_at(scale, begin),
+                          biases[i].data_ptr()});
       first.push_back(begin);
       channels.push_back(c);
       begin += c;
     }
   }
 
+  void multiply(const void* a, const void* b, void* out, int64_t n) const {
+    const auto run = [&]<typename C>(C) {
+      for (int64_t c = 0; c < n; ++c) static_cast<C*>(out)[c] = static_cast<const C*>(a)[c] * static_cast<const C*>(b)[c];
+    };
+    dtype == DType::f64 ? run(double{}) : run(float{});
+  }
   void* vector_at(const Tensor& v, int64_t channel) const {
     return at(v.data_ptr(), channel, v.element_size());
   }

@@ -1,7 +1,6 @@
 // The loops of batch_norm over rows of channels_last memory. bn_moments reads x once from memory (each block twice, the second time
 // from cache); bn_apply reads each input and writes the output; bn_reduce reads the gradient and each input and adds up two or
-// three sums per channel; bn_grad_input reads them again and writes each input's gradient. Four rows are worked on at a time,
-// so that what is per channel is loaded and stored once for the four.
+// three sums per channel; bn_grad_input reads them again and writes each input's gradient.
 #include "batch_norm/cpu_kernels.h"
 #include "batch_norm/bits.h"
 #include "batch_norm/math.h"
@@ -22,12 +21,12 @@ C* as(const void* p) {
 // sum[c] += term(x[r][c]) over rows.
 template <typename T, typename C, typename Term>
 void add_rows(const T* x, int64_t stride, int64_t channels, int64_t rows, C* sum, const Term& term) {
-  row_groups(rows, [&](int64_t r, auto group) FUSED_CNN_INLINE {
+  row_groups(rows, channels * sizeof(T), [&](int64_t r, auto group) FUSED_CNN_INLINE {
     constexpr int n = decltype(group)::n;
     columns<C>(channels, [&](int64_t c, auto used) FUSED_CNN_INLINE {
       Vec<C> v[n];
       for (int k = 0; k < n; ++k) v[k] = term(load(x + (r + k) * stride + c, used), c, used);
-      if constexpr (n == 4) v[0] = (v[0] + v[1]) + (v[2] + v[3]);
+      for (int k = 1; k < n; ++k) v[0] = v[0] + v[k];
       store(load(sum + c, used) + v[0], sum + c, used);
     });
   });
@@ -72,9 +71,9 @@ struct Channels {
 
   template <typename Used>
   FUSED_CNN_INLINE Channels(const BnInput& in, int64_t c, Used used)
-      : mean(load(as<const C>(in.mean) + c, used)), bias(load(as<const C>(in.bias) + c, used)) {
-    scale = load(as<const C>(in.rstd) + c, used) * load(as<const C>(in.weight) + c, used);
-  }
+      : mean(load(as<const C>(in.mean) + c, used)),
+        scale(load(as<const C>(in.scale) + c, used)),
+        bias(load(as<const C>(in.bias) + c, used)) {}
   FUSED_CNN_INLINE Vec<C> normalize(Vec<C> x) const { return batch_norm::normalize(x, mean, scale, bias); }
 };
 
@@ -84,7 +83,7 @@ void apply(const BnInput* inputs, const T* residual, int64_t residual_stride, Bn
   using C = compute_t<T>;
   const BnInput in0 = inputs[0], in1 = inputs[Inputs - 1];
   const int64_t bits_stride = (channels + 7) / 8;
-  row_groups(rows, [&](int64_t r, auto group) FUSED_CNN_INLINE {
+  row_groups(rows, channels * sizeof(T), [&](int64_t r, auto group) FUSED_CNN_INLINE {
     columns<C>(channels, [&](int64_t c, auto used) FUSED_CNN_INLINE {
       const Channels<C> of0(in0, c, used), of1(in1, c, used);
       for (int64_t k = r; k < r + decltype(group)::n; ++k) {
@@ -109,7 +108,7 @@ FUSED_CNN_INLINE inline void for_each_gradient(const BnInput& in0, const BnInput
                                      int64_t rows, const Body& body) {
   using C = compute_t<T>;
   const int64_t bits_stride = (channels + 7) / 8;
-  row_groups(rows, [&](int64_t r, auto group) FUSED_CNN_INLINE {
+  row_groups(rows, channels * sizeof(T), [&](int64_t r, auto group) FUSED_CNN_INLINE {
     constexpr int n = decltype(group)::n;
     columns<C>(channels, [&](int64_t c, auto used) FUSED_CNN_INLINE {
       const Channels<C> of0(in0, c, used), of1(in1, c, used);

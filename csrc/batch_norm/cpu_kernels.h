@@ -5,11 +5,11 @@
 
 namespace fused_cnn {
 
-// One normalised input: rows of x, `stride` elements apart, and its per-channel vectors.
+// One normalised input: rows of x, `stride` elements apart, and its per-channel vectors; scale is rstd * weight.
 struct BnInput {
   const void* x;
   int64_t stride;
-  const void *mean, *rstd, *weight, *bias;
+  const void *mean, *scale, *bias;
 };
 
 // Where an output, or the gradient of one, lies. `bits`, if any, is ReLU's mask (bits.h).
