@@ -1,0 +1,38 @@
+# What people type. `make demo` and `make test` set up .venv where it is missing; later runs start at once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+JOBS ?= auto
+SOURCES = $(shell find csrc -type f) setup.py
+
+.PHONY: demo venv test lint bench compile-check gpu-evidence
+
+demo: venv
+	$(BIN)/fused-cnn verify
+
+venv: $(VENV)/.built
+
+$(VENV)/.ready: pyproject.toml scripts/make_venv.py examples/torchvision_shim.py
+	$(PYTHON) scripts/make_venv.py $(VENV)
+	touch $@
+
+$(VENV)/.built: $(VENV)/.ready $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+test: venv
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) -q
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+bench: venv
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=out/benchmarks.json
+
+compile-check: venv
+	$(BIN)/python scripts/compile_check.py
+
+gpu-evidence: venv
+	for stage in build test bench-ops; do PATH="$(abspath $(BIN)):$$PATH" bash scripts/gpu.sh $$stage out/gpu || exit 1; done

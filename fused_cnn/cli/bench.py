@@ -1,0 +1,10 @@
+"""`fused-cnn bench`."""
+
+from __future__ import annotations
+
+from ._common import CommandError, Json
+
+
+def bench(json: Json = False) -> None:
+    """To be written."""
+    raise CommandError("not written yet")

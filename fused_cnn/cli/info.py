@@ -1,0 +1,88 @@
+"""`fused-cnn info`: which backend is on, and for one that is off why and how to turn it on; the build, versions, devices, caches."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from .. import _backends, _library
+from ._common import Json, commit, emit, out
+
+PACKAGES = ("fused_cnn", "torch", "torchvision", "timm", "triton", "numpy", "scikit-image", "matplotlib")
+
+
+def info(json: Json = False) -> None:
+    """Show each backend (on, or off, why, and how to turn it on), the build, versions, devices and caches."""
+    facts = collect()
+    if json:
+        emit(facts)
+        return
+    console = out()
+    table = Table("backend", "device", "state", "why", "to turn it on", title="Backends")
+    for row in facts["backends"]:
+        state = "[green]on[/]" if row["on"] else "[yellow]off[/]"
+        table.add_row(row["backend"], row["device"], state, row["reason"], row["hint"])
+    console.print(table)
+    for title in ("build", "versions", "devices", "cache"):
+        table = Table(title=title.capitalize(), show_header=False)
+        for name, value in facts[title].items():
+            table.add_row(name, str(value))
+        console.print(table)
+
+
+def collect() -> dict[str, Any]:
+    """Everything that `info` shows, as JSON."""
+    return {
+        "backends": [asdict(_backends.status(b, d)) for d in ("cpu", "cuda") for b in _backends.BACKENDS],
+        "build": build_facts(),
+        "versions": versions(),
+        "devices": devices(),
+        "cache": cache(),
+    }
+
+
+def build_facts() -> dict[str, Any]:
+    native = {} if _library.cpu_module is None else dict(_library.cpu_module.build_info)
+    return {
+        **native,
+        "cuda_library": str(_library.CUDA_LIBRARY) if _library.CUDA_LIBRARY.exists() else "not built (no nvcc at build time)",
+        "commit": commit() or "not a git checkout",
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def cpu_name() -> str:
+    """The CPU's model name as Linux states it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def devices() -> dict[str, str]:
+    found = {"cpu": f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"}
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        found[f"cuda:{i}"] = f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"
+    return found
+
+
+def cache() -> dict[str, str]:
+    folder = os.environ.get("FUSED_CNN_CACHE_DIR")
+    return {"FUSED_CNN_CACHE_DIR": folder or "not set (the default folder is used)"}

@@ -1,0 +1,60 @@
+"""Makes the project's virtual environment: `python3 scripts/make_venv.py .venv`. Run again, it adds only what is missing.
+
+A torch that the calling Python has already is used as it is (a GPU machine's own build); otherwise torch is installed in the
+version below, named exactly, because an open range can pull gigabytes of another build. torchvision follows torch's version and comes
+without its dependencies, so that it never replaces torch.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+TORCH = "2.13.0"
+MIN_TORCH = (2, 10)
+VERSION_OF = "import importlib.metadata as m; print(m.version({!r}))"
+
+
+def version_of(python: str, package: str) -> tuple[int, int] | None:
+    """(major, minor) of an installed package, or None."""
+    done = subprocess.run([python, "-c", VERSION_OF.format(package)], capture_output=True, text=True)
+    match = re.match(r"(\d+)\.(\d+)", done.stdout)
+    return (int(match[1]), int(match[2])) if done.returncode == 0 and match else None
+
+
+def step(text: str) -> None:
+    print(f"[venv] {text}", flush=True)
+
+
+def main(folder: Path) -> None:
+    python = str(folder / "bin" / "python")
+    if not Path(python).exists():
+        shared = (version_of(sys.executable, "torch") or (0, 0)) >= MIN_TORCH
+        step(f"making {folder}" + (" over this Python's own torch" if shared else ""))
+        options = ["--system-site-packages"] if shared else []
+        subprocess.run([sys.executable, "-m", "venv", *options, str(folder)], check=True)
+
+    def pip(*packages: str) -> None:
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+
+    pip("setuptools>=70", "wheel")
+    if version_of(python, "torch") is None:
+        step(f"installing torch {TORCH} (the largest download)")
+        pip(f"torch=={TORCH}")
+    torch = version_of(python, "torch")
+    assert torch is not None
+    if version_of(python, "torchvision") is None:
+        step("installing torchvision, for its architectures")
+        pip("--no-deps", f"torchvision==0.{torch[1] + 15}.*")
+    step("building fused_cnn and installing what its tests and commands need")
+    pip("--no-build-isolation", "-e", ".[verify,test,lint]")
+    subprocess.run([python, "examples/torchvision_shim.py"], check=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"[venv] failed: {' '.join(map(str, error.cmd))}")
