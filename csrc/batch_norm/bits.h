@@ -1,5 +1,6 @@
-// ReLU's mask as one bit an element: what bn_add_relu keeps for its backward in place of a whole activation. Bit c of a row of C
-// channels is set where the output is not <= 0 (so also for NaN); a row takes ceil(C / 8) bytes.
+// ReLU's mask as one bit an element: what bn_add_relu keeps for its backward in place of a whole activation.
+// Bit c of a row of C channels is set where the output is not <= 0 (so also for NaN); a row takes ceil(C / 8)
+// bytes.
 #pragma once
 #include "common/cpu_vec.h"
 

@@ -1,6 +1,7 @@
-// The loops of batch_norm over rows of channels_last memory. bn_moments reads x once from memory (each block twice, the second time
-// from cache); bn_apply reads each input and writes the output; bn_reduce reads the gradient and each input and adds up two or
-// three sums per channel; bn_grad_input reads them again and writes each input's gradient.
+// The loops of batch_norm over rows of channels_last memory. bn_moments reads x once from memory (each block
+// twice, the second time from cache); bn_apply reads each input and writes the output; bn_reduce reads the
+// gradient and each input and adds up two or three sums per channel; bn_grad_input reads them again and
+// writes each input's gradient.
 #include "batch_norm/cpu_kernels.h"
 #include "batch_norm/bits.h"
 #include "batch_norm/math.h"
@@ -10,8 +11,10 @@
 namespace fused_cnn::FUSED_CNN_LEVEL {
 namespace {
 
-constexpr int64_t kStrip = 1024;           // channels whose moments are found together: their sums fit the first-level cache
-constexpr int64_t kBlockElements = 16384;  // rows whose mean and squared differences are found together fit the second-level one
+constexpr int64_t kStrip =
+    1024;  // channels whose moments are found together: their sums fit the first-level cache
+constexpr int64_t kBlockElements =
+    16384;  // rows whose mean and squared differences are found together fit the second-level one
 
 template <typename C>
 C* as(const void* p) {
@@ -33,7 +36,8 @@ void add_rows(const T* x, int64_t stride, int64_t channels, int64_t rows, C* sum
 }
 
 template <typename T>
-void moments(const T* x, int64_t stride, int64_t channels, int64_t rows, compute_t<T>* mean, compute_t<T>* m2) {
+void moments(const T* x, int64_t stride, int64_t channels, int64_t rows, compute_t<T>* mean,
+             compute_t<T>* m2) {
   using C = compute_t<T>;
   C block_mean[kStrip], block_m2[kStrip];
   for (int64_t first = 0; first < channels; first += kStrip) {
@@ -57,7 +61,8 @@ void moments(const T* x, int64_t stride, int64_t channels, int64_t rows, compute
       } else {
         const C share = C(n) / C(done + n), product = C(done) * share;
         for (int64_t c = 0; c < width; ++c) {
-          batch_norm::merge_moments(mean[first + c], m2[first + c], block_mean[c], block_m2[c], share, product);
+          batch_norm::merge_moments(mean[first + c], m2[first + c], block_mean[c], block_m2[c], share,
+                                    product);
         }
       }
     }
@@ -104,8 +109,8 @@ void apply(const BnInput* inputs, const T* residual, int64_t residual_stride, Bn
 enum class Mask { none, bits, recompute };
 
 template <typename T, int Inputs, Mask mask, typename Body>
-FUSED_CNN_INLINE inline void for_each_gradient(const BnInput& in0, const BnInput& in1, const BnRows& grad_out, int64_t channels,
-                                     int64_t rows, const Body& body) {
+FUSED_CNN_INLINE inline void for_each_gradient(const BnInput& in0, const BnInput& in1, const BnRows& grad_out,
+                                               int64_t channels, int64_t rows, const Body& body) {
   using C = compute_t<T>;
   const int64_t bits_stride = (channels + 7) / 8;
   row_groups(rows, channels * sizeof(T), [&](int64_t r, auto group) FUSED_CNN_INLINE {
@@ -134,7 +139,8 @@ FUSED_CNN_INLINE inline void for_each_gradient(const BnInput& in0, const BnInput
 template <typename T, int Inputs, Mask mask>
 void reduce(const BnInput* inputs, BnRows grad_out, T* masked, BnSums sums, int64_t channels, int64_t rows) {
   using C = compute_t<T>;
-  const auto add = [](C* sum, Vec<C> v, auto used) FUSED_CNN_INLINE { store(load(sum, used) + v, sum, used); };
+  const auto add = [](C* sum, Vec<C> v, auto used)
+                       FUSED_CNN_INLINE { store(load(sum, used) + v, sum, used); };
   const BnInput in0 = inputs[0], in1 = inputs[Inputs - 1];
   C *sum_g = as<C>(sums.grad), *sum_g0 = as<C>(sums.grad_x[0]), *sum_g1 = as<C>(sums.grad_x[Inputs - 1]);
   for_each_gradient<T, Inputs, mask>(
@@ -155,8 +161,8 @@ void reduce(const BnInput* inputs, BnRows grad_out, T* masked, BnSums sums, int6
 }
 
 template <typename C, typename Used>
-FUSED_CNN_INLINE inline Vec<C> input_gradient(const BnGrad& grad, Vec<C> g, Vec<C> x, const Channels<C>& of, int64_t c,
-                                    Used used) {
+FUSED_CNN_INLINE inline Vec<C> input_gradient(const BnGrad& grad, Vec<C> g, Vec<C> x, const Channels<C>& of,
+                                              int64_t c, Used used) {
   if (!grad.offset) return g * of.scale;
   return batch_norm::grad_input(g, x, of.mean, of.scale, load(as<const C>(grad.offset) + c, used),
                                 load(as<const C>(grad.slope) + c, used));
@@ -182,15 +188,16 @@ void grad_input(const BnInput* inputs, BnRows grad_out, const BnGrad* grads, int
 
 }  // namespace
 
-void bn_moments(DType dtype, const void* x, int64_t stride, int64_t channels, int64_t rows, void* mean, void* m2) {
+void bn_moments(DType dtype, const void* x, int64_t stride, int64_t channels, int64_t rows, void* mean,
+                void* m2) {
   FUSED_CNN_DISPATCH(dtype, T, {
     using C = compute_t<T>;
     moments(as<const T>(x), stride, channels, rows, as<C>(mean), as<C>(m2));
   })
 }
 
-void bn_apply(DType dtype, const BnInput* inputs, int count, const void* residual, int64_t residual_stride, bool use_relu,
-              BnRows out, int64_t channels, int64_t rows) {
+void bn_apply(DType dtype, const BnInput* inputs, int count, const void* residual, int64_t residual_stride,
+              bool use_relu, BnRows out, int64_t channels, int64_t rows) {
   FUSED_CNN_DISPATCH(dtype, T, {
     const auto call = residual     ? apply<T, 1, true, true>
                       : count == 2 ? apply<T, 2, false, true>
@@ -200,8 +207,8 @@ void bn_apply(DType dtype, const BnInput* inputs, int count, const void* residua
   })
 }
 
-void bn_reduce(DType dtype, const BnInput* inputs, int count, BnRows grad_out, bool use_relu, void* masked, BnSums sums,
-               int64_t channels, int64_t rows) {
+void bn_reduce(DType dtype, const BnInput* inputs, int count, BnRows grad_out, bool use_relu, void* masked,
+               BnSums sums, int64_t channels, int64_t rows) {
   FUSED_CNN_DISPATCH(dtype, T, {
     const auto call = grad_out.bits ? reduce<T, 1, Mask::bits>
                       : count == 2  ? reduce<T, 2, Mask::recompute>
@@ -211,8 +218,8 @@ void bn_reduce(DType dtype, const BnInput* inputs, int count, BnRows grad_out, b
   })
 }
 
-void bn_grad_input(DType dtype, const BnInput* inputs, int count, BnRows grad_out, bool use_relu, const BnGrad* grads,
-                   int64_t channels, int64_t rows) {
+void bn_grad_input(DType dtype, const BnInput* inputs, int count, BnRows grad_out, bool use_relu,
+                   const BnGrad* grads, int64_t channels, int64_t rows) {
   FUSED_CNN_DISPATCH(dtype, T, {
     const auto call = count == 2 ? grad_input<T, 2, Mask::recompute>
                       : use_relu ? grad_input<T, 1, Mask::recompute>

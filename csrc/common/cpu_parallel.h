@@ -1,6 +1,6 @@
-// Splits n elements over PyTorch's CPU threads; a thread gets at least kGrain of them, so that small tensors stay on one.
-// Reductions over rows use RowTasks instead: a split that depends on the shape alone, so that sums are the same to the bit in
-// every run and for every number of threads.
+// Splits n elements over PyTorch's CPU threads; a thread gets at least kGrain of them, so that small tensors
+// stay on one. Reductions over rows use RowTasks instead: a split that depends on the shape alone, so that
+// sums are the same to the bit in every run and for every number of threads.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <algorithm>
@@ -14,13 +14,15 @@ void parallel_elements(int64_t n, const F& body) {
   if (n > 0) torch::stable::parallel_for(0, n, kGrain, body);
 }
 
-// `rows` rows of `channels` elements in at most 64 tasks. A task's partial sums cost as much as a row, so it gets 32 rows or more.
+// `rows` rows of `channels` elements in at most 64 tasks. A task's partial sums cost as much as a row, so it
+// gets 32 rows or more.
 struct RowTasks {
   int64_t rows;
   int64_t count;
 
   RowTasks(int64_t rows, int64_t channels)
-      : rows(rows), count(std::max<int64_t>(1, std::min({rows * channels / (kGrain / 2), rows / 32, int64_t{64}}))) {}
+      : rows(rows),
+        count(std::max<int64_t>(1, std::min({rows * channels / (kGrain / 2), rows / 32, int64_t{64}}))) {}
   int64_t begin(int64_t task) const { return rows * task / count; }
   int64_t size(int64_t task) const { return begin(task + 1) - begin(task); }
 
@@ -31,6 +33,21 @@ struct RowTasks {
     });
   }
 };
+
+// body(first row, how many) over [begin, end): as many rows at a time as stay in the second-level cache while
+// several branches, or several passes, work on them.
+template <typename F>
+void row_blocks(int64_t begin, int64_t end, int64_t channels, const F& body) {
+  const int64_t block = std::max<int64_t>(4, (int64_t{1} << 16) / std::max<int64_t>(1, channels));
+  for (int64_t row = begin; row < end; row += block) body(row, std::min(block, end - row));
+}
+
+template <typename F>
+void parallel_row_blocks(int64_t rows, int64_t channels, const F& body) {
+  if (rows * channels == 0) return;
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrain / channels),
+                              [&](int64_t begin, int64_t end) { row_blocks(begin, end, channels, body); });
+}
 
 inline const char* at(const void* base, int64_t index, int64_t element_size) {
   return static_cast<const char*>(base) + index * element_size;

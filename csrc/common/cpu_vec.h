@@ -1,6 +1,7 @@
-// Vectors of compute-type lanes for CPU kernels: load<T> converts any dtype to float (double for double) lanes, store converts
-// back. They are compiler vectors, so math.h's formulas take them as they take scalars. A row of channels is walked by
-// columns(), whose last step carries the number of lanes left; row_groups() hands out the rows. No standard-library templates here (cpu_level.h).
+// Vectors of compute-type lanes for CPU kernels: load<T> converts any dtype to float (double for double)
+// lanes, store converts back. They are compiler vectors, so math.h's formulas take them as they take scalars.
+// A row of channels is walked by columns(), whose last step carries the number of lanes left; row_groups()
+// hands out the rows. No standard-library templates here (cpu_level.h).
 #pragma once
 #include "common/dtype.h"
 
@@ -124,7 +125,8 @@ template <typename T>
 inline Vec<compute_t<T>> load(const T* p, Some some) {
 #if defined(__AVX512BW__)
   const auto mask = (1u << some.n) - 1;
-  if constexpr (sizeof(T) == 2) return to_lanes(reinterpret_cast<HalfWords>(_mm256_maskz_loadu_epi16(mask, p)), T{});
+  if constexpr (sizeof(T) == 2)
+    return to_lanes(reinterpret_cast<HalfWords>(_mm256_maskz_loadu_epi16(mask, p)), T{});
   if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(mask, p);
   if constexpr (sizeof(T) == 8) return _mm512_maskz_loadu_pd(mask, p);
 #else
@@ -161,9 +163,10 @@ struct Rows {
   static constexpr int n = N;
 };
 
-// body(first row, Rows<4> or Rows<1>) over [0, rows). Four short rows are worked on together, so that what is per channel is
-// loaded once for the four; long rows one after the other, because hardware prefetchers lose four interleaved streams (measured on
-// Zen 4: the four together are 1.3x faster at 64 floats a row, 2x slower at 256).
+// body(first row, Rows<4> or Rows<1>) over [0, rows). Four short rows are worked on together, so that what is
+// per channel is loaded once for the four; long rows one after the other, because hardware prefetchers lose
+// four interleaved streams (measured on Zen 4: the four together are 1.3x faster at 64 floats a row, 2x
+// slower at 256).
 template <typename F>
 FUSED_CNN_INLINE inline void row_groups(int64_t rows, int64_t row_bytes, const F& body) {
   int64_t r = 0;

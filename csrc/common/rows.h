@@ -1,5 +1,6 @@
-// Activations as rows of adjacent channels: what every channels_last kernel reads and writes. A channels_last tensor, or a slice of
-// the channels of one, is used in place; any other layout is copied once. Also the checks that lists of branches share.
+// Activations as rows of adjacent channels: what every channels_last kernel reads and writes. A channels_last
+// tensor, or a slice of the channels of one, is used in place; any other layout is copied once. Also the
+// checks that lists of branches share.
 #pragma once
 #include <vector>
 #include "common/checks.h"
@@ -33,7 +34,8 @@ inline RowView rows_of(const Tensor& t) {
   return {tensor, tensor.data_ptr(), stride};
 }
 
-// An uninitialised result, (N, channels, H, W) as `like`, written in rows; finish() gives it the layout that callers see.
+// An uninitialised result, (N, channels, H, W) as `like`, written in rows; finish() gives it the layout that
+// callers see.
 struct RowResult {
   MemoryFormat format;
   bool in_place;
@@ -42,9 +44,11 @@ struct RowResult {
 
   RowResult(const Tensor& like, int64_t channels, MemoryFormat format)
       : format(format),
-        // With one channel or one pixel both layouts are the same bytes; the strides must still be the format's own.
+        // With one channel or one pixel both layouts are the same bytes; the strides must still be the
+        // format's own.
         in_place(format == MemoryFormat::ChannelsLast || channels == 1 || like.size(2) * like.size(3) == 1),
-        tensor(empty_nchw(like, channels, like.size(2), like.size(3), in_place ? format : MemoryFormat::ChannelsLast)),
+        tensor(empty_nchw(like, channels, like.size(2), like.size(3),
+                          in_place ? format : MemoryFormat::ChannelsLast)),
         data(tensor.data_ptr()) {}
   Tensor finish() const { return in_place ? tensor : dense(tensor, format); }
 };
@@ -64,17 +68,18 @@ inline ScalarType vector_dtype(DType dtype) {
 }
 
 // A dense per-channel vector of the vector type on x's device.
-inline Tensor checked_vector(const char* op, const char* name, const Tensor& v, int64_t channels, const Tensor& x,
-                             ScalarType dtype) {
+inline Tensor checked_vector(const char* op, const char* name, const Tensor& v, int64_t channels,
+                             const Tensor& x, ScalarType dtype) {
   check_channels(op, name, v, channels);
-  FUSED_CNN_CHECK(v.scalar_type() == dtype, op, ": ", name, " must be ", torch::headeronly::toString(dtype), ", got ",
-                  torch::headeronly::toString(v.scalar_type()));
+  FUSED_CNN_CHECK(v.scalar_type() == dtype, op, ": ", name, " must be ", torch::headeronly::toString(dtype),
+                  ", got ", torch::headeronly::toString(v.scalar_type()));
   FUSED_CNN_CHECK(v.is_cuda() == x.is_cuda() && v.get_device_index() == x.get_device_index(), op, ": ", name,
                   " must be on the device of the input");
   return torch::stable::contiguous(v);
 }
 
-// Branches to be concatenated: at least one, all (N, C_i, H, W) with the same N, H, W, dtype and device. Returns their channels' sum.
+// Branches to be concatenated: at least one, all (N, C_i, H, W) with the same N, H, W, dtype and device.
+// Returns their channels' sum.
 inline int64_t check_branches(const char* op, const std::vector<Tensor>& branches) {
   FUSED_CNN_CHECK(!branches.empty(), op, ": at least one branch is needed, got none");
   const Tensor& first = branches[0];
@@ -85,8 +90,9 @@ inline int64_t check_branches(const char* op, const std::vector<Tensor>& branche
     check_4d(op, name.c_str(), branch);
     check_like(op, "branch 0", first, name.c_str(), branch, /*same_shape=*/false);
     for (const int dim : {0, 2, 3}) {
-      FUSED_CNN_CHECK(branch.size(dim) == first.size(dim), op, ": ", name, " must have branch 0's batch, height and width: ",
-                      shape_of(first), ", got ", shape_of(branch));
+      FUSED_CNN_CHECK(branch.size(dim) == first.size(dim), op, ": ", name,
+                      " must have branch 0's batch, height and width: ", shape_of(first), ", got ",
+                      shape_of(branch));
     }
     channels += branch.size(1);
   }

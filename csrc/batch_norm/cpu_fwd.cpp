@@ -1,0 +1,119 @@
+// fused_cnn::bn_stats, bn_relu_concat_fwd and bn_add_relu_fwd on the CPU: check everything, view activations
+// as rows of channels, run the loops on every thread, and combine the tasks' moments in a fixed order.
+#include <cmath>
+#include "batch_norm/cpu_inputs.h"
+#include "batch_norm/math.h"
+
+namespace fused_cnn {
+namespace {
+
+// Combines the tasks' moments, in order and in double.
+template <typename C>
+void finish_stats(const RowTasks& tasks, const C* partial, int64_t total, const double* eps, C* mean, C* rstd,
+                  C* var) {
+  parallel_channels(total, [&](int64_t first, int64_t channels) {
+    double m[kFinishChannels] = {}, m2[kFinishChannels] = {}, n = 0;
+    for (int64_t task = 0; task < tasks.count; ++task) {
+      const double other = static_cast<double>(tasks.size(task)), share = other / (n + other),
+                   product = n * share;
+      const C *task_mean = partial + task * 2 * total + first, *task_m2 = task_mean + total;
+      for (int64_t c = 0; c < channels; ++c) {
+        batch_norm::merge_moments<double>(m[c], m2[c], task_mean[c], task_m2[c], share, product);
+      }
+      n += other;
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      mean[first + c] = static_cast<C>(m[c]);
+      rstd[first + c] = static_cast<C>(1 / std::sqrt(m2[c] / n + eps[first + c]));
+      var[first + c] = static_cast<C>(m2[c] / (n - 1));
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_stats(const std::vector<Tensor>& xs, const std::vector<double>& eps) {
+  const char* op = "bn_stats";
+  const int64_t total = check_branches(op, xs), rows = row_count(xs[0]);
+  FUSED_CNN_CHECK(eps.size() == xs.size(), op, ": expected one eps for each of ", xs.size(), " inputs, got ",
+                  eps.size());
+  FUSED_CNN_CHECK(rows > 0, op, ": an empty batch has no statistics, got ", shape_of(xs[0]));
+  const DType dtype = dtype_of(op, "x", xs[0]);
+  const ScalarType type = vector_dtype(dtype);
+  Tensor mean = empty_vector(xs[0], total, type), rstd = empty_vector(xs[0], total, type),
+         var = empty_vector(xs[0], total, type);
+  const RowTasks tasks(rows, total);
+  const Tensor partial = empty_vector(xs[0], tasks.count * 2 * total, type);
+  std::vector<RowView> views;
+  std::vector<double> channel_eps;
+  for (size_t i = 0; i < xs.size(); ++i) {
+    views.push_back(rows_of(xs[i]));
+    channel_eps.insert(channel_eps.end(), xs[i].size(1), eps[i]);
+  }
+  const int64_t size = xs[0].element_size(), vector_size = mean.element_size();
+  tasks.run([&](int64_t task) {
+    int64_t first = 0;
+    for (size_t i = 0; i < xs.size(); ++i) {
+      const int64_t channels = xs[i].size(1);
+      FUSED_CNN_PICK(bn_moments)(dtype, at(views[i].data, tasks.begin(task) * views[i].stride, size),
+                                 views[i].stride, channels, tasks.size(task),
+                                 at(partial.data_ptr(), task * 2 * total + first, vector_size),
+                                 at(partial.data_ptr(), (task * 2 + 1) * total + first, vector_size));
+      first += channels;
+    }
+  });
+  const auto finish = [&]<typename C>(C) {
+    finish_stats<C>(tasks, static_cast<const C*>(partial.data_ptr()), total, channel_eps.data(),
+                    static_cast<C*>(mean.data_ptr()), static_cast<C*>(rstd.data_ptr()),
+                    static_cast<C*>(var.data_ptr()));
+  };
+  dtype == DType::f64 ? finish(double{}) : finish(float{});
+  return {mean, rstd, var};
+}
+
+Tensor bn_relu_concat_fwd(const std::vector<Tensor>& xs, const Tensor& mean, const Tensor& rstd,
+                          const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, bool relu) {
+  const Inputs in("bn_relu_concat_fwd", xs, mean, rstd, weights, biases);
+  const RowResult out(xs[0], in.total, result_format(xs[0]));
+  parallel_row_blocks(in.rows, in.total, [&](int64_t row, int64_t rows) {
+    for (size_t i = 0; i < xs.size(); ++i) {
+      const BnInput branch = in.from_row(i, row);
+      const BnRows slice{at(out.data, row * in.total + in.first[i], in.element_size), in.total, nullptr};
+      FUSED_CNN_PICK(bn_apply)(in.dtype, &branch, 1, nullptr, 0, relu, slice, in.channels[i], rows);
+    }
+  });
+  return out.finish();
+}
+
+std::tuple<Tensor, Tensor> bn_add_relu_fwd(const Tensor& x, const Tensor& residual, const Tensor& mean,
+                                           const Tensor& rstd, const std::vector<Tensor>& weights,
+                                           const std::vector<Tensor>& biases, bool save_mask) {
+  const char* op = "bn_add_relu_fwd";
+  check_4d(op, "x", x);
+  check_like(op, "x", x, "residual", residual);
+  const std::vector<Tensor> xs = normalized_inputs(op, x, residual, weights.size());
+  const Inputs in(op, xs, mean, rstd, weights, biases);
+  const int64_t channels = x.size(1), count = xs.size(), bytes = (channels + 7) / 8;
+  const bool plain = count == 1;  // the residual is added as it is
+  const RowResult out(x, channels, result_format(x));
+  const RowView addend = rows_of(residual);
+  const int64_t mask_sizes[] = {plain && save_mask ? in.rows : 0, bytes};
+  Tensor mask =
+      torch::stable::empty(mask_sizes, ScalarType::Byte, torch::headeronly::Layout::Strided, x.device());
+  parallel_row_blocks(in.rows, in.total, [&](int64_t row, int64_t rows) {
+    const BnInput inputs[] = {in.from_row(0, row), in.from_row(count - 1, row)};
+    uint8_t* bits = plain && save_mask ? static_cast<uint8_t*>(mask.data_ptr()) + row * bytes : nullptr;
+    const BnRows to{at(out.data, row * channels, in.element_size), channels, bits};
+    FUSED_CNN_PICK(bn_apply)(in.dtype, inputs, static_cast<int>(count),
+                             plain ? at(addend.data, row * addend.stride, in.element_size) : nullptr,
+                             addend.stride, true, to, channels, rows);
+  });
+  return {out.finish(), mask};
+}
+
+}  // namespace
+}  // namespace fused_cnn
+
+STABLE_TORCH_LIBRARY_IMPL(fused_cnn, CPU, m) {
+  m.impl("bn_stats", TORCH_BOX(&fused_cnn::bn_stats));
+  m.impl("bn_relu_concat_fwd", TORCH_BOX(&fused_cnn::bn_relu_concat_fwd));
+  m.impl("bn_add_relu_fwd", TORCH_BOX(&fused_cnn::bn_add_relu_fwd));
+}

@@ -1,0 +1,90 @@
+// What the forward and the backward of batch_norm share on the CPU: the normalised inputs as rows of channels
+// beside their per-channel vectors, all checked, and a loop over channels for combining partial sums.
+#pragma once
+#include <optional>
+#include <tuple>
+#include "batch_norm/cpu_kernels.h"
+#include "common/cpu_parallel.h"
+#include "common/rows.h"
+
+namespace fused_cnn {
+
+// Normalised inputs and their per-channel vectors, checked; branch i's channels begin at first[i].
+struct Inputs {
+  DType dtype;
+  ScalarType vector_type;
+  int64_t element_size, vector_size;
+  int64_t rows, total;
+  std::vector<RowView> views;
+  std::vector<Tensor> biases;  // keeps them alive
+  Tensor mean, rstd, scale;
+  std::vector<BnInput> branches;
+  std::vector<int64_t> first, channels;
+
+  Inputs(const char* op, const std::vector<Tensor>& xs, const Tensor& mean_, const Tensor& rstd_,
+         const std::vector<Tensor>& weights, const std::vector<Tensor>& biases_)
+      : total(check_branches(op, xs)) {
+    const Tensor& x = xs[0];
+    dtype = dtype_of(op, "x", x);
+    vector_type = vector_dtype(dtype);
+    element_size = x.element_size();
+    rows = row_count(x);
+    FUSED_CNN_CHECK(weights.size() == xs.size() && biases_.size() == xs.size(), op,
+                    ": expected one weight and one bias for each of ", xs.size(), " inputs, got ",
+                    weights.size(), " and ", biases_.size());
+    mean = checked_vector(op, "mean", mean_, total, x, vector_type);
+    rstd = checked_vector(op, "rstd", rstd_, total, x, vector_type);
+    scale = empty_vector(x, total, vector_type);
+    vector_size = mean.element_size();
+    int64_t begin = 0;
+    for (size_t i = 0; i < xs.size(); ++i) {
+      const int64_t c = xs[i].size(1);
+      views.push_back(rows_of(xs[i]));
+      const Tensor weight = checked_vector(op, "weight", weights[i], c, x, vector_type);
+      biases.push_back(checked_vector(op, "bias", biases_[i], c, x, vector_type));
+      multiply(vector_at(rstd, begin), weight.data_ptr(), vector_at(scale, begin), c);
+      branches.push_back({views[i].data, views[i].stride, vector_at(mean, begin), vector_at(scale, begin),
+                          biases[i].data_ptr()});
+      first.push_back(begin);
+      channels.push_back(c);
+      begin += c;
+    }
+  }
+
+  void multiply(const void* a, const void* b, void* out, int64_t n) const {
+    const auto run = [&]<typename C>(C) {
+      for (int64_t c = 0; c < n; ++c)
+        static_cast<C*>(out)[c] = static_cast<const C*>(a)[c] * static_cast<const C*>(b)[c];
+    };
+    dtype == DType::f64 ? run(double{}) : run(float{});
+  }
+  void* vector_at(const Tensor& v, int64_t channel) const {
+    return at(v.data_ptr(), channel, v.element_size());
+  }
+  BnInput from_row(size_t branch, int64_t row) const {
+    BnInput in = branches[branch];
+    in.x = at(in.x, row * in.stride, element_size);
+    return in;
+  }
+};
+
+// The inputs of bn_add_relu that are normalised, by the number of weights: x, or x and the residual.
+inline std::vector<Tensor> normalized_inputs(const char* op, const Tensor& x,
+                                             const std::optional<Tensor>& residual, size_t count) {
+  FUSED_CNN_CHECK(count == 1 || count == 2, op,
+                  ": expected one weight (for x) or two (for x and residual), got ", count);
+  FUSED_CNN_CHECK(count == 1 || residual.has_value(), op, ": a normalised residual is needed, got none");
+  return count == 1 ? std::vector<Tensor>{x} : std::vector<Tensor>{x, *residual};
+}
+
+constexpr int64_t kFinishChannels = 256;
+
+// body(first channel, how many) for every channel, at most kFinishChannels at a time.
+template <typename Body>
+void parallel_channels(int64_t channels, const Body& body) {
+  torch::stable::parallel_for(0, channels, kFinishChannels, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; c += kFinishChannels) body(c, std::min(kFinishChannels, end - c));
+  });
+}
+
+}  // namespace fused_cnn

@@ -1,0 +1,20 @@
+"""cat([relu(b_i + bias_i)], dim=1) in plain PyTorch: the definition that every backend is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..._layout import result_format
+
+
+def concat_bias_relu(branches: Sequence[Tensor], bias: Tensor | None, relu: bool) -> Tensor:
+    outs = list(branches)
+    if bias is not None:
+        parts = bias.to(branches[0].dtype).split([b.size(1) for b in branches])
+        outs = [b + part.view(1, -1, 1, 1) for b, part in zip(branches, parts, strict=True)]
+    if relu:
+        outs = [torch.relu(out) for out in outs]
+    return torch.cat(outs, dim=1).contiguous(memory_format=result_format(branches[0]))
