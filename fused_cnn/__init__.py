@@ -1,6 +1,31 @@
 """Fused blocks for GoogLeNet- and ResNet-like CNNs: the same weights and the same numbers with less memory traffic."""
 
-from .ops import add_relu
+from . import nn, ops
+from .fuse import FusionReport, fuse_, unfuse_
+from .ops import (
+    add_relu,
+    bn_add_relu,
+    bn_relu,
+    bn_relu_concat,
+    concat_bias_relu,
+    conv1x1_bias_relu,
+    conv_bias_relu,
+    inception,
+)
 
 __version__ = "0.1.0"
-__all__ = ["add_relu"]
+__all__ = [
+    "FusionReport",
+    "add_relu",
+    "bn_add_relu",
+    "bn_relu",
+    "bn_relu_concat",
+    "concat_bias_relu",
+    "conv1x1_bias_relu",
+    "conv_bias_relu",
+    "fuse_",
+    "inception",
+    "nn",
+    "ops",
+    "unfuse_",
+]

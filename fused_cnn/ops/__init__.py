@@ -1,7 +1,25 @@
 """The fused ops, one folder each: op.py (the public function), reference.py (the definition of truth), triton.py, cases.py."""
 
 from .add_relu.op import add_relu
+from .batch_norm.args import BatchNormArgs
+from .batch_norm.op import bn_add_relu, bn_relu, bn_relu_concat
+from .concat_bias_relu.op import concat_bias_relu
 from .conv1x1_bias_relu.op import conv1x1_bias_relu
-from .conv_bias_relu.op import conv_bias_relu
+from .conv_bias_relu.op import PackedConv, conv_bias_relu, pack_conv
+from .inception.op import PackedInception, inception, pack_inception
 
-__all__ = ["add_relu", "conv1x1_bias_relu", "conv_bias_relu"]
+__all__ = [
+    "BatchNormArgs",
+    "PackedConv",
+    "PackedInception",
+    "add_relu",
+    "bn_add_relu",
+    "bn_relu",
+    "bn_relu_concat",
+    "concat_bias_relu",
+    "conv1x1_bias_relu",
+    "conv_bias_relu",
+    "inception",
+    "pack_conv",
+    "pack_inception",
+]

@@ -1,0 +1,134 @@
+// fused_cnn::inception_fwd, inception_pack and inception_packed_fwd on the CPU: a whole Inception block, BatchNorm folded.
+//   out = cat([relu(1x1(x)), relu(3x3(relu(1x1(x)))), relu(kxk(relu(1x1(x)))), relu(1x1(maxpool3x3(x)))])
+// float32 and bfloat16: four engine calls. The three 1x1 convolutions of x are one call with three destinations: branch 1's slice of
+// the output and the two reduction buffers; the others and the projection write straight into their slices. Other dtypes
+// go through the library and copy each branch into its slice.
+#include "common/cpu_conv.h"
+
+namespace fused_cnn {
+namespace {
+
+// The convolutions, by position in weights, biases and channels.
+enum { kBranch1, kReduce3, kConv3, kReduce5, kConv5, kPoolProj, kConvolutions };
+
+const ConvParams kPointwise{{1, 1}, {0, 0}, {1, 1}, 1};
+
+ConvParams same_padding(int64_t kernel) {
+  return {{1, 1}, {kernel / 2, kernel / 2}, {1, 1}, 1};
+}
+
+Tensor max_pool_3x3(const Tensor& x) {
+  const Tensor nhwc = dense(x, MemoryFormat::ChannelsLast);
+  Tensor out = empty_like_4d(x, MemoryFormat::ChannelsLast);
+  const engine::PoolShape shape{x.size(0), x.size(1), x.size(2), x.size(3), 3, 3, 1, 1, 1, 1, 1, 1, x.size(2), x.size(3)};
+  engine::max_pool(shape, engine_dtype(x), nhwc.data_ptr(), x.size(1), out.data_ptr(), x.size(1), engine_threads());
+  return out;
+}
+
+std::vector<Tensor> inception_pack(std::vector<Tensor> weights, std::vector<Tensor> biases) {
+  FUSED_CNN_CHECK(weights.size() == kConvolutions && biases.size() == kConvolutions,
+                  "inception_pack: weights and biases must be six each, got ", weights.size(), " and ", biases.size());
+  return {engine_pack({weights[kBranch1], weights[kReduce3], weights[kReduce5]},
+                      {biases[kBranch1], biases[kReduce3], biases[kReduce5]}),
+          engine_pack({weights[kConv3]}, {biases[kConv3]}), engine_pack({weights[kConv5]}, {biases[kConv5]}),
+          engine_pack({weights[kPoolProj]}, {biases[kPoolProj]})};
+}
+
+Tensor inception_packed_fwd(const Tensor& x, std::vector<Tensor> packed, Ints channels, Ints kernels) {
+  const char* op = "inception_packed_fwd";
+  check_4d(op, "x", x);
+  FUSED_CNN_CHECK(engine_takes(x, 1), op, ": x must be float32 or bfloat16");
+  FUSED_CNN_CHECK(packed.size() == 4 && channels.size() == kConvolutions && kernels.size() == 2, op,
+                  ": four packed weights, six channel counts and two kernel sizes are wanted, got ", packed.size(), ", ",
+                  channels.size(), " and ", kernels.size());
+  for (const int64_t c : channels) FUSED_CNN_CHECK(c >= 1, op, ": channel counts must be at least 1, got ", c);
+  for (const int64_t k : kernels) FUSED_CNN_CHECK(k >= 1 && k % 2 == 1, op, ": kernel sizes must be odd, got ", k);
+
+  const engine::DType dtype = engine_dtype(x);
+  const engine::ThreadPool threads = engine_threads();
+  const MemoryFormat nhwc = MemoryFormat::ChannelsLast;
+  const int64_t height = x.size(2), width = x.size(3), size = x.element_size();
+  const int64_t total = channels[kBranch1] + channels[kConv3] + channels[kConv5] + channels[kPoolProj];
+
+  engine::ConvShape merged = engine_shape(x, channels[kBranch1], {1, 1}, kPointwise);
+  merged.destinations = 3;
+  merged.out_channels[1] = channels[kReduce3], merged.out_channels[2] = channels[kReduce5];
+  check_packed(op, packed[0], merged, dtype);
+
+  Tensor out = empty_nchw(x, total, height, width, nhwc);
+  Tensor reduced3 = empty_nchw(x, channels[kReduce3], height, width, nhwc);
+  Tensor reduced5 = empty_nchw(x, channels[kReduce5], height, width, nhwc);
+  char* slice = static_cast<char*>(out.data_ptr());
+  const auto convolve = [&](const Tensor& from, const Tensor& weight, int64_t out_channels, int64_t kernel) {
+    const engine::ConvShape shape = engine_shape(from, out_channels, {kernel, kernel}, same_padding(kernel));
+    check_packed(op, weight, shape, dtype);
+    engine::ConvArgs args{from.data_ptr(), from.size(1), weight.data_ptr(), {}};
+    args.destination[0] = {slice, total, nullptr, 0, true};
+    if (out.numel() > 0) engine::conv_forward(shape, dtype, args, threads);
+    slice += out_channels * size;
+  };
+
+  const Pixels in(x);
+  engine::ConvArgs args{in.data(), in.pitch, packed[0].data_ptr(), {}};
+  args.destination[0] = {slice, total, nullptr, 0, true};
+  args.destination[1] = {reduced3.data_ptr(), channels[kReduce3], nullptr, 0, true};
+  args.destination[2] = {reduced5.data_ptr(), channels[kReduce5], nullptr, 0, true};
+  if (out.numel() > 0) engine::conv_forward(merged, dtype, args, threads);
+  slice += channels[kBranch1] * size;
+  convolve(reduced3, packed[1], channels[kConv3], kernels[0]);
+  convolve(reduced5, packed[2], channels[kConv5], kernels[1]);
+  convolve(max_pool_3x3(x), packed[3], channels[kPoolProj], 1);
+  return dense(out, result_format(x));
+}
+
+Tensor library_max_pool_3x3(const Tensor& x) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{from(x),          from(Ints{3, 3}), from(Ints{1, 1}),
+                                    from(Ints{1, 1}), from(Ints{1, 1}), from(false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::max_pool2d", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
+  const char* op = "inception_fwd";
+  FUSED_CNN_CHECK(weights.size() == kConvolutions && biases.size() == kConvolutions, op,
+                  ": weights and biases must be six each, got ", weights.size(), " and ", biases.size());
+  check_4d(op, "x", x);
+  for (const Tensor& w : weights) check_4d(op, "weight", w);
+  const auto conv = [&](const Tensor& from, int i) {
+    return cpu_conv_forward(op, from, weights[i], biases[i], std::nullopt, same_padding(weights[i].size(2)), true);
+  };
+  if (engine_takes(x, 1)) {
+    for (int i = 0; i < kConvolutions; ++i) {
+      const int64_t in = i == kConv3 ? weights[kReduce3].size(0) : i == kConv5 ? weights[kReduce5].size(0) : x.size(1);
+      FUSED_CNN_CHECK(weights[i].size(1) == in && weights[i].size(2) == weights[i].size(3), op,
+                      ": weight ", i, " must have shape (out, ", in, ", k, k), got ", shape_of(weights[i]));
+      check_like(op, "x", x, "weight", weights[i], /*same_shape=*/false);
+    }
+    Ints channels;
+    for (const Tensor& w : weights) channels.push_back(w.size(0));
+    return inception_packed_fwd(x, inception_pack(weights, biases), channels,
+                                {weights[kConv3].size(2), weights[kConv5].size(2)});
+  }
+  const Tensor branches[] = {conv(x, kBranch1), conv(conv(x, kReduce3), kConv3), conv(conv(x, kReduce5), kConv5),
+                             conv(library_max_pool_3x3(x), kPoolProj)};
+  int64_t total = 0;
+  for (const Tensor& b : branches) total += b.size(1);
+  Tensor out = empty_nchw(x, total, x.size(2), x.size(3), result_format(x));
+  int64_t start = 0;
+  for (const Tensor& b : branches) {
+    Tensor slice = torch::stable::narrow(out, 1, start, b.size(1));
+    torch::stable::copy_(slice, b);
+    start += b.size(1);
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace fused_cnn
+
+STABLE_TORCH_LIBRARY_IMPL(fused_cnn, CPU, m) {
+  m.impl("inception_fwd", TORCH_BOX(&fused_cnn::inception_fwd));
+  m.impl("inception_pack", TORCH_BOX(&fused_cnn::inception_pack));
+  m.impl("inception_packed_fwd", TORCH_BOX(&fused_cnn::inception_packed_fwd));
+}

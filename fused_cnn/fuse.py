@@ -1,0 +1,179 @@
+"""fuse_(model) swaps the blocks that it knows for fused ones, in place; unfuse_(model) puts them back.
+
+One recursive walk: a child whose class is in a table is replaced by what the table's builder returns, over the very same parameters and
+buffers; all else is walked into. A network whose stem sits at its top level keeps its identity and gets a class of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ._backends import BACKENDS
+from .adapters import full_name, tables
+from .nn import FusedModule
+
+Filter = Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module of the report: its name in the model, its class, and why it was fused or not."""
+
+    name: str
+    module: str
+    reason: str
+
+
+@dataclass
+class FusionReport:
+    """What fuse_ did: `fused` and `skipped` list one Entry for each block that was looked at."""
+
+    fused: list[Entry] = field(default_factory=list)
+    skipped: list[Entry] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        rows = [("fused", e.name, e.module, e.reason) for e in self.fused]
+        rows += [("skipped", e.name, e.module, e.reason) for e in self.skipped]
+        rows = [("", "name", "module", "reason"), *rows]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = ["  ".join((*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3])) for row in rows]
+        return "\n".join((f"{len(self.fused)} fused, {len(self.skipped)} skipped", *(line.rstrip() for line in lines)))
+
+
+def _restore_swapped(mixin: type, base: type, state: dict[str, Any]) -> nn.Module:
+    module = base.__new__(_swapped_class(mixin, base))
+    module.__setstate__(state)
+    return module
+
+
+def _swapped_class(mixin: type, base: type) -> type:
+    """`base` with the mixin's forward: the class that a fused network's instance takes on. It pickles by its two parents."""
+
+    def reduce(self: FusedModule, protocol: int) -> tuple[Any, ...]:
+        return _restore_swapped, (mixin, base, self.__getstate__())
+
+    body = {"__reduce_ex__": reduce, "__module__": base.__module__, "_swapped_from": base}
+    return type(f"Fused{base.__name__}", (mixin, base), body)
+
+
+def fuse_(
+    model: nn.Module, *, backend: str | None = None, filter_fn: Filter | None = None, strict: bool = False
+) -> FusionReport:
+    """Swap the blocks of `model` for fused ones, in place: same parameters, same names, same numbers.
+
+    What is not fully understood is left as it is: a subclass of a known block, hooks on an inner module, an activation other than ReLU,
+    squeeze-and-excitation, anti-aliasing, drop-path. Hooks on a block itself are kept.
+
+    Args:
+        model: a torchvision or timm model, one that contains their blocks, or fused_cnn's own models made with
+            backend="reference". Its root must be a network, not a bare block (use the block's `from_reference`).
+        backend: for the fused blocks: "reference", "native", "triton", or None for the best at hand.
+        filter_fn: called with a block's name and module; False leaves the block as it is.
+        strict: raise ValueError, changing nothing more, when nothing was fused.
+
+    Returns:
+        A FusionReport; print it for a table.
+
+    Raises:
+        ValueError: an unknown backend, or nothing fused with strict=True.
+    """
+    if backend not in (None, "auto", *BACKENDS):
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None (auto), got {backend!r}")
+    report = FusionReport()
+    _Walk(backend, filter_fn, report).visit(model)
+    if strict and not report.fused:
+        raise ValueError(f"fuse_: nothing in {type(model).__name__} could be fused\n{report}")
+    return report
+
+
+class _Walk:
+    def __init__(self, backend: str | None, filter_fn: Filter | None, report: FusionReport) -> None:
+        self.backend, self.filter_fn, self.report = backend, filter_fn, report
+        self.blocks, self.networks = tables()
+        self.made: dict[nn.Module, nn.Module] = {}  # a block that is used twice stays one block
+
+    def visit(self, module: nn.Module, prefix: str = "") -> None:
+        if full_name(module) in self.networks and self._wanted(prefix, module):
+            self._swap(prefix, module)
+        elif isinstance(module, FusedModule) and module.backend == "reference" and self._wanted(prefix, module):
+            module.backend = self.backend
+            self.report.fused.append(Entry(prefix, type(module).__name__, f"backend {self.backend or 'auto'}"))
+        for child_name, child in list(module._modules.items()):
+            if child is None:
+                continue
+            name = f"{prefix}.{child_name}" if prefix else child_name
+            made = self._build(name, child)
+            if made is None:
+                self.visit(child, name)
+            else:
+                module._modules[child_name] = made
+
+    def _wanted(self, name: str, module: nn.Module) -> bool:
+        if self.filter_fn is None or self.filter_fn(name, module):
+            return True
+        self.report.skipped.append(Entry(name, type(module).__name__, "left out by filter_fn"))
+        return False
+
+    def _build(self, name: str, module: nn.Module) -> nn.Module | None:
+        if module in self.made:
+            return self.made[module]
+        builder = self.blocks.get(full_name(module))
+        if builder is None:
+            self._note_subclass(name, module)
+            return None
+        if not self._wanted(name, module):
+            return module
+        made = builder(module, self.backend)
+        if isinstance(made, str):
+            self.report.skipped.append(Entry(name, type(module).__name__, made))
+            return None
+        self.made[module] = made
+        self.report.fused.append(Entry(name, type(module).__name__, type(made).__name__))
+        return made
+
+    def _note_subclass(self, name: str, module: nn.Module) -> None:
+        for parent in type(module).__mro__[1:]:
+            if f"{parent.__module__}.{parent.__qualname__}" in self.blocks:
+                reason = f"a subclass of {parent.__name__}, whose forward may differ"
+                self.report.skipped.append(Entry(name, type(module).__name__, reason))
+                return
+
+    def _swap(self, name: str, module: nn.Module) -> None:
+        mixin, base = self.networks[full_name(module)], type(module)
+        problem = mixin.problem(module)  # type: ignore[attr-defined]
+        if problem is not None:
+            self.report.skipped.append(Entry(name or "(stem)", base.__name__, problem))
+            return
+        module.__class__ = _swapped_class(mixin, base)
+        module.backend = self.backend  # type: ignore[assignment]
+        self.report.fused.append(Entry(f"{name}.conv1" if name else "conv1", base.__name__, "stem"))
+
+
+def unfuse_(model: nn.Module) -> nn.Module:
+    """Undo fuse_, in place: every fused block becomes the block that it was made from, over today's parameters.
+
+    Returns the model itself. fused_cnn's own blocks go back to backend="reference".
+    """
+    if isinstance(model, FusedModule):
+        _unswap(model)
+    for name, child in list(model._modules.items()):
+        if child is None:
+            continue
+        if isinstance(child, FusedModule) and child._original:
+            model._modules[name] = child = child.to_reference()
+        unfuse_(child)
+    return model
+
+
+def _unswap(module: FusedModule) -> None:
+    base = getattr(type(module), "_swapped_from", None)
+    if base is None:
+        module.backend = "reference"
+        return
+    module.__class__ = base
+    module.__dict__.pop("backend")
+    module.__dict__.pop("_cache", None)

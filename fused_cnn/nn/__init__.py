@@ -1,0 +1,8 @@
+"""Drop-in modules over the fused ops, with torchvision's parameter names."""
+
+from ._base import FusedModule
+from .conv_bn_relu import ConvBNReLU
+from .inception import Inception
+from .residual import BasicBlock, Bottleneck
+
+__all__ = ["BasicBlock", "Bottleneck", "ConvBNReLU", "FusedModule", "Inception"]

@@ -1,0 +1,174 @@
+"""FusedModule: convolution + BatchNorm + residual + ReLU over a block's ordinary children, and the cache of folded weights.
+
+In training (and in eval with gradients) the convolution is the library's and BatchNorm, the addition and the ReLU are one fused op. In
+eval without gradients BatchNorm is folded into the convolution: weight' = weight * gamma / sqrt(var + eps), bias' = beta + (bias - mean) *
+gamma / sqrt(var + eps). The folded weight is a cache: it is checked against its sources at every call and never saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import BatchNormArgs, bn_add_relu, bn_relu, conv_bias_relu, pack_conv
+
+Made = TypeVar("Made")
+Self = TypeVar("Self", bound="FusedModule")
+
+
+class _Cached(NamedTuple):
+    key: tuple[Any, ...]
+    sources: list[Tensor]  # kept alive, so that no new tensor can have an old one's address
+    value: Any
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone watches this very module, so that skipping its forward would be noticed."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def understood(conv: nn.Module, bn: nn.Module | None) -> bool:
+    """Whether a pair means exactly what the fused ops compute; subclasses, SyncBatchNorm and hooked modules do not."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and not has_hooks(conv)
+        and (bn is None or (type(bn) is nn.BatchNorm2d and not has_hooks(bn)))
+    )
+
+
+def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias of the one convolution that equals `bn(conv(x))` in eval (arXiv 1502.03167, section 3.1).
+
+    Computed, and returned, in float32 (float64 for float64).
+    """
+    wide = torch.float64 if conv.weight.dtype == torch.float64 else torch.float32
+    bias = None if conv.bias is None else conv.bias.to(wide)
+    if bn is None:
+        return conv.weight.to(wide), bias
+    assert bn.running_mean is not None and bn.running_var is not None
+    scale = torch.rsqrt(bn.running_var.to(wide) + bn.eps)
+    if bn.weight is not None:
+        scale = scale * bn.weight.to(wide)
+    shift = ((bias if bias is not None else 0) - bn.running_mean.to(wide)) * scale
+    if bn.bias is not None:
+        shift = shift + bn.bias.to(wide)
+    return conv.weight.to(wide) * scale.view(-1, 1, 1, 1), shift
+
+
+class FusedModule(nn.Module):
+    """A block that runs its convolutions with what follows them as fused ops.
+
+    `backend` is "reference" (plain eager PyTorch), "native", "triton" or None for the best at hand.
+    """
+
+    backend: str | None = None
+    _cache: dict[Any, _Cached] | None = None
+    _original: tuple[nn.Module, ...] = ()  # in a tuple, so that it is not registered as a child
+
+    @classmethod
+    def adopt(cls: type[Self], module: nn.Module, *, backend: str | None = None, **attributes: Any) -> Self:
+        """A fused module over `module`'s very children, so that parameters, buffers and their names are shared; hooks are too."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._modules.update(module._modules)
+        self._forward_hooks, self._forward_pre_hooks = module._forward_hooks, module._forward_pre_hooks
+        self._forward_hooks_with_kwargs = module._forward_hooks_with_kwargs
+        self._forward_pre_hooks_with_kwargs = module._forward_pre_hooks_with_kwargs
+        self._forward_hooks_always_called = module._forward_hooks_always_called
+        self._backward_hooks, self._backward_pre_hooks = module._backward_hooks, module._backward_pre_hooks
+        self.training, self.backend, self._original = module.training, backend, (module,)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+        return self
+
+    def to_reference(self) -> nn.Module:
+        """The unfused module: the one that this was made from, over today's children; else the same class on plain PyTorch."""
+        if not self._original:
+            plain = type(self).adopt(self, backend="reference")
+            kept = {k: v for k, v in self.__dict__.items() if k not in plain.__dict__}
+            plain.__dict__.update(kept, _original=())
+            return plain
+        (module,) = self._original
+        module._modules.update(self._modules)
+        module.training = self.training
+        return module
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_cache", None)  # made again at the first call after a copy or a load
+        return state
+
+    def train(self: Self, mode: bool = True) -> Self:
+        self._cache = None
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        return f"backend={self.backend!r}"
+
+    def folds(self, x: Tensor, *modules: nn.Module | None) -> bool:
+        """Whether weights may be folded: BatchNorm uses running statistics, and no gradient is asked for."""
+        present = [m for m in modules if m is not None]
+        if any(isinstance(m, nn.BatchNorm2d) and (m.training or m.running_mean is None) for m in present):
+            return False
+        if not torch.is_grad_enabled():
+            return True
+        return not x.requires_grad and not any(p.requires_grad for m in present for p in m.parameters())
+
+    def cached(self, name: Any, sources: Sequence[nn.Module | None], like: Tensor, make: Callable[[], Made]) -> Made:
+        """make()'s result, kept until a parameter or buffer of `sources`, or the dtype to run in, changes."""
+        if torch.compiler.is_compiling():
+            return make()
+        tensors = [
+            t for m in sources if m is not None for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
+        ]
+        if any(t.is_inference() for t in tensors):  # their changes cannot be seen
+            return make()
+        key = (like.dtype, *[(t.data_ptr(), t._version, t.dtype, t.device) for t in tensors])
+        cache = self._cache = {} if self._cache is None else self._cache
+        found = cache.get(name)
+        if found is None or found.key != key:
+            found = cache[name] = _Cached(key, [t.detach() for t in tensors], make())
+        return found.value
+
+    def conv_bn(
+        self, conv: nn.Module, bn: nn.Module | None, x: Tensor, *, relu: bool = True, residual: Tensor | None = None
+    ) -> Tensor:
+        """relu(bn(conv(x)) + residual); bn, the residual and the ReLU are optional. Pairs that are not understood run as they are."""
+        if self.backend == "reference" or not understood(conv, bn):
+            return _eager(conv, bn, x, relu, residual)
+        assert isinstance(conv, nn.Conv2d) and (bn is None or isinstance(bn, nn.BatchNorm2d))
+        geometry = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
+        if self.folds(x, conv, bn):
+            x = autocast(x)
+            weight, bias = self.cached(
+                conv, (conv, bn), x, lambda: pack_conv(*fold(conv, bn), like=x, groups=conv.groups, backend=self.backend)
+            )
+            return conv_bias_relu(x, weight, bias, residual, **geometry, relu=relu, backend=self.backend)
+        if bn is None:
+            return conv_bias_relu(x, conv.weight, conv.bias, residual, **geometry, relu=relu, backend=self.backend)
+        y, args = conv(x), BatchNormArgs.of(bn)
+        if residual is None:
+            return bn_relu(y, args, relu=relu, backend=self.backend)
+        if relu:
+            return bn_add_relu(y, args, residual, backend=self.backend)
+        return bn_relu(y, args, relu=False, backend=self.backend) + residual
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype where autocast is on."""
+    device_type = x.device.type
+    return x.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else x
+
+
+def _eager(conv: nn.Module, bn: nn.Module | None, x: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
+    y = conv(x) if bn is None else bn(conv(x))
+    if residual is not None:
+        y = y + residual
+    return torch.relu(y) if relu else y

@@ -1,0 +1,168 @@
+"""Inception: GoogLeNet's block (arXiv 1409.4842, figure 2), with the 1x1 reductions or in the naive form, by torchvision's names."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import (
+    BatchNormArgs,
+    bn_relu_concat,
+    concat_bias_relu,
+    inception,
+    pack_inception,
+)
+from ._base import FusedModule, autocast, fold, has_hooks, understood
+from .conv_bn_relu import ConvBNReLU
+
+Unit = tuple[nn.Conv2d, nn.BatchNorm2d | None]
+
+
+class Inception(FusedModule):
+    """Parallel 1x1, 3x3 and 5x5 convolutions and a max pool, concatenated along the channels.
+
+    In eval without gradients the whole block is one op; in training each branch's last BatchNorm and ReLU write straight into the
+    concatenation. Children: `branch1`, `branch2`, `branch3`, `branch4`, as torchvision has them.
+
+    Args:
+        in_channels: of the input.
+        ch1x1, ch3x3red, ch3x3, ch5x5red, ch5x5, pool_proj: the columns of the paper's table 1.
+        kernel5: the third branch's kernel: 5 in the paper, 3 in torchvision's weights.
+        norm, bias, eps: BatchNorm after each convolution, a bias in it, BatchNorm's eps.
+        ceil_mode: of the pool; with stride 1 it changes nothing but the module's description.
+        reduce: False makes the naive form (figure 2a): no 1x1 reductions, and the pool is concatenated as it is.
+        backend: "reference", "native", "triton", or None for the best at hand.
+
+    Input (N, in_channels, H, W) -> output (N, ch1x1 + ch3x3 + ch5x5 + pool_proj, H, W); in the naive form in_channels replaces pool_proj.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        ch1x1: int,
+        ch3x3red: int,
+        ch3x3: int,
+        ch5x5red: int,
+        ch5x5: int,
+        pool_proj: int,
+        *,
+        kernel5: int = 3,
+        norm: bool = True,
+        bias: bool = False,
+        eps: float = 0.001,
+        ceil_mode: bool = True,
+        reduce: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+
+        def conv(inputs: int, outputs: int, kernel: int) -> ConvBNReLU:
+            return ConvBNReLU(
+                inputs, outputs, kernel, padding=kernel // 2, bias=bias, norm=norm, eps=eps, backend=backend
+            )
+
+        def branch(reduced: int, outputs: int, kernel: int) -> nn.Sequential:
+            if not reduce:
+                return nn.Sequential(conv(in_channels, outputs, kernel))
+            return nn.Sequential(conv(in_channels, reduced, 1), conv(reduced, outputs, kernel))
+
+        self.branch1 = conv(in_channels, ch1x1, 1)
+        self.branch2 = branch(ch3x3red, ch3x3, 3)
+        self.branch3 = branch(ch5x5red, ch5x5, kernel5)
+        self.branch4 = nn.Sequential(nn.MaxPool2d(3, 1, 1, ceil_mode=ceil_mode))
+        if reduce:
+            self.branch4.append(conv(in_channels, pool_proj, 1))
+        self.backend = backend
+
+    @classmethod
+    def from_reference(cls, module: nn.Module, *, backend: str | None = None) -> Inception:
+        """The fused form of torchvision's Inception block; its BasicConv2d children are fused too."""
+        self = cls.adopt(module, backend=backend)
+        for name, branch in module.named_children():
+            if isinstance(branch, nn.Sequential):
+                layers = [
+                    layer if isinstance(layer, nn.MaxPool2d) else ConvBNReLU.from_reference(layer, backend=backend)
+                    for layer in branch
+                ]
+                self._modules[name] = nn.Sequential(*layers)
+            else:
+                self._modules[name] = ConvBNReLU.from_reference(branch, backend=backend)
+        return self
+
+    def to_reference(self) -> nn.Module:
+        """The unfused block, down to its convolutions."""
+        plain = super().to_reference()
+        for name, branch in list(self._modules.items()):
+            if isinstance(branch, nn.Sequential):
+                layers = [layer.to_reference() if isinstance(layer, FusedModule) else layer for layer in branch]
+                plain._modules[name] = nn.Sequential(*layers).train(branch.training)
+            elif isinstance(branch, FusedModule):
+                plain._modules[name] = branch.to_reference()
+        return plain
+
+    def _paths(self) -> list[list[nn.Module]]:
+        return [list(b) if isinstance(b, nn.Sequential) else [b] for b in self.children()]
+
+    def _units(self) -> list[Unit] | None:
+        """The convolutions in the fused op's order, or None where the block is not the plain one that the op computes."""
+        layers = [layer for path in self._paths() for layer in path]
+        units: list[Unit] = []
+        for layer in layers:
+            if has_hooks(layer):
+                return None
+            if isinstance(layer, ConvBNReLU):
+                if not (layer.relu and understood(layer.conv, layer.norm)):
+                    return None
+                units.append((layer.conv, layer.norm))  # type: ignore[arg-type]
+        return units
+
+    def forward(self, x: Tensor) -> Tensor:
+        units = None if self.backend == "reference" else self._units()
+        if units is None:
+            return self._concatenate([self._run(path, x) for path in self._paths()])
+        modules = [m for unit in units for m in unit]
+        if len(units) == 6 and self.folds(x, *modules):
+            x = autocast(x)
+            weights, biases = self.cached("block", modules, x, lambda: self._pack(units, x))
+            return inception(x, weights, biases, backend=self.backend)
+        return self._train(x)
+
+    def _pack(self, units: list[Unit], x: Tensor):  # type: ignore[no-untyped-def]
+        folded = [fold(*unit) for unit in units]
+        biases = [w.new_zeros(w.size(0)) if b is None else b for w, b in folded]
+        return pack_inception([w for w, _ in folded], biases, like=x, backend=self.backend)
+
+    @staticmethod
+    def _run(path: list[nn.Module], x: Tensor) -> Tensor:
+        for layer in path:
+            x = layer(x)
+        return x
+
+    @staticmethod
+    def _check_sizes(branches: list[Tensor]) -> None:
+        sizes = [tuple(b.shape[2:]) for b in branches]
+        for i, size in enumerate(sizes):
+            if size != sizes[0]:
+                raise ValueError(f"Inception: branch{i + 1} gives {size}, but branch1 gives {sizes[0]}: they must agree")
+
+    def _concatenate(self, branches: list[Tensor]) -> Tensor:
+        self._check_sizes(branches)
+        return torch.cat(branches, 1)
+
+    def _train(self, x: Tensor) -> Tensor:
+        """Every branch up to its last convolution, then normalisation, ReLU and the concatenation in one pass."""
+        raw: list[Tensor] = []
+        lasts: list[ConvBNReLU] = []
+        for path in self._paths():
+            *first, last = path
+            if not isinstance(last, ConvBNReLU):  # the naive form's pool
+                return self._concatenate([self._run(path, x) for path in self._paths()])
+            y = self._run(first, x)
+            raw.append(last.conv(y) if last.norm is not None else last.conv._conv_forward(y, last.conv.weight, None))
+            lasts.append(last)
+        norms = [last.norm for last in lasts]
+        self._check_sizes(raw)
+        if all(isinstance(n, nn.BatchNorm2d) for n in norms):
+            return bn_relu_concat(raw, [BatchNormArgs.of(n) for n in norms], backend=self.backend)  # type: ignore[arg-type]
+        bias = torch.cat([last.conv.bias for last in lasts])  # type: ignore[misc]
+        return concat_bias_relu(raw, bias.to(raw[0].dtype), backend=self.backend)

@@ -1,0 +1,143 @@
+"""inception: a whole Inception block in eval form (BatchNorm folded into weights and biases), written into one output.
+
+    out = cat([relu(1x1(x)), relu(3x3(relu(1x1(x)))), relu(kxk(relu(1x1(x)))), relu(1x1(maxpool3x3(x)))], dim=1)
+
+The three 1x1 convolutions that share x are one matrix product, so x is read once for them and once by the pool; every branch writes straight
+into its channel slice, so there is no concatenation pass. Backward recomputes the block from x: nothing but x and the weights is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..._backends import resolve
+from ..._checks import check_nchw, check_same, check_vector
+from ..._layout import empty_nchw
+from ..._library import define, has_kernel, kernel
+from .._conv import autocast
+from . import reference
+
+CONVOLUTIONS = ("branch1", "reduce3", "conv3", "reduce5", "conv5", "pool_proj")
+OUTPUTS = (0, 2, 4, 5)  # which of them write into the result, in this order
+
+
+def _fake_fwd(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    return empty_nchw(x, sum(weights[i].size(0) for i in OUTPUTS), x.size(2), x.size(3))
+
+
+def _fake_packed_fwd(x: Tensor, packed: Sequence[Tensor], channels: Sequence[int], kernels: Sequence[int]) -> Tensor:
+    return empty_nchw(x, sum(channels[i] for i in OUTPUTS), x.size(2), x.size(3))
+
+
+def _fake_pack(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+    ctx = torch.library.get_ctx()
+    return [weights[0].new_empty(ctx.new_dynamic_size(), dtype=torch.uint8) for _ in range(4)]
+
+
+define("inception_fwd(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor", _fake_fwd)
+define("inception_pack(Tensor[] weights, Tensor[] biases) -> Tensor[]", _fake_pack)
+define(
+    "inception_packed_fwd(Tensor x, Tensor[] packed, SymInt[] channels, SymInt[] kernels) -> Tensor", _fake_packed_fwd
+)
+
+
+class PackedInception(NamedTuple):
+    """The block's weights and biases in the layout that the native CPU kernels read; good on this machine only."""
+
+    data: list[Tensor]
+    channels: tuple[int, ...]
+    kernels: tuple[int, int]
+
+
+def pack_inception(
+    weights: Sequence[Tensor], biases: Sequence[Tensor], *, like: Tensor, backend: str | None = None
+) -> tuple[Sequence[Tensor] | PackedInception, Sequence[Tensor]]:
+    """The weights and biases to call inception with many times, without gradients, on inputs of `like`'s dtype and device."""
+    weights = [w.to(like.dtype) for w in weights]
+    native = has_kernel("inception_pack", "native", like.device.type)
+    if native and like.dtype in (torch.float32, torch.bfloat16) and resolve("inception_fwd", backend, like) == "native":
+        data = kernel("inception_pack", "native")(weights, biases)
+        channels = tuple(w.size(0) for w in weights)
+        return PackedInception(data, channels, (weights[2].size(2), weights[4].size(2))), ()
+    return weights, [b.to(like.dtype) for b in biases]
+
+
+class _Inception(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, backend: str, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *parameters)
+        return kernel("inception_fwd", backend)(x, parameters[:6], parameters[6:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[1:]
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needs, strict=True)]
+            out = reference.inception(inputs[0], inputs[1:7], inputs[7:])
+        wanted = [t for t in inputs if t.requires_grad]
+        grads = iter(torch.autograd.grad(out, wanted, grad_out))
+        return (None, *(next(grads) if need else None for need in needs))
+
+
+def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+    check_nchw("inception", "x", x)
+    if len(weights) != 6 or len(biases) != 6:
+        raise ValueError(
+            f"inception: weights and biases must be six each ({', '.join(CONVOLUTIONS)}), "
+            f"got {len(weights)} and {len(biases)}"
+        )
+    inputs = (x.size(1), x.size(1), weights[1].size(0), x.size(1), weights[3].size(0), x.size(1))
+    for name, weight, bias, channels in zip(CONVOLUTIONS, weights, biases, inputs, strict=True):
+        check_same("inception", "x", x, f"weight {name}", weight, shape=False)
+        square = weight.dim() == 4 and weight.size(2) == weight.size(3) and weight.size(2) % 2 == 1
+        if not square or weight.size(1) != channels or (name not in ("conv3", "conv5") and weight.size(2) != 1):
+            kernel_shape = "k, k), k odd" if name in ("conv3", "conv5") else "1, 1)"
+            raise ValueError(
+                f"inception: weight {name} must have shape (out, {channels}, {kernel_shape}, got {tuple(weight.shape)}"
+            )
+        check_vector("inception", f"bias {name}", bias, weight.size(0), x)
+        check_same("inception", "x", x, f"bias {name}", bias, shape=False)
+
+
+def inception(
+    x: Tensor,
+    weights: Sequence[Tensor] | PackedInception,
+    biases: Sequence[Tensor] = (),
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """A whole Inception block with its 1x1 reductions (arXiv 1409.4842, figure 2b), BatchNorm folded.
+
+    Args:
+        x: (N, C, H, W), floating point, any strides.
+        weights: six, (out, in, k, k): branch1 1x1, reduce3 1x1, conv3 k x k, reduce5 1x1, conv5 k x k, pool_proj 1x1, in x's dtype;
+            odd k, padded by k // 2. Or what pack_inception made of them, biases included.
+        biases: six, (out,), x's dtype; none with packed weights.
+        backend: "reference", "native", "triton", or None for the best at hand.
+
+    Returns:
+        (N, branch1 + conv3 + conv5 + pool_proj channels, H, W) in x's dtype; channels_last where x's channels are adjacent.
+
+    Saved for backward: x, weights and biases; the branches are computed again. Nothing is mutated. Differentiable once.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes do not agree.
+        BackendUnavailable: an explicit backend cannot run here.
+    """
+    if isinstance(weights, PackedInception):
+        return kernel("inception_packed_fwd", "native")(x, *weights)
+    x, *parameters = autocast(x, *weights, *biases)
+    weights, biases = parameters[: len(weights)], parameters[len(weights) :]
+    _check(x, weights, biases)
+    backend = resolve("inception_fwd", backend, x)
+    if backend == "reference":
+        return reference.inception(x, weights, biases)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
+        return _Inception.apply(backend, x, *parameters)
+    return kernel("inception_fwd", backend)(x, weights, biases)
