@@ -1,8 +1,9 @@
 """GoogLeNet in two forms, built from fused blocks.
 
-`googlenet` is torchvision's (BatchNorm with eps 0.001, 3x3 convolutions in the third branch, ceil_mode pools), with torchvision's parameter
-names, so its state dicts load as they are. `googlenet_paper` is the network of arXiv 1409.4842, Table 1 and Figure 3: biases
-and no BatchNorm, local response normalisation, 5x5 branches, and the two auxiliary classifiers of section 5.
+`googlenet` is torchvision's (BatchNorm with eps 0.001, 3x3 convolutions in the third branch, ceil_mode
+pools), with torchvision's parameter names, so its state dicts load as they are. `googlenet_paper` is the
+network of arXiv 1409.4842, Table 1 and Figure 3: biases and no BatchNorm, local response normalisation, 5x5
+branches, and the two auxiliary classifiers of section 5.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ class GoogLeNetOutputs(NamedTuple):
 
 
 class InceptionAux(nn.Module):
-    """An auxiliary classifier: average pool to 4x4, 1x1 convolution to 128, fc to 1024, dropout, fc (arXiv 1409.4842, section 5).
+    """An auxiliary classifier (arXiv 1409.4842, section 5).
 
-    The paper's pool is 5x5 with stride 3, which takes 14x14 to 4x4; torchvision's is adaptive, so it takes any size.
+    Average pool to 4x4, 1x1 convolution to 128, fully connected to 1024, dropout, fully connected. The
+    paper's pool is 5x5 with stride 3, which takes 14x14 to 4x4; torchvision's is adaptive: any size will do.
     """
 
     def __init__(
@@ -64,7 +66,8 @@ class InceptionAux(nn.Module):
 
 
 def _lrn() -> nn.LocalResponseNorm:
-    # The paper does not state the constants; these are those of the authors' framework's published model (BVLC GoogLeNet).
+    # The paper does not state the constants; these are those of the authors' framework's published model
+    # (BVLC GoogLeNet).
     return nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
 
 
@@ -74,15 +77,18 @@ class GoogLeNet(nn.Module):
     Args:
         num_classes: length of the logits.
         aux_logits: make the two auxiliary classifiers, which run in training only.
-        transform_input: change the input's normalisation from ImageNet's mean and std to mean 0.5 and std 0.5.
-        init_weights: torchvision's initialisation (the paper's form always takes Xavier's, as it has no BatchNorm to rescale it).
+        transform_input: from ImageNet's normalisation to mean 0.5 and standard deviation 0.5.
+        init_weights: torchvision's initialisation. The paper's form always takes Xavier's: it has no
+            BatchNorm to rescale small weights.
         dropout: before the last layer; None is 0.2 in torchvision's form and 0.4 in the paper's.
         dropout_aux: in the auxiliary classifiers (0.7 in both).
-        batch_norm: False makes the paper's form: LRN, biases, 5x5 convolutions, 3x3 pools, the 5x5 stride 3 auxiliary pool.
+        batch_norm: False makes the paper's form: LRN, biases, 5x5 convolutions, 3x3 pools, and the auxiliary
+            classifiers' 5x5 pool.
         naive: Inception blocks without 1x1 reductions (Figure 2a): wide, and only there to be compared.
         backend: "reference" (plain eager PyTorch), "native", "triton", or None for the best at hand.
 
-    Input (N, 3, H, W); output logits (N, num_classes), or GoogLeNetOutputs in training with auxiliary classifiers.
+    Input (N, 3, H, W); output logits (N, num_classes), or GoogLeNetOutputs in training with auxiliary
+    classifiers.
     """
 
     def __init__(
@@ -118,25 +124,36 @@ class GoogLeNet(nn.Module):
         self.maxpool2 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
 
         channels = 192
-        entering: dict[str, int] = {}
-        for name, widths in INCEPTION_CHANNELS.items():
-            entering[name] = channels
+
+        def inception(name: str) -> Inception:
+            nonlocal channels
+            widths = INCEPTION_CHANNELS[name]
             block = Inception(channels, *widths, kernel5=3 if batch_norm else 5, reduce=not naive, **form)
-            setattr(self, f"inception{name}", block)
-            if name == "3b":
-                self.maxpool3 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
-            if name == "4e":  # torchvision's weights were trained with a 2x2 pool here
-                self.maxpool4 = nn.MaxPool2d(2 if batch_norm else 3, stride=2, ceil_mode=True)
             ch1x1, _, ch3x3, _, ch5x5, pool_proj = widths
             channels = ch1x1 + ch3x3 + ch5x5 + (channels if naive else pool_proj)
+            return block
 
         def aux(in_channels: int) -> InceptionAux | None:
             if not aux_logits:
                 return None
             return InceptionAux(in_channels, num_classes, dropout_aux, batch_norm=batch_norm, backend=backend)
 
-        self.aux1 = aux(entering["4b"])
-        self.aux2 = aux(entering["4e"])
+        self.inception3a = inception("3a")
+        self.inception3b = inception("3b")
+        self.maxpool3 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+        self.inception4a = inception("4a")
+        channels4a = channels
+        self.inception4b = inception("4b")
+        self.inception4c = inception("4c")
+        self.inception4d = inception("4d")
+        channels4d = channels
+        self.inception4e = inception("4e")
+        # torchvision's weights were trained with a 2x2 pool here.
+        self.maxpool4 = nn.MaxPool2d(2 if batch_norm else 3, stride=2, ceil_mode=True)
+        self.inception5a = inception("5a")
+        self.inception5b = inception("5b")
+        self.aux1 = aux(channels4a)
+        self.aux2 = aux(channels4d)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         if dropout is None:
             dropout = 0.2 if batch_norm else 0.4
@@ -181,7 +198,7 @@ class GoogLeNet(nn.Module):
 
 
 def googlenet(**options: Any) -> GoogLeNet:
-    """torchvision's GoogLeNet: BatchNorm, 3x3 convolutions where the paper has 5x5 (a known difference, kept for its weights)."""
+    """torchvision's GoogLeNet: BatchNorm, and 3x3 convolutions where the paper has 5x5, as in its weights."""
     return GoogLeNet(**options)
 
 
@@ -190,8 +207,10 @@ def googlenet_paper(**options: Any) -> GoogLeNet:
     return GoogLeNet(batch_norm=False, **options)
 
 
-def googlenet_loss(outputs: Tensor | GoogLeNetOutputs, target: Tensor, aux_weight: float = AUX_LOSS_WEIGHT) -> Tensor:
-    """Cross entropy of the logits plus `aux_weight` times that of each auxiliary classifier (arXiv 1409.4842, section 5).
+def googlenet_loss(
+    outputs: Tensor | GoogLeNetOutputs, target: Tensor, aux_weight: float = AUX_LOSS_WEIGHT
+) -> Tensor:
+    """Cross entropy, plus `aux_weight` times each auxiliary classifier's (arXiv 1409.4842, section 5).
 
     Args:
         outputs: what a GoogLeNet returned: logits (N, C), or in training three tensors of that shape.

@@ -1,7 +1,8 @@
-"""The residual networks of arXiv 1512.03385, the plain networks that they are compared with, and torchvision's wide and grouped ones.
+"""The residual and plain networks of arXiv 1512.03385, and torchvision's wide and grouped ones.
 
-`ResNet` has torchvision's parameter names (conv1, bn1, layer1.0.conv1, ..., fc), so state dicts load as they are. Three things are
-options because the paper compares them: the shortcut (A, B or C), no shortcut at all, and where a bottleneck takes its stride.
+`ResNet` has torchvision's parameter names (conv1, bn1, layer1.0.conv1, ..., fc), so state dicts load as they
+are. Three things are options because the paper compares them: the shortcut (A, B or C), no shortcut at all,
+and where a bottleneck takes its stride.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Shortcut = Literal["A", "B", "C"]
 
 
 class ZeroPadShortcut(nn.Module):
-    """Shortcut option A: every stride-th pixel, and zeros in the added channels; no parameters (arXiv 1512.03385, section 3.3).
+    """Shortcut option A (arXiv 1512.03385, section 3.3): every stride-th pixel, zeros in the added channels.
 
     (N, C, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)), a new tensor.
     """
@@ -46,10 +47,10 @@ class ResNet(FusedModule):
         small_images: the CIFAR stem of section 4.2: a 3x3 convolution with stride 1, and no max pool.
         shortcut: where dimensions change: "A" pads with zeros, "B" projects; "C" projects in every block.
         residual: False leaves every shortcut out: the plain network.
-        stride_in_1x1: a Bottleneck's first convolution takes the stride, as in the paper; otherwise its 3x3, as torchvision's.
+        stride_in_1x1: a Bottleneck's first 1x1 takes the stride, as in the paper; else its 3x3.
         zero_init_residual: the last BatchNorm of each block starts at zero (arXiv 1706.02677).
         groups, width_per_group: ResNeXt's and the wide networks' bottleneck widths.
-        replace_stride_with_dilation: for stages 2, 3 and 4, dilate instead of striding.
+        replace_stride_with_dilation: for stages 2, 3 and 4: dilate instead of striding.
         backend: "reference" (plain eager PyTorch), "native", "triton", or None for the best at hand.
 
     Input (N, 3, H, W); output logits (N, num_classes).
@@ -77,7 +78,9 @@ class ResNet(FusedModule):
             raise ValueError(f'shortcut must be "A", "B" or "C", got {shortcut!r}')
         dilate = [False, *(replace_stride_with_dilation or [False] * (len(layers) - 1))]
         if len(dilate) != len(layers):
-            raise ValueError(f"replace_stride_with_dilation must have {len(layers) - 1} elements, got {len(dilate) - 1}")
+            raise ValueError(
+                f"replace_stride_with_dilation must have {len(layers) - 1} elements, got {len(dilate) - 1}"
+            )
         if stride_in_1x1 and block is not Bottleneck:
             raise ValueError("stride_in_1x1 moves a Bottleneck's stride; a BasicBlock has no 1x1 convolution")
         self.backend = backend
@@ -86,8 +89,8 @@ class ResNet(FusedModule):
 
         self.inplanes = planes[0]
         self.dilation = 1
-        stem = {"kernel_size": 3, "padding": 1} if small_images else {"kernel_size": 7, "stride": 2, "padding": 3}
-        self.conv1 = nn.Conv2d(3, self.inplanes, bias=False, **stem)
+        kernel, stride = (3, 1) if small_images else (7, 2)
+        self.conv1 = nn.Conv2d(3, self.inplanes, kernel, stride, kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(self.inplanes)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, stride=2, padding=1)
@@ -208,9 +211,9 @@ def plain34(**options: Any) -> ResNet:
 
 
 def resnet_cifar(depth: int, **options: Any) -> ResNet:
-    """The CIFAR network of section 4.2, of depth 6n + 2: three stages of n basic blocks with 16, 32 and 64 channels, option A.
+    """The CIFAR network of depth 6n + 2 (section 4.2): three stages of n basic blocks, option A.
 
-    Input (N, 3, 32, 32); `num_classes` is 10 unless given; `residual=False` makes the plain network.
+    The stages have 16, 32 and 64 channels. Input (N, 3, 32, 32); `num_classes` is 10 unless given; `residual=False` makes the plain network.
 
     Raises:
         ValueError: the depth is not 6n + 2.

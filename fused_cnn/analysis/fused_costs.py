@@ -1,0 +1,128 @@
+"""What this package's ops, and oneDNN's with fused epilogues, launch, read and write.
+
+Most follow the rule (one kernel, each argument read once, each result written once); the backward passes, the
+block ops and the CPU's packing of plain weights do not, and are written out here. The ops' names and
+arguments are those of their schemas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .cost import ONE_PASS, Arguments, Cost, tensor_bytes
+
+
+def _one_pass(args: Arguments) -> Cost:
+    return ONE_PASS
+
+
+def _conv_flops(
+    x: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+) -> int:
+    """A multiply-add for each weight at each pixel of the result, two operations each."""
+    sizes = zip(x.shape[2:], weight_shape[2:], stride, padding, dilation, strict=True)
+    pixels = prod((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes)
+    return 2 * x.size(0) * pixels * prod(weight_shape)
+
+
+def _geometry(args: Arguments) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    return args["stride"], args.get("padding", (0, 0)), args.get("dilation", (1, 1))
+
+
+def _packs_each_call(x: Tensor, groups: int) -> bool:
+    # The CPU's own convolution reads packed weights; a plain weight is packed at every call.
+    return x.device.type == "cpu" and groups == 1 and x.dtype in (torch.float32, torch.bfloat16)
+
+
+def _conv(args: Arguments) -> Cost:
+    x, weight = args["x"], args["weight"]
+    flops = _conv_flops(x, weight.shape, *_geometry(args))
+    if _packs_each_call(x, args.get("groups", 1)):
+        return Cost(2, scratch=tensor_bytes(weight), flops=flops)
+    return Cost(2, rewrites=1, flops=flops)  # the library's convolution, then the epilogue over its result
+
+
+def _conv_packed(args: Arguments) -> Cost:
+    return Cost(flops=_conv_flops(args["x"], args["weight_shape"], *_geometry(args)))
+
+
+def _conv_backward(args: Arguments) -> Cost:
+    # One pass masks grad_out and sums grad_bias; then the library makes each gradient, and reads the masked
+    # gradient for it.
+    mask = args["out"] is not None or args["needs_bias"]
+    kernels = args["needs_x"] + args["needs_weight"]
+    reads = {"grad_out": mask + kernels, "x": int(args["needs_weight"]), "weight": int(args["needs_x"])}
+    flops = kernels * _conv_flops(args["x"], args["weight"].shape, *_geometry(args))
+    return Cost(mask + kernels, reads, flops=flops)
+
+
+def _mkldnn_conv(args: Arguments) -> Cost:
+    return Cost(flops=_conv_flops(args["X"], args["W"].shape, *_geometry(args)))
+
+
+def _mkldnn_linear(args: Arguments) -> Cost:
+    x, weight = args["X"], args["W"]
+    return Cost(flops=2 * x.numel() // x.size(-1) * weight.numel())
+
+
+def _inception_of(x: Tensor, channels: Sequence[int], kernels: Sequence[int], packing: int) -> Cost:
+    # The 1x1 convolutions of x as one, the two convolutions of what they reduced, the pool and its
+    # projection: x is read by the first and by the pool. Channels are in the order branch1, reduce3, conv3,
+    # reduce5, conv5, pool_proj.
+    _, reduce3, conv3, reduce5, conv5, pool_proj = channels
+    pixels = x.numel() // max(1, x.size(1))
+    weights = x.size(1) * (channels[0] + reduce3 + reduce5 + pool_proj)
+    weights += reduce3 * conv3 * kernels[0] ** 2 + reduce5 * conv5 * kernels[1] ** 2
+    between = pixels * (reduce3 + reduce5 + x.size(1)) * x.element_size()
+    return Cost(5 + (packing > 0), {"x": 2}, scratch=between + packing, flops=2 * pixels * weights)
+
+
+def _inception(args: Arguments) -> Cost:
+    weights = args["weights"]
+    kernels = (weights[2].size(2), weights[4].size(2))
+    packing = sum(tensor_bytes(w) for w in weights) if _packs_each_call(args["x"], 1) else 0
+    return _inception_of(args["x"], [w.size(0) for w in weights], kernels, packing)
+
+
+def _inception_packed(args: Arguments) -> Cost:
+    return _inception_of(args["x"], args["channels"], args["kernels"], 0)
+
+
+def _batch_norm_backward(args: Arguments) -> Cost:
+    # The sums over the batch, then the gradients: activations, the gradient and the mask are read by both.
+    return Cost(2, {name: 2 for name in ("grad_out", "x", "xs", "residual", "mask")})
+
+
+FUSED_COSTS: dict[str, Callable[[Arguments], Cost]] = {
+    "fused_cnn::add_relu_fwd": _one_pass,
+    "fused_cnn::add_relu_bwd": _one_pass,
+    "fused_cnn::concat_bias_relu_fwd": _one_pass,
+    "fused_cnn::concat_bias_relu_bwd": _one_pass,
+    "fused_cnn::bn_stats": _one_pass,
+    "fused_cnn::bn_relu_concat_fwd": _one_pass,
+    "fused_cnn::bn_relu_concat_bwd": _batch_norm_backward,
+    "fused_cnn::bn_add_relu_fwd": _one_pass,
+    "fused_cnn::bn_add_relu_bwd": _batch_norm_backward,
+    "fused_cnn::conv1x1_bias_relu_fwd": _conv,
+    "fused_cnn::conv1x1_bias_relu_bwd": _conv_backward,
+    "fused_cnn::conv_bias_relu_fwd": _conv,
+    "fused_cnn::conv_bias_relu_bwd": _conv_backward,
+    "fused_cnn::conv_bias_relu_pack": _one_pass,
+    "fused_cnn::conv_bias_relu_packed_fwd": _conv_packed,
+    "fused_cnn::inception_fwd": _inception,
+    "fused_cnn::inception_pack": _one_pass,
+    "fused_cnn::inception_packed_fwd": _inception_packed,
+    "mkldnn::_convolution_pointwise": _mkldnn_conv,
+    "mkldnn::_convolution_pointwise_": _mkldnn_conv,
+    "mkldnn::_reorder_convolution_weight": _one_pass,
+    "mkldnn::_linear_pointwise": _mkldnn_linear,
+    "mkldnn::_reorder_linear_weight": _one_pass,
+}
