@@ -1,0 +1,141 @@
+"""batch_norm on layers of ResNet-50 and GoogLeNet and on awkward shapes, with the batch's statistics and with running ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from .._cases import Case, Cost, Maker, OpCases, awkward_shapes
+from .args import BatchNormArgs
+from .op import bn_add_relu, bn_relu, bn_relu_concat
+
+RESNET = [
+    ("resnet50 conv1", (1, 64, 112, 112)),
+    ("resnet50 layer1 conv2", (1, 64, 56, 56)),
+    ("resnet50 layer2 conv2", (1, 128, 28, 28)),
+    ("resnet50 layer3 conv2", (1, 256, 14, 14)),
+    ("resnet50 layer4 conv2", (2, 512, 7, 7)),
+]
+RESNET_ENDS = [
+    ("resnet50 layer1", (1, 256, 56, 56)),
+    ("resnet50 layer2", (1, 512, 28, 28)),
+    ("resnet50 layer3", (1, 1024, 14, 14)),
+    ("resnet50 layer4", (2, 2048, 7, 7)),
+]
+GOOGLENET = [
+    ("googlenet 3a", (64, 128, 32, 32), 28),
+    ("googlenet 4a", (192, 208, 48, 64), 14),
+    ("googlenet 4d", (112, 288, 64, 64), 14),
+    ("googlenet 5b", (384, 384, 128, 128), 7),
+]
+REASON = (
+    "the result is rounded to the dtype once, as eager's last step is; the sums behind statistics and gradients are float32 in "
+    "another order than eager's, which moves what cancels by a unit or two"
+)
+
+
+def batch_norm_args(maker: Maker, channels: int, *, training: bool, affine: bool = True) -> BatchNormArgs:
+    """A layer's arguments, none of them trivial; parameters float32 beside 16-bit activations, as in mixed-precision training."""
+    mean, var = maker.buffer(channels, low=-1, high=1), maker.buffer(channels, low=0.5, high=2)
+    weight = maker.vector(channels, mean=1, std=0.5, dtype=mean.dtype) if affine else None
+    bias = maker.vector(channels, std=0.5, dtype=mean.dtype) if affine else None
+    return BatchNormArgs(weight, bias, mean, var, training, 0.1, 1e-3)
+
+
+def in_both_modes(name: str, shape: tuple[int, int, int, int], real: bool = False, **options: Any) -> Iterator[Case]:
+    """The case in training and in eval; one value per channel has no variance, and of two the gradient is all cancellation."""
+    n, _, h, w = shape
+    if n * h * w == 0 or n * h * w > 2:
+        yield Case(f"{name} training", shape, {"training": True, **options}, real)
+    yield Case(f"{name} eval", shape, {"training": False, **options}, real)
+
+
+def shapes(real: list[tuple[str, tuple[int, int, int, int]]], **options: Any) -> Iterator[Case]:
+    for name, shape in real:
+        yield from in_both_modes(name, shape, True, **options)
+    for shape in awkward_shapes():
+        yield from in_both_modes("x".join(map(str, shape)), shape, **options)
+
+
+def make_bn_relu(case: Case, maker: Maker) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    o = case.options
+    args = batch_norm_args(maker, case.shape[1], training=o["training"], affine=o.get("affine", True))
+    return (maker.activation(*case.shape), args), {"relu": o.get("relu", True)}
+
+
+def make_bn_add_relu(case: Case, maker: Maker) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    channels, training = case.shape[1], case.options["training"]
+    x, residual = maker.activation(*case.shape), maker.activation(*case.shape)
+    bn = batch_norm_args(maker, channels, training=training)
+    if not case.options.get("projection"):
+        return (x, bn, residual), {}
+    return (x, bn, residual, batch_norm_args(maker, channels, training=training)), {}
+
+
+def make_bn_relu_concat(case: Case, maker: Maker) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    n, _, h, w = case.shape
+    channels, training = case.options["channels"], case.options["training"]
+    modes = training if isinstance(training, tuple) else (training,) * len(channels)
+    xs = [maker.activation(n, c, h, w) for c in channels]
+    return (xs, [batch_norm_args(maker, c, training=t) for c, t in zip(channels, modes, strict=True)]), {}
+
+
+def cost(inputs: Callable[[Case], int]) -> Callable[[Case, int], Cost]:
+    """Forward reads the inputs (those that it normalises twice in training) and writes the result; backward reads the gradient
+    and the inputs twice and writes a gradient for each input."""
+
+    def price(case: Case, itemsize: int) -> Cost:
+        n, c, h, w = case.shape
+        elements, count = n * c * h * w, inputs(case)
+        passes = 2 if case.options["training"] else 1
+        forward, backward = count * passes + 1, (1 + count) * 2 + count
+        return Cost(
+            forward * elements * itemsize, backward * elements * itemsize, 6 * count * elements, 12 * count * elements
+        )
+
+    return price
+
+
+def op_cases(
+    name: str, op: Callable[..., Tensor], cases: tuple[Case, ...], make: Any, price: Callable[[Case], int], registered: str
+) -> OpCases:
+    return OpCases(name, op, cases, make, cost(price), rounding=8, reason=REASON, registered=registered)
+
+
+CASES = [
+    op_cases(
+        "bn_relu",
+        bn_relu,
+        (
+            *shapes(RESNET),
+            *in_both_modes("linear", (2, 24, 7, 7), relu=False),
+            *in_both_modes("not affine", (2, 24, 7, 7), affine=False),
+        ),
+        make_bn_relu,
+        lambda case: 1,
+        "bn_relu_concat_fwd",
+    ),
+    op_cases(
+        "bn_add_relu",
+        bn_add_relu,
+        (*shapes(RESNET_ENDS), *shapes([(f"{n} downsample", s) for n, s in RESNET_ENDS], projection=True)),
+        make_bn_add_relu,
+        lambda case: 2 if case.options.get("projection") else 1,
+        "bn_add_relu_fwd",
+    ),
+    op_cases(
+        "bn_relu_concat",
+        bn_relu_concat,
+        (
+            *(c for name, cs, s in GOOGLENET for c in in_both_modes(name, (2, sum(cs), s, s), True, channels=cs)),
+            *in_both_modes("odd branches", (2, 22, 7, 5), channels=(1, 3, 17, 1)),
+            *in_both_modes("an empty batch", (0, 20, 7, 5), channels=(3, 17)),
+            Case("one branch frozen", (2, 24, 7, 7), {"channels": (3, 16, 5), "training": (True, False, True)}),
+        ),
+        make_bn_relu_concat,
+        lambda case: 1,
+        "bn_relu_concat_fwd",
+    ),
+]

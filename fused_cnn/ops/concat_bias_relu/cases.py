@@ -1,0 +1,57 @@
+"""concat_bias_relu on GoogLeNet's concatenations and on awkward ones; a case's shape is (N, sum of C_i, H, W)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .._cases import Case, Cost, Maker, OpCases, awkward_shapes
+from .op import concat_bias_relu
+
+REAL = [
+    ("googlenet 3a", (64, 128, 32, 32), 28),
+    ("googlenet 3b", (128, 192, 96, 64), 28),
+    ("googlenet 4a", (192, 208, 48, 64), 14),
+    ("googlenet 4d", (112, 288, 64, 64), 14),
+    ("googlenet 5b", (384, 384, 128, 128), 7),
+]
+ODD = [
+    ("no bias", (2, 17, 7, 7), {"channels": (9, 8), "bias": False}),
+    ("linear", (2, 17, 7, 7), {"channels": (9, 8), "relu": False}),
+    ("linear, no bias", (2, 17, 7, 7), {"channels": (9, 8), "relu": False, "bias": False}),
+    ("one branch", (2, 24, 5, 3), {"channels": (24,)}),
+    ("an empty branch", (2, 24, 5, 3), {"channels": (5, 0, 19)}),
+]
+
+
+def split(channels: int) -> tuple[int, ...]:
+    """Uneven branches that add up to `channels`."""
+    parts = (channels // 2, channels // 3)
+    return tuple(c for c in (*parts, channels - sum(parts)) if c > 0)
+
+
+def make(case: Case, maker: Maker) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    n, total, h, w = case.shape
+    branches = [maker.activation(n, c, h, w) for c in case.options["channels"]]
+    bias = maker.vector(total) if case.options.get("bias", True) else None
+    return (branches, bias), {"relu": case.options.get("relu", True)}
+
+
+def cost(case: Case, itemsize: int) -> Cost:
+    n, c, h, w = case.shape
+    elements = n * c * h * w
+    return Cost(2 * elements * itemsize, 3 * elements * itemsize, 2 * elements, 2 * elements)
+
+
+CASES = OpCases(
+    name="concat_bias_relu",
+    op=concat_bias_relu,
+    cases=(
+        *(Case(name, (1, sum(c), s, s), {"channels": c}, real=True) for name, c, s in REAL),
+        *(Case(name, shape, options) for name, shape, options in ODD),
+        *(Case("x".join(map(str, shape)), shape, {"channels": split(shape[1])}) for shape in awkward_shapes()),
+    ),
+    make=make,
+    cost=cost,
+    rounding=1,
+    reason="one addition, rounded once, as eager's; the bias's gradient is a float32 sum, rounded once",
+)
