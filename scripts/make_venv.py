@@ -7,6 +7,7 @@ without its dependencies, so that it never replaces torch.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -30,14 +31,14 @@ def step(text: str) -> None:
 
 def main(folder: Path) -> None:
     python = str(folder / "bin" / "python")
-    if not Path(python).exists():
+    if not (folder / "bin" / "pip").exists():  # what `venv` writes last
         shared = (version_of(sys.executable, "torch") or (0, 0)) >= MIN_TORCH
         step(f"making {folder}" + (" over this Python's own torch" if shared else ""))
         options = ["--system-site-packages"] if shared else []
         subprocess.run([sys.executable, "-m", "venv", *options, str(folder)], check=True)
 
     def pip(*packages: str) -> None:
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-qq", *packages], check=True)
 
     pip("setuptools>=70", "wheel")
     if version_of(python, "torch") is None:
@@ -48,13 +49,17 @@ def main(folder: Path) -> None:
     if version_of(python, "torchvision") is None:
         step("installing torchvision, for its architectures")
         pip("--no-deps", f"torchvision==0.{torch[1] + 15}.*")
-    step("building fused_cnn and installing what its tests and commands need")
+    step("building fused_cnn (MAX_JOBS limits how many compilers run at once)")
+    subprocess.run([python, "setup.py", "--quiet", "build_ext", "--inplace"], check=True)
+    step("installing what its tests and commands need")
     pip("--no-build-isolation", "-e", ".[verify,test,lint]")
     subprocess.run([python, "examples/torchvision_shim.py"], check=True)
 
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]))
+        folder = Path(sys.argv[1]).absolute()
+        os.chdir(Path(__file__).resolve().parents[1])
+        main(folder)
     except subprocess.CalledProcessError as error:
         sys.exit(f"[venv] failed: {' '.join(map(str, error.cmd))}")

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,15 @@ def collect() -> dict[str, Any]:
         "devices": devices(),
         "cache": cache(),
     }
+
+
+def facts_of_run(device: str) -> dict[str, Any]:
+    """Where and with what a measurement was taken; every saved result carries it."""
+    name = devices()["cuda:0" if device == "cuda" else "cpu"]
+    kept = ("python", "fused_cnn", "torch", "triton")
+    versions_then = {k: v for k, v in versions().items() if k in kept}
+    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"device": device, "device_name": name, "versions": versions_then, "commit": commit(), "date": when}
 
 
 def build_facts() -> dict[str, Any]:

@@ -1,10 +1,151 @@
-"""`fused-cnn verify`."""
+"""`fused-cnn verify`: the main job. Real photographs through torchvision's networks, eager and after fuse_, with the same weights.
+
+For each network it prints what was fused, how far the numbers are from float64 beside eager's own distance, what each variant takes,
+launches and moves, and which backend ran each op; it draws the time by stage. Exit code 1 where the numbers do not agree.
+"""
 
 from __future__ import annotations
 
-from ._common import CommandError, Json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from .. import _backends
+from . import _networks
+from ._common import DISAGREE, CommandError, Json, dtype_of, emit, out, progress, write_json
+from ._verify import verify_network
+from .info import facts_of_run
+
+MODELS = ("googlenet", "resnet50")
+Backend = Annotated[str, typer.Option(help="auto, reference, native or triton.")]
 
 
-def verify(json: Json = False) -> None:
-    """To be written."""
-    raise CommandError("not written yet")
+def verify(
+    model: Annotated[list[str] | None, typer.Option(help="A torchvision network; give it again for more.")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="A picture file, or one of scikit-image's names.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    batch: Annotated[int | None, typer.Option(min=1, help="Images in a batch.", show_default="one of each")] = None,
+    size: Annotated[int, typer.Option(min=32, help="Height and width in pixels.")] = 224,
+    backend: Backend = "auto",
+    train: Annotated[bool, typer.Option("--train", help="Also time and count a training step.")] = False,
+    seconds: Annotated[float, typer.Option(min=0, help="How long to time each network.")] = 4.0,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the picture and the JSON.")] = Path("out"),
+    json: Json = False,
+) -> None:
+    """Run photographs through torchvision's networks, eager and fused: same numbers? how much faster?"""
+    if backend not in ("auto", *_backends.BACKENDS):
+        raise CommandError(f"--backend must be auto, {', '.join(_backends.BACKENDS)}, got {backend!r}")
+    names = tuple(image or _networks.PHOTOGRAPHS)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = None if backend == "auto" else backend
+    images = _networks.photographs(names, batch or len(names), size).to(device)
+    result: dict[str, Any] = {
+        "kind": "verify",
+        "images": names,
+        "shape": tuple(images.shape),
+        "dtype": dtype,
+        "backend": backend,
+        **facts_of_run(device),
+        "models": {},
+    }
+    for name in model or MODELS:
+        with progress(name) as say:
+            say("making the network and its statistics")
+            network = _networks.network(name, images).to(dtype_of(dtype))
+            inputs = images.to(dtype_of(dtype))
+            found = verify_network(network, inputs, backend=chosen, train=train, seconds=seconds, say=say)
+        result["models"][name] = found
+        if not json:
+            show(name, found, out())
+    result["ok"] = all(found["ok"] for found in result["models"].values())
+    result["picture"] = str(draw(result, folder / "verify.png"))
+    write_json(folder / "verify.json", result)
+    if json:
+        emit(result)
+    else:
+        out().print(f"picture: {result['picture']}\nnumbers: {folder / 'verify.json'}", highlight=False, soft_wrap=True)
+        verdict = "[green]the numbers agree[/]" if result["ok"] else "[red]the numbers do NOT agree[/]"
+        out().print(verdict)
+    if not result["ok"]:
+        raise typer.Exit(DISAGREE)
+
+
+def draw(result: dict[str, Any], path: Path) -> Path:
+    from ._picture import stages
+
+    return stages(result, path)
+
+
+def show(name: str, found: dict[str, Any], console: Console) -> None:
+    """Print one network's tables."""
+    console.rule(f"[bold]{name}")
+    fused, skipped = found["fused"], found["skipped"]
+    kinds = sorted({e["module"] for e in fused})
+    counted = ", ".join(f"{sum(e['module'] == kind for e in fused)} {kind}" for kind in kinds)
+    console.print(f"{len(fused)} blocks fused ({counted}), {len(skipped)} not fused", highlight=False)
+    for entry in skipped:
+        console.print(f"  not fused: {entry['name']} ({entry['module']}): {entry['reason']}", highlight=False)
+    console.print(_numbers(found))
+    top5 = found["top5"]
+    console.print(
+        f"top-5 classes shared: fused and eager {top5['fused_and_eager']:.0%}, eager and float64 {top5['eager_and_float64']:.0%}",
+        highlight=False,
+    )
+    console.print(_costs("inference", found["time"]["eval"], found["traffic"]["eval"], None))
+    if "train" in found:
+        train = found["train"]
+        console.print(_costs("training step", train["time"], train["traffic"], train["saved_bytes"]))
+    console.print(_who_ran(found))
+
+
+def _numbers(found: dict[str, Any]) -> Table:
+    table = Table("tensor", "fused - eager", "fused - float64", "eager - float64", "bound", "", title="Largest differences", box=SIMPLE)
+    training, exact = found["training"], found["training_float64"]
+    shown = [
+        ("scores, eval", found["scores"]),
+        *((f"training step, {what}", row) for what, row in _worst(training)),
+        *((f"all in float64, {what}", row) for what, row in _worst(exact)[:1]),
+        *((row["name"], row) for row in [*training, *exact] if not row["ok"]),
+    ]
+    for label, row in shown:
+        figures = (f"{row[k]:.1e}" for k in ("difference", "error", "eager_error", "bound"))
+        table.add_row(label, *figures, "[green]ok[/]" if row["ok"] else "[red]no[/]")
+    table.caption = f"relative to each tensor's largest value; {len(training)} tensors of a training step, all in --out's JSON"
+    return table
+
+
+def _worst(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """The gradient or statistic nearest to its bound, and the one with the largest difference."""
+    tightest = max(rows, key=lambda r: r["error"] / r["bound"])
+    largest = max(rows, key=lambda r: r["difference"])
+    found = [(f"largest: {largest['name']}", largest)]
+    return found if tightest is largest else [*found, (f"nearest to its bound: {tightest['name']}", tightest)]
+
+
+def _costs(title: str, time: dict[str, Any], traffic: dict[str, Any], saved: dict[str, int] | None) -> Table:
+    columns = ["", "time", "kernel launches", "memory traffic", *(["kept for backward"] if saved else [])]
+    table = Table(*columns, box=SIMPLE, title=f"{title}: fused is {time['ratio']:.2f}x as fast as eager")
+    for variant in ("eager", "fused"):
+        t, c = time[variant], traffic[variant]
+        row = [variant, f"{t['median'] * 1e3:.2f} ms", str(c["launches"]), f"{c['bytes'] / 1e6:.1f} MB"]
+        table.add_row(*row, *([f"{saved[variant] / 1e6:.1f} MB"] if saved else []))
+    table.add_row("minimum", "", "", f"{traffic['minimum']['bytes'] / 1e6:.1f} MB")
+    unknown = sorted({op for v in ("eager", "fused") for op in traffic[v]["unknown"]})
+    samples = time["fused"]["samples"]
+    table.caption = f"medians of {samples} interleaved rounds" + (f"; not counted: {', '.join(unknown)}" if unknown else "")
+    return table
+
+
+def _who_ran(found: dict[str, Any]) -> Table:
+    table = Table("pass", "backend", "op and calls", "why", title="What ran in the fused network", box=SIMPLE)
+    passes = {"inference": found["backends"]["eval"]} | ({"training": found["train"]["backends"]} if "train" in found else {})
+    for name, rows in passes.items():
+        for backend, why in dict.fromkeys((row["backend"], row["why"]) for row in rows):
+            ops = [f"{r['op']} x {r['calls']}" for r in rows if (r["backend"], r["why"]) == (backend, why)]
+            table.add_row(name, backend, ", ".join(ops), why)
+    return table

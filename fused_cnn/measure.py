@@ -1,0 +1,84 @@
+"""Times variants of the same work against each other: interleaved rounds and medians, so that a machine's drift hits all alike.
+
+A round takes one sample of every variant, in an order that rotates. A sample is as many calls as fill MIN_SAMPLE seconds, with one
+device synchronisation at its end; a synchronisation per call would add tens of microseconds to each.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+MIN_SAMPLE = 1e-3
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: the median of the samples and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+        return cls(statistics.median(seconds), quartiles[0], quartiles[2], len(seconds))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait until the device has done its work."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Interleaved:
+    """Variants of one piece of work, timed round by round."""
+
+    def __init__(self, variants: Mapping[str, Work], device: torch.device | str = "cpu") -> None:
+        """Runs every variant a few times, to warm it up and to find how many calls make a sample."""
+        self.variants, self.device = dict(variants), device
+        self.seconds: dict[str, list[float]] = {name: [] for name in self.variants}
+        self.calls = {name: self._calls(work) for name, work in self.variants.items()}
+        self.turn = 0
+
+    def _calls(self, work: Work) -> int:
+        self._sample(work, 2)
+        return max(1, round(MIN_SAMPLE / max(self._sample(work, 1), 1e-9)))
+
+    def _sample(self, work: Work, calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        synchronize(self.device)
+        return (time.perf_counter() - start) / calls
+
+    def round(self) -> None:
+        """Take one sample of every variant."""
+        names = list(self.variants)
+        for i in range(len(names)):
+            name = names[(i + self.turn) % len(names)]
+            self.seconds[name].append(self._sample(self.variants[name], self.calls[name]))
+        self.turn += 1
+
+    def run(self, seconds: float, at_least: int = 5) -> dict[str, Timing]:
+        """Take rounds for so long, and at least so many; return every variant's timing."""
+        end = time.perf_counter() + seconds
+        done = 0
+        while done < at_least or time.perf_counter() < end:
+            self.round()
+            done += 1
+        return self.timings()
+
+    def timings(self) -> dict[str, Timing]:
+        return {name: Timing.of(samples) for name, samples in self.seconds.items()}
