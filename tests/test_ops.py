@@ -1,4 +1,4 @@
-"""Every op x case x backend x dtype x layout against float64, and what must hold of every op: opcheck, gradcheck, compile, errors."""
+"""Every op x case x backend x dtype x layout against float64, and what must hold of every op: gradcheck, compile, reruns."""
 
 from __future__ import annotations
 

@@ -41,6 +41,13 @@ class FusedResNet(FusedModule):
     """timm's ResNet with its one-convolution stem fused; mixed into the instance's class, so that children and names stay."""
 
     grad_checkpointing: bool
+    conv1: nn.Module
+    bn1: nn.Module
+    maxpool: nn.Module
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
 
     def forward_features(self, x: Tensor) -> Tensor:
         if self.grad_checkpointing:

@@ -54,6 +54,16 @@ def _bottleneck(module: nn.Module, backend: str | None) -> FusedModule | str:
 class FusedResNet(FusedModule):
     """torchvision's ResNet with its stem fused; mixed into the instance's class, so that children and names stay."""
 
+    conv1: nn.Module
+    bn1: nn.Module
+    maxpool: nn.Module
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+    avgpool: nn.Module
+    fc: nn.Module
+
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.conv_bn(self.conv1, self.bn1, x))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))

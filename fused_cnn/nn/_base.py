@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..ops import BatchNormArgs, bn_add_relu, bn_relu, conv_bias_relu, pack_conv
+from ..ops import BatchNormArgs, bn_add_relu, bn_relu, bn_relu_conv, conv_bias_relu, pack_conv
 
+Pair = tuple[nn.Module, nn.Module | None]  # a convolution and its BatchNorm
 Made = TypeVar("Made")
 Self = TypeVar("Self", bound="FusedModule")
 
@@ -153,12 +154,34 @@ class FusedModule(nn.Module):
             return conv_bias_relu(x, weight, bias, residual, **geometry, relu=relu, backend=self.backend)
         if bn is None:
             return conv_bias_relu(x, conv.weight, conv.bias, residual, **geometry, relu=relu, backend=self.backend)
-        y, args = conv(x), BatchNormArgs.of(bn)
+        return self.finish(conv(x), bn, relu=relu, residual=residual)
+
+    def finish(self, y: Tensor, bn: nn.BatchNorm2d, *, relu: bool = True, residual: Tensor | None = None) -> Tensor:
+        """relu(bn(y) + residual), where the convolution's raw output y is at hand."""
+        args = BatchNormArgs.of(bn)
         if residual is None:
             return bn_relu(y, args, relu=relu, backend=self.backend)
         if relu:
             return bn_add_relu(y, args, residual, backend=self.backend)
         return bn_relu(y, args, relu=False, backend=self.backend) + residual
+
+    def trains(self, x: Tensor, pairs: Sequence[Pair]) -> bool:
+        """Whether the pairs run as convolutions with BatchNorm fused between them, rather than folded or as they are."""
+        if self.backend == "reference" or not all(bn is not None and understood(conv, bn) for conv, bn in pairs):
+            return False
+        return not self.folds(x, *(m for pair in pairs for m in pair))
+
+    def raw_chain(self, pairs: Sequence[Pair], x: Tensor) -> Tensor:
+        """conv_n(relu(bn_(n-1)(... conv_1(x)))), the last BatchNorm still to come; what lies between is not saved for backward."""
+        y = pairs[0][0](x)
+        for (_, bn), (conv, _) in zip(pairs, pairs[1:], strict=False):
+            assert isinstance(bn, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d)
+            y = bn_relu_conv(
+                y, BatchNormArgs.of(bn), conv.weight.to(y.dtype), None if conv.bias is None else conv.bias.to(y.dtype),
+                stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
+                backend=self.backend,
+            )  # fmt: skip
+        return y
 
 
 def autocast(x: Tensor) -> Tensor:

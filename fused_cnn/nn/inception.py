@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import (
@@ -100,7 +103,7 @@ class Inception(FusedModule):
                 plain._modules[name] = branch.to_reference()
         return plain
 
-    def _paths(self) -> list[list[nn.Module]]:
+    def _paths(self) -> list[list[Any]]:
         return [list(b) if isinstance(b, nn.Sequential) else [b] for b in self.children()]
 
     def _units(self) -> list[Unit] | None:
@@ -127,13 +130,13 @@ class Inception(FusedModule):
             return inception(x, weights, biases, backend=self.backend)
         return self._train(x)
 
-    def _pack(self, units: list[Unit], x: Tensor):  # type: ignore[no-untyped-def]
+    def _pack(self, units: list[Unit], x: Tensor) -> Any:
         folded = [fold(*unit) for unit in units]
         biases = [w.new_zeros(w.size(0)) if b is None else b for w, b in folded]
         return pack_inception([w for w, _ in folded], biases, like=x, backend=self.backend)
 
     @staticmethod
-    def _run(path: list[nn.Module], x: Tensor) -> Tensor:
+    def _run(path: list[Any], x: Tensor) -> Tensor:
         for layer in path:
             x = layer(x)
         return x
@@ -151,18 +154,26 @@ class Inception(FusedModule):
 
     def _train(self, x: Tensor) -> Tensor:
         """Every branch up to its last convolution, then normalisation, ReLU and the concatenation in one pass."""
-        raw: list[Tensor] = []
-        lasts: list[ConvBNReLU] = []
-        for path in self._paths():
-            *first, last = path
-            if not isinstance(last, ConvBNReLU):  # the naive form's pool
-                return self._concatenate([self._run(path, x) for path in self._paths()])
-            y = self._run(first, x)
-            raw.append(last.conv(y) if last.norm is not None else last.conv._conv_forward(y, last.conv.weight, None))
-            lasts.append(last)
+        paths = self._paths()
+        if not all(isinstance(path[-1], ConvBNReLU) for path in paths):  # the naive form's pool
+            return self._concatenate([self._run(path, x) for path in paths])
+        lasts = [path[-1] for path in paths]
         norms = [last.norm for last in lasts]
+        if any(norm is None for norm in norms):
+            raw = [_without_bias(last.conv, self._run(path[:-1], x)) for path, last in zip(paths, lasts, strict=True)]
+            self._check_sizes(raw)
+            bias = torch.cat([last.conv.bias for last in lasts])
+            return concat_bias_relu(raw, bias.to(raw[0].dtype), backend=self.backend)
+        raw = []
+        for path in paths:
+            units = [layer for layer in path if isinstance(layer, ConvBNReLU)]
+            y = self._run(path[: -len(units)], x)  # the pool, where there is one
+            raw.append(self.raw_chain([(unit.conv, unit.norm) for unit in units], y))
         self._check_sizes(raw)
-        if all(isinstance(n, nn.BatchNorm2d) for n in norms):
-            return bn_relu_concat(raw, [BatchNormArgs.of(n) for n in norms], backend=self.backend)  # type: ignore[arg-type]
-        bias = torch.cat([last.conv.bias for last in lasts])  # type: ignore[misc]
-        return concat_bias_relu(raw, bias.to(raw[0].dtype), backend=self.backend)
+        return bn_relu_concat(raw, [BatchNormArgs.of(n) for n in norms], backend=self.backend)
+
+
+def _without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The convolution alone; its bias is added in the pass that concatenates."""
+    x = autocast(x)
+    return F.conv2d(x, conv.weight.to(x.dtype), None, conv.stride, conv.padding, conv.dilation, conv.groups)

@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from ..ops import BatchNormArgs, bn_add_relu
-from ._base import FusedModule, understood
+from ._base import FusedModule, Pair, understood
 
 Block = TypeVar("Block", bound="_Residual")
 
@@ -26,30 +26,34 @@ class _Residual(FusedModule):
             self.downsample = None
         return self
 
-    def _last(self, conv: nn.Module, bn: nn.Module, y: Tensor, x: Tensor) -> Tensor:
-        """relu(bn(conv(y)) + shortcut(x)); in training a projection's BatchNorm is applied in the same pass as the sum."""
-        if not self.residual:
-            return self.conv_bn(conv, bn, y)
-        projection = self._projection()
-        if projection is None:
-            shortcut = x if self.downsample is None else self.downsample(x)
-            return self.conv_bn(conv, bn, y, residual=shortcut)
-        shortcut_conv, shortcut_bn = projection
-        if (
-            self.backend == "reference"
-            or not understood(conv, bn)
-            or self.folds(x, conv, bn, shortcut_conv, shortcut_bn)
-        ):
-            return self.conv_bn(conv, bn, y, residual=self.conv_bn(shortcut_conv, shortcut_bn, x, relu=False))
-        assert isinstance(bn, nn.BatchNorm2d)
-        return bn_add_relu(
-            conv(y), BatchNormArgs.of(bn), shortcut_conv(x), BatchNormArgs.of(shortcut_bn), backend=self.backend
-        )
+    def _pairs(self) -> list[Pair]:
+        """The block's convolutions with their BatchNorms, in order."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = self._pairs()
+        projection = self._projection() if self.residual else None
+        if not self.trains(x, pairs):
+            y = x
+            for pair in pairs[:-1]:
+                y = self.conv_bn(*pair, y)
+            return self.conv_bn(*pairs[-1], y, residual=self._shortcut(x, projection) if self.residual else None)
+        y, last = self.raw_chain(pairs, x), pairs[-1][1]
+        assert isinstance(last, nn.BatchNorm2d)
+        if projection is not None and self.trains(x, [projection]):  # both BatchNorms in the pass that adds
+            conv, bn = projection
+            return bn_add_relu(y, BatchNormArgs.of(last), conv(x), BatchNormArgs.of(bn), backend=self.backend)
+        return self.finish(y, last, residual=self._shortcut(x, projection) if self.residual else None)
+
+    def _shortcut(self, x: Tensor, projection: tuple[nn.Conv2d, nn.BatchNorm2d] | None) -> Tensor:
+        if projection is not None:
+            return self.conv_bn(*projection, x, relu=False)
+        return x if self.downsample is None else self.downsample(x)
 
     def _projection(self) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
         """The shortcut's convolution and BatchNorm, where it is those two and nothing else."""
         layers = list(self.downsample) if type(self.downsample) is nn.Sequential else []
-        if len(layers) == 2 and understood(*layers) and isinstance(layers[1], nn.BatchNorm2d):
+        if len(layers) == 2 and isinstance(layers[1], nn.BatchNorm2d) and understood(*layers):
             return layers[0], layers[1]  # type: ignore[return-value]
         return None
 
@@ -95,9 +99,8 @@ class BasicBlock(_Residual):
         self.downsample = downsample
         self.residual, self.backend = residual, backend
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv_bn(self.conv1, self.bn1, x)
-        return self._last(self.conv2, self.bn2, y, x)
+    def _pairs(self) -> list[Pair]:
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
 
 class Bottleneck(_Residual):
@@ -143,7 +146,5 @@ class Bottleneck(_Residual):
         self.downsample = downsample
         self.residual, self.backend = residual, backend
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv_bn(self.conv1, self.bn1, x)
-        y = self.conv_bn(self.conv2, self.bn2, y)
-        return self._last(self.conv3, self.bn3, y, x)
+    def _pairs(self) -> list[Pair]:
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]

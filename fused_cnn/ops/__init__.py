@@ -2,6 +2,7 @@
 
 from .add_relu.op import add_relu
 from .batch_norm.args import BatchNormArgs
+from .batch_norm.conv import bn_relu_conv
 from .batch_norm.op import bn_add_relu, bn_relu, bn_relu_concat
 from .concat_bias_relu.op import concat_bias_relu
 from .conv1x1_bias_relu.op import conv1x1_bias_relu
@@ -16,6 +17,7 @@ __all__ = [
     "bn_add_relu",
     "bn_relu",
     "bn_relu_concat",
+    "bn_relu_conv",
     "concat_bias_relu",
     "conv1x1_bias_relu",
     "conv_bias_relu",

@@ -8,7 +8,7 @@ from .._cases import Case, Cost, Maker, OpCases, awkward_shapes
 from .._conv import out_size
 from .op import conv_bias_relu
 
-REAL = [
+REAL: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
     ("googlenet stem 7x7", (1, 3, 224, 224), {"out": 64, "kernel": 7, "stride": 2, "padding": 3}),
     ("googlenet 3a 3x3", (1, 96, 28, 28), {"out": 128, "kernel": 3, "padding": 1}),
     ("googlenet_paper 4a 5x5", (1, 16, 14, 14), {"out": 48, "kernel": 5, "padding": 2}),
@@ -17,7 +17,7 @@ REAL = [
     ("resnet50 layer4 conv2", (1, 512, 7, 7), {"out": 512, "kernel": 3, "padding": 1}),
     ("resnet18 layer1 conv2", (1, 64, 56, 56), {"out": 64, "kernel": 3, "padding": 1, "residual": True}),
 ]
-ODD = [
+ODD: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
     ("dilated", (2, 8, 14, 14), {"out": 9, "kernel": 3, "padding": 2, "dilation": 2}),
     ("grouped", (2, 8, 7, 7), {"out": 12, "kernel": 3, "padding": 1, "groups": 4}),
     ("oblong", (2, 5, 9, 7), {"out": 6, "kernel": (1, 7), "padding": (0, 3)}),

@@ -1,0 +1,106 @@
+"""bn_relu_conv: conv2d(relu(bn(x)), weight), whose backward normalises x again instead of keeping what the convolution read.
+
+Between two convolutions of a block eager PyTorch saves x (for BatchNorm's gradient) and relu(bn(x)) (for the convolution's). The second
+costs one pass over x to make again, a small part of the convolution's own work, so only x is saved: a third of a bottleneck's activations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..._backends import resolve
+from ..._checks import check_nchw
+from ..._library import kernel
+from .._conv import IntPair, check_conv, pair
+from . import reference
+from .args import BatchNormArgs
+from .op import _check_args, _dtypes, _needs_grad, _parameter_grads, _vectors
+from .statistics import statistics
+
+
+class _BNReLUConv(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, backend, training, geometry, mean, rstd, x, gamma, beta, weight, bias
+    ):
+        w, b = _vectors([gamma], [x], 1.0), _vectors([beta], [x], 0.0)
+        y = kernel("bn_relu_concat_fwd", backend)([x], mean, rstd, w, b, True)
+        ctx.backend, ctx.training, ctx.geometry = backend, training, geometry
+        ctx.dtypes, ctx.bias_sizes = (_dtypes([gamma]), _dtypes([beta])), None if bias is None else [bias.size(0)]
+        ctx.save_for_backward(mean, rstd, x, *w, *b, weight)
+        return F.conv2d(y, weight, bias, *geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        mean, rstd, x, w, b, weight = ctx.saved_tensors
+        y = kernel("bn_relu_concat_fwd", ctx.backend)([x], mean, rstd, [w], [b], True)
+        stride, padding, dilation, groups = ctx.geometry
+        needs = [any(ctx.needs_input_grad[5:8]), *ctx.needs_input_grad[8:]]
+        grad_y, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad_out, y, weight, ctx.bias_sizes, stride, padding, dilation, False, [0, 0], groups, needs
+        )
+        if not needs[0]:
+            return (*[None] * 8, grad_weight, grad_bias)
+        (grad_x,), grad_gamma, grad_beta = kernel("bn_relu_concat_bwd", ctx.backend)(
+            grad_y, [x], mean, rstd, [w], [b], ctx.training, True
+        )
+        sizes = [x.size(1)]
+        (grad_gamma,), (grad_beta,) = (
+            _parameter_grads(g, d, sizes) for g, d in zip((grad_gamma, grad_beta), ctx.dtypes, strict=True)
+        )
+        return (*[None] * 5, grad_x, grad_gamma, grad_beta, grad_weight, grad_bias)
+
+
+def bn_relu_conv(
+    x: Tensor,
+    bn: BatchNormArgs,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """conv2d(relu(bn(x)), weight) + bias, for training: BatchNorm and ReLU of one layer and the convolution of the next.
+
+    Args:
+        x: (N, C, H, W), the raw output of the convolution before, floating point, any strides.
+        bn: what x's normalisation needs.
+        weight: (out, C / groups, kh, kw), x's dtype and device.
+        bias: (out,), x's dtype, or None.
+        stride, padding, dilation, groups: of the convolution, as torch.nn.functional.conv2d takes them.
+        backend: of BatchNorm and ReLU; the convolution is the library's. "reference", "native", or None for the best at hand.
+
+    Returns:
+        (N, out, H', W') in x's dtype, in the layout that the library's convolution gives.
+
+    Saved for backward: x, weight and two vectors; relu(bn(x)) is computed again (arXiv 1604.06174, section 3: trading computation for
+    memory). Mutated: the running statistics in training. The reference is differentiable twice, the others once.
+
+    Raises:
+        ValueError, TypeError: shapes, devices, dtypes or geometry do not agree; in training there is one value per channel.
+        BackendUnavailable: an explicit backend cannot run here.
+    """
+    geometry = (pair(stride), pair(padding), pair(dilation), groups)
+    check_nchw("bn_relu_conv", "x", x)
+    _check_args("bn_relu_conv", "", x, bn)
+    check_conv("bn_relu_conv", x, weight, bias, None, *geometry)
+    backend = resolve("bn_relu_concat_fwd", backend, x)
+    if backend == "reference":
+        return F.conv2d(torch.relu(reference.batch_norm(x, bn)), weight, bias, *geometry)
+    mean, rstd = statistics([x], [bn], backend)
+    if _needs_grad(x, bn.weight, bn.bias, weight, bias):
+        return _BNReLUConv.apply(
+            backend, (bn.training,), geometry, mean, rstd, x, bn.weight, bn.bias, weight, bias
+        )
+    w, b = _vectors([bn.weight], [x], 1.0), _vectors([bn.bias], [x], 0.0)
+    y = kernel("bn_relu_concat_fwd", backend)([x], mean, rstd, w, b, True)
+    return F.conv2d(y, weight, bias, *geometry)
