@@ -128,7 +128,7 @@ class Build(build_ext):
             stamp = target.with_suffix(".cmd")  # a changed flag rebuilds too
             if stale(target, target.with_suffix(".d")) or not stamp.exists() or stamp.read_text() != str(line):
                 print(f"[fused_cnn] {source} -> {name}", flush=True)
-                log = run(line + ["-MF", str(target.with_suffix(".d"))], f"compiling {source}", remedy)
+                log = run([*line, "-MF", str(target.with_suffix(".d"))], f"compiling {source}", remedy)
                 target.with_suffix(".log").write_text(log)
                 stamp.write_text(str(line))
 

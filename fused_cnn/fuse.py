@@ -44,13 +44,14 @@ class FusionReport:
         return "\n".join((f"{len(self.fused)} fused, {len(self.skipped)} skipped", *(line.rstrip() for line in lines)))
 
 
-def _restore_swapped(mixin: type, base: type, state: dict[str, Any]) -> nn.Module:
-    module = base.__new__(_swapped_class(mixin, base))
+def _restore_swapped(mixin: type[FusedModule], base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+    swapped = _swapped_class(mixin, base)
+    module = swapped.__new__(swapped)
     module.__setstate__(state)
     return module
 
 
-def _swapped_class(mixin: type, base: type) -> type:
+def _swapped_class(mixin: type[FusedModule], base: type[nn.Module]) -> type[nn.Module]:
     """`base` with the mixin's forward: the class that a fused network's instance takes on. It pickles by its two parents."""
 
     def reduce(self: FusedModule, protocol: int) -> tuple[Any, ...]:

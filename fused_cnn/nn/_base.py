@@ -8,6 +8,7 @@ gamma / sqrt(var + eps). The folded weight is a cache: it is checked against its
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -145,7 +146,7 @@ class FusedModule(nn.Module):
         if self.backend == "reference" or not understood(conv, bn):
             return _eager(conv, bn, x, relu, residual)
         assert isinstance(conv, nn.Conv2d) and (bn is None or isinstance(bn, nn.BatchNorm2d))
-        geometry = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
+        geometry = _geometry(conv)
         if self.folds(x, conv, bn):
             x = autocast(x)
             weight, bias = self.cached(
@@ -174,14 +175,15 @@ class FusedModule(nn.Module):
     def raw_chain(self, pairs: Sequence[Pair], x: Tensor) -> Tensor:
         """conv_n(relu(bn_(n-1)(... conv_1(x)))), the last BatchNorm still to come; what lies between is not saved for backward."""
         y = pairs[0][0](x)
-        for (_, bn), (conv, _) in zip(pairs, pairs[1:], strict=False):
+        for (_, bn), (conv, _) in pairwise(pairs):
             assert isinstance(bn, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d)
-            y = bn_relu_conv(
-                y, BatchNormArgs.of(bn), conv.weight.to(y.dtype), None if conv.bias is None else conv.bias.to(y.dtype),
-                stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
-                backend=self.backend,
-            )  # fmt: skip
+            bias = None if conv.bias is None else conv.bias.to(y.dtype)
+            y = bn_relu_conv(y, BatchNormArgs.of(bn), conv.weight.to(y.dtype), bias, **_geometry(conv), backend=self.backend)
         return y
+
+
+def _geometry(conv: nn.Conv2d) -> dict[str, Any]:
+    return {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
 
 
 def autocast(x: Tensor) -> Tensor:

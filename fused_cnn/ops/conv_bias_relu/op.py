@@ -60,7 +60,7 @@ class PackedConv(NamedTuple):
     """A weight and bias in the layout that the native CPU convolution reads; good on this machine only, never to be saved."""
 
     data: Tensor
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]  # (out, in, kh, kw)
 
 
 def pack_conv(
@@ -74,7 +74,7 @@ def pack_conv(
     name = "conv_bias_relu_pack"
     if packable and has_kernel(name, "native", like.device.type) and resolve("conv_bias_relu_fwd", backend, like) == "native":
         data = kernel(name, "native")(weight.to(like.dtype), bias)
-        return PackedConv(data, tuple(weight.shape)), None
+        return PackedConv(data, weight.shape), None
     return weight.to(like.dtype), None if bias is None else bias.to(like.dtype)
 
 
@@ -137,12 +137,12 @@ def conv_bias_relu(
     geometry = (pair(stride), pair(padding), pair(dilation), groups)
     if isinstance(weight, PackedConv):
         return kernel("conv_bias_relu_packed_fwd", "native")(x, *weight, residual, *geometry[:3], relu)
-    x, weight, bias, residual = autocast(x, weight, bias, residual)
-    check_conv("conv_bias_relu", x, weight, bias, residual, *geometry)
+    x, plain, bias, residual = autocast(x, weight, bias, residual)
+    check_conv("conv_bias_relu", x, plain, bias, residual, *geometry)
     backend = resolve("conv_bias_relu_fwd", backend, x)
     if backend == "reference":
-        return reference.conv_bias_relu(x, weight, bias, residual, *geometry, relu)
-    inputs = (x, weight, bias, residual)
+        return reference.conv_bias_relu(x, plain, bias, residual, *geometry, relu)
+    inputs = (x, plain, bias, residual)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _ConvBiasReLU.apply(*inputs, *geometry, relu, backend)
     return kernel("conv_bias_relu_fwd", backend)(*inputs, *geometry, relu)

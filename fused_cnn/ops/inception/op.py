@@ -2,8 +2,8 @@
 
     out = cat([relu(1x1(x)), relu(3x3(relu(1x1(x)))), relu(kxk(relu(1x1(x)))), relu(1x1(maxpool3x3(x)))], dim=1)
 
-The three 1x1 convolutions that share x are one matrix product, so x is read once for them and once by the pool; every branch writes straight
-into its channel slice, so there is no concatenation pass. Backward recomputes the block from x: nothing but x and the weights is saved.
+The three 1x1 convolutions that share x are one matrix product, so x is read once for them and once by the pool; every branch writes
+straight into its channel slice, so there is no concatenation pass. Backward recomputes the block from x: only x and weights are saved.
 """
 
 from __future__ import annotations
