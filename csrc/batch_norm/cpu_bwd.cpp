@@ -36,28 +36,32 @@ void finish_sums(const Inputs& in, const RowTasks& tasks, const C* partial, int6
 }
 
 struct Gradients {
-  Tensor weight, bias, offset, slope;
+  Tensor weight, bias;
+  std::unique_ptr<char[]> offset, slope;
 
-  explicit Gradients(const Inputs& in) {
-    for (Tensor* v : {&weight, &bias, &offset, &slope}) *v = empty_vector(in.mean, in.total, in.vector_type);
-  }
+  explicit Gradients(const Inputs& in)
+      : weight(empty_vector(in.mean, in.total, in.vector_type)),
+        bias(empty_vector(in.mean, in.total, in.vector_type)),
+        offset(scratch(in.total * in.vector_size)),
+        slope(scratch(in.total * in.vector_size)) {}
 
   // reduce(first row, rows, task's partial sums) for blocks of every task, then the sums over tasks.
   template <typename Reduce>
   void sum(const Inputs& in, int64_t grad_channels, const Reduce& reduce) {
     const RowTasks tasks(in.rows, in.total);
     const int64_t width = grad_channels + in.total;
-    const Tensor partial = empty_vector(in.mean, tasks.count * width, in.vector_type);
+    const auto partial = scratch(tasks.count * width * in.vector_size);
     tasks.run([&](int64_t task) {
-      char* sums = at(partial.data_ptr(), task * width, in.vector_size);
+      char* sums = in.vector_at(partial.get(), task * width);
       memset(sums, 0, width * in.vector_size);
       const int64_t begin = tasks.begin(task);
       row_blocks(begin, begin + tasks.size(task), in.total,
                  [&](int64_t row, int64_t rows) { reduce(row, rows, sums); });
     });
     const auto finish = [&]<typename C>(C) {
-      const auto p = [](const Tensor& t) { return static_cast<C*>(t.data_ptr()); };
-      finish_sums<C>(in, tasks, p(partial), grad_channels, p(weight), p(bias), p(offset), p(slope));
+      const auto p = [](void* v) { return static_cast<C*>(v); };
+      finish_sums<C>(in, tasks, p(partial.get()), grad_channels, p(weight.data_ptr()), p(bias.data_ptr()),
+                     p(offset.get()), p(slope.get()));
     };
     in.dtype == DType::f64 ? finish(double{}) : finish(float{});
   }
@@ -65,8 +69,8 @@ struct Gradients {
   BnGrad of(const Inputs& in, size_t branch, const RowResult& grad_x, int64_t row, bool training) const {
     const int64_t first = in.first[branch];
     return {at(grad_x.data, row * in.channels[branch], in.element_size),
-            training ? in.vector_at(offset, first) : nullptr,
-            training ? in.vector_at(slope, first) : nullptr};
+            training ? in.vector_at(offset.get(), first) : nullptr,
+            training ? in.vector_at(slope.get(), first) : nullptr};
   }
 };
 

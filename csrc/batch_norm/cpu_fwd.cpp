@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_stats(const std::vector<Tensor>& xs, const
   Tensor mean = empty_vector(xs[0], total, type), rstd = empty_vector(xs[0], total, type),
          var = empty_vector(xs[0], total, type);
   const RowTasks tasks(rows, total);
-  const Tensor partial = empty_vector(xs[0], tasks.count * 2 * total, type);
+
   std::vector<RowView> views;
   std::vector<double> channel_eps;
   for (size_t i = 0; i < xs.size(); ++i) {
@@ -49,19 +49,20 @@ std::tuple<Tensor, Tensor, Tensor> bn_stats(const std::vector<Tensor>& xs, const
     channel_eps.insert(channel_eps.end(), xs[i].size(1), eps[i]);
   }
   const int64_t size = xs[0].element_size(), vector_size = mean.element_size();
+  const auto partial = scratch(tasks.count * 2 * total * vector_size);
   tasks.run([&](int64_t task) {
     int64_t first = 0;
     for (size_t i = 0; i < xs.size(); ++i) {
       const int64_t channels = xs[i].size(1);
       FUSED_CNN_PICK(bn_moments)(dtype, at(views[i].data, tasks.begin(task) * views[i].stride, size),
                                  views[i].stride, channels, tasks.size(task),
-                                 at(partial.data_ptr(), task * 2 * total + first, vector_size),
-                                 at(partial.data_ptr(), (task * 2 + 1) * total + first, vector_size));
+                                 at(partial.get(), task * 2 * total + first, vector_size),
+                                 at(partial.get(), (task * 2 + 1) * total + first, vector_size));
       first += channels;
     }
   });
   const auto finish = [&]<typename C>(C) {
-    finish_stats<C>(tasks, static_cast<const C*>(partial.data_ptr()), total, channel_eps.data(),
+    finish_stats<C>(tasks, reinterpret_cast<const C*>(partial.get()), total, channel_eps.data(),
                     static_cast<C*>(mean.data_ptr()), static_cast<C*>(rstd.data_ptr()),
                     static_cast<C*>(var.data_ptr()));
   };

@@ -17,7 +17,8 @@ struct Inputs {
   int64_t rows, total;
   std::vector<RowView> views;
   std::vector<Tensor> biases;  // keeps them alive
-  Tensor mean, rstd, scale;
+  Tensor mean, rstd;
+  std::unique_ptr<char[]> scale;
   std::vector<BnInput> branches;
   std::vector<int64_t> first, channels;
 
@@ -34,17 +35,17 @@ struct Inputs {
                     weights.size(), " and ", biases_.size());
     mean = checked_vector(op, "mean", mean_, total, x, vector_type);
     rstd = checked_vector(op, "rstd", rstd_, total, x, vector_type);
-    scale = empty_vector(x, total, vector_type);
     vector_size = mean.element_size();
+    scale = scratch(total * vector_size);
     int64_t begin = 0;
     for (size_t i = 0; i < xs.size(); ++i) {
       const int64_t c = xs[i].size(1);
       views.push_back(rows_of(xs[i]));
       const Tensor weight = checked_vector(op, "weight", weights[i], c, x, vector_type);
       biases.push_back(checked_vector(op, "bias", biases_[i], c, x, vector_type));
-      multiply(vector_at(rstd, begin), weight.data_ptr(), vector_at(scale, begin), c);
-      branches.push_back({views[i].data, views[i].stride, vector_at(mean, begin), vector_at(scale, begin),
-                          biases[i].data_ptr()});
+      multiply(vector_at(rstd.data_ptr(), begin), weight.data_ptr(), vector_at(scale.get(), begin), c);
+      branches.push_back({views[i].data, views[i].stride, vector_at(mean.data_ptr(), begin),
+                          vector_at(scale.get(), begin), biases[i].data_ptr()});
       first.push_back(begin);
       channels.push_back(c);
       begin += c;
@@ -58,9 +59,7 @@ struct Inputs {
     };
     dtype == DType::f64 ? run(double{}) : run(float{});
   }
-  void* vector_at(const Tensor& v, int64_t channel) const {
-    return at(v.data_ptr(), channel, v.element_size());
-  }
+  char* vector_at(void* v, int64_t channel) const { return at(v, channel, vector_size); }
   BnInput from_row(size_t branch, int64_t row) const {
     BnInput in = branches[branch];
     in.x = at(in.x, row * in.stride, element_size);

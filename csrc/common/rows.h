@@ -2,6 +2,7 @@
 // tensor, or a slice of the channels of one, is used in place; any other layout is copied once. Also the
 // checks that lists of branches share.
 #pragma once
+#include <memory>
 #include <vector>
 #include "common/checks.h"
 
@@ -60,6 +61,11 @@ inline int64_t row_count(const Tensor& t) {
 inline Tensor empty_vector(const Tensor& like, int64_t size, ScalarType dtype) {
   const int64_t sizes[] = {size};
   return torch::stable::empty(sizes, dtype, torch::headeronly::Layout::Strided, like.device());
+}
+
+// Memory for a call's own sums and vectors, uninitialised; cheaper than a tensor.
+inline std::unique_ptr<char[]> scratch(int64_t bytes) {
+  return std::make_unique_for_overwrite<char[]>(bytes);
 }
 
 // The type of per-channel vectors: float32, or float64 where x is.

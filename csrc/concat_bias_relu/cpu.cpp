@@ -66,9 +66,9 @@ std::tuple<std::vector<Tensor>, Tensor> concat_bias_relu_bwd(const Tensor& grad_
   Tensor grad_bias = empty_vector(grad_out, bias ? total : 0, type);
   const int64_t vector_size = grad_bias.element_size();
   const RowTasks tasks(rows, total);
-  const Tensor partial = empty_vector(grad_out, bias ? tasks.count * total : 0, type);
+  const auto partial = scratch(bias ? tasks.count * total * vector_size : 0);
   tasks.run([&](int64_t task) {
-    char* sums = bias ? at(partial.data_ptr(), task * total, vector_size) : nullptr;
+    char* sums = bias ? at(partial.get(), task * total, vector_size) : nullptr;
     if (bias) memset(sums, 0, total * vector_size);
     const int64_t begin = tasks.begin(task);
     row_blocks(begin, begin + tasks.size(task), total, [&](int64_t row, int64_t n) {
@@ -84,7 +84,7 @@ std::tuple<std::vector<Tensor>, Tensor> concat_bias_relu_bwd(const Tensor& grad_
   });
   const auto finish = [&]<typename C>(C) {
     C* to = static_cast<C*>(grad_bias.data_ptr());
-    const C* from = static_cast<const C*>(partial.data_ptr());
+    const C* from = reinterpret_cast<const C*>(partial.get());
     for (int64_t c = 0; c < total; ++c) {
       double sum = 0;
       for (int64_t task = 0; task < tasks.count; ++task) sum += from[task * total + c];

@@ -20,7 +20,7 @@ from ..._layout import empty_nchw
 from ..._library import define, kernel
 from . import reference
 from .args import BatchNormArgs
-from .statistics import statistics
+from .statistics import split_channels, statistics
 
 
 def _fake_stats(xs: list[Tensor], eps: list[float]) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,7 +91,7 @@ def _vectors(parameters: Sequence[Tensor | None], xs: Sequence[Tensor], default:
 
 def _parameter_grads(grad: Tensor, parameters: Sequence[torch.dtype | None], sizes: Sequence[int]) -> list[Tensor | None]:
     """Each parameter's slice of the gradient of all, in the parameter's dtype."""
-    return [None if d is None else g.to(d) for g, d in zip(grad.split(list(sizes)), parameters, strict=True)]
+    return [None if d is None else g.to(d) for g, d in zip(split_channels(grad, sizes), parameters, strict=True)]
 
 
 def _dtypes(parameters: Sequence[Tensor | None]) -> list[torch.dtype | None]:

@@ -23,7 +23,7 @@ def statistics(xs: Sequence[Tensor], bns: Sequence[BatchNormArgs], backend: str)
     if in_training:
         mean, rstd, var = kernel("bn_stats", backend)([xs[i] for i in in_training], [bns[i].eps for i in in_training])
         sizes = [xs[i].size(1) for i in in_training]
-        for i, m, r, v in zip(in_training, mean.split(sizes), rstd.split(sizes), var.split(sizes), strict=True):
+        for i, m, r, v in zip(in_training, *(split_channels(t, sizes) for t in (mean, rstd, var)), strict=True):
             _update_running(bns[i], m, v)
             branches[i] = (m, r)
         if len(in_training) == len(xs):
@@ -48,10 +48,11 @@ def _update_running(bn: BatchNormArgs, mean: Tensor, var: Tensor) -> None:
     """running = (1 - momentum) * running + momentum * batch, F.batch_norm's formula; `var` is the unbiased variance."""
     if bn.running_mean is None or bn.running_var is None:
         return
-    running = [bn.running_mean, bn.running_var]
-    if isinstance(bn.momentum, Tensor):
-        for old, new in zip(running, (mean, var), strict=True):
-            old.lerp_(new.to(old.dtype), bn.momentum.to(old.dtype))
-    else:
-        torch._foreach_mul_(running, 1 - bn.momentum)
-        torch._foreach_add_(running, [mean, var], alpha=bn.momentum)
+    for old, new in ((bn.running_mean, mean), (bn.running_var, var)):
+        weight = bn.momentum.to(old.dtype) if isinstance(bn.momentum, Tensor) else bn.momentum
+        old.lerp_(new.to(old.dtype), weight)
+
+
+def split_channels(vector: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Each input's channels of a vector that holds all of them."""
+    return (vector,) if len(sizes) == 1 else vector.split(list(sizes))
