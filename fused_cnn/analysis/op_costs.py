@@ -22,26 +22,27 @@ from .fused_costs import FUSED_COSTS
 # fmt: off
 # Memory is reserved or its description changed; no element is touched.
 _ALLOCATE = {
-    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "resize_", "set_",
-    "is_same_size",
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "resize_",
+    "set_", "is_same_size",
 }
 # Results are written; arguments give only a shape, or are overwritten unread.
 _WRITE_ONLY = {
-    "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "arange",
-    "scalar_tensor", "rand", "randn", "randint", "rand_like", "randn_like", "fill_", "zero_", "bernoulli_",
-    "normal_", "uniform_", "random_",
+    "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full",
+    "arange", "scalar_tensor", "rand", "randn", "randint", "rand_like", "randn_like", "fill_", "zero_",
+    "bernoulli_", "normal_", "uniform_", "random_",
 }
 _FOLLOW_THE_RULE = {
     "addmm", "mm", "bmm", "baddbmm", "dot", "linear",
-    "cat", "stack", "copy_", "_to_copy", "constant_pad_nd", "select_backward", "slice_backward", "index_select",
-    "gather", "split_with_sizes_copy", "topk", "sort", "max", "min", "equal", "var_mean", "_local_scalar_dense",
+    "cat", "stack", "copy_", "_to_copy", "constant_pad_nd", "select_backward", "slice_backward",
+    "index_select", "gather", "split_with_sizes_copy", "topk", "sort", "max", "min", "equal", "var_mean",
+    "_local_scalar_dense",
     "max_pool2d_with_indices", "max_pool2d_with_indices_backward", "avg_pool2d", "avg_pool2d_backward",
     "avg_pool3d", "avg_pool3d_backward", "_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward",
     "native_dropout", "native_dropout_backward", "_native_batch_norm_legit_no_training",
     "_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data",
     "nll_loss_forward", "nll_loss_backward",
-    "cudnn_convolution_relu", "cudnn_convolution_add_relu", "mkldnn_max_pool2d", "mkldnn_reorder_conv2d_weight",
-    "to_mkldnn", "_to_dense",
+    "cudnn_convolution_relu", "cudnn_convolution_add_relu", "mkldnn_max_pool2d",
+    "mkldnn_reorder_conv2d_weight", "to_mkldnn", "_to_dense",
 }
 # fmt: on
 

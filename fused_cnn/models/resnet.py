@@ -213,7 +213,8 @@ def plain34(**options: Any) -> ResNet:
 def resnet_cifar(depth: int, **options: Any) -> ResNet:
     """The CIFAR network of depth 6n + 2 (section 4.2): three stages of n basic blocks, option A.
 
-    The stages have 16, 32 and 64 channels. Input (N, 3, 32, 32); `num_classes` is 10 unless given; `residual=False` makes the plain network.
+    The stages have 16, 32 and 64 channels. Input (N, 3, 32, 32); `num_classes` is 10 unless given;
+    `residual=False` makes the plain network.
 
     Raises:
         ValueError: the depth is not 6n + 2.
