@@ -1,9 +1,9 @@
 """Lets `import torchvision` succeed beside a CPU build of torch, for its model architectures.
-
-torchvision's wheels carry compiled ops (nms and others) for CUDA builds of torch only; beside a CPU build they do not load, and its
-Python code then fails because it describes two ops that nobody has defined. This declares those two, when torchvision is first
-imported. `python torchvision_shim.py` installs it into the environment that runs it, and only where `import torchvision` fails; at
-start-up it costs one tiny module, without torch.
+ torchvision's wheels carry compiled ops (nms and others) for CUDA builds of torch only; beside a CPU build
+they do not load, and its Python code then fails because it describes two ops that nobody has defined. This
+declares those two, when torchvision is first imported. `python torchvision_shim.py` installs it into the
+environment that runs it, and only where `import torchvision` fails; at start-up it costs one tiny module,
+without torch.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ _keep: list[object] = []  # a torch.library.Library undoes its definitions when 
 class _BeforeTorchvision(importlib.abc.MetaPathFinder):
     """Sees the first import of torchvision, declares its ops, and leaves the finding to the others."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
         if name == "torchvision":
             sys.meta_path.remove(self)
             declare_ops()
@@ -35,7 +33,9 @@ class _BeforeTorchvision(importlib.abc.MetaPathFinder):
 
 
 def declare_ops() -> None:
-    """Declare what torchvision's import needs, unless this torch is a CUDA build, whose torchvision brings its own."""
+    """Declare what torchvision's import needs, unless this torch is a CUDA build, whose torchvision brings
+    its own.
+    """
     import torch
 
     if torch.backends.cuda.is_built() or torch._C._dispatch_has_kernel("torchvision::nms"):
@@ -52,7 +52,9 @@ def hook() -> None:
 
 
 def install() -> None:
-    """Copy this file into the running environment, with a .pth file that calls `hook`, if torchvision does not import."""
+    """Copy this file into the running environment, with a .pth file that calls `hook`, if torchvision does
+    not import.
+    """
     if subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True).returncode == 0:
         return
     site_packages = Path(sysconfig.get_path("purelib"))

@@ -1,4 +1,6 @@
-"""The command line: exit codes, JSON that parses, errors of one line, and the main job on one small network."""
+"""The command line: exit codes, JSON that parses, errors of one line, and the main job on one small
+network.
+"""
 
 from __future__ import annotations
 

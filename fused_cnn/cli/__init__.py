@@ -1,7 +1,8 @@
-"""The command line `fused-cnn`: info, summary, verify, bench, report; one file per command, each with `--json`.
-
-Exit codes: 0 all is well, 1 the numbers do not agree, 2 what was asked for cannot be done, 3 an error inside fused_cnn. Every error
-is one line on standard error; `fused-cnn --traceback COMMAND ...` shows where it came from.
+"""The command line `fused-cnn`: info, summary, verify, bench, report; one file per command, each with
+`--json`.
+ Exit codes: 0 all is well, 1 the numbers do not agree, 2 what was asked for cannot be done, 3 an error inside
+fused_cnn. Every error is one line on standard error; `fused-cnn --traceback COMMAND ...` shows where it came
+from.
 """
 
 from __future__ import annotations

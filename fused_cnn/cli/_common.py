@@ -1,6 +1,7 @@
-"""What every command shares: its two consoles, JSON on request, and an error that ends the program in one line.
-
-Standard output carries the answer and nothing else; progress and errors go to standard error, so that `--json | jq` always works.
+"""What every command shares: its two consoles, JSON on request, and an error that ends the program in one
+line.
+ Standard output carries the answer and nothing else; progress and errors go to standard error, so that
+`--json | jq` always works.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from .._backends import BACKENDS
+
 DISAGREE = 1  # the numbers do not agree
+NARROWEST = 130  # columns
 USAGE = 2  # what was asked for cannot be done: a wrong option, a missing package, an unavailable backend
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
@@ -35,7 +39,10 @@ class CommandError(Exception):
 
 
 def out() -> Console:
-    return Console(soft_wrap=False)
+    """Standard output; wide enough for the tables, also where it is a pipe or a small window."""
+    console = Console()
+    console.width = max(console.width, NARROWEST)
+    return console
 
 
 def err() -> Console:
@@ -65,7 +72,9 @@ def progress(title: str) -> Iterator[Any]:
 
 
 def require(module: str, install: str) -> ModuleType:
-    """Import a package that only this command needs; a missing one is a one-line error that says how to get it."""
+    """Import a package that only this command needs; a missing one is a one-line error that says how to get
+    it.
+    """
     try:
         return importlib.import_module(module)
     except Exception as error:  # torchvision beside another build of torch raises RuntimeError
@@ -77,6 +86,13 @@ def dtype_of(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise CommandError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     return DTYPES[name]
+
+
+def backend_of(name: str) -> str | None:
+    """--backend's value as the ops take it."""
+    if name not in ("auto", *BACKENDS):
+        raise CommandError(f"--backend must be auto, {', '.join(BACKENDS)}, got {name!r}")
+    return None if name == "auto" else name
 
 
 def commit() -> str:

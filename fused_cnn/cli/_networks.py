@@ -1,8 +1,8 @@
-"""The main job's real input: photographs that scikit-image ships, and torchvision's networks with statistics taken from them.
-
-Nothing is downloaded. Weights are random, so the BatchNorm statistics are made real: gamma and beta are random, and the running
-mean and variance are those of the photographs and of noise. The last layer is centred on them, so that the scores tell
-photographs apart.
+"""The main job's real input: photographs that scikit-image ships, and torchvision's networks with statistics
+taken from them.
+ Nothing is downloaded. Weights are random, so the BatchNorm statistics are made real: gamma and beta are
+random, and the running mean and variance are those of the photographs and of noise. The last layer is centred
+on them, so that the scores tell photographs apart.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def photograph(name: str, size: int) -> Tensor:
 
 
 def photographs(names: Sequence[str], batch: int, size: int) -> Tensor:
-    """(batch, 3, size, size), channels_last; where there are fewer photographs, they come again mirrored and shifted."""
+    """(batch, 3, size, size), channels_last; where there are fewer photographs, they come again mirrored
+    and shifted.
+    """
     single = [photograph(name, size) for name in names]
     images = []
     for i in range(batch):
@@ -61,7 +63,9 @@ def photographs(names: Sequence[str], batch: int, size: int) -> Tensor:
 
 
 def network(name: str, images: Tensor) -> nn.Module:
-    """torchvision's architecture of that name, float32, with seeded weights and statistics of `images`, in eval mode."""
+    """torchvision's architecture of that name, float32, with seeded weights and statistics of `images`, in
+    eval mode.
+    """
     torchvision = require("torchvision", INSTALL_TORCHVISION)
     known = torchvision.models.list_models(torchvision.models)
     if name not in known:
@@ -77,7 +81,9 @@ def network(name: str, images: Tensor) -> nn.Module:
 
 
 def make_statistics_real(model: nn.Module, images: Tensor) -> None:
-    """Give every BatchNorm random gamma and beta and the running statistics of `images` and noise, and centre the last layer."""
+    """Give every BatchNorm random gamma and beta and the running statistics of `images` and noise, and
+    centre the last layer.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [m.momentum for m in norms]
     for norm in norms:

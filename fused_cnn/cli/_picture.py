@@ -1,4 +1,6 @@
-"""The PNG plots: a network's time by stage, eager beside fused, and measured speed-ups. matplotlib is imported only here."""
+"""The PNG plots: a network's time by stage, eager beside fused, and measured speed-ups. matplotlib is
+imported only here.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def stages(result: dict[str, Any], path: Path) -> Path:
-    """One row of bars for each network of a verify result: milliseconds of each stage, eager beside fused. Returns the file."""
+    """One row of bars for each network of a verify result: milliseconds of each stage, eager beside fused.
+    Returns the file.
+    """
     plt = _pyplot()
     models = result["models"]
     figure, rows = plt.subplots(len(models), 1, figsize=(11, 3.4 * len(models) + 0.4), squeeze=False, layout="constrained")

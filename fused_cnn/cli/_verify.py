@@ -1,14 +1,17 @@
-"""One network eager against fused: do the numbers agree, how long does each take, what does each launch and move, and what ran.
-
-Numbers. The truth is plain PyTorch in float64. An error of the fused network is at most FACTOR times eager's own error in the same dtype,
-plus rounding, plus for gradients the kink: an activation that is zero but for rounding may fall on either side of ReLU, and one that does
-moves its gradients by its whole share, which is far more than rounding. Eager's own worst gradient shows how much. Because that term is
-wide, the same gradients are also compared in float64, where no activation is so close to zero and the bound is rounding alone.
+"""One network eager against fused: do the numbers agree, how long does each take, what does each launch and
+move, and what ran.
+ Numbers. The truth is plain PyTorch in float64. An error of the fused network is at most FACTOR times eager's
+own error in the same dtype, plus rounding, plus for gradients the kink: an activation that is zero but for
+rounding may fall on either side of ReLU, and one that does moves its gradients by its whole share, which is
+far more than rounding. Eager's own worst gradient shows how much. Because that term is wide, the same
+gradients are also compared in float64, where no activation is so close to zero and the bound is rounding
+alone.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -36,7 +39,9 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Number:
-    """One tensor: fused against eager, each against float64, and the bound that `error` must keep; relative to the largest value."""
+    """One tensor: fused against eager, each against float64, and the bound that `error` must keep; relative
+    to the largest value.
+    """
 
     name: str
     difference: float
@@ -105,12 +110,16 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def contiguous(model: nn.Module) -> nn.Module:
-    """A copy that runs in the other memory layout, by other algorithms: a second sample of eager's own error."""
-    return copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    """A copy that runs in the other memory layout, by other algorithms: a second sample of eager's own
+    error.
+    """
+    return copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def compare_scores(pair: Pair, images: Tensor) -> tuple[Number, dict[str, float]]:
-    """Scores in eval mode, and how many of the five best classes fused shares with eager, and eager with float64."""
+    """Scores in eval mode, and how many of the five best classes fused shares with eager, and eager with
+    float64.
+    """
     dtype = images.dtype
     with torch.no_grad():
         truth = copy.deepcopy(pair.eager).double()(images.double())
@@ -159,7 +168,9 @@ def compare_training_in_float64(pair: Pair, images: Tensor) -> list[Number]:
 
 
 def stage_starts(model: nn.Module) -> dict[str, str]:
-    """Child name -> stage: a child with several convolutions starts one; what comes before is the stem, pooling and after the head."""
+    """Child name -> stage: a child with several convolutions starts one; what comes before is the stem,
+    pooling and after the head.
+    """
     starts = {}
     for name, child in model.named_children():
         if sum(isinstance(m, nn.Conv2d) for m in child.modules()) > 1:
@@ -198,7 +209,7 @@ def _one_pass(model: nn.Module, images: Tensor, starts: dict[str, str]) -> dict[
     finally:
         for handle in handles:
             handle.remove()
-    return {stage: after - start for (stage, start), (_, after) in zip(marks, marks[1:], strict=False)}
+    return {stage: after - start for (stage, start), (_, after) in itertools.pairwise(marks)}
 
 
 def timed(variants: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, Any]:
@@ -232,10 +243,10 @@ def who_ran(by_op: dict[str, Any], backend: str | None, device_type: str) -> lis
     return rows
 
 
-def verify_network(
-    model: nn.Module, images: Tensor, *, backend: str | None, train: bool, seconds: float, say: Say
-) -> dict[str, Any]:
-    """Everything that the main job says about one network (eval mode, in images' dtype and device), as JSON."""
+def verify_network(model: nn.Module, images: Tensor, *, backend: str | None, train: bool, seconds: float, say: Say) -> dict[str, Any]:
+    """Everything that the main job says about one network (eval mode, in images' dtype and device), as
+    JSON.
+    """
     device = images.device
     pair = Pair.of(model, backend)
     entries = {k: [asdict(e) for e in getattr(pair.report, k)] for k in ("fused", "skipped")}

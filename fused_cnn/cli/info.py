@@ -1,4 +1,6 @@
-"""`fused-cnn info`: which backend is on, and for one that is off why and how to turn it on; the build, versions, devices, caches."""
+"""`fused-cnn info`: which backend is on, and for one that is off why and how to turn it on; the build,
+versions, devices, caches.
+"""
 
 from __future__ import annotations
 

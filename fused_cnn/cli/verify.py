@@ -1,7 +1,8 @@
-"""`fused-cnn verify`: the main job. Real photographs through torchvision's networks, eager and after fuse_, with the same weights.
-
-For each network it prints what was fused, how far the numbers are from float64 beside eager's own distance, what each variant takes,
-launches and moves, and which backend ran each op; it draws the time by stage. Exit code 1 where the numbers do not agree.
+"""`fused-cnn verify`: the main job. Real photographs through torchvision's networks, eager and after fuse_,
+with the same weights.
+ For each network it prints what was fused, how far the numbers are from float64 beside eager's own distance,
+what each variant takes, launches and moves, and which backend ran each op; it draws the time by stage. Exit
+code 1 where the numbers do not agree.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from .. import _backends
 from . import _networks
-from ._common import DISAGREE, CommandError, Json, dtype_of, emit, out, progress, write_json
+from ._common import DISAGREE, Json, backend_of, dtype_of, emit, out, progress, write_json
 from ._verify import verify_network
 from .info import facts_of_run
 
@@ -38,11 +38,9 @@ def verify(
     json: Json = False,
 ) -> None:
     """Run photographs through torchvision's networks, eager and fused: same numbers? how much faster?"""
-    if backend not in ("auto", *_backends.BACKENDS):
-        raise CommandError(f"--backend must be auto, {', '.join(_backends.BACKENDS)}, got {backend!r}")
+    chosen = backend_of(backend)
     names = tuple(image or _networks.PHOTOGRAPHS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = None if backend == "auto" else backend
     images = _networks.photographs(names, batch or len(names), size).to(device)
     result: dict[str, Any] = {
         "kind": "verify",

@@ -1,10 +1,30 @@
-"""What every room's triton.py shares: whether the interpreter is on, and ReLU as PyTorch defines it."""
+"""What every room's triton.py shares: whether the interpreter is on, ReLU as PyTorch defines it, the form of its list SHIPPED."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One kernel as a launcher calls it. Each room lists its own in SHIPPED, and `make compile-check` compiles them without a GPU.
+
+    `pointers` are in the dtype that the op runs in, `float32` are always float32, `scalars` are 32-bit integers; `constants` are the
+    kernel's tl.constexpr arguments.
+    """
+
+    kernel: triton.JITFunction
+    pointers: tuple[str, ...]
+    scalars: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ()
+    constants: Mapping[str, object] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
 
 
 def interpreting() -> bool:

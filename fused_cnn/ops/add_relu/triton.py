@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._layout import empty_nchw
-from .._triton import dense_like, grid_1d, relu, relu_grad
+from .._triton import Shipped, dense_like, grid_1d, relu, relu_grad
 
 BLOCK = 2048
 NUM_WARPS = 8
@@ -32,10 +32,12 @@ def add_relu_bwd_kernel(grad_out_ptr, out_ptr, grad_ptr, n, BLOCK: tl.constexpr)
     tl.store(grad_ptr + i, relu_grad(grad_out, out).to(grad_ptr.dtype.element_ty), mask=mask)
 
 
-# (kernel, pointer arguments, scalar arguments, constants): what `make compile-check` compiles offline.
 SHIPPED = [
-    (add_relu_fwd_kernel, ("x_ptr", "residual_ptr", "out_ptr"), ("n",), {"BLOCK": BLOCK}, NUM_WARPS),
-    (add_relu_bwd_kernel, ("grad_out_ptr", "out_ptr", "grad_ptr"), ("n",), {"BLOCK": BLOCK}, NUM_WARPS),
+    Shipped(kernel, pointers, ("n",), constants={"BLOCK": BLOCK}, num_warps=NUM_WARPS)
+    for kernel, pointers in (
+        (add_relu_fwd_kernel, ("x_ptr", "residual_ptr", "out_ptr")),
+        (add_relu_bwd_kernel, ("grad_out_ptr", "out_ptr", "grad_ptr")),
+    )
 ]
 
 
