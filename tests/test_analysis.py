@@ -9,7 +9,7 @@ from torch import nn
 
 import fused_cnn
 from fused_cnn import _library, models
-from fused_cnn.analysis import count, minimum_traffic, reduction, saved_bytes, summary
+from fused_cnn.analysis import count, minimum_traffic, op_costs, reduction, saved_bytes, summary
 from fused_cnn.analysis.fused_costs import FUSED_COSTS
 from fused_cnn.analysis.paper import agrees
 
@@ -254,6 +254,12 @@ def test_an_unknown_op_is_named():
         found = count(lambda x: torch.ops.test_analysis.strange(x).relu(), X)
     assert found.unknown == {"test_analysis::strange": 1}
     assert found.launches == 1 and "test_analysis::strange" not in found.by_op
+
+
+def test_the_tables_name_real_ops():
+    aten = op_costs._ALLOCATE | op_costs._WRITE_ONLY | op_costs._FOLLOW_THE_RULE | set(op_costs._SEVERAL_PASSES)
+    assert all(hasattr(torch.ops.aten, name) for name in aten)
+    assert all(hasattr(getattr(torch.ops, key.split("::")[0]), key.split("::")[1]) for key in FUSED_COSTS)
 
 
 def test_every_op_of_the_package_has_a_cost():

@@ -39,6 +39,7 @@ _FOLLOW_THE_RULE = {
     "max_pool2d_with_indices", "max_pool2d_with_indices_backward", "avg_pool2d", "avg_pool2d_backward",
     "avg_pool3d", "avg_pool3d_backward", "_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward",
     "native_dropout", "native_dropout_backward", "_native_batch_norm_legit_no_training",
+    "_batch_norm_no_update", "hardswish", "hardswish_backward",
     "_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data",
     "nll_loss_forward", "nll_loss_backward",
     "cudnn_convolution_relu", "cudnn_convolution_add_relu", "mkldnn_max_pool2d",
@@ -123,8 +124,6 @@ def read_arguments(op: OpOverload, args: Arguments) -> dict[str, Any]:
 
 def written_tensors(op: OpOverload, args: Arguments, result: Any) -> list[Tensor]:
     """The tensors that the call wrote: new results and changed arguments, each once."""
-    changed = [
-        args.get(a.name) for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write
-    ]
+    changed = [args.get(a.name) for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     found = {id(t): t for t in tensors_in((changed, result))}
     return list(found.values())

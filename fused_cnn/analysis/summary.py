@@ -94,9 +94,7 @@ def summary(model: nn.Module, input_size: Sequence[int], name: str | None = None
     result = Summary(name or type(model).__name__, list(input_size), rows, total)
     unused = sum(p.numel() for p in model.parameters()) - total["params"]
     if unused:
-        result.notes.append(
-            f"{unused:,} more parameters did not run: training uses them (auxiliary classifiers)"
-        )
+        result.notes.append(f"{unused:,} more parameters did not run: training uses them (auxiliary classifiers)")
     if is_googlenet(model) and is_paper_form(model):
         _compare_googlenet(result)
     elif is_resnet(model):
