@@ -39,7 +39,7 @@ class BatchNormArgs(NamedTuple):
         if module.training and module.track_running_stats and module.num_batches_tracked is not None:
             module.num_batches_tracked.add_(1)
             if module.momentum is None:
-                momentum = module.num_batches_tracked.to(module.running_mean.dtype).reciprocal()
+                momentum = module.num_batches_tracked.to(torch.float64).reciprocal()
         tracked = not module.training or module.track_running_stats
         running_mean = module.running_mean if tracked else None
         running_var = module.running_var if tracked else None

@@ -188,7 +188,8 @@ def bn_relu_concat(
         backend: "reference", "native", or None for the best at hand.
 
     Returns:
-        (N, sum of C_i, H, W) in the branches' dtype; channels_last where the first branch's channels are adjacent in memory, else contiguous.
+        (N, sum of C_i, H, W) in the branches' dtype; channels_last where the first branch's channels are adjacent in memory, else
+        contiguous.
 
     Saved for backward: the branches, and two vectors; neither the normalised values nor a mask. Mutated: the running statistics of
     branches in training. Statistics are float32 (float64 for float64). The reference is differentiable twice, the others once.

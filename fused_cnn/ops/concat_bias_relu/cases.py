@@ -14,7 +14,7 @@ REAL = [
     ("googlenet 4d", (112, 288, 64, 64), 14),
     ("googlenet 5b", (384, 384, 128, 128), 7),
 ]
-ODD = [
+ODD: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
     ("no bias", (2, 17, 7, 7), {"channels": (9, 8), "bias": False}),
     ("linear", (2, 17, 7, 7), {"channels": (9, 8), "relu": False}),
     ("linear, no bias", (2, 17, 7, 7), {"channels": (9, 8), "relu": False, "bias": False}),

@@ -78,7 +78,8 @@ def concat_bias_relu(
         backend: "reference", "native", or None for the best at hand.
 
     Returns:
-        (N, sum of C_i, H, W) in the branches' dtype; channels_last where the first branch's channels are adjacent in memory, else contiguous.
+        (N, sum of C_i, H, W) in the branches' dtype; channels_last where the first branch's channels are adjacent in memory, else
+        contiguous.
 
     Saved for backward: the result, which the next layer keeps anyway. Nothing is mutated. Differentiable once.
 
