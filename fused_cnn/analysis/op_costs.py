@@ -100,7 +100,7 @@ def _is_view(op: OpOverload) -> bool:
 def cost_of(op: OpOverload, args: Arguments) -> Cost | None:
     """The cost of this call, or None where the op is not known; `args` are its arguments by name."""
     name = _name(op)
-    if name in _ALLOCATE or torch.Tag.inplace_view in op.tags or op.namespace == "prim" or _is_view(op):
+    if name in _ALLOCATE or torch.Tag.inplace_view in op.tags or op.namespace in ("prim", "profiler") or _is_view(op):
         return FREE
     if name.startswith("_foreach_"):  # on the CPU a loop over the tensors, on a GPU one kernel for many
         return Cost(1 if args["self"][0].is_cuda else len(args["self"]))
