@@ -154,7 +154,8 @@ class Build(build_ext):
             "CUDA": cuda_version(nvcc) if nvcc else "",
             "CUDA_ARCHS": os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS) if nvcc else "",
         }
-        base = [compiler, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
+        base = [compiler, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi",
+                "-ffp-contract=fast", "-fno-math-errno"]  # -std=c++20 would otherwise leave fused multiply-adds out
         jobs = []
         for source in sorted(ROOT.glob("csrc/**/*.cpp")):
             relative = str(source.relative_to(ROOT))

@@ -61,13 +61,24 @@ def max_error(actual: Tensor, truth: Tensor) -> float:
 
 
 def judge(
-    what: str, actual: Tensor, eager: Tensor, truth: Tensor, *, factor: float, rounding: float, dtype: torch.dtype
+    what: str,
+    actual: Tensor,
+    eager: Tensor,
+    truth: Tensor,
+    *,
+    factor: float,
+    rounding: float,
+    summation: float = 0.0,
+    dtype: torch.dtype,
 ) -> Comparison:
-    """Hold one tensor to the contract: `factor` times eager's error plus `rounding` units in the last place of the largest value."""
+    """Hold one tensor to the contract: `factor` times eager's error plus units in the last place of the largest value, `rounding` of
+    them in the tensor's dtype and `summation` in the accumulator's."""
     finite = truth[truth.isfinite()]
     scale = finite.abs().max().item() if finite.numel() else 0.0
     eager_error = max_error(eager, truth)
-    bound = factor * eager_error + rounding * torch.finfo(dtype).eps * scale
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    units = rounding * torch.finfo(dtype).eps + summation * torch.finfo(accumulator).eps
+    bound = factor * eager_error + units * scale
     bound = min(bound, FIXED_BOUND[dtype] * max(scale, 1.0))
     return Comparison(what, max_error(actual, truth), eager_error, bound)
 
@@ -140,5 +151,12 @@ def compare(
             raise AssertionError(f"{what}: expected dtype {eager[what].dtype}, got {actual[what].dtype}")
         factor = 2.0 if what == "out" else 3.0
         yield judge(
-            what, actual[what], eager[what], true_value, factor=factor, rounding=op_cases.rounding, dtype=dtype
+            what,
+            actual[what],
+            eager[what],
+            true_value,
+            factor=factor,
+            rounding=op_cases.rounding,
+            summation=op_cases.summation,
+            dtype=dtype,
         )

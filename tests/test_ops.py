@@ -5,18 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DEVICE, backends
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fused_cnn
 from fused_cnn import _library
+from fused_cnn.ops import conv_bias_relu, inception, pack_conv, pack_inception
 from fused_cnn.ops._cases import LAYOUTS, Case, Maker, OpCases
 from fused_cnn.testing import all_cases, compare
 
 ALL_CASES = all_cases()
 
-DTYPES = {"native": (torch.float64, torch.float32, torch.float16, torch.bfloat16),
-          # Triton's interpreter multiplies bfloat16 bit patterns; on a GPU all three are compiled.
-          "triton": (torch.float32, torch.float16) if DEVICE == "cpu" else (torch.float32, torch.float16, torch.bfloat16)}
+DTYPES = {
+    "native": (torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    # Triton's interpreter multiplies bfloat16 bit patterns; on a GPU all three are compiled.
+    "triton": (torch.float32, torch.float16) if DEVICE == "cpu" else (torch.float32, torch.float16, torch.bfloat16),
+}
 
 
 def small(case: Case) -> Case:
@@ -134,3 +141,181 @@ def test_double_backward_is_right_or_refused(op_cases: OpCases) -> None:
 def test_every_registered_op_has_a_native_cpu_kernel() -> None:
     missing = [n for n in _library.op_names() if not _library.has_kernel(n, "native", "cpu")]
     assert not missing
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps every call of a registered op, with its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple[object, tuple, dict]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "fused_cnn":
+            detached = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs or {}))
+            self.calls.setdefault(func.name(), (func, *detached))
+        return func(*args, **(kwargs or {}))
+
+
+def recorded_calls() -> dict[str, tuple[object, tuple, dict]]:
+    """One call of every registered op: each public op forward and backward, and the packed forms that modules use."""
+    with _Recorder() as recorder:
+        for op_cases in ALL_CASES:
+            for case in op_cases.cases:
+                if case.real:
+                    args, kwargs = op_cases.make(small(case.batched(2)), Maker(torch.float32))
+                    op_cases.op(*args, **kwargs, backend="native").square().sum().backward()
+        with torch.no_grad():
+            maker = Maker(torch.float32)
+            x, weight = maker.activation(2, 8, 5, 5), maker.weight(6, 8, 3, 3)
+            conv_bias_relu(x, *pack_conv(weight, maker.vector(6), like=x))
+            widths = [(3, 8, 1), (4, 8, 1), (5, 4, 3), (2, 8, 1), (3, 2, 3), (4, 8, 1)]
+            weights = [maker.weight(o, i, k, k) for o, i, k in widths]
+            inception(x, *pack_inception(weights, [maker.vector(w.size(0)) for w in weights], like=x))
+    return recorder.calls
+
+
+def test_opcheck_passes_for_every_registered_op() -> None:
+    if DEVICE != "cpu":
+        pytest.skip("the CPU kernels share schema and fake kernel with CUDA's")
+    calls = recorded_calls()
+    missing = {f"fused_cnn::{name}" for name in _library.op_names()} - set(calls)
+    assert not missing, f"no case calls {sorted(missing)}"
+    for func, args, kwargs in calls.values():
+        torch.library.opcheck(func, args, kwargs)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+@pytest.mark.parametrize("name", ["add_relu", "conv1x1_bias_relu", "conv_bias_relu"])
+def test_any_strides_and_offsets_give_the_reference_result(name: str, data: st.DataObject) -> None:
+    """Inputs cut out of larger storage with random gaps, orders of dimensions and offsets."""
+
+    def strided(shape: tuple[int, ...]) -> Tensor:
+        order = data.draw(st.permutations(range(4)))
+        gaps = data.draw(st.lists(st.integers(0, 2), min_size=4, max_size=4))
+        offset = data.draw(st.integers(0, 5))
+        base = torch.randn([shape[d] + gaps[d] for d in order] + [offset + 1], generator=generator)
+        view = base[..., offset].permute([order.index(d) for d in range(4)])
+        return view[tuple(slice(g, g + s) for g, s in zip(gaps, shape, strict=True))]
+
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    n, c, h, w, out = (data.draw(st.integers(1, high)) for high in (3, 19, 9, 9, 19))
+    x = strided((n, c, h, w)).to(DEVICE)
+    if name == "add_relu":
+        residual = strided((n, c, h, w)).to(DEVICE)
+        assert torch.equal(fused_cnn.add_relu(x, residual), torch.relu(x + residual))
+        return
+    k = 1 if name == "conv1x1_bias_relu" else data.draw(st.integers(1, min(h, w, 4)))
+    stride = data.draw(st.integers(1, 3))
+    weight, bias = strided((out, c, k, k)).to(DEVICE), torch.randn(out, generator=generator).to(DEVICE)
+    options = {"stride": stride}
+    if name == "conv_bias_relu":
+        options |= {"padding": data.draw(st.integers(0, 3))}
+    op = getattr(fused_cnn, name)
+    expected = op(x.double(), weight.double(), bias.double(), backend="reference", **options)
+    residual = strided(tuple(expected.shape)).to(DEVICE)
+    expected = op(x.double(), weight.double(), bias.double(), residual.double(), backend="reference", **options)
+    torch.testing.assert_close(op(x, weight, bias, residual, **options).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_nan_and_infinity_go_through_as_in_pytorch(backend: str) -> None:
+    values = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1e-40, -1e-40, 3.0])
+    x = values.view(1, 8, 1, 1).expand(1, 8, 8, 1).contiguous(memory_format=torch.channels_last)
+    residual = values.view(1, 1, 8, 1).expand(1, 8, 8, 1).contiguous(memory_format=torch.channels_last)
+    x, residual = x.to(DEVICE).requires_grad_(), residual.to(DEVICE)
+    out, expected = fused_cnn.add_relu(x, residual, backend=backend), torch.relu(x + residual)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    grad, expected_grad = (torch.autograd.grad(o.nan_to_num().sum() + o.sum(), x)[0] for o in (out, expected))
+    torch.testing.assert_close(grad, expected_grad, rtol=0, atol=0, equal_nan=True)
+
+
+def test_nan_reaches_only_the_pixels_whose_window_holds_it() -> None:
+    x = torch.randn(1, 5, 9, 9, device=DEVICE)
+    x[0, 2, 4, 4] = NAN
+    weight = torch.randn(7, 5, 3, 3, device=DEVICE)
+    out = fused_cnn.conv_bias_relu(x, weight, padding=1)
+    assert torch.equal(out.isnan(), torch.relu(torch.nn.functional.conv2d(x, weight, padding=1)).isnan())
+
+
+X = torch.randn(2, 8, 5, 5)
+WRONG = {
+    "rank": (lambda: fused_cnn.add_relu(X[0], X[0]), ValueError, r"x must have 4 dimensions \(N, C, H, W\), got shape \(8, 5, 5\)"),
+    "integers": (lambda: fused_cnn.add_relu(X.long(), X.long()), TypeError, "must be float64, float32, float16 or bfloat16, got torch.int64"),
+    "shape": (lambda: fused_cnn.add_relu(X, X[:1]), ValueError, r"residual must have x's shape \(2, 8, 5, 5\), got \(1, 8, 5, 5\)"),
+    "dtype": (lambda: fused_cnn.add_relu(X, X.double()), TypeError, "residual must have x's dtype torch.float32, got torch.float64"),
+    "device": (lambda: fused_cnn.add_relu(X, X.to("meta")), ValueError, "residual must be on x's device cpu, got meta"),
+    "channels": (lambda: fused_cnn.conv_bias_relu(X, torch.randn(4, 7, 3, 3)), ValueError, "x has 8 channels; a weight of shape"),
+    "not 1x1": (lambda: fused_cnn.conv1x1_bias_relu(X, torch.randn(4, 8, 3, 3)), ValueError, r"weight must be \(out, in, 1, 1\), got"),
+    "too small": (lambda: fused_cnn.conv_bias_relu(X, torch.randn(4, 8, 7, 7)), ValueError, "larger than the padded input"),
+    "stride": (lambda: fused_cnn.conv_bias_relu(X, torch.randn(4, 8, 3, 3), stride=0), ValueError, "stride and dilation must be at least 1"),
+    "bias": (lambda: fused_cnn.conv_bias_relu(X, torch.randn(4, 8, 3, 3), torch.randn(5)), ValueError, r"bias must have shape \(4,\), got \(5,\)"),
+    "residual": (
+        lambda: fused_cnn.conv_bias_relu(X, torch.randn(4, 8, 3, 3), None, X),
+        ValueError,
+        r"residual must have the result's shape \(2, 4, 3, 3\), got \(2, 8, 5, 5\)",
+    ),
+    "six weights": (lambda: fused_cnn.inception(X, [torch.randn(4, 8, 1, 1)], []), ValueError, "must be six each"),
+    "backend": (lambda: fused_cnn.add_relu(X, X, backend="cuda"), ValueError, "backend must be one of reference, native, triton"),
+    # The registered ops guard themselves too: anyone can call them.
+    "raw rank": (lambda: torch.ops.fused_cnn.add_relu_fwd(X[0], X[0]), RuntimeError, "x must have 4 dimensions"),
+    "raw shape": (lambda: torch.ops.fused_cnn.add_relu_bwd(X, X[:1]), RuntimeError, "out must have the shape of grad_out"),
+    "raw dtype": (lambda: torch.ops.fused_cnn.add_relu_fwd(X.int(), X.int()), RuntimeError, "must be float64, float32, float16 or bfloat16"),
+    "raw packed": (
+        lambda: torch.ops.fused_cnn.conv_bias_relu_packed_fwd(
+            X, torch.zeros(64, dtype=torch.uint8), [4, 8, 3, 3], None, [1, 1], [0, 0], [1, 1], True
+        ),
+        RuntimeError,
+        "packed must be the .* bytes",
+    ),
+    "raw channels": (
+        lambda: torch.ops.fused_cnn.conv_bias_relu_fwd(X, torch.randn(4, 9, 1, 1), None, None, [1, 1], [0, 0], [1, 1], 1, True),
+        RuntimeError,
+        "x has 8 channels",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_bad_input_is_refused_with_what_was_expected_and_what_came(what: str) -> None:
+    call, error, message = WRONG[what]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_an_explicit_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_cnn._backends, "triton_interprets", lambda: False)
+    with pytest.raises(fused_cnn._backends.BackendUnavailable, match=r"cannot run add_relu_fwd on cpu: .* GPUs only; .*"):
+        fused_cnn._backends.resolve("add_relu_fwd", "triton", X)
+
+
+def test_the_cuda_library_loads_without_a_gpu_and_registers_its_kernels() -> None:
+    if not _library.CUDA_LIBRARY.exists():
+        pytest.skip("built without nvcc")
+    _library.load_cuda()
+    assert _library.has_kernel("add_relu_fwd", "native", "cuda")
+    assert _library.has_kernel("add_relu_bwd", "native", "cuda")
+
+
+LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_instruction_set_gives_the_same_results(level: str) -> None:
+    """The kernels for lesser processors, run on this one."""
+    module = _library.cpu_module
+    best = module.build_info["cpu_level"]
+    if not module.set_cpu_level(level):
+        pytest.skip(f"this processor has {best}, not {level}")
+    try:
+        for op_cases in ALL_CASES:
+            for case in [c for c in op_cases.cases if not c.real][:6] + [c for c in op_cases.cases if c.real][:1]:
+                for dtype in (torch.float32, torch.bfloat16):
+                    for comparison in compare(op_cases, small(case), "native", dtype):
+                        assert comparison.ok, (op_cases.name, case.name, dtype, comparison)
+    finally:
+        module.set_cpu_level(best)

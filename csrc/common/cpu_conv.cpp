@@ -46,7 +46,9 @@ Pixels::Pixels(const Tensor& t)
       pitch(has_pitch(t) ? t.stride(3) : t.size(1)) {}
 
 bool engine_takes(const Tensor& x, int64_t groups) {
-  return groups == 1 && (x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16);
+  if (groups != 1) return false;
+  // With AMX the library's bfloat16 is several times the engine's.
+  return x.scalar_type() == ScalarType::Float || (x.scalar_type() == ScalarType::BFloat16 && !has_amx_bf16());
 }
 
 engine::DType engine_dtype(const Tensor& x) {

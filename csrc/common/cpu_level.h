@@ -9,6 +9,10 @@ namespace fused_cnn {
 enum class CpuLevel { generic, avx2, avx512, avx512_bf16 };
 CpuLevel cpu_level();
 const char* cpu_level_name();
+bool has_amx_bf16();  // matrix units, which oneDNN uses and the kernels here do not
+
+// Uses a lower level from now on, for tests; false, changing nothing, where the processor lacks it. Packed weights do not carry over.
+bool set_cpu_level(const char* name);
 
 #if defined(__x86_64__)
 #define FUSED_CNN_KERNEL(...)          \

@@ -95,8 +95,9 @@ class OpCases:
 
     `make(case, maker)` returns the positional and keyword arguments; every tensor among them that requires grad gets a gradient.
     `cost(case, itemsize)` prices the call. `registered` names the registered op by which a backend is known to implement this one,
-    where it is not `<name>_fwd`. `rounding` is the number of roundings to the dtype that the absolute term
-    allows, and `reason` says why so many.
+    where it is not `<name>_fwd`. `rounding` is the number of roundings to the dtype that the absolute term allows, `summation`
+    the units in the last place of the accumulator (float32, or float64) that a long sum in another order may lose, and `reason` says why
+    so many.
     """
 
     name: str
@@ -107,6 +108,7 @@ class OpCases:
     rounding: float
     reason: str
     registered: str = ""
+    summation: float = 0.0
 
 
 AWKWARD_CHANNELS = (1, 3, 17, 65, 112, 480)

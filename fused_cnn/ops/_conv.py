@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _library
+from .._backends import resolve
 from .._checks import check_nchw, check_same, check_vector
 from .._layout import empty_nchw, result_format
 
@@ -21,6 +23,14 @@ def pair(value: IntPair) -> tuple[int, int]:
 def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     """One spatial side of a convolution's result."""
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def packable(like: Tensor, op: str, backend: str | None) -> bool:
+    """Whether calls on inputs such as `like` will run on the native CPU convolution, whose weights are packed once."""
+    if like.device.type != "cpu" or _library.cpu_module is None or resolve(op, backend, like) != "native":
+        return False
+    bf16 = like.dtype == torch.bfloat16 and not _library.cpu_module.build_info["amx_bf16"]
+    return like.dtype == torch.float32 or bf16
 
 
 def check_conv(

@@ -72,9 +72,4 @@ void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args, con
 void max_pool(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, void* out, int64_t out_pitch,
               const ThreadPool& pool);
 
-// The kernels in use: "avx512_bf16", "avx512", "avx2" or "generic", the best that this CPU runs unless set otherwise.
-// set_cpu_level is for tests; it returns false, changing nothing, where the CPU lacks the level. Repack after it.
-const char* cpu_level();
-bool set_cpu_level(const char* name);
-
 }  // namespace fused_cnn::engine

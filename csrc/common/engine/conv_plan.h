@@ -1,8 +1,9 @@
-// What conv_dispatch.cpp (compiled once, for the base instruction set) and the kernels (compiled once per level) tell
+// What conv_engine.cpp (compiled once, for the base instruction set) and the kernels (compiled once per level) tell
 // each other: one Plan per call, cut into items that any thread may run, and one table of functions per level. Only
 // plain structs may appear here: an inline function could be emitted by an AVX-512 file and then be linked everywhere.
 #pragma once
-#include "conv_engine.h"
+#include "common/cpu_level.h"
+#include "common/engine/conv_engine.h"
 
 namespace fused_cnn::engine {
 
@@ -23,6 +24,7 @@ struct Plan {
   int64_t out_h, out_w;
   int64_t block_h, block_w, blocks_y, blocks_x;
   int64_t vectors, panels, groups;
+  bool tiles_first;  // loop order within an item
   int64_t vector_of[kMaxDestinations + 1];  // first vector of each destination
   const float* bias;                        // packed: one float per lane of every vector
   const void* weight;                       // packed: [panel][taps_h][taps_w][run][lanes of the panel]
@@ -41,7 +43,6 @@ struct Scratch {
 };
 
 struct Level {
-  const char* name;
   int lanes;           // floats per vector; a panel is two vectors
   int tile_pixels;     // output pixels per microkernel call, at most
   bool bf16_products;  // bf16 is multiplied as it is, in pairs along K; otherwise it is widened to float first
@@ -51,9 +52,8 @@ struct Level {
                        int64_t out_pitch, int64_t row);
 };
 
-extern const Level generic_level;
-#if defined(__x86_64__)
-extern const Level avx2_level, avx512_level, avx512_bf16_level;
-#endif
-
 }  // namespace fused_cnn::engine
+
+namespace fused_cnn {
+FUSED_CNN_KERNEL(extern const engine::Level engine_level)
+}

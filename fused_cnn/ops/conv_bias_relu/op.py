@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._backends import resolve
-from ..._library import define, has_kernel, kernel
-from .._conv import IntPair, autocast, check_conv, empty_gradients, empty_result, pair
+from ..._library import define, kernel
+from .._conv import IntPair, autocast, check_conv, empty_gradients, empty_result, packable, pair
 from . import reference
 
 
@@ -70,10 +70,8 @@ def pack_conv(
 
     Packed where the native CPU convolution will run (the bias, kept in float32, is then inside); else both in `like`'s dtype.
     """
-    packable = groups == 1 and like.dtype in (torch.float32, torch.bfloat16) and weight.size(0) > 0
-    name = "conv_bias_relu_pack"
-    if packable and has_kernel(name, "native", like.device.type) and resolve("conv_bias_relu_fwd", backend, like) == "native":
-        data = kernel(name, "native")(weight.to(like.dtype), bias)
+    if groups == 1 and weight.size(0) > 0 and packable(like, "conv_bias_relu_fwd", backend):
+        data = kernel("conv_bias_relu_pack", "native")(weight.to(like.dtype), bias)
         return PackedConv(data, weight.shape), None
     return weight.to(like.dtype), None if bias is None else bias.to(like.dtype)
 

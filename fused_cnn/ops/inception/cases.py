@@ -59,5 +59,6 @@ CASES = OpCases(
     make=make,
     cost=cost,
     rounding=8,
+    summation=16,
     reason="two convolutions in a row, each with the free summation order and the single rounding of conv_bias_relu",
 )

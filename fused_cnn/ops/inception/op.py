@@ -3,7 +3,7 @@
     out = cat([relu(1x1(x)), relu(3x3(relu(1x1(x)))), relu(kxk(relu(1x1(x)))), relu(1x1(maxpool3x3(x)))], dim=1)
 
 The three 1x1 convolutions that share x are one matrix product, so x is read once for them and once by the pool; every branch writes
-straight into its channel slice, so there is no concatenation pass. Backward recomputes the block from x: only x and weights are saved.
+straight into its channel slice, so there is no concatenation pass. Backward computes the reductions and the pool again.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 from ..._backends import resolve
 from ..._checks import check_nchw, check_same, check_vector
 from ..._layout import empty_nchw
-from ..._library import define, has_kernel, kernel
-from .._conv import autocast
+from ..._library import define, kernel
+from .._conv import autocast, packable
 from . import reference
 
 CONVOLUTIONS = ("branch1", "reduce3", "conv3", "reduce5", "conv5", "pool_proj")
@@ -59,8 +59,7 @@ def pack_inception(
 ) -> tuple[Sequence[Tensor] | PackedInception, Sequence[Tensor]]:
     """The weights and biases to call inception with many times, without gradients, on inputs of `like`'s dtype and device."""
     weights = [w.to(like.dtype) for w in weights]
-    native = has_kernel("inception_pack", "native", like.device.type)
-    if native and like.dtype in (torch.float32, torch.bfloat16) and resolve("inception_fwd", backend, like) == "native":
+    if packable(like, "inception_fwd", backend):
         data = kernel("inception_pack", "native")(weights, biases)
         channels = tuple(w.size(0) for w in weights)
         return PackedInception(data, channels, (weights[2].size(2), weights[4].size(2))), ()
@@ -70,19 +69,45 @@ def pack_inception(
 class _Inception(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *parameters)
-        return kernel("inception_fwd", backend)(x, parameters[:6], parameters[6:])
+        out = kernel("inception_fwd", backend)(x, parameters[:6], parameters[6:])
+        ctx.save_for_backward(x, out, *parameters)
+        ctx.backend = backend
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[1:]
-        with torch.enable_grad():
-            inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needs, strict=True)]
-            out = reference.inception(inputs[0], inputs[1:7], inputs[7:])
-        wanted = [t for t in inputs if t.requires_grad]
-        grads = iter(torch.autograd.grad(out, wanted, grad_out))
-        return (None, *(next(grads) if need else None for need in needs))
+        x, out, *parameters = ctx.saved_tensors
+        weights, biases = parameters[:6], parameters[6:]
+        needs_x = ctx.needs_input_grad[1]
+        grad_weights: list[Tensor] = [x] * 6
+        grad_biases: list[Tensor] = [x] * 6
+
+        def again(i: int) -> Tensor:
+            return kernel("conv_bias_relu_fwd", ctx.backend)(x, weights[i], biases[i], None, [1, 1], [0, 0], [1, 1], 1, True)
+
+        def backward(i: int, grad: Tensor, result: Tensor, read: Tensor, needs_read: bool) -> Tensor:
+            pad = weights[i].size(2) // 2
+            grad_read, grad_weights[i], grad_biases[i], _ = kernel("conv_bias_relu_bwd", ctx.backend)(
+                grad, result, read, weights[i], [1, 1], [pad, pad], [1, 1], 1, needs_read, True, True
+            )
+            return grad_read
+
+        sizes = [weights[i].size(0) for i in OUTPUTS]
+        grad1, grad3, grad5, grad4 = grad_out.split(sizes, 1)
+        out1, out3, out5, out4 = out.split(sizes, 1)
+        reduced3, reduced5 = again(1), again(3)
+        pooled, indices = torch.ops.aten.max_pool2d_with_indices(x, [3, 3], [1, 1], [1, 1])
+        grad_x = backward(0, grad1, out1, x, needs_x)
+        from3 = backward(1, backward(2, grad3, out3, reduced3, True), reduced3, x, needs_x)
+        from5 = backward(3, backward(4, grad5, out5, reduced5, True), reduced5, x, needs_x)
+        from_pool = backward(5, grad4, out4, pooled, needs_x)
+        if needs_x:
+            from_pool = torch.ops.aten.max_pool2d_with_indices_backward(
+                from_pool, x, [3, 3], [1, 1], [1, 1], [1, 1], False, indices
+            )
+            grad_x = grad_x + from3 + from5 + from_pool
+        return (None, grad_x if needs_x else None, *grad_weights, *grad_biases)
 
 
 def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
@@ -124,7 +149,7 @@ def inception(
     Returns:
         (N, branch1 + conv3 + conv5 + pool_proj channels, H, W) in x's dtype; channels_last where x's channels are adjacent.
 
-    Saved for backward: x, weights and biases; the branches are computed again. Nothing is mutated. Differentiable once.
+    Saved for backward: x, the result, weights and biases; what lies between is computed again. Nothing is mutated. Differentiable once.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not agree.

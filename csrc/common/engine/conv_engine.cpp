@@ -4,7 +4,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include "conv_plan.h"
+#include "common/engine/conv_plan.h"
 
 namespace fused_cnn::engine {
 namespace {
@@ -15,27 +15,7 @@ constexpr int64_t kCacheLine = 64;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-bool supported(const Level& level) {
-#if defined(__x86_64__)
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (&level == &avx512_bf16_level) return avx512 && __builtin_cpu_supports("avx512bf16");
-  if (&level == &avx512_level) return avx512;
-  if (&level == &avx2_level) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-  return &level == &generic_level;
-}
-
-const Level* const kLevels[] = {  // best first
-#if defined(__x86_64__)
-    &avx512_bf16_level, &avx512_level, &avx2_level,
-#endif
-    &generic_level};
-
-const Level*& current() {
-  static const Level* level = *std::find_if(std::begin(kLevels), std::end(kLevels), [](auto l) { return supported(*l); });
-  return level;
-}
+const Level* current() { return &FUSED_CNN_PICK(engine_level); }
 
 struct ScratchBuffer {
   void* data = nullptr;
@@ -98,7 +78,7 @@ void plan_blocks(Plan& plan, const Level& level, int threads) {
 
   // Tile pixels 2 KiB (or a multiple) apart share a few L1 sets, and evict each other at every k.
   const int64_t x_size = plan.dtype == DType::bf16 ? 2 : 4;
-  const bool aliased = s.stride_w * plan.args.x_pitch * size % 2048 == 0;
+  const bool aliased = s.stride_w * plan.args.x_pitch * size % 4096 == 0;
   plan.gather = s.pad_h || s.pad_w || size != x_size || aliased || (plan.reduction.fold && plan.args.x_pitch != s.C);
   if (plan.gather) {
     const int64_t lines = ceil_div(s.C * size, kCacheLine) | 1;  // odd, for the same reason
@@ -124,11 +104,12 @@ void plan_blocks(Plan& plan, const Level& level, int threads) {
     plan.blocks_y = ceil_div(plan.out_h, plan.block_h);
     plan.blocks_x = ceil_div(plan.out_w, plan.block_w);
     const int64_t blocks = s.N * plan.blocks_y * plan.blocks_x;
-    const bool fits = plan.in_h * plan.in_w * s.C * size <= 384 * 1024;
+    const bool fits = plan.in_h * plan.in_w * s.C * size <= 640 * 1024;
     const bool busy = threads == 1 || blocks * plan.panels >= 6 * threads;
     plan.groups = threads == 1 ? 1 : std::min(plan.panels, ceil_div(8 * threads, blocks));
     if ((fits && busy) || wanted <= tile) break;
   }
+  plan.tiles_first = ceil_div(plan.panels, plan.groups) * plan.panel_bytes <= 512 * 1024;
 }
 
 struct Work {
@@ -204,14 +185,6 @@ void max_pool(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitc
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, per_row));
   if (pool.threads <= 1 || rows <= grain) pool_rows(0, rows, &work);
   else pool.parallel_for(rows, grain, pool_rows, &work);
-}
-
-const char* cpu_level() { return current()->name; }
-
-bool set_cpu_level(const char* name) {
-  for (const Level* level : kLevels)
-    if (!std::strcmp(level->name, name) && supported(*level)) return current() = level, true;
-  return false;
 }
 
 }  // namespace fused_cnn::engine

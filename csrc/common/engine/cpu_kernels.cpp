@@ -1,8 +1,17 @@
-// Everything that is compiled once per instruction set: packing, the gathering of a block's input, and the loop over the
-// tiles of an item. A conv_level_*.cpp file switches the instruction set on, sets ENGINE_LEVEL, kLanes and kTilePixels,
-// and includes this. All but the table of functions at the end has internal linkage, and nothing of the standard
-// library but memcpy and memset is used: an inline library function compiled here could otherwise be the copy that the
-// linker keeps for the whole program, and fault on an older CPU.
+// Everything of the convolution engine that is compiled once per instruction set (common/cpu_level.h): packing, the gathering of a
+// block's input, and the loop over the tiles of an item. All but the table of functions at the end has internal linkage, and
+// nothing of the standard library but memcpy and memset is used: an inline library function compiled here could otherwise be
+// the copy that the linker keeps for the whole program, and fault on an older CPU.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#include <cstdint>
+#include <cstring>
+#include "common/engine/conv_plan.h"
+
+#if defined(__AVX512BF16__)
+#define ENGINE_BF16_PRODUCTS
+#endif
 
 #if defined(__clang__)
 #define ENGINE_UNROLL _Pragma("clang loop unroll(full)")
@@ -14,11 +23,21 @@
 namespace fused_cnn::engine {
 namespace {
 
+// Floats per vector, and output pixels per tile: a tile's sums are twice that many vectors, beside 2 weights and 1 input.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kTilePixels = 14;  // of 32 registers
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kTilePixels = 6;  // of 16 registers
+#elif defined(__x86_64__)
+constexpr int kLanes = 4, kTilePixels = 6;
+#else
+constexpr int kLanes = 4, kTilePixels = 12;  // of 32 registers on aarch64
+#endif
 constexpr int kPanelVectors = 2;
 
-#include "conv_simd.inc"
-#include "conv_tile.inc"
-#include "max_pool.inc"
+#include "common/engine/conv_simd.inc"
+#include "common/engine/conv_tile.inc"
+#include "common/engine/max_pool.inc"
 
 // packed: bias, then for each panel [taps_h][taps_w][run / P][lanes][P], with P consecutive k side by side for products
 // of P elements. Lanes past a destination's last channel, and k past an odd run, are zero.
@@ -103,8 +122,9 @@ void set_output(const Plan& plan, int64_t vector, Output& output) {
             to.residual_pitch, left < kLanes ? left : kLanes, to.relu};
 }
 
-// One block of output pixels by one group of panels. Panels are the outer loop: a panel (128 bytes * K) stays in L2
-// while every tile of the block passes by, and the block's input stays there while every panel does.
+// One block of output pixels by one group of panels. Weights that fit in L2 stay there while the tiles go by, each
+// meeting every panel at once, so that input and output stream through memory in order. Otherwise panels are the outer
+// loop: one panel (128 bytes * K) stays in L2 while every tile of the block, whose input is there as well, goes by.
 template <class Product, class T>
 void run_item_as(const Plan& plan, int64_t item, Scratch& scratch) {
   using Element = typename Product::Element;
@@ -134,29 +154,42 @@ void run_item_as(const Plan& plan, int64_t item, Scratch& scratch) {
   tile.taps_h = plan.reduction.taps_h, tile.taps_w = plan.reduction.taps_w, tile.run = plan.reduction.run;
   tile.tap_h_step = s.dilation_h * row_pitch * kSize;
   tile.tap_w_step = s.dilation_w * plan.pitch * kSize;
+  tile.H = s.H, tile.dilation_h = s.dilation_h;
   const int64_t row_step = plan.step_h * row_pitch * kSize;
   const int64_t first_pixel = (n * plan.out_h + oy) * plan.out_w + ox;
 
   // A tile is part of one row, or two whole rows where these are short. Parts are as equal as can be: 15 is 8 and 7.
   const bool two_rows = columns * 2 <= kTilePixels;
   const int64_t parts = (columns + kTilePixels - 1) / kTilePixels;
-  for (int64_t p = group * plan.panels / plan.groups; p < (group + 1) * plan.panels / plan.groups; p++) {
+  const int64_t tiles = two_rows ? (rows + 1) / 2 : rows * parts;
+  const int64_t first_panel = group * plan.panels / plan.groups, last_panel = (group + 1) * plan.panels / plan.groups;
+
+  auto run = [&](int64_t p, int64_t t) {
     const int64_t vectors = plan.vectors - p * kPanelVectors < kPanelVectors ? 1 : kPanelVectors;
     tile.weight = (const char*)plan.weight + p * plan.panel_bytes;
     tile.bias = plan.bias + p * kPanelVectors * kLanes;
     for (int64_t j = 0; j < vectors; j++) set_output<T>(plan, p * kPanelVectors + j, tile.output[j]);
-    for (int64_t y = 0; y < rows; y += 1 + two_rows) {
-      const bool pair = two_rows && y + 1 < rows;
-      for (int64_t part = 0; part < parts; part++) {
-        const int64_t begin = part * columns / parts, pixels = (part + 1) * columns / parts - begin;
-        const int64_t half = (pixels + 1) / 2;
-        tile.x[0] = (const char*)x + y * row_step + begin * tile.step;
-        tile.x[1] = tile.x[0] + (pair ? row_step : half * tile.step);
-        tile.out_pixel[0] = first_pixel + y * plan.out_w + begin;
-        tile.out_pixel[1] = tile.out_pixel[0] + (pair ? plan.out_w : half);
-        tile_function<Product, T>(pair ? 2 * pixels : pixels, vectors)(tile);
-      }
-    }
+
+    const int64_t y = two_rows ? 2 * t : t / parts, part = two_rows ? 0 : t % parts;
+    const bool pair = two_rows && y + 1 < rows;
+    const int64_t begin = part * columns / parts, pixels = (part + 1) * columns / parts - begin, half = (pixels + 1) / 2;
+    tile.x[0] = (const char*)x + y * row_step + begin * tile.step;
+    tile.x[1] = tile.x[0] + (pair ? row_step : half * tile.step);
+    const bool streams = !plan.gather && p == first_panel;  // the input comes from memory, in order
+    tile.ahead = streams ? tile.x[0] + pixels * tile.step : tile.x[0];
+    tile.ahead_step = streams ? 64 : 0;
+    tile.row[0] = y0 + y * s.stride_h;
+    tile.row[1] = tile.row[0] + (pair ? s.stride_h : 0);
+    tile.out_pixel[0] = first_pixel + y * plan.out_w + begin;
+    tile.out_pixel[1] = tile.out_pixel[0] + (pair ? plan.out_w : half);
+    tile_function<Product, T>(pair ? 2 * pixels : pixels, vectors)(tile);
+  };
+  if (plan.tiles_first) {
+    for (int64_t t = 0; t < tiles; t++)
+      for (int64_t p = first_panel; p < last_panel; p++) run(p, t);
+  } else {
+    for (int64_t p = first_panel; p < last_panel; p++)
+      for (int64_t t = 0; t < tiles; t++) run(p, t);
   }
 }
 
@@ -182,14 +215,11 @@ void max_pool_row(const PoolShape& shape, DType dtype, const void* x, int64_t x_
   else max_pool_row_as(shape, (const bfloat16*)x, x_pitch, (bfloat16*)out, out_pitch, row);
 }
 
-#define ENGINE_STRING_(x) #x
-#define ENGINE_STRING(x) ENGINE_STRING_(x)
-#define ENGINE_JOIN_(x, y) x##y
-#define ENGINE_JOIN(x, y) ENGINE_JOIN_(x, y)
-
 }  // namespace
 
-const Level ENGINE_JOIN(ENGINE_LEVEL, _level) = {
-    ENGINE_STRING(ENGINE_LEVEL), kLanes, kTilePixels, kBf16Products, pack, run_item, max_pool_row};
-
 }  // namespace fused_cnn::engine
+
+namespace fused_cnn::FUSED_CNN_LEVEL {
+extern const engine::Level engine_level = {engine::kLanes,   engine::kTilePixels, engine::kBf16Products,
+                                           engine::pack,     engine::run_item,    engine::max_pool_row};
+}  // namespace fused_cnn::FUSED_CNN_LEVEL
