@@ -1,5 +1,6 @@
 """What both suites share: the device, the choice to leave torch.compile out, and one timing routine.
- A benchmark checks its numbers, times all its variants in interleaved rounds as `fused-cnn bench` does, and
+
+A benchmark checks its numbers, times all its variants in interleaved rounds as `fused-cnn bench` does, and
 keeps that row in extra_info for `fused-cnn report`; pytest-benchmark's own columns show the fused variant.
 """
 

@@ -1,5 +1,6 @@
 """Lets `import torchvision` succeed beside a CPU build of torch, for its model architectures.
- torchvision's wheels carry compiled ops (nms and others) for CUDA builds of torch only; beside a CPU build
+
+torchvision's wheels carry compiled ops (nms and others) for CUDA builds of torch only; beside a CPU build
 they do not load, and its Python code then fails because it describes two ops that nobody has defined. This
 declares those two, when torchvision is first imported. `python torchvision_shim.py` installs it into the
 environment that runs it, and only where `import torchvision` fails; at start-up it costs one tiny module,

@@ -1,6 +1,7 @@
 """Times variants of the same work against each other: interleaved rounds and medians, so that a machine's
 drift hits all alike.
- A round takes one sample of every variant, in an order that rotates. A sample is as many calls as fill
+
+A round takes one sample of every variant, in an order that rotates. A sample is as many calls as fill
 MIN_SAMPLE seconds, with one device synchronisation at its end; a synchronisation per call would add tens of
 microseconds to each.
 """

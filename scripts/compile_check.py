@@ -1,6 +1,7 @@
 """`make compile-check`: what every GPU kernel costs in registers, spills and shared memory, on a machine with
 or without a GPU.
- CUDA kernels are built by the ordinary build where nvcc is found, and ptxas's own report of that build is
+
+CUDA kernels are built by the ordinary build where nvcc is found, and ptxas's own report of that build is
 read. Triton kernels, those that each room lists in SHIPPED, are compiled offline by the Triton wheel and read
 with its cuobjdump. A kernel that spills to local memory fails the check; what cannot be checked here is said,
 with the reason.

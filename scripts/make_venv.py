@@ -1,6 +1,7 @@
 """Makes the project's virtual environment: `python3 scripts/make_venv.py .venv`. Run again, it adds only what
 is missing.
- A torch that the calling Python has already is used as it is (a GPU machine's own build); otherwise torch is
+
+A torch that the calling Python has already is used as it is (a GPU machine's own build); otherwise torch is
 installed in the version below, named exactly, because an open range can pull gigabytes of another build.
 torchvision follows torch's version and comes without its dependencies, so that it never replaces torch.
 """

@@ -1,14 +1,24 @@
-"""The command line: exit codes, JSON that parses, errors of one line, and the main job on one small
-network.
-"""
+"""The command line: exit codes, JSON that parses, errors of one line, and the main job on one small network."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fused_cnn import cli
+from fused_cnn.cli import _verify
+from fused_cnn.cli.report import rewrite
+
+needs_pictures = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("torchvision", "skimage", "matplotlib")),
+    reason="verify needs torchvision, scikit-image and matplotlib",
+)
+SMALL = ("--model", "resnet18", "--size", "64", "--batch", "2", "--seconds", "0")
 
 
 def run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -39,12 +49,146 @@ def test_no_command_prints_help(capfd: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and all(name in text for name in ("info", "summary", "verify", "bench", "report"))
 
 
+@pytest.mark.parametrize("command", ["info", "summary", "verify", "bench", "report"])
+def test_every_command_takes_json_and_explains_itself(capfd: pytest.CaptureFixture[str], command: str) -> None:
+    code, text, _ = run(capfd, command, "--help")
+    assert code == 0 and "--json" in text
+
+
 @pytest.mark.parametrize(
-    "arguments",
-    [["nothing"], ["info", "--nothing"]],
-    ids=" ".join,
+    ("arguments", "says"),
+    [
+        (["nothing"], "nothing"),
+        (["info", "--nothing"], "--nothing"),
+        (["summary", "resnet5O"], "did you mean resnet50"),
+        (["verify", "--backend", "cudnn"], "--backend must be auto"),
+        (["verify", "--dtype", "int8"], "--dtype must be one of float32"),
+        (["verify", "--batch", "0"], "batch"),
+        (["verify", "--image", "nowhere.png"], "nowhere.png"),
+        (["verify", "--image", __file__], "cannot be read as a picture"),
+        (["verify", "--model", "resnet5O"], "resnet5O"),
+        (["bench", "everything"], "everything"),
+        (["bench", "ops", "--op", "nothing"], "no such op"),
+        (["report", "nowhere.json"], "nowhere.json"),
+        (["report", __file__], "is not a result"),
+    ],
+    ids=lambda value: " ".join(value).replace("/", "_") if isinstance(value, list) else "",
 )
-def test_a_wrong_command_line_is_one_line_and_exit_code_2(capfd: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+@needs_pictures
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(
+    capfd: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
     code, text, errors = run(capfd, *arguments)
+    last = errors.strip().splitlines()[-1]
     assert code == 2 and text == ""
-    assert errors.startswith("fused-cnn: ") and errors.count("\n") == 1
+    assert last.startswith("fused-cnn: ") and says in last and "Traceback" not in errors
+
+
+def test_an_internal_error_is_one_line(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(sys.modules["fused_cnn.cli.info"], "collect", broken)  # the package's attribute is the command
+    code, _, errors = run(capfd, "info")
+    assert code == 3 and errors == "fused-cnn: internal error: RuntimeError: first line second line\n"
+    with pytest.raises(RuntimeError, match="first line"):
+        cli.run(["--traceback", "info"])
+
+
+def test_a_missing_package_says_how_to_get_it(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    code, _, errors = run(capfd, "verify", *SMALL)
+    assert code == 2 and "this command needs torchvision" in errors and "make venv" in errors
+
+
+def test_summary_json_has_the_papers_rows(capfd: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = run(capfd, "summary", "googlenet_paper", "--json")
+    found = json.loads(text)
+    names = [row["name"] for row in found["rows"]]
+    assert code == 0 and found["model"] == "googlenet_paper"
+    blocks = ("3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b")
+    assert [n for n in names if n.startswith("inception")] == [f"inception_{n}" for n in blocks]
+    assert all({"type", "output_size", "params", "macs"} <= row.keys() for row in found["rows"])
+    assert found["total"]["params"] == sum(row["params"] or 0 for row in found["rows"])
+
+
+def test_summary_prints_a_table(capfd: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = run(capfd, "summary", "resnet18")
+    assert code == 0 and "conv1" in text and "total" in text
+
+
+@pytest.fixture(scope="module")
+def verified(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    folder = tmp_path_factory.mktemp("verify")
+    return cli.run(["verify", *SMALL, "--train", "--out", str(folder)]), folder
+
+
+@needs_pictures
+def test_verify_agrees_and_says_what_it_measured(verified: tuple[int, Path]) -> None:
+    code, folder = verified
+    found = json.loads((folder / "verify.json").read_text())
+    network = found["models"]["resnet18"]
+    assert code == 0 and found["ok"]
+    assert (folder / "verify.png").read_bytes().startswith(b"\x89PNG")
+    assert len(network["fused"]) == 9 and network["skipped"] == []
+    assert len(network["training"]) == len(network["training_float64"]) > 100
+    assert network["scores"]["error"] <= network["scores"]["bound"]
+    assert {s["stage"] for s in network["stages"]} == {"stem", "layer1", "layer2", "layer3", "layer4", "head"}
+    traffic = network["traffic"]["eval"]
+    assert traffic["minimum"]["bytes"] < traffic["fused"]["bytes"] < traffic["eager"]["bytes"]
+    assert traffic["fused"]["launches"] < traffic["eager"]["launches"]
+    assert {row["backend"] for row in network["backends"]["eval"]} >= {"native"}
+    assert network["train"]["saved_bytes"]["fused"] <= network["train"]["saved_bytes"]["eager"]
+
+
+@needs_pictures
+def test_report_makes_tables_and_plots_and_updates_marked_text(
+    verified: tuple[int, Path], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table:verify -->\nold\n<!-- /table -->\nafter\n")
+    result = str(verified[1] / "verify.json")
+    code, text, _ = run(capfd, "report", result, "--update", str(page), "--out", str(tmp_path), "--json")
+    found = json.loads(text)
+    assert code == 0 and found["updated"] == ["verify"] and Path(found["plots"][0]).exists()
+    assert "| resnet18 |" in page.read_text() and "old" not in page.read_text()
+    assert page.read_text().startswith("before\n") and page.read_text().endswith("<!-- /table -->\nafter\n")
+
+
+def test_report_keeps_tables_that_it_was_not_given(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table:ops -->\nold\n<!-- /table -->\n<!-- table:models -->\nkept\n<!-- /table -->\n")
+    assert rewrite(page, {"ops": "new\n"}) == ["ops"]
+    assert "new" in page.read_text() and "kept" in page.read_text() and "old" not in page.read_text()
+
+
+@needs_pictures
+def test_verify_notices_wrong_numbers(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pair_of = _verify.Pair.of.__func__  # type: ignore[attr-defined]
+
+    def spoiled(cls: type, model: Any, backend: str | None) -> _verify.Pair:
+        pair: _verify.Pair = pair_of(cls, model, backend)
+        pair.fused.layer3[0].bn1.weight.data.mul_(1.001)
+        return pair
+
+    monkeypatch.setattr(_verify.Pair, "of", classmethod(spoiled))
+    code, text, _ = run(capfd, "verify", *SMALL, "--out", str(tmp_path), "--json")
+    found = json.loads(text)
+    assert code == 1 and not found["ok"]
+    assert not found["models"]["resnet18"]["scores"]["ok"]
+    assert any(not row["ok"] for row in found["models"]["resnet18"]["training_float64"])
+
+
+def test_bench_saves_rows_that_report_reads(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    options = ("--op", "add_relu", "--dtype", "float32", "--seconds", "0", "--out", str(file))
+    code, _, errors = run(capfd, "bench", "ops", *options)
+    rows = json.loads(file.read_text())["rows"]
+    assert code == 0 and "add_relu" in errors  # progress
+    assert len(rows) == 8 and all(row["bytes"] > 0 and row["ratios"]["fused"] > 0 for row in rows)
+    code, text, _ = run(capfd, "report", str(file))
+    assert code == 0 and text.count("| add_relu |") == 8

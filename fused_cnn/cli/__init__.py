@@ -1,6 +1,7 @@
 """The command line `fused-cnn`: info, summary, verify, bench, report; one file per command, each with
 `--json`.
- Exit codes: 0 all is well, 1 the numbers do not agree, 2 what was asked for cannot be done, 3 an error inside
+
+Exit codes: 0 all is well, 1 the numbers do not agree, 2 what was asked for cannot be done, 3 an error inside
 fused_cnn. Every error is one line on standard error; `fused-cnn --traceback COMMAND ...` shows where it came
 from.
 """

@@ -1,6 +1,7 @@
 """What is timed, for `fused-cnn bench` and for `pytest benchmarks` alike: every op's real cases and whole
 networks.
- A Bench checks its numbers before it is timed; its variants (eager, torch.compile, fused) do the same work on
+
+A Bench checks its numbers before it is timed; its variants (eager, torch.compile, fused) do the same work on
 the same tensors and are timed in interleaved rounds. Bytes are the least that the work can move, so GB/s says
 how near the memory's limit a variant runs.
 """

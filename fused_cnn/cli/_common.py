@@ -1,6 +1,7 @@
 """What every command shares: its two consoles, JSON on request, and an error that ends the program in one
 line.
- Standard output carries the answer and nothing else; progress and errors go to standard error, so that
+
+Standard output carries the answer and nothing else; progress and errors go to standard error, so that
 `--json | jq` always works.
 """
 

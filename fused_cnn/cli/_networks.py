@@ -1,6 +1,7 @@
 """The main job's real input: photographs that scikit-image ships, and torchvision's networks with statistics
 taken from them.
- Nothing is downloaded. Weights are random, so the BatchNorm statistics are made real: gamma and beta are
+
+Nothing is downloaded. Weights are random, so the BatchNorm statistics are made real: gamma and beta are
 random, and the running mean and variance are those of the photographs and of noise. The last layer is centred
 on them, so that the scores tell photographs apart.
 """

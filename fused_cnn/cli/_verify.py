@@ -1,6 +1,7 @@
 """One network eager against fused: do the numbers agree, how long does each take, what does each launch and
 move, and what ran.
- Numbers. The truth is plain PyTorch in float64. An error of the fused network is at most FACTOR times eager's
+
+Numbers. The truth is plain PyTorch in float64. An error of the fused network is at most FACTOR times eager's
 own error in the same dtype, plus rounding, plus for gradients the kink: an activation that is zero but for
 rounding may fall on either side of ReLU, and one that does moves its gradients by its whole share, which is
 far more than rounding. Eager's own worst gradient shows how much. Because that term is wide, the same

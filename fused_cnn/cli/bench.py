@@ -1,6 +1,7 @@
 """`fused-cnn bench`: times every op's real cases and whole networks against eager PyTorch, and saves the
 result as JSON.
- Nothing is timed before its numbers are checked; one that fails the check is reported without a time and
+
+Nothing is timed before its numbers are checked; one that fails the check is reported without a time and
 makes the exit code 1.
 """
 

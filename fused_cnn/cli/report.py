@@ -1,6 +1,7 @@
 """`fused-cnn report FILE...`: turns saved results (verify, bench, pytest-benchmark) into Markdown tables and
 PNG plots.
- `--update README.md` rewrites the text between `<!-- table:NAME -->` and `<!-- /table -->`. Tables are named
+
+`--update README.md` rewrites the text between `<!-- table:NAME -->` and `<!-- /table -->`. Tables are named
 ops, models, and verify, with `-cuda` added where a GPU made them.
 """
 

@@ -1,6 +1,7 @@
 """`fused-cnn verify`: the main job. Real photographs through torchvision's networks, eager and after fuse_,
 with the same weights.
- For each network it prints what was fused, how far the numbers are from float64 beside eager's own distance,
+
+For each network it prints what was fused, how far the numbers are from float64 beside eager's own distance,
 what each variant takes, launches and moves, and which backend ran each op; it draws the time by stage. Exit
 code 1 where the numbers do not agree.
 """
@@ -38,7 +39,7 @@ def verify(
     json: Json = False,
 ) -> None:
     """Run photographs through torchvision's networks, eager and fused: same numbers? how much faster?"""
-    chosen = backend_of(backend)
+    chosen, torch_dtype = backend_of(backend), dtype_of(dtype)
     names = tuple(image or _networks.PHOTOGRAPHS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = _networks.photographs(names, batch or len(names), size).to(device)
@@ -54,8 +55,8 @@ def verify(
     for name in model or MODELS:
         with progress(name) as say:
             say("making the network and its statistics")
-            network = _networks.network(name, images).to(dtype_of(dtype))
-            inputs = images.to(dtype_of(dtype))
+            network = _networks.network(name, images).to(torch_dtype)
+            inputs = images.to(torch_dtype)
             found = verify_network(network, inputs, backend=chosen, train=train, seconds=seconds, say=say)
         result["models"][name] = found
         if not json:
