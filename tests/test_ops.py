@@ -102,6 +102,7 @@ def test_compiles_without_graph_breaks(op_cases: OpCases) -> None:
 
 
 @each_op
+@pytest.mark.usefixtures("two_threads")
 def test_reruns_are_bitwise_equal(op_cases: OpCases) -> None:
     case = small(next(c for c in op_cases.cases if c.real))
 
@@ -304,6 +305,7 @@ def test_the_cuda_library_loads_without_a_gpu_and_registers_its_kernels() -> Non
 LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 
 
+@pytest.mark.usefixtures("two_threads", "nan_filled_memory")
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set_gives_the_same_results(level: str) -> None:
     """The kernels for lesser processors, run on this one."""

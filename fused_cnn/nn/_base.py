@@ -22,9 +22,26 @@ Self = TypeVar("Self", bound="FusedModule")
 
 
 class _Cached(NamedTuple):
-    key: tuple[Any, ...]
-    sources: list[Tensor]  # kept alive, so that no new tensor can have an old one's address
+    """A value made from some parameters and buffers, and what they were then.
+
+    An entry of `sources` is where a tensor is registered (a dict and a name), the tensor, its version and its address. The aliases keep the
+    memory that they had, so that no new memory can have an old address.
+    """
+
+    dtype: torch.dtype
+    sources: list[tuple[dict[str, Any], str, Tensor | None, int, int]]
+    aliases: list[Tensor]
     value: Any
+
+    def current(self, dtype: torch.dtype) -> bool:
+        if dtype is not self.dtype:
+            return False
+        for registry, name, tensor, version, address in self.sources:
+            if registry.get(name) is not tensor:
+                return False
+            if tensor is not None and (tensor._version != version or tensor.data_ptr() != address):
+                return False
+        return True
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -127,16 +144,23 @@ class FusedModule(nn.Module):
         """make()'s result, kept until a parameter or buffer of `sources`, or the dtype to run in, changes."""
         if torch.compiler.is_compiling():
             return make()
-        tensors = [
-            t for m in sources if m is not None for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
-        ]
-        if any(t.is_inference() for t in tensors):  # their changes cannot be seen
-            return make()
-        key = (like.dtype, *[(t.data_ptr(), t._version, t.dtype, t.device) for t in tensors])
-        cache = self._cache = {} if self._cache is None else self._cache
+        cache = self._cache
+        if cache is None:
+            cache = self._cache = {}
         found = cache.get(name)
-        if found is None or found.key != key:
-            found = cache[name] = _Cached(key, [t.detach() for t in tensors], make())
+        if found is None or not found.current(like.dtype):
+            seen = [
+                (registry, key, tensor)
+                for m in sources
+                if m is not None
+                for registry in (m._parameters, m._buffers)
+                for key, tensor in registry.items()
+            ]
+            tensors = [t for _, _, t in seen if t is not None]
+            if any(t.is_inference() for t in tensors):  # their changes cannot be seen
+                return make()
+            entries = [(r, k, t, *((t._version, t.data_ptr()) if t is not None else (0, 0))) for r, k, t in seen]
+            found = cache[name] = _Cached(like.dtype, entries, [t.detach() for t in tensors], make())
         return found.value
 
     def conv_bn(
