@@ -147,7 +147,7 @@ def compare_training(pair: Pair, images: Tensor) -> list[Number]:
     errors = {n: max(relative(eager[n], t), relative(other[n], t)) for n, t in truth.items()}
     rounding = ROUNDING * torch.finfo(images.dtype).eps
     gradients = {n for n, p in pair.eager.named_parameters()}
-    kink = max([KINK, *(GRAD_FACTOR * errors[n] for n in gradients & truth.keys())])
+    kink = max([KINK, *(errors[n] for n in gradients & truth.keys())])
     return [
         Number(
             n,

@@ -112,7 +112,8 @@ def _numbers(found: dict[str, Any]) -> Table:
         *((row["name"], row) for row in [*training, *exact] if not row["ok"]),
     ]
     for label, row in shown:
-        figures = (f"{row[k]:.1e}" for k in ("difference", "error", "eager_error", "bound"))
+        keys = ("difference", "error", "eager_error", "bound")
+        figures = (f"{row[k]:.1e}" if row[k] else "" for k in keys)
         table.add_row(label, *figures, "[green]ok[/]" if row["ok"] else "[red]no[/]")
     table.caption = f"relative to each tensor's largest value; {len(training)} tensors of a training step, all in --out's JSON"
     return table
