@@ -1,0 +1,150 @@
+"""Do an eager and a fused network compute the same? Scores, every gradient and every running statistic.
+
+The truth is plain PyTorch in float64. An error of the fused network is at most FACTOR times eager's
+own error in the same dtype, plus rounding, plus for gradients the kink: an activation that is zero but for
+rounding may fall on either side of ReLU, and one that does moves its gradients by its whole share, which is
+far more than rounding. Eager's own worst gradient shows how much. Because that term is wide, the same
+gradients are also compared in float64, where no activation is so close to zero and the bound is rounding
+alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..fuse import fuse_
+from ..testing import max_error
+from ._networks import without_dropout
+
+OUT_FACTOR, GRAD_FACTOR = 2.0, 3.0
+ROUNDING = 16  # units in the last place of the largest value: sums of thousands of terms, taken in another order
+KINK = 0.1  # of the largest value: the least that one activation beyond the kink is allowed to move a gradient
+LARGEST = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}  # no scores may be further from the truth than this
+FLOAT64_LARGEST = 1e-9
+
+
+@dataclass(frozen=True)
+class Number:
+    """One tensor: fused against eager, each against float64, and the bound that `error` must keep; relative
+    to the largest value.
+    """
+
+    name: str
+    difference: float
+    error: float
+    eager_error: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.bound  # False for NaN
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"ok": self.ok}
+
+
+@dataclass
+class Pair:
+    """The same network twice over copies of the same weights, and what fuse_ said."""
+
+    eager: nn.Module
+    fused: nn.Module
+    report: Any
+
+    @classmethod
+    def of(cls, model: nn.Module, backend: str | None) -> Pair:
+        fused = copy.deepcopy(model)
+        report = fuse_(fused, backend=backend, strict=True)
+        return cls(model, fused, report)
+
+    def training(self) -> Pair:
+        """Copies in training mode that two runs can be compared on."""
+        return Pair(without_dropout(self.eager).train(), without_dropout(self.fused).train(), self.report)
+
+
+def scores(out: Any) -> Tensor:
+    """The class scores: torchvision's networks with auxiliary classifiers return a named tuple in training."""
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def loss(out: Any, labels: Tensor) -> Tensor:
+    """Cross-entropy, with 0.3 of each auxiliary classifier's (arXiv 1409.4842, section 5)."""
+    auxiliary = [] if isinstance(out, Tensor) else [o for o in out[1:] if o is not None]
+    wide = [o if o.dtype == torch.float64 else o.float() for o in (scores(out), *auxiliary)]
+    weights = [1.0] + [0.3] * len(auxiliary)
+    return torch.stack([w * F.cross_entropy(o, labels) for w, o in zip(weights, wide, strict=True)]).sum()
+
+
+def training_step(model: nn.Module, images: Tensor) -> Any:
+    """Forward, loss and backward; returns what the network returned."""
+    model.zero_grad(set_to_none=True)
+    out = model(images)
+    loss(out, torch.arange(len(images), device=images.device) * 7).backward()
+    return out
+
+
+def step_results(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Scores, gradients and running statistics after one training step of a copy."""
+    model = without_dropout(model).train()
+    results = {"training scores": scores(training_step(model, images)).detach()}
+    results |= {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return results | {n: b for n, b in model.named_buffers() if b.is_floating_point()}
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return max_error(a, b.double()) / max(b.abs().max().item(), 1e-30)
+
+
+def contiguous(model: nn.Module) -> nn.Module:
+    """A copy that runs in the other memory layout, by other algorithms: a second sample of eager's own
+    error.
+    """
+    return copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+def compare_scores(pair: Pair, images: Tensor) -> tuple[Number, dict[str, float]]:
+    """Scores in eval mode, and how many of the five best classes fused shares with eager, and eager with
+    float64.
+    """
+    dtype = images.dtype
+    with torch.no_grad():
+        truth = copy.deepcopy(pair.eager).double()(images.double())
+        eager, fused = pair.eager(images), pair.fused(images)
+        other = contiguous(pair.eager)(images.contiguous())
+    eager_error = max(relative(eager, truth), relative(other, truth))
+    bound = min(OUT_FACTOR * eager_error + ROUNDING * torch.finfo(dtype).eps, LARGEST[dtype])
+    number = Number("scores", relative(fused, eager), relative(fused, truth), eager_error, bound)
+    return number, {"fused_and_eager": top5(fused, eager), "eager_and_float64": top5(eager, truth)}
+
+
+def top5(a: Tensor, b: Tensor) -> float:
+    """The share of each image's five best classes that both have."""
+    both = a.topk(5).indices.unsqueeze(2) == b.topk(5).indices.unsqueeze(1)
+    return both.any(2).double().mean().item()
+
+
+def compare_training(pair: Pair, images: Tensor, in_float64: bool = True) -> tuple[list[Number], list[Number]]:
+    """Every gradient and running statistic of one training step: in the images' dtype, and with both in float64."""
+    truth = step_results(copy.deepcopy(pair.eager).double(), images.double())
+    eager = step_results(pair.eager, images)
+    other = step_results(contiguous(pair.eager), images.contiguous())
+    fused = step_results(pair.fused, images)
+    errors = {n: max(relative(eager[n], t), relative(other[n], t)) for n, t in truth.items()}
+    gradients = {n for n, _ in pair.eager.named_parameters()} & truth.keys()
+    rounding = ROUNDING * torch.finfo(images.dtype).eps
+    kink = max([KINK, *(errors[n] for n in gradients)])
+    numbers = []
+    for n, t in truth.items():
+        bound = GRAD_FACTOR * errors[n] + kink if n in gradients else OUT_FACTOR * errors[n]
+        numbers.append(Number(n, relative(fused[n], eager[n]), relative(fused[n], t), errors[n], bound + rounding))
+    if not in_float64:
+        return numbers, []
+    wide = step_results(copy.deepcopy(pair.fused).double(), images.double())
+    distances = {n: relative(wide[n], t) for n, t in truth.items()}
+    return numbers, [Number(n, d, d, 0.0, FLOAT64_LARGEST) for n, d in distances.items()]
