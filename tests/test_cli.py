@@ -67,6 +67,7 @@ def test_every_command_takes_json_and_explains_itself(capfd: pytest.CaptureFixtu
         (["verify", "--image", "nowhere.png"], "nowhere.png"),
         (["verify", "--image", __file__], "cannot be read as a picture"),
         (["verify", "--model", "resnet5O"], "resnet5O"),
+        (["verify", "--model", "squeezenet1_1", "--size", "64"], "nothing in SqueezeNet can be fused"),
         (["bench", "everything"], "everything"),
         (["bench", "ops", "--op", "nothing"], "no such op"),
         (["report", "nowhere.json"], "nowhere.json"),

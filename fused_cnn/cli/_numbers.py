@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ..fuse import fuse_
 from ..testing import max_error
+from ._common import CommandError
 from ._networks import without_dropout
 
 OUT_FACTOR, GRAD_FACTOR = 2.0, 3.0
@@ -60,7 +61,9 @@ class Pair:
     @classmethod
     def of(cls, model: nn.Module, backend: str | None) -> Pair:
         fused = copy.deepcopy(model)
-        report = fuse_(fused, backend=backend, strict=True)
+        report = fuse_(fused, backend=backend)
+        if not report.fused:
+            raise CommandError(f"nothing in {type(model).__name__} can be fused")
         return cls(model, fused, report)
 
     def training(self) -> Pair:
