@@ -12,6 +12,7 @@ from .ops import (
     conv1x1_bias_relu,
     conv_bias_relu,
     inception,
+    max_pool2d,
 )
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "conv_bias_relu",
     "fuse_",
     "inception",
+    "max_pool2d",
     "nn",
     "ops",
     "unfuse_",

@@ -1,4 +1,4 @@
-// The library's convolution and its gradients, called through the dispatcher: oneDNN on the CPU, cuDNN on CUDA.
+// The library's convolution, its gradients, and the max pool, called through the dispatcher: oneDNN on the CPU, cuDNN on CUDA.
 #pragma once
 #include <array>
 #include <optional>
@@ -93,6 +93,15 @@ inline std::tuple<Tensor, Tensor> library_conv_backward(const Tensor& grad, cons
       torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
   Tensor grad_x = to<Tensor>(stack[0]), grad_weight = to<Tensor>(stack[1]), grad_bias = to<Tensor>(stack[2]);
   return {grad_x, grad_weight};
+}
+
+inline Tensor library_max_pool2d(const Tensor& x, const Ints& kernel, const Ints& stride, const Ints& padding,
+                          const Ints& dilation, bool ceil_mode) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{from(x),       from(kernel),   from(stride),
+                                    from(padding), from(dilation), from(ceil_mode)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::max_pool2d", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 }  // namespace fused_cnn

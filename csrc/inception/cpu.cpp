@@ -81,14 +81,6 @@ Tensor inception_packed_fwd(const Tensor& x, std::vector<Tensor> packed, Ints ch
   return dense(out, result_format(x));
 }
 
-Tensor library_max_pool_3x3(const Tensor& x) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(x),          from(Ints{3, 3}), from(Ints{1, 1}),
-                                    from(Ints{1, 1}), from(Ints{1, 1}), from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::max_pool2d", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
   const char* op = "inception_fwd";
   FUSED_CNN_CHECK(weights.size() == kConvolutions && biases.size() == kConvolutions, op,
@@ -111,7 +103,7 @@ Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<T
                                 {weights[kConv3].size(2), weights[kConv5].size(2)});
   }
   const Tensor branches[] = {conv(x, kBranch1), conv(conv(x, kReduce3), kConv3), conv(conv(x, kReduce5), kConv5),
-                             conv(library_max_pool_3x3(x), kPoolProj)};
+                             conv(library_max_pool2d(x, {3, 3}, {1, 1}, {1, 1}, {1, 1}, false), kPoolProj)};
   int64_t total = 0;
   for (const Tensor& b : branches) total += b.size(1);
   Tensor out = empty_nchw(x, total, x.size(2), x.size(3), result_format(x));

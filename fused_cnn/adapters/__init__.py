@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ..nn import FusedModule
+from ..nn import FusedModule, MaxPool2d
 
 Builder = Callable[[nn.Module, "str | None"], "FusedModule | str"]
 
@@ -20,8 +20,15 @@ def full_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
+def _max_pool2d(module: nn.Module, backend: str | None) -> FusedModule | str:
+    if module.return_indices:
+        return "returns indices"
+    return MaxPool2d.from_reference(module, backend=backend)
+
+
 def tables() -> tuple[dict[str, Builder], dict[str, type[FusedModule]]]:
     """All block builders, and for networks with a stem of their own, the class that runs it fused."""
     from . import timm, torchvision
 
-    return torchvision.BLOCKS | timm.BLOCKS, torchvision.NETWORKS | timm.NETWORKS
+    shared: dict[str, Builder] = {"torch.nn.modules.pooling.MaxPool2d": _max_pool2d}
+    return shared | torchvision.BLOCKS | timm.BLOCKS, torchvision.NETWORKS | timm.NETWORKS

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from ..nn import MaxPool2d
+
 
 @dataclass
 class Row:
@@ -115,7 +117,7 @@ def _resnet(model: nn.Module) -> Iterator[Row]:
     for i, stage in enumerate(stages(model)):
         parts = [f"layer{i + 1}"]
         layers = _blocks(stage)
-        if i == 0 and isinstance(children.get("maxpool"), nn.MaxPool2d):
+        if i == 0 and isinstance(children.get("maxpool"), (nn.MaxPool2d, MaxPool2d)):
             parts.insert(0, "maxpool")
             layers = f"{_patch(children['maxpool'])} max pool; {layers}"
         yield Row(f"conv{i + 2}_x", "stage", parts, {"layers": layers})

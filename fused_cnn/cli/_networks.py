@@ -76,8 +76,11 @@ def network(name: str, images: Tensor) -> nn.Module:
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, weights=None, **options)
     model = model.to(images.device, memory_format=torch.channels_last)
-    with torch.no_grad():
-        make_statistics_real(model, images)
+    try:
+        with torch.no_grad():
+            make_statistics_real(model, images)
+    except (RuntimeError, ValueError) as error:
+        raise CommandError(f"{name} does not run on {images.size(2)} x {images.size(3)} pixels: {error}") from error
     return model.eval()
 
 
@@ -99,7 +102,10 @@ def make_statistics_real(model: nn.Module, images: Tensor) -> None:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()
-    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        return
+    last = linear[-1]
     nn.init.normal_(last.weight, std=last.in_features**-0.5)
     scores = model(few)
     spread = (scores - scores.mean(0)).std().clamp_min(1e-3)

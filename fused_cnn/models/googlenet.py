@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import ConvBNReLU, Inception
+from ..nn import ConvBNReLU, Inception, MaxPool2d
 
 # Table 1 of arXiv 1409.4842: #1x1, #3x3 reduce, #3x3, #5x5 reduce, #5x5, pool proj.
 INCEPTION_CHANNELS = {
@@ -116,12 +116,12 @@ class GoogLeNet(nn.Module):
         }
 
         self.conv1 = ConvBNReLU(3, 64, 7, stride=2, padding=3, **form)
-        self.maxpool1 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+        self.maxpool1 = MaxPool2d(3, stride=2, ceil_mode=True, backend=backend)
         self.norm1 = nn.Identity() if batch_norm else _lrn()
         self.conv2 = ConvBNReLU(64, 64, 1, **form)
         self.conv3 = ConvBNReLU(64, 192, 3, padding=1, **form)
         self.norm2 = nn.Identity() if batch_norm else _lrn()
-        self.maxpool2 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+        self.maxpool2 = MaxPool2d(3, stride=2, ceil_mode=True, backend=backend)
 
         channels = 192
 
@@ -140,7 +140,7 @@ class GoogLeNet(nn.Module):
 
         self.inception3a = inception("3a")
         self.inception3b = inception("3b")
-        self.maxpool3 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+        self.maxpool3 = MaxPool2d(3, stride=2, ceil_mode=True, backend=backend)
         self.inception4a = inception("4a")
         channels4a = channels
         self.inception4b = inception("4b")
@@ -149,7 +149,7 @@ class GoogLeNet(nn.Module):
         channels4d = channels
         self.inception4e = inception("4e")
         # torchvision's weights were trained with a 2x2 pool here.
-        self.maxpool4 = nn.MaxPool2d(2 if batch_norm else 3, stride=2, ceil_mode=True)
+        self.maxpool4 = MaxPool2d(2 if batch_norm else 3, stride=2, ceil_mode=True, backend=backend)
         self.inception5a = inception("5a")
         self.inception5b = inception("5b")
         self.aux1 = aux(channels4a)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import BasicBlock, Bottleneck, FusedModule
+from ..nn import BasicBlock, Bottleneck, FusedModule, MaxPool2d
 
 Shortcut = Literal["A", "B", "C"]
 
@@ -93,7 +93,7 @@ class ResNet(FusedModule):
         self.conv1 = nn.Conv2d(3, self.inplanes, kernel, stride, kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(self.inplanes)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool = nn.Identity() if small_images else MaxPool2d(3, stride=2, padding=1, backend=backend)
         self.stages = [f"layer{i + 1}" for i in range(len(layers))]
         for i, (name, width, blocks) in enumerate(zip(self.stages, planes, layers, strict=True)):
             setattr(self, name, self._stage(block, width, blocks, 1 if i == 0 else 2, dilate[i]))

@@ -3,6 +3,7 @@
 from ._base import FusedModule
 from .conv_bn_relu import ConvBNReLU
 from .inception import Inception
+from .max_pool2d import MaxPool2d
 from .residual import BasicBlock, Bottleneck
 
-__all__ = ["BasicBlock", "Bottleneck", "ConvBNReLU", "FusedModule", "Inception"]
+__all__ = ["BasicBlock", "Bottleneck", "ConvBNReLU", "FusedModule", "Inception", "MaxPool2d"]

@@ -17,6 +17,7 @@ from ..ops import (
 )
 from ._base import FusedModule, autocast, fold, has_hooks, understood
 from .conv_bn_relu import ConvBNReLU
+from .max_pool2d import MaxPool2d
 
 Unit = tuple[nn.Conv2d, nn.BatchNorm2d | None]
 
@@ -72,7 +73,7 @@ class Inception(FusedModule):
         self.branch1 = conv(in_channels, ch1x1, 1)
         self.branch2 = branch(ch3x3red, ch3x3, 3)
         self.branch3 = branch(ch5x5red, ch5x5, kernel5)
-        self.branch4 = nn.Sequential(nn.MaxPool2d(3, 1, 1, ceil_mode=ceil_mode))
+        self.branch4 = nn.Sequential(MaxPool2d(3, 1, 1, ceil_mode=ceil_mode, backend=backend))
         if reduce:
             self.branch4.append(conv(in_channels, pool_proj, 1))
         self.backend = backend
@@ -83,10 +84,8 @@ class Inception(FusedModule):
         self = cls.adopt(module, backend=backend)
         for name, branch in module.named_children():
             if isinstance(branch, nn.Sequential):
-                layers = [
-                    layer if isinstance(layer, nn.MaxPool2d) else ConvBNReLU.from_reference(layer, backend=backend)
-                    for layer in branch
-                ]
+                kinds = (MaxPool2d if isinstance(layer, nn.MaxPool2d) else ConvBNReLU for layer in branch)
+                layers = [kind.from_reference(layer, backend=backend) for kind, layer in zip(kinds, branch, strict=True)]
                 self._modules[name] = nn.Sequential(*layers)
             else:
                 self._modules[name] = ConvBNReLU.from_reference(branch, backend=backend)

@@ -8,6 +8,7 @@ from .concat_bias_relu.op import concat_bias_relu
 from .conv1x1_bias_relu.op import conv1x1_bias_relu
 from .conv_bias_relu.op import PackedConv, conv_bias_relu, pack_conv
 from .inception.op import PackedInception, inception, pack_inception
+from .max_pool2d.op import max_pool2d
 
 __all__ = [
     "BatchNormArgs",
@@ -22,6 +23,7 @@ __all__ = [
     "conv1x1_bias_relu",
     "conv_bias_relu",
     "inception",
+    "max_pool2d",
     "pack_conv",
     "pack_inception",
 ]

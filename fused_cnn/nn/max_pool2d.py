@@ -1,0 +1,45 @@
+"""MaxPool2d: torch.nn.MaxPool2d that writes no indices where no gradient is asked for."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..ops import max_pool2d
+from ..ops._conv import IntPair
+from ._base import FusedModule
+
+
+class MaxPool2d(FusedModule):
+    """torch.nn.MaxPool2d over the project's max_pool2d.
+
+    Args:
+        kernel_size, stride, padding, dilation, ceil_mode: as torch.nn.MaxPool2d takes them.
+        backend: "reference", "native", or None for the best at hand.
+
+    Input (N, C, H, W) -> output (N, C, H', W').
+    """
+
+    def __init__(
+        self,
+        kernel_size: IntPair,
+        stride: IntPair | None = None,
+        padding: IntPair = 0,
+        dilation: IntPair = 1,
+        ceil_mode: bool = False,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.kernel_size, self.stride = kernel_size, kernel_size if stride is None else stride
+        self.padding, self.dilation, self.ceil_mode, self.backend = padding, dilation, ceil_mode, backend
+
+    @classmethod
+    def from_reference(cls, module: nn.Module, *, backend: str | None = None) -> MaxPool2d:
+        """The fused form of an nn.MaxPool2d that returns no indices."""
+        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+        return cls.adopt(module, backend=backend, **{name: getattr(module, name) for name in names})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return max_pool2d(
+            x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, backend=self.backend
+        )

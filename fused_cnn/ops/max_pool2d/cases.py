@@ -1,0 +1,52 @@
+"""max_pool2d on the pools of GoogLeNet and ResNet-50, and on awkward windows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .._cases import Case, Cost, Maker, OpCases, awkward_shapes
+from .op import max_pool2d, out_size
+
+REAL: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
+    ("resnet50 maxpool", (1, 64, 112, 112), {"kernel_size": 3, "stride": 2, "padding": 1}),
+    ("googlenet maxpool1", (1, 64, 112, 112), {"kernel_size": 3, "stride": 2, "ceil_mode": True}),
+    ("googlenet maxpool3", (1, 480, 28, 28), {"kernel_size": 3, "stride": 2, "ceil_mode": True}),
+    ("googlenet 4a branch4", (1, 480, 14, 14), {"kernel_size": 3, "stride": 1, "padding": 1, "ceil_mode": True}),
+]
+ODD: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
+    ("window past the end", (2, 5, 6, 7), {"kernel_size": 2, "stride": 2, "ceil_mode": True}),
+    ("start in the padding", (2, 5, 5, 5), {"kernel_size": 2, "stride": 3, "padding": 1, "ceil_mode": True}),
+    ("dilated", (2, 7, 9, 9), {"kernel_size": 3, "stride": 1, "padding": 1, "dilation": 2}),
+    ("oblong", (2, 7, 9, 9), {"kernel_size": (1, 3), "stride": (2, 1), "padding": (0, 1)}),
+]
+
+
+def make(case: Case, maker: Maker) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (maker.activation(*case.shape),), dict(case.options)
+
+
+def cost(case: Case, itemsize: int) -> Cost:
+    n, c, h, w = case.shape
+    o = case.options
+    k, s, p = (o.get(key, d) for key, d in (("kernel_size", 1), ("stride", 1), ("padding", 0)))
+    sides = [out_size(side, k, s, p, 1, o.get("ceil_mode", False)) for side in (h, w)]
+    x, out = n * c * h * w, n * c * sides[0] * sides[1]
+    return Cost((x + out) * itemsize, (2 * x + out) * itemsize, out * k * k, out)
+
+
+CASES = OpCases(
+    name="max_pool2d",
+    op=max_pool2d,
+    cases=(
+        *(Case(name, shape, options, real=True) for name, shape, options in REAL),
+        *(Case(name, shape, options) for name, shape, options in ODD),
+        *(
+            Case("x".join(map(str, shape)), shape, {"kernel_size": 3, "stride": 1, "padding": 1})
+            for shape in awkward_shapes()
+        ),
+    ),
+    make=make,
+    cost=cost,
+    rounding=0,
+    reason="a maximum is one of its inputs: nothing is rounded",
+)
