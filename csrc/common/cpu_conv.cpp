@@ -2,6 +2,9 @@
 // epilogue's gradient (mask and column sums in one pass) before the library's convolution gradients.
 #include "common/cpu_conv.h"
 #include <algorithm>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #include "common/cpu_kernels.h"
 #include "common/cpu_parallel.h"
 
@@ -31,6 +34,20 @@ Tensor library_conv_forward(const char* op, const Tensor& x, const Tensor& weigh
     loop(dtype, at(to, begin, size), from == nullptr ? nullptr : at(from, begin, size), end - begin, relu);
   });
   return out;
+}
+
+// Asks for huge pages behind a large new tensor, as torch does under THP_MEM_ALLOC_ENABLE: fresh memory is otherwise mapped 4 KiB at
+// a time while the convolution writes it, a tenth of ResNet-50's time at batch 8.
+void use_huge_pages(const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end =
+      (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.numel() * t.element_size()) / kHugePage * kHugePage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)t;
+#endif
 }
 
 bool has_pitch(const Tensor& t) {
@@ -133,6 +150,7 @@ Tensor cpu_conv_packed(const char* op, const Tensor& x, const Tensor& packed, co
   if (residual) check_residual(op, x, *residual, weight_shape[0], height, width);
   check_packed(op, packed, shape, engine_dtype(x));
   Tensor out = empty_nchw(x, weight_shape[0], height, width, MemoryFormat::ChannelsLast);
+  use_huge_pages(out);
   if (out.numel() > 0) {
     const Pixels in(x);
     std::optional<Pixels> addend;
