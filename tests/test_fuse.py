@@ -307,7 +307,7 @@ def test_filter_strict_and_bad_backends() -> None:
 
 
 def test_fusing_twice_changes_nothing() -> None:
-    _, fused, first, x = pair("resnet18")
+    _, fused, first, _ = pair("resnet18")
     second = fuse_(fused)
     assert first.fused and not second.fused and not second.skipped
 
@@ -395,5 +395,5 @@ def test_fusing_saves_fewer_bytes_for_backward() -> None:
     for name in ("googlenet", "resnet50"):
         eager, fused, _, _ = pair(name)
         x = torch.randn(2, 3, 64, 64, device=DEVICE).contiguous(memory_format=torch.channels_last)
-        before, after = (saved_bytes(lambda m=m: logits(m.train()(x)).sum()) for m in (eager, fused))
+        before, after = (saved_bytes(lambda m=m, x=x: logits(m.train()(x)).sum()) for m in (eager, fused))
         assert after < before, (name, before, after)

@@ -53,9 +53,7 @@ def registered(op_cases: OpCases) -> str:
 
 @pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize(("op_cases", "case", "backend", "dtype", "layout"), every_case())
-def test_forward_and_backward_agree_with_float64(
-    op_cases: OpCases, case: Case, backend: str, dtype: torch.dtype, layout: str
-) -> None:
+def test_forward_and_backward_agree_with_float64(op_cases: OpCases, case: Case, backend: str, dtype: torch.dtype, layout: str) -> None:
     for comparison in compare(op_cases, case, backend, dtype, layout, DEVICE):
         assert comparison.ok, comparison
 
@@ -246,15 +244,27 @@ def test_nan_reaches_only_the_pixels_whose_window_holds_it() -> None:
 X = torch.randn(2, 8, 5, 5)
 WRONG = {
     "rank": (lambda: fused_cnn.add_relu(X[0], X[0]), ValueError, r"x must have 4 dimensions \(N, C, H, W\), got shape \(8, 5, 5\)"),
-    "integers": (lambda: fused_cnn.add_relu(X.long(), X.long()), TypeError, "must be float64, float32, float16 or bfloat16, got torch.int64"),
+    "integers": (
+        lambda: fused_cnn.add_relu(X.long(), X.long()),
+        TypeError,
+        "must be float64, float32, float16 or bfloat16, got torch.int64",
+    ),
     "shape": (lambda: fused_cnn.add_relu(X, X[:1]), ValueError, r"residual must have x's shape \(2, 8, 5, 5\), got \(1, 8, 5, 5\)"),
     "dtype": (lambda: fused_cnn.add_relu(X, X.double()), TypeError, "residual must have x's dtype torch.float32, got torch.float64"),
     "device": (lambda: fused_cnn.add_relu(X, X.to("meta")), ValueError, "residual must be on x's device cpu, got meta"),
     "channels": (lambda: fused_cnn.conv_bias_relu(X, torch.randn(4, 7, 3, 3)), ValueError, "x has 8 channels; a weight of shape"),
     "not 1x1": (lambda: fused_cnn.conv1x1_bias_relu(X, torch.randn(4, 8, 3, 3)), ValueError, r"weight must be \(out, in, 1, 1\), got"),
     "too small": (lambda: fused_cnn.conv_bias_relu(X, torch.randn(4, 8, 7, 7)), ValueError, "larger than the padded input"),
-    "stride": (lambda: fused_cnn.conv_bias_relu(X, torch.randn(4, 8, 3, 3), stride=0), ValueError, "stride and dilation must be at least 1"),
-    "bias": (lambda: fused_cnn.conv_bias_relu(X, torch.randn(4, 8, 3, 3), torch.randn(5)), ValueError, r"bias must have shape \(4,\), got \(5,\)"),
+    "stride": (
+        lambda: fused_cnn.conv_bias_relu(X, torch.randn(4, 8, 3, 3), stride=0),
+        ValueError,
+        "stride and dilation must be at least 1",
+    ),
+    "bias": (
+        lambda: fused_cnn.conv_bias_relu(X, torch.randn(4, 8, 3, 3), torch.randn(5)),
+        ValueError,
+        r"bias must have shape \(4,\), got \(5,\)",
+    ),
     "residual": (
         lambda: fused_cnn.conv_bias_relu(X, torch.randn(4, 8, 3, 3), None, X),
         ValueError,
@@ -265,7 +275,11 @@ WRONG = {
     # The registered ops guard themselves too: anyone can call them.
     "raw rank": (lambda: torch.ops.fused_cnn.add_relu_fwd(X[0], X[0]), RuntimeError, "x must have 4 dimensions"),
     "raw shape": (lambda: torch.ops.fused_cnn.add_relu_bwd(X, X[:1]), RuntimeError, "out must have the shape of grad_out"),
-    "raw dtype": (lambda: torch.ops.fused_cnn.add_relu_fwd(X.int(), X.int()), RuntimeError, "must be float64, float32, float16 or bfloat16"),
+    "raw dtype": (
+        lambda: torch.ops.fused_cnn.add_relu_fwd(X.int(), X.int()),
+        RuntimeError,
+        "must be float64, float32, float16 or bfloat16",
+    ),
     "raw packed": (
         lambda: torch.ops.fused_cnn.conv_bias_relu_packed_fwd(
             X, torch.zeros(64, dtype=torch.uint8), [4, 8, 3, 3], None, [1, 1], [0, 0], [1, 1], True

@@ -1,5 +1,5 @@
-// The element-wise loops of add_relu. Forward reads x and residual and writes out; backward reads grad_out and out and writes
-// one gradient, which both inputs share.
+// The element-wise loops of add_relu. Forward reads x and residual and writes out; backward reads grad_out and out and
+// writes one gradient, which both inputs share.
 #include "add_relu/cpu_kernels.h"
 #include "add_relu/math.h"
 #include "common/cpu_chunk.h"

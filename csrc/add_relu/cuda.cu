@@ -1,5 +1,6 @@
-// fused_cnn::add_relu_fwd and add_relu_bwd on CUDA: one pass, 16-byte loads and stores, four of them in flight per thread.
-// Reads two tensors and writes one; tensors that do not start on 16 bytes take the same loop with one element a step.
+// fused_cnn::add_relu_fwd and add_relu_bwd on CUDA: one pass, 16-byte loads and stores, four of them in flight per
+// thread. Reads two tensors and writes one; tensors that do not start on 16 bytes take the same loop with one element a
+// step.
 #include "add_relu/math.h"
 #include "common/launch.cuh"
 
@@ -30,9 +31,9 @@ __device__ T apply(T a, T b, Op op) {
 }
 
 template <typename T, typename Op>
-__global__ void __launch_bounds__(kThreads) add_relu_vector_kernel(const Vec<T>* __restrict__ a,
-                                                                   const Vec<T>* __restrict__ b,
-                                                                   Vec<T>* __restrict__ out, int64_t vectors, Op op) {
+__global__ void __launch_bounds__(kThreads)
+    add_relu_vector_kernel(const Vec<T>* __restrict__ a, const Vec<T>* __restrict__ b, Vec<T>* __restrict__ out,
+                           int64_t vectors, Op op) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads * kUnroll + threadIdx.x;
   Vec<T> va[kUnroll], vb[kUnroll];
 #pragma unroll
@@ -56,8 +57,9 @@ __global__ void __launch_bounds__(kThreads) add_relu_vector_kernel(const Vec<T>*
 
 // Elements [begin, n), one a thread: the tail of the vector kernel, or all of a misaligned tensor.
 template <typename T, typename Op>
-__global__ void __launch_bounds__(kThreads) add_relu_scalar_kernel(const T* __restrict__ a, const T* __restrict__ b,
-                                                                   T* __restrict__ out, int64_t begin, int64_t n, Op op) {
+__global__ void __launch_bounds__(kThreads)
+    add_relu_scalar_kernel(const T* __restrict__ a, const T* __restrict__ b, T* __restrict__ out, int64_t begin,
+                           int64_t n, Op op) {
   const int64_t i = begin + static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i < n) out[i] = apply(a[i], b[i], op);
 }

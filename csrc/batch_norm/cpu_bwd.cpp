@@ -11,8 +11,8 @@ using torch::headeronly::toString;
 // sums are those of g for every channel of `grad_channels`, then those of g * (x - mean) for every channel of
 // the inputs.
 template <typename C>
-void finish_sums(const Inputs& in, const RowTasks& tasks, const C* partial, int64_t grad_channels,
-                 C* grad_weight, C* grad_bias, C* offset, C* slope) {
+void finish_sums(const Inputs& in, const RowTasks& tasks, const C* partial, int64_t grad_channels, C* grad_weight,
+                 C* grad_bias, C* offset, C* slope) {
   const C* rstd = static_cast<const C*>(in.rstd.data_ptr());
   const int64_t width = grad_channels + in.total;
   const double n = static_cast<double>(in.rows);
@@ -75,23 +75,25 @@ struct Gradients {
 };
 
 void check_training(const char* op, const std::vector<bool>& training, size_t inputs) {
-  FUSED_CNN_CHECK(training.size() == inputs, op, ": expected one training flag for each of ", inputs,
-                  " inputs, got ", training.size());
+  FUSED_CNN_CHECK(training.size() == inputs, op, ": expected one training flag for each of ", inputs, " inputs, got ",
+                  training.size());
 }
 
 void check_gradient(const char* op, const Tensor& grad_out, const Tensor& x, int64_t channels) {
   check_4d(op, "grad_out", grad_out);
   check_like(op, "x", x, "grad_out", grad_out, /*same_shape=*/false);
-  FUSED_CNN_CHECK(grad_out.size(0) == x.size(0) && grad_out.size(1) == channels &&
-                      grad_out.size(2) == x.size(2) && grad_out.size(3) == x.size(3),
-                  op, ": grad_out must have shape (", x.size(0), ", ", channels, ", ", x.size(2), ", ",
-                  x.size(3), "), got ", shape_of(grad_out));
+  FUSED_CNN_CHECK(grad_out.size(0) == x.size(0) && grad_out.size(1) == channels && grad_out.size(2) == x.size(2) &&
+                      grad_out.size(3) == x.size(3),
+                  op, ": grad_out must have shape (", x.size(0), ", ", channels, ", ", x.size(2), ", ", x.size(3),
+                  "), got ", shape_of(grad_out));
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor> bn_relu_concat_bwd(
-    const Tensor& grad_out, const std::vector<Tensor>& xs, const Tensor& mean, const Tensor& rstd,
-    const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const std::vector<bool>& training,
-    bool relu) {
+std::tuple<std::vector<Tensor>, Tensor, Tensor> bn_relu_concat_bwd(const Tensor& grad_out,
+                                                                   const std::vector<Tensor>& xs, const Tensor& mean,
+                                                                   const Tensor& rstd,
+                                                                   const std::vector<Tensor>& weights,
+                                                                   const std::vector<Tensor>& biases,
+                                                                   const std::vector<bool>& training, bool relu) {
   const char* op = "bn_relu_concat_bwd";
   const Inputs in(op, xs, mean, rstd, weights, biases);
   check_training(op, training, xs.size());
@@ -125,9 +127,8 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> bn_relu_concat_bwd(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_bwd(const Tensor& grad_out, const Tensor& x,
                                                            const std::optional<Tensor>& residual,
-                                                           const std::optional<Tensor>& mask,
-                                                           const Tensor& mean, const Tensor& rstd,
-                                                           const std::vector<Tensor>& weights,
+                                                           const std::optional<Tensor>& mask, const Tensor& mean,
+                                                           const Tensor& rstd, const std::vector<Tensor>& weights,
                                                            const std::vector<Tensor>& biases,
                                                            const std::vector<bool>& training) {
   const char* op = "bn_add_relu_bwd";
@@ -168,8 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_bwd(const Tensor& grad_ou
                          gradients.of(in, count - 1, grad_residual, row, training[count - 1])};
     // With a plain residual the masked gradient has been written: it is the residual's own.
     const BnRows from =
-        plain ? BnRows{at(grad_residual.data, row * channels, in.element_size), channels, nullptr}
-              : gradient_rows(row);
+        plain ? BnRows{at(grad_residual.data, row * channels, in.element_size), channels, nullptr} : gradient_rows(row);
     FUSED_CNN_PICK(bn_grad_input)(in.dtype, inputs, count, from, !plain, to, channels, rows);
   });
   return {grad_x.finish(), grad_residual.finish(), gradients.weight, gradients.bias};

@@ -9,13 +9,11 @@ namespace {
 
 // Combines the tasks' moments, in order and in double.
 template <typename C>
-void finish_stats(const RowTasks& tasks, const C* partial, int64_t total, const double* eps, C* mean, C* rstd,
-                  C* var) {
+void finish_stats(const RowTasks& tasks, const C* partial, int64_t total, const double* eps, C* mean, C* rstd, C* var) {
   parallel_channels(total, [&](int64_t first, int64_t channels) {
     double m[kFinishChannels] = {}, m2[kFinishChannels] = {}, n = 0;
     for (int64_t task = 0; task < tasks.count; ++task) {
-      const double other = static_cast<double>(tasks.size(task)), share = other / (n + other),
-                   product = n * share;
+      const double other = static_cast<double>(tasks.size(task)), share = other / (n + other), product = n * share;
       const C *task_mean = partial + task * 2 * total + first, *task_m2 = task_mean + total;
       for (int64_t c = 0; c < channels; ++c) {
         batch_norm::merge_moments<double>(m[c], m2[c], task_mean[c], task_m2[c], share, product);
@@ -54,9 +52,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_stats(const std::vector<Tensor>& xs, const
     int64_t first = 0;
     for (size_t i = 0; i < xs.size(); ++i) {
       const int64_t channels = xs[i].size(1);
-      FUSED_CNN_PICK(bn_moments)(dtype, at(views[i].data, tasks.begin(task) * views[i].stride, size),
-                                 views[i].stride, channels, tasks.size(task),
-                                 at(partial.get(), task * 2 * total + first, vector_size),
+      FUSED_CNN_PICK(bn_moments)(dtype, at(views[i].data, tasks.begin(task) * views[i].stride, size), views[i].stride,
+                                 channels, tasks.size(task), at(partial.get(), task * 2 * total + first, vector_size),
                                  at(partial.get(), (task * 2 + 1) * total + first, vector_size));
       first += channels;
     }
@@ -97,15 +94,14 @@ std::tuple<Tensor, Tensor> bn_add_relu_fwd(const Tensor& x, const Tensor& residu
   const RowResult out(x, channels, result_format(x));
   const RowView addend = rows_of(residual);
   const int64_t mask_sizes[] = {plain && save_mask ? in.rows : 0, bytes};
-  Tensor mask =
-      torch::stable::empty(mask_sizes, ScalarType::Byte, torch::headeronly::Layout::Strided, x.device());
+  Tensor mask = torch::stable::empty(mask_sizes, ScalarType::Byte, torch::headeronly::Layout::Strided, x.device());
   parallel_row_blocks(in.rows, in.total, [&](int64_t row, int64_t rows) {
     const BnInput inputs[] = {in.from_row(0, row), in.from_row(count - 1, row)};
     uint8_t* bits = plain && save_mask ? static_cast<uint8_t*>(mask.data_ptr()) + row * bytes : nullptr;
     const BnRows to{at(out.data, row * channels, in.element_size), channels, bits};
     FUSED_CNN_PICK(bn_apply)(in.dtype, inputs, static_cast<int>(count),
-                             plain ? at(addend.data, row * addend.stride, in.element_size) : nullptr,
-                             addend.stride, true, to, channels, rows);
+                             plain ? at(addend.data, row * addend.stride, in.element_size) : nullptr, addend.stride,
+                             true, to, channels, rows);
   });
   return {out.finish(), mask};
 }

@@ -31,8 +31,8 @@ struct Inputs {
     element_size = x.element_size();
     rows = row_count(x);
     FUSED_CNN_CHECK(weights.size() == xs.size() && biases_.size() == xs.size(), op,
-                    ": expected one weight and one bias for each of ", xs.size(), " inputs, got ",
-                    weights.size(), " and ", biases_.size());
+                    ": expected one weight and one bias for each of ", xs.size(), " inputs, got ", weights.size(),
+                    " and ", biases_.size());
     mean = checked_vector(op, "mean", mean_, total, x, vector_type);
     rstd = checked_vector(op, "rstd", rstd_, total, x, vector_type);
     vector_size = mean.element_size();
@@ -68,10 +68,10 @@ struct Inputs {
 };
 
 // The inputs of bn_add_relu that are normalised, by the number of weights: x, or x and the residual.
-inline std::vector<Tensor> normalized_inputs(const char* op, const Tensor& x,
-                                             const std::optional<Tensor>& residual, size_t count) {
-  FUSED_CNN_CHECK(count == 1 || count == 2, op,
-                  ": expected one weight (for x) or two (for x and residual), got ", count);
+inline std::vector<Tensor> normalized_inputs(const char* op, const Tensor& x, const std::optional<Tensor>& residual,
+                                             size_t count) {
+  FUSED_CNN_CHECK(count == 1 || count == 2, op, ": expected one weight (for x) or two (for x and residual), got ",
+                  count);
   FUSED_CNN_CHECK(count == 1 || residual.has_value(), op, ": a normalised residual is needed, got none");
   return count == 1 ? std::vector<Tensor>{x} : std::vector<Tensor>{x, *residual};
 }

@@ -11,8 +11,7 @@
 namespace fused_cnn::FUSED_CNN_LEVEL {
 namespace {
 
-constexpr int64_t kStrip =
-    1024;  // channels whose moments are found together: their sums fit the first-level cache
+constexpr int64_t kStrip = 1024;  // channels whose moments are found together: their sums fit the first-level cache
 constexpr int64_t kBlockElements =
     16384;  // rows whose mean and squared differences are found together fit the second-level one
 
@@ -36,8 +35,7 @@ void add_rows(const T* x, int64_t stride, int64_t channels, int64_t rows, C* sum
 }
 
 template <typename T>
-void moments(const T* x, int64_t stride, int64_t channels, int64_t rows, compute_t<T>* mean,
-             compute_t<T>* m2) {
+void moments(const T* x, int64_t stride, int64_t channels, int64_t rows, compute_t<T>* mean, compute_t<T>* m2) {
   using C = compute_t<T>;
   C block_mean[kStrip], block_m2[kStrip];
   for (int64_t first = 0; first < channels; first += kStrip) {
@@ -61,8 +59,7 @@ void moments(const T* x, int64_t stride, int64_t channels, int64_t rows, compute
       } else {
         const C share = C(n) / C(done + n), product = C(done) * share;
         for (int64_t c = 0; c < width; ++c) {
-          batch_norm::merge_moments(mean[first + c], m2[first + c], block_mean[c], block_m2[c], share,
-                                    product);
+          batch_norm::merge_moments(mean[first + c], m2[first + c], block_mean[c], block_m2[c], share, product);
         }
       }
     }
@@ -139,30 +136,30 @@ FUSED_CNN_INLINE inline void for_each_gradient(const BnInput& in0, const BnInput
 template <typename T, int Inputs, Mask mask>
 void reduce(const BnInput* inputs, BnRows grad_out, T* masked, BnSums sums, int64_t channels, int64_t rows) {
   using C = compute_t<T>;
-  const auto add = [](C* sum, Vec<C> v, auto used)
-                       FUSED_CNN_INLINE { store(load(sum, used) + v, sum, used); };
+  const auto add = [](C* sum, Vec<C> v, auto used) FUSED_CNN_INLINE { store(load(sum, used) + v, sum, used); };
   const BnInput in0 = inputs[0], in1 = inputs[Inputs - 1];
   C *sum_g = as<C>(sums.grad), *sum_g0 = as<C>(sums.grad_x[0]), *sum_g1 = as<C>(sums.grad_x[Inputs - 1]);
-  for_each_gradient<T, Inputs, mask>(
-      in0, in1, grad_out, channels, rows,
-      [&](int64_t r, int64_t c, auto used, auto group, const Vec<C>* g, const Vec<C>* x0, const Vec<C>* x1,
-          const Channels<C>& of0, const Channels<C>& of1) FUSED_CNN_INLINE {
-        Vec<C> total{}, total0{}, total1{};
-        for (int k = 0; k < decltype(group)::n; ++k) {
-          if constexpr (mask == Mask::bits) store(g[k], masked + (r + k) * channels + c, used);
-          total = total + g[k];
-          total0 = total0 + g[k] * (x0[k] - of0.mean);
-          if constexpr (Inputs == 2) total1 = total1 + g[k] * (x1[k] - of1.mean);
-        }
-        add(sum_g + c, total, used);
-        add(sum_g0 + c, total0, used);
-        if constexpr (Inputs == 2) add(sum_g1 + c, total1, used);
-      });
+  for_each_gradient<T, Inputs, mask>(in0, in1, grad_out, channels, rows,
+                                     [&](int64_t r, int64_t c, auto used, auto group, const Vec<C>* g, const Vec<C>* x0,
+                                         const Vec<C>* x1, const Channels<C>& of0, const Channels<C>& of1)
+                                         FUSED_CNN_INLINE {
+                                           Vec<C> total{}, total0{}, total1{};
+                                           for (int k = 0; k < decltype(group)::n; ++k) {
+                                             if constexpr (mask == Mask::bits)
+                                               store(g[k], masked + (r + k) * channels + c, used);
+                                             total = total + g[k];
+                                             total0 = total0 + g[k] * (x0[k] - of0.mean);
+                                             if constexpr (Inputs == 2) total1 = total1 + g[k] * (x1[k] - of1.mean);
+                                           }
+                                           add(sum_g + c, total, used);
+                                           add(sum_g0 + c, total0, used);
+                                           if constexpr (Inputs == 2) add(sum_g1 + c, total1, used);
+                                         });
 }
 
 template <typename C, typename Used>
-FUSED_CNN_INLINE inline Vec<C> input_gradient(const BnGrad& grad, Vec<C> g, Vec<C> x, const Channels<C>& of,
-                                              int64_t c, Used used) {
+FUSED_CNN_INLINE inline Vec<C> input_gradient(const BnGrad& grad, Vec<C> g, Vec<C> x, const Channels<C>& of, int64_t c,
+                                              Used used) {
   if (!grad.offset) return g * of.scale;
   return batch_norm::grad_input(g, x, of.mean, of.scale, load(as<const C>(grad.offset) + c, used),
                                 load(as<const C>(grad.slope) + c, used));
@@ -188,8 +185,7 @@ void grad_input(const BnInput* inputs, BnRows grad_out, const BnGrad* grads, int
 
 }  // namespace
 
-void bn_moments(DType dtype, const void* x, int64_t stride, int64_t channels, int64_t rows, void* mean,
-                void* m2) {
+void bn_moments(DType dtype, const void* x, int64_t stride, int64_t channels, int64_t rows, void* mean, void* m2) {
   FUSED_CNN_DISPATCH(dtype, T, {
     using C = compute_t<T>;
     moments(as<const T>(x), stride, channels, rows, as<C>(mean), as<C>(m2));
@@ -207,8 +203,8 @@ void bn_apply(DType dtype, const BnInput* inputs, int count, const void* residua
   })
 }
 
-void bn_reduce(DType dtype, const BnInput* inputs, int count, BnRows grad_out, bool use_relu, void* masked,
-               BnSums sums, int64_t channels, int64_t rows) {
+void bn_reduce(DType dtype, const BnInput* inputs, int count, BnRows grad_out, bool use_relu, void* masked, BnSums sums,
+               int64_t channels, int64_t rows) {
   FUSED_CNN_DISPATCH(dtype, T, {
     const auto call = grad_out.bits ? reduce<T, 1, Mask::bits>
                       : count == 2  ? reduce<T, 2, Mask::recompute>
@@ -218,8 +214,8 @@ void bn_reduce(DType dtype, const BnInput* inputs, int count, BnRows grad_out, b
   })
 }
 
-void bn_grad_input(DType dtype, const BnInput* inputs, int count, BnRows grad_out, bool use_relu,
-                   const BnGrad* grads, int64_t channels, int64_t rows) {
+void bn_grad_input(DType dtype, const BnInput* inputs, int count, BnRows grad_out, bool use_relu, const BnGrad* grads,
+                   int64_t channels, int64_t rows) {
   FUSED_CNN_DISPATCH(dtype, T, {
     const auto call = count == 2 ? grad_input<T, 2, Mask::recompute>
                       : use_relu ? grad_input<T, 1, Mask::recompute>

@@ -35,19 +35,18 @@ struct BnGrad {
 };
 
 // Mean and sum of squared differences over `rows` rows.
-FUSED_CNN_KERNEL(void bn_moments(DType dtype, const void* x, int64_t stride, int64_t channels, int64_t rows,
-                                 void* mean, void* m2))
+FUSED_CNN_KERNEL(void bn_moments(DType dtype, const void* x, int64_t stride, int64_t channels, int64_t rows, void* mean,
+                                 void* m2))
 
 // out = relu(bn(x)), bn(x), relu(bn(x) + residual) or relu(bn(x) + bn(residual)): `count` inputs, `residual`
 // if not null.
 FUSED_CNN_KERNEL(void bn_apply(DType dtype, const BnInput* inputs, int count, const void* residual,
-                               int64_t residual_stride, bool relu, BnRows out, int64_t channels,
-                               int64_t rows))
+                               int64_t residual_stride, bool relu, BnRows out, int64_t channels, int64_t rows))
 
 // sums of g = grad_out where ReLU let the output through (known from `out.bits`, or recomputed). `masked`, if
 // not null, receives g.
-FUSED_CNN_KERNEL(void bn_reduce(DType dtype, const BnInput* inputs, int count, BnRows grad_out, bool relu,
-                                void* masked, BnSums sums, int64_t channels, int64_t rows))
+FUSED_CNN_KERNEL(void bn_reduce(DType dtype, const BnInput* inputs, int count, BnRows grad_out, bool relu, void* masked,
+                                BnSums sums, int64_t channels, int64_t rows))
 
 // The gradient of every input, from the sums over all rows.
 FUSED_CNN_KERNEL(void bn_grad_input(DType dtype, const BnInput* inputs, int count, BnRows grad_out, bool relu,

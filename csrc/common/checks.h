@@ -1,6 +1,6 @@
-// Guards that every registered op runs before it touches a pointer, and the one layout rule: results are channels_last where
-// the first input's channels are adjacent in memory (stride 1, more than one channel), else contiguous NCHW; Python's fake
-// kernels follow the same rule (fused_cnn/_layout.py). Messages state what was expected and what came.
+// Guards that every registered op runs before it touches a pointer, and the one layout rule: results are channels_last
+// where the first input's channels are adjacent in memory (stride 1, more than one channel), else contiguous NCHW;
+// Python's fake kernels follow the same rule (fused_cnn/_layout.py). Messages state what was expected and what came.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -23,9 +23,9 @@ template <typename... Args>
   throw std::runtime_error(message.str());
 }
 
-#define FUSED_CNN_CHECK(condition, ...)                 \
-  do {                                                  \
-    if (!(condition)) ::fused_cnn::fail(__VA_ARGS__);   \
+#define FUSED_CNN_CHECK(condition, ...)               \
+  do {                                                \
+    if (!(condition)) ::fused_cnn::fail(__VA_ARGS__); \
   } while (false)
 
 inline std::string shape_of(const Tensor& t) {
@@ -62,8 +62,7 @@ inline void check_like(const char* op, const char* name_a, const Tensor& a, cons
   FUSED_CNN_CHECK(a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index(), op, ": ", name_b,
                   " must be on the device of ", name_a);
   FUSED_CNN_CHECK(a.scalar_type() == b.scalar_type(), op, ": ", name_b, " must have the dtype of ", name_a, ", ",
-                  torch::headeronly::toString(a.scalar_type()), ", got ",
-                  torch::headeronly::toString(b.scalar_type()));
+                  torch::headeronly::toString(a.scalar_type()), ", got ", torch::headeronly::toString(b.scalar_type()));
   if (same_shape) {
     bool same = a.dim() == b.dim();
     for (int64_t i = 0; same && i < a.dim(); ++i) same = a.size(i) == b.size(i);
@@ -88,8 +87,8 @@ inline Tensor dense(const Tensor& t, MemoryFormat format) {
 
 inline Tensor empty_nchw(const Tensor& like, int64_t channels, int64_t height, int64_t width, MemoryFormat format) {
   const int64_t sizes[] = {like.size(0), channels, height, width};
-  return torch::stable::empty(sizes, like.scalar_type(), torch::headeronly::Layout::Strided, like.device(), std::nullopt,
-                              format);
+  return torch::stable::empty(sizes, like.scalar_type(), torch::headeronly::Layout::Strided, like.device(),
+                              std::nullopt, format);
 }
 
 inline Tensor empty_like_4d(const Tensor& like, MemoryFormat format) {

@@ -1,5 +1,6 @@
-// How element-wise CPU kernels read and write any dtype: a row is worked through in chunks that fit the first-level cache; a
-// 16-bit chunk is converted to float in one vectorised loop, computed on, and converted back. float and double are used in place.
+// How element-wise CPU kernels read and write any dtype: a row is worked through in chunks that fit the first-level
+// cache; a 16-bit chunk is converted to float in one vectorised loop, computed on, and converted back. float and double
+// are used in place.
 #pragma once
 #include "common/dtype.h"
 
@@ -80,26 +81,26 @@ struct ChunkOut<double> {
 }  // namespace fused_cnn::FUSED_CNN_LEVEL
 
 // Calls f.template operator()<T>() with the C++ type of a DType.
-#define FUSED_CNN_DISPATCH(dtype, T, ...)  \
-  switch (dtype) {                         \
-    case DType::f64: {                     \
-      using T = double;                    \
-      __VA_ARGS__;                         \
-      break;                               \
-    }                                      \
-    case DType::f32: {                     \
-      using T = float;                     \
-      __VA_ARGS__;                         \
-      break;                               \
-    }                                      \
-    case DType::f16: {                     \
-      using T = f16_t;                     \
-      __VA_ARGS__;                         \
-      break;                               \
-    }                                      \
-    case DType::bf16: {                    \
-      using T = bf16_t;                    \
-      __VA_ARGS__;                         \
-      break;                               \
-    }                                      \
+#define FUSED_CNN_DISPATCH(dtype, T, ...) \
+  switch (dtype) {                        \
+    case DType::f64: {                    \
+      using T = double;                   \
+      __VA_ARGS__;                        \
+      break;                              \
+    }                                     \
+    case DType::f32: {                    \
+      using T = float;                    \
+      __VA_ARGS__;                        \
+      break;                              \
+    }                                     \
+    case DType::f16: {                    \
+      using T = f16_t;                    \
+      __VA_ARGS__;                        \
+      break;                              \
+    }                                     \
+    case DType::bf16: {                   \
+      using T = bf16_t;                   \
+      __VA_ARGS__;                        \
+      break;                              \
+    }                                     \
   }

@@ -1,5 +1,5 @@
-// The convolution rooms' CPU work: forward on the engine, or on the library with the epilogue in one pass behind it; backward the
-// epilogue's gradient (mask and column sums in one pass) before the library's convolution gradients.
+// The convolution rooms' CPU work: forward on the engine, or on the library with the epilogue in one pass behind it;
+// backward the epilogue's gradient (mask and column sums in one pass) before the library's convolution gradients.
 #include "common/cpu_conv.h"
 #include <algorithm>
 #if defined(__linux__)
@@ -36,8 +36,8 @@ Tensor library_conv_forward(const char* op, const Tensor& x, const Tensor& weigh
   return out;
 }
 
-// Asks for huge pages behind a large new tensor, as torch does under THP_MEM_ALLOC_ENABLE: fresh memory is otherwise mapped 4 KiB at
-// a time while the convolution writes it, a tenth of ResNet-50's time at batch 8.
+// Asks for huge pages behind a large new tensor, as torch does under THP_MEM_ALLOC_ENABLE: fresh memory is otherwise
+// mapped 4 KiB at a time while the convolution writes it, a tenth of ResNet-50's time at batch 8.
 void use_huge_pages(const Tensor& t) {
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
@@ -59,8 +59,7 @@ bool has_pitch(const Tensor& t) {
 }  // namespace
 
 Pixels::Pixels(const Tensor& t)
-    : tensor(has_pitch(t) ? t : dense(t, MemoryFormat::ChannelsLast)),
-      pitch(has_pitch(t) ? t.stride(3) : t.size(1)) {}
+    : tensor(has_pitch(t) ? t : dense(t, MemoryFormat::ChannelsLast)), pitch(has_pitch(t) ? t.stride(3) : t.size(1)) {}
 
 bool engine_takes(const Tensor& x, int64_t groups) {
   if (groups != 1) return false;
@@ -104,8 +103,9 @@ Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::op
     check_4d(op, "weight", w);
     check_like(op, "the first weight", weights[0], "weight", w, /*same_shape=*/false);
     FUSED_CNN_CHECK(engine_takes(w, 1), op, ": weight must be float32 or bfloat16");
-    FUSED_CNN_CHECK(w.size(1) == weights[0].size(1) && w.size(2) == weights[0].size(2) && w.size(3) == weights[0].size(3),
-                    op, ": weights that share an input must have equal in-channels and kernels, got ", shape_of(w));
+    FUSED_CNN_CHECK(
+        w.size(1) == weights[0].size(1) && w.size(2) == weights[0].size(2) && w.size(3) == weights[0].size(3), op,
+        ": weights that share an input must have equal in-channels and kernels, got ", shape_of(w));
     shape.out_channels[i] = w.size(0);
     keep.push_back(dense(w, MemoryFormat::Contiguous));
     weight_data.push_back(keep.back().data_ptr());
@@ -123,18 +123,18 @@ Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::op
   shape.stride_h = shape.stride_w = shape.dilation_h = shape.dilation_w = 1;
   const engine::DType dtype = engine_dtype(weights[0]);
   const int64_t sizes[] = {engine::packed_weight_bytes(shape, dtype)};
-  Tensor packed = torch::stable::empty(sizes, ScalarType::Byte, torch::headeronly::Layout::Strided, weights[0].device());
+  Tensor packed =
+      torch::stable::empty(sizes, ScalarType::Byte, torch::headeronly::Layout::Strided, weights[0].device());
   engine::pack_weight(shape, dtype, weight_data.data(), bias_data.data(), packed.data_ptr());
   return packed;
 }
 
 void check_packed(const char* op, const Tensor& packed, const engine::ConvShape& shape, engine::DType dtype) {
   const int64_t expected = engine::packed_weight_bytes(shape, dtype);
-  FUSED_CNN_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_cpu() &&
-                      packed.is_contiguous() && packed.size(0) == expected &&
-                      reinterpret_cast<uintptr_t>(packed.data_ptr()) % 64 == 0,
-                  op, ": packed must be the ", expected, " bytes that conv_pack made of this weight shape, got ",
-                  shape_of(packed));
+  FUSED_CNN_CHECK(
+      packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_cpu() && packed.is_contiguous() &&
+          packed.size(0) == expected && reinterpret_cast<uintptr_t>(packed.data_ptr()) % 64 == 0,
+      op, ": packed must be the ", expected, " bytes that conv_pack made of this weight shape, got ", shape_of(packed));
 }
 
 Tensor cpu_conv_packed(const char* op, const Tensor& x, const Tensor& packed, const Ints& weight_shape,
@@ -192,7 +192,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_conv_backward(const char* op, con
     const void* pg = dense_grad.data_ptr();
     void* to = out ? grad.data_ptr() : nullptr;
     const auto loop = FUSED_CNN_PICK(mask_and_sum);
-    // As many parts as the tensor's size gives, whatever the number of threads, and added in order: the same sums every time.
+    // As many parts as the tensor's size gives, whatever the number of threads, and added in order: the same sums every
+    // time.
     const int64_t parts = std::clamp<int64_t>(rows * channels / kGrain, 1, 64);
     std::vector<double> partial(parts * channels, 0.0);
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {

@@ -1,13 +1,14 @@
-// What the convolution rooms share on the CPU. float32 and bfloat16 with groups == 1 run on the project's own convolution
-// (engine/conv_engine.h), whose weights are packed once or, for a plain weight, per call; the rest is the library's convolution
-// with the epilogue in one pass behind it.
+// What the convolution rooms share on the CPU. float32 and bfloat16 with groups == 1 run on the project's own
+// convolution (engine/conv_engine.h), whose weights are packed once or, for a plain weight, per call; the rest is the
+// library's convolution with the epilogue in one pass behind it.
 #pragma once
 #include "common/engine/conv_engine.h"
 #include "common/library_conv.h"
 
 namespace fused_cnn {
 
-// An activation as the engine reads it: pixels `pitch` elements apart, channels adjacent. Copies only what is laid out otherwise.
+// An activation as the engine reads it: pixels `pitch` elements apart, channels adjacent. Copies only what is laid out
+// otherwise.
 struct Pixels {
   explicit Pixels(const Tensor& t);
   Tensor tensor;
@@ -31,8 +32,8 @@ Tensor cpu_conv_packed(const char* op, const Tensor& x, const Tensor& packed, co
 Tensor cpu_conv_forward(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                         const std::optional<Tensor>& residual, const ConvParams& params, bool relu);
 
-// (grad_x, grad_weight, grad_bias, grad): `grad` is grad_out under the ReLU mask of `out`, which is also residual's gradient; empty
-// tensors for what is not needed, and for `grad` where there is no ReLU (it would be grad_out itself).
+// (grad_x, grad_weight, grad_bias, grad): `grad` is grad_out under the ReLU mask of `out`, which is also residual's
+// gradient; empty tensors for what is not needed, and for `grad` where there is no ReLU (it would be grad_out itself).
 std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_conv_backward(const char* op, const Tensor& grad_out,
                                                              const std::optional<Tensor>& out, const Tensor& x,
                                                              const Tensor& weight, const ConvParams& params,

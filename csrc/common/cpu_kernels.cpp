@@ -1,5 +1,6 @@
-// The convolution epilogue in place (reads out and residual, writes out), and its gradient: one pass over grad_out and out that
-// writes the masked gradient and adds up its columns. Sums are kept in float for a few rows at a time and then in double.
+// The convolution epilogue in place (reads out and residual, writes out), and its gradient: one pass over grad_out and
+// out that writes the masked gradient and adds up its columns. Sums are kept in float for a few rows at a time and then
+// in double.
 #include "common/cpu_kernels.h"
 #include "common/cpu_chunk.h"
 #include "common/relu.h"

@@ -14,8 +14,7 @@ constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16"};
 CpuLevel best_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx512 && __builtin_cpu_supports("avx512bf16")) return CpuLevel::avx512_bf16;
@@ -33,9 +32,13 @@ CpuLevel& current() {
 
 }  // namespace
 
-CpuLevel cpu_level() { return current(); }
+CpuLevel cpu_level() {
+  return current();
+}
 
-const char* cpu_level_name() { return kNames[static_cast<int>(current())]; }
+const char* cpu_level_name() {
+  return kNames[static_cast<int>(current())];
+}
 
 bool has_amx_bf16() {
 #if defined(__x86_64__)

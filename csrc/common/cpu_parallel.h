@@ -21,8 +21,7 @@ struct RowTasks {
   int64_t count;
 
   RowTasks(int64_t rows, int64_t channels)
-      : rows(rows),
-        count(std::max<int64_t>(1, std::min({rows * channels / (kGrain / 2), rows / 32, int64_t{64}}))) {}
+      : rows(rows), count(std::max<int64_t>(1, std::min({rows * channels / (kGrain / 2), rows / 32, int64_t{64}}))) {}
   int64_t begin(int64_t task) const { return rows * task / count; }
   int64_t size(int64_t task) const { return begin(task + 1) - begin(task); }
 

@@ -82,8 +82,7 @@ inline HalfWords to_bits(Vec<float> v, bf16_t) {
 }
 inline HalfWords to_bits(Vec<float> v, f16_t) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<HalfWords>(
-      _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return reinterpret_cast<HalfWords>(_mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__)
   return reinterpret_cast<HalfWords>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
@@ -125,8 +124,7 @@ template <typename T>
 inline Vec<compute_t<T>> load(const T* p, Some some) {
 #if defined(__AVX512BW__)
   const auto mask = (1u << some.n) - 1;
-  if constexpr (sizeof(T) == 2)
-    return to_lanes(reinterpret_cast<HalfWords>(_mm256_maskz_loadu_epi16(mask, p)), T{});
+  if constexpr (sizeof(T) == 2) return to_lanes(reinterpret_cast<HalfWords>(_mm256_maskz_loadu_epi16(mask, p)), T{});
   if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(mask, p);
   if constexpr (sizeof(T) == 8) return _mm512_maskz_loadu_pd(mask, p);
 #else

@@ -1,5 +1,5 @@
-// The element types that kernels read and write, and their conversions to the type that they compute in (float, or double
-// for double). No torch header: this file is compiled once per instruction set (cpu_level.h) and by nvcc.
+// The element types that kernels read and write, and their conversions to the type that they compute in (float, or
+// double for double). No torch header: this file is compiled once per instruction set (cpu_level.h) and by nvcc.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -51,7 +51,8 @@ FUSED_CNN_HD float to_compute(float v) {
 FUSED_CNN_HD float to_compute(bf16_t v) {
   return detail::bit_cast<float>(static_cast<uint32_t>(v.bits) << 16);
 }
-// Branch-free, so that compilers vectorise it: the exponent is rebased by one multiplication, which makes subnormals right too.
+// Branch-free, so that compilers vectorise it: the exponent is rebased by one multiplication, which makes subnormals
+// right too.
 FUSED_CNN_HD float to_compute(f16_t v) {
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;

@@ -1,4 +1,5 @@
-// The library's convolution, its gradients, and the max pool, called through the dispatcher: oneDNN on the CPU, cuDNN on CUDA.
+// The library's convolution, its gradients, and the max pool, called through the dispatcher: oneDNN on the CPU, cuDNN
+// on CUDA.
 #pragma once
 #include <array>
 #include <optional>
@@ -64,7 +65,7 @@ inline void check_conv(const char* op, const Tensor& x, const Tensor& weight, co
 inline Tensor library_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                            const ConvParams& p) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 9> stack{from(x),          from(weight), from(bias),    from(p.stride), from(p.padding),
+  std::array<StableIValue, 9> stack{from(x),          from(weight), from(bias),       from(p.stride), from(p.padding),
                                     from(p.dilation), from(false),  from(Ints{0, 0}), from(p.groups)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
@@ -96,7 +97,7 @@ inline std::tuple<Tensor, Tensor> library_conv_backward(const Tensor& grad, cons
 }
 
 inline Tensor library_max_pool2d(const Tensor& x, const Ints& kernel, const Ints& stride, const Ints& padding,
-                          const Ints& dilation, bool ceil_mode) {
+                                 const Ints& dilation, bool ceil_mode) {
   using torch::stable::detail::from;
   std::array<StableIValue, 6> stack{from(x),       from(kernel),   from(stride),
                                     from(padding), from(dilation), from(ceil_mode)};

@@ -48,8 +48,7 @@ struct RowResult {
         // With one channel or one pixel both layouts are the same bytes; the strides must still be the
         // format's own.
         in_place(format == MemoryFormat::ChannelsLast || channels == 1 || like.size(2) * like.size(3) == 1),
-        tensor(empty_nchw(like, channels, like.size(2), like.size(3),
-                          in_place ? format : MemoryFormat::ChannelsLast)),
+        tensor(empty_nchw(like, channels, like.size(2), like.size(3), in_place ? format : MemoryFormat::ChannelsLast)),
         data(tensor.data_ptr()) {}
   Tensor finish() const { return in_place ? tensor : dense(tensor, format); }
 };
@@ -74,11 +73,11 @@ inline ScalarType vector_dtype(DType dtype) {
 }
 
 // A dense per-channel vector of the vector type on x's device.
-inline Tensor checked_vector(const char* op, const char* name, const Tensor& v, int64_t channels,
-                             const Tensor& x, ScalarType dtype) {
+inline Tensor checked_vector(const char* op, const char* name, const Tensor& v, int64_t channels, const Tensor& x,
+                             ScalarType dtype) {
   check_channels(op, name, v, channels);
-  FUSED_CNN_CHECK(v.scalar_type() == dtype, op, ": ", name, " must be ", torch::headeronly::toString(dtype),
-                  ", got ", torch::headeronly::toString(v.scalar_type()));
+  FUSED_CNN_CHECK(v.scalar_type() == dtype, op, ": ", name, " must be ", torch::headeronly::toString(dtype), ", got ",
+                  torch::headeronly::toString(v.scalar_type()));
   FUSED_CNN_CHECK(v.is_cuda() == x.is_cuda() && v.get_device_index() == x.get_device_index(), op, ": ", name,
                   " must be on the device of the input");
   return torch::stable::contiguous(v);
@@ -97,8 +96,7 @@ inline int64_t check_branches(const char* op, const std::vector<Tensor>& branche
     check_like(op, "branch 0", first, name.c_str(), branch, /*same_shape=*/false);
     for (const int dim : {0, 2, 3}) {
       FUSED_CNN_CHECK(branch.size(dim) == first.size(dim), op, ": ", name,
-                      " must have branch 0's batch, height and width: ", shape_of(first), ", got ",
-                      shape_of(branch));
+                      " must have branch 0's batch, height and width: ", shape_of(first), ", got ", shape_of(branch));
     }
     channels += branch.size(1);
   }

@@ -10,8 +10,7 @@
 namespace fused_cnn {
 namespace {
 
-Tensor concat_bias_relu_fwd(const std::vector<Tensor>& branches, const std::optional<Tensor>& bias,
-                            bool relu) {
+Tensor concat_bias_relu_fwd(const std::vector<Tensor>& branches, const std::optional<Tensor>& bias, bool relu) {
   const char* op = "concat_bias_relu_fwd";
   const int64_t total = check_branches(op, branches), rows = row_count(branches[0]);
   const DType dtype = dtype_of(op, "branch 0", branches[0]);
@@ -38,10 +37,8 @@ Tensor concat_bias_relu_fwd(const std::vector<Tensor>& branches, const std::opti
   return out.finish();
 }
 
-std::tuple<std::vector<Tensor>, Tensor> concat_bias_relu_bwd(const Tensor& grad_out,
-                                                             const std::optional<Tensor>& out,
-                                                             const std::vector<int64_t>& channels,
-                                                             bool bias) {
+std::tuple<std::vector<Tensor>, Tensor> concat_bias_relu_bwd(const Tensor& grad_out, const std::optional<Tensor>& out,
+                                                             const std::vector<int64_t>& channels, bool bias) {
   const char* op = "concat_bias_relu_bwd";
   check_4d(op, "grad_out", grad_out);
   if (out) {
@@ -53,8 +50,8 @@ std::tuple<std::vector<Tensor>, Tensor> concat_bias_relu_bwd(const Tensor& grad_
     FUSED_CNN_CHECK(c >= 0, op, ": channels must not be negative, got ", c);
     total += c;
   }
-  FUSED_CNN_CHECK(total == grad_out.size(1), op, ": channels must add up to grad_out's ", grad_out.size(1),
-                  ", got ", total);
+  FUSED_CNN_CHECK(total == grad_out.size(1), op, ": channels must add up to grad_out's ", grad_out.size(1), ", got ",
+                  total);
   const DType dtype = dtype_of(op, "grad_out", grad_out);
   const int64_t size = grad_out.element_size(), rows = row_count(grad_out);
   const RowView grad = rows_of(grad_out);
@@ -75,8 +72,8 @@ std::tuple<std::vector<Tensor>, Tensor> concat_bias_relu_bwd(const Tensor& grad_
       int64_t first = 0;
       for (size_t i = 0; i < channels.size(); ++i) {
         FUSED_CNN_PICK(concat_bwd)(dtype, at(grad.data, row * grad.stride + first, size), grad.stride,
-                                   out ? at(outs.data, row * outs.stride + first, size) : nullptr,
-                                   outs.stride, at(results[i].data, row * channels[i], size),
+                                   out ? at(outs.data, row * outs.stride + first, size) : nullptr, outs.stride,
+                                   at(results[i].data, row * channels[i], size),
                                    bias ? sums + first * vector_size : nullptr, channels[i], n);
         first += channels[i];
       }

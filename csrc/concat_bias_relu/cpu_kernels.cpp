@@ -10,8 +10,8 @@ namespace fused_cnn::FUSED_CNN_LEVEL {
 namespace {
 
 template <typename T, bool Relu>
-void forward(const T* x, int64_t x_stride, const compute_t<T>* bias, T* out, int64_t out_stride,
-             int64_t channels, int64_t rows) {
+void forward(const T* x, int64_t x_stride, const compute_t<T>* bias, T* out, int64_t out_stride, int64_t channels,
+             int64_t rows) {
   using C = compute_t<T>;
   row_groups(rows, channels * sizeof(T), [&](int64_t r, auto group) FUSED_CNN_INLINE {
     columns<C>(channels, [&](int64_t c, auto used) FUSED_CNN_INLINE {
@@ -26,8 +26,8 @@ void forward(const T* x, int64_t x_stride, const compute_t<T>* bias, T* out, int
 }
 
 template <typename T, bool Relu, bool Sum>
-void backward(const T* grad_out, int64_t grad_stride, const T* out, int64_t out_stride, T* grad_x,
-              compute_t<T>* sums, int64_t channels, int64_t rows) {
+void backward(const T* grad_out, int64_t grad_stride, const T* out, int64_t out_stride, T* grad_x, compute_t<T>* sums,
+              int64_t channels, int64_t rows) {
   using C = compute_t<T>;
   row_groups(rows, channels * sizeof(T), [&](int64_t r, auto group) FUSED_CNN_INLINE {
     columns<C>(channels, [&](int64_t c, auto used) FUSED_CNN_INLINE {
@@ -49,8 +49,8 @@ void concat_fwd(DType dtype, const void* x, int64_t x_stride, const void* bias, 
                 int64_t out_stride, int64_t channels, int64_t rows) {
   FUSED_CNN_DISPATCH(dtype, T, {
     const auto call = use_relu ? forward<T, true> : forward<T, false>;
-    call(static_cast<const T*>(x), x_stride, static_cast<const compute_t<T>*>(bias), static_cast<T*>(out),
-         out_stride, channels, rows);
+    call(static_cast<const T*>(x), x_stride, static_cast<const compute_t<T>*>(bias), static_cast<T*>(out), out_stride,
+         channels, rows);
   })
 }
 
@@ -59,8 +59,8 @@ void concat_bwd(DType dtype, const void* grad_out, int64_t grad_stride, const vo
   FUSED_CNN_DISPATCH(dtype, T, {
     const auto call = out ? (sums ? backward<T, true, true> : backward<T, true, false>)
                           : (sums ? backward<T, false, true> : backward<T, false, false>);
-    call(static_cast<const T*>(grad_out), grad_stride, static_cast<const T*>(out), out_stride,
-         static_cast<T*>(grad_x), static_cast<compute_t<T>*>(sums), channels, rows);
+    call(static_cast<const T*>(grad_out), grad_stride, static_cast<const T*>(out), out_stride, static_cast<T*>(grad_x),
+         static_cast<compute_t<T>*>(sums), channels, rows);
   })
 }
 

@@ -1,8 +1,9 @@
-// fused_cnn::inception_fwd, inception_pack and inception_packed_fwd on the CPU: a whole Inception block, BatchNorm folded.
+// fused_cnn::inception_fwd, inception_pack and inception_packed_fwd on the CPU: a whole Inception block, BatchNorm
+// folded.
 //   out = cat([relu(1x1(x)), relu(3x3(relu(1x1(x)))), relu(kxk(relu(1x1(x)))), relu(1x1(maxpool3x3(x)))])
-// float32 and bfloat16: four engine calls. The three 1x1 convolutions of x are one call with three destinations: branch 1's slice of
-// the output and the two reduction buffers; the others and the projection write straight into their slices. Other dtypes
-// go through the library and copy each branch into its slice.
+// float32 and bfloat16: four engine calls. The three 1x1 convolutions of x are one call with three destinations: branch
+// 1's slice of the output and the two reduction buffers; the others and the projection write straight into their
+// slices. Other dtypes go through the library and copy each branch into its slice.
 #include "common/cpu_conv.h"
 
 namespace fused_cnn {
@@ -20,7 +21,8 @@ ConvParams same_padding(int64_t kernel) {
 Tensor max_pool_3x3(const Tensor& x) {
   const Tensor nhwc = dense(x, MemoryFormat::ChannelsLast);
   Tensor out = empty_like_4d(x, MemoryFormat::ChannelsLast);
-  const engine::PoolShape shape{x.size(0), x.size(1), x.size(2), x.size(3), 3, 3, 1, 1, 1, 1, 1, 1, x.size(2), x.size(3)};
+  const engine::PoolShape shape{x.size(0), x.size(1), x.size(2), x.size(3), 3, 3,         1,
+                                1,         1,         1,         1,         1, x.size(2), x.size(3)};
   engine::max_pool(shape, engine_dtype(x), nhwc.data_ptr(), x.size(1), out.data_ptr(), x.size(1), engine_threads());
   return out;
 }
@@ -39,8 +41,8 @@ Tensor inception_packed_fwd(const Tensor& x, std::vector<Tensor> packed, Ints ch
   check_4d(op, "x", x);
   FUSED_CNN_CHECK(engine_takes(x, 1), op, ": x must be float32 or bfloat16");
   FUSED_CNN_CHECK(packed.size() == 4 && channels.size() == kConvolutions && kernels.size() == 2, op,
-                  ": four packed weights, six channel counts and two kernel sizes are wanted, got ", packed.size(), ", ",
-                  channels.size(), " and ", kernels.size());
+                  ": four packed weights, six channel counts and two kernel sizes are wanted, got ", packed.size(),
+                  ", ", channels.size(), " and ", kernels.size());
   for (const int64_t c : channels) FUSED_CNN_CHECK(c >= 1, op, ": channel counts must be at least 1, got ", c);
   for (const int64_t k : kernels) FUSED_CNN_CHECK(k >= 1 && k % 2 == 1, op, ": kernel sizes must be odd, got ", k);
 
@@ -93,8 +95,8 @@ Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<T
   if (engine_takes(x, 1)) {
     for (int i = 0; i < kConvolutions; ++i) {
       const int64_t in = i == kConv3 ? weights[kReduce3].size(0) : i == kConv5 ? weights[kReduce5].size(0) : x.size(1);
-      FUSED_CNN_CHECK(weights[i].size(1) == in && weights[i].size(2) == weights[i].size(3), op,
-                      ": weight ", i, " must have shape (out, ", in, ", k, k), got ", shape_of(weights[i]));
+      FUSED_CNN_CHECK(weights[i].size(1) == in && weights[i].size(2) == weights[i].size(3), op, ": weight ", i,
+                      " must have shape (out, ", in, ", k, k), got ", shape_of(weights[i]));
       check_like(op, "x", x, "weight", weights[i], /*same_shape=*/false);
     }
     Ints channels;

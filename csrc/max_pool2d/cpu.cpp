@@ -1,5 +1,6 @@
-// fused_cnn::max_pool2d_fwd on the CPU: out = max over each window, padding -inf, NaN wins, and no indices, which the library writes
-// as eight bytes an element. float32 and bfloat16 run on the engine; the rest is the library's pool without its indices.
+// fused_cnn::max_pool2d_fwd on the CPU: out = max over each window, padding -inf, NaN wins, and no indices, which the
+// library writes as eight bytes an element. float32 and bfloat16 run on the engine; the rest is the library's pool
+// without its indices.
 #include "common/cpu_conv.h"
 
 namespace fused_cnn {
@@ -34,8 +35,8 @@ Tensor max_pool2d_fwd(const Tensor& x, Ints kernel, Ints stride, Ints padding, I
   Tensor out = empty_nchw(x, x.size(1), size[0], size[1], MemoryFormat::ChannelsLast);
   if (out.numel() > 0) {
     const Pixels in(x);
-    const engine::PoolShape shape{x.size(0),  x.size(1),  x.size(2),  x.size(3),  kernel[0],   kernel[1],   stride[0],
-                                  stride[1],  padding[0], padding[1], dilation[0], dilation[1], size[0],     size[1]};
+    const engine::PoolShape shape{x.size(0), x.size(1),  x.size(2),  x.size(3),   kernel[0],   kernel[1], stride[0],
+                                  stride[1], padding[0], padding[1], dilation[0], dilation[1], size[0],   size[1]};
     engine::max_pool(shape, engine_dtype(x), in.data(), in.pitch, out.data_ptr(), x.size(1), engine_threads());
   }
   return dense(out, result_format(x));

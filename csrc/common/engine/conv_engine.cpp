@@ -12,10 +12,16 @@ namespace {
 constexpr int64_t kPanelVectors = 2;
 constexpr int64_t kCacheLine = 64;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
 
-const Level* current() { return &FUSED_CNN_PICK(engine_level); }
+const Level* current() {
+  return &FUSED_CNN_PICK(engine_level);
+}
 
 struct ScratchBuffer {
   void* data = nullptr;
@@ -105,8 +111,8 @@ void plan_blocks(Plan& plan, const Level& level, int threads) {
     plan.blocks_x = ceil_div(plan.out_w, plan.block_w);
     const int64_t blocks = s.N * plan.blocks_y * plan.blocks_x;
     const bool fits = plan.in_h * plan.in_w * s.C * size <= 640 * 1024;
-    const bool busy = threads == 1 || blocks * plan.panels >= 6 * threads;
-    plan.groups = threads == 1 ? 1 : std::min(plan.panels, ceil_div(8 * threads, blocks));
+    const bool busy = threads == 1 || blocks * plan.panels >= 12 * threads;
+    plan.groups = threads == 1 ? 1 : std::min(plan.panels, ceil_div(16 * threads, blocks));
     if ((fits && busy) || wanted <= tile) break;
   }
   plan.tiles_first = ceil_div(plan.panels, plan.groups) * plan.panel_bytes <= 512 * 1024;
@@ -174,8 +180,10 @@ void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args, con
   plan_blocks(plan, level, pool.threads);
   Work work{plan, level, plan.shape.N * plan.blocks_y * plan.blocks_x * plan.groups};
   const int64_t workers = std::min<int64_t>(pool.threads, work.items);
-  if (workers <= 1) take_items(0, 1, &work);
-  else pool.parallel_for(workers, 1, take_items, &work);
+  if (workers <= 1)
+    take_items(0, 1, &work);
+  else
+    pool.parallel_for(workers, 1, take_items, &work);
 }
 
 void max_pool(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, void* out, int64_t out_pitch,
@@ -183,8 +191,10 @@ void max_pool(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitc
   const int64_t rows = shape.N * shape.out_h, per_row = shape.out_w * shape.C * shape.kernel_h * shape.kernel_w;
   PoolWork work{shape, *current(), dtype, x, x_pitch, out, out_pitch};
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, per_row));
-  if (pool.threads <= 1 || rows <= grain) pool_rows(0, rows, &work);
-  else pool.parallel_for(rows, grain, pool_rows, &work);
+  if (pool.threads <= 1 || rows <= grain)
+    pool_rows(0, rows, &work);
+  else
+    pool.parallel_for(rows, grain, pool_rows, &work);
 }
 
 }  // namespace fused_cnn::engine

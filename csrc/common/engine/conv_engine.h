@@ -27,11 +27,11 @@ struct ConvShape {
 };
 
 struct Destination {
-  void* out;             // [N, out_h, out_w, out_channels], pixels `pitch` elements apart
+  void* out;  // [N, out_h, out_w, out_channels], pixels `pitch` elements apart
   int64_t pitch;
   const void* residual;  // same extent as out, or null; may be `out` itself
   int64_t residual_pitch;
-  bool relu;             // max(v, 0) that keeps NaN
+  bool relu;  // max(v, 0) that keeps NaN
 };
 
 struct ConvArgs {

@@ -1,7 +1,7 @@
-// Everything of the convolution engine that is compiled once per instruction set (common/cpu_level.h): packing, the gathering of a
-// block's input, and the loop over the tiles of an item. All but the table of functions at the end has internal linkage, and
-// nothing of the standard library but memcpy and memset is used: an inline library function compiled here could otherwise be
-// the copy that the linker keeps for the whole program, and fault on an older CPU.
+// Everything of the convolution engine that is compiled once per instruction set (common/cpu_level.h): packing, the
+// gathering of a block's input, and the loop over the tiles of an item. All but the table of functions at the end has
+// internal linkage, and nothing of the standard library but memcpy and memset is used: an inline library function
+// compiled here could otherwise be the copy that the linker keeps for the whole program, and fault on an older CPU.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -23,7 +23,8 @@
 namespace fused_cnn::engine {
 namespace {
 
-// Floats per vector, and output pixels per tile: a tile's sums are twice that many vectors, beside 2 weights and 1 input.
+// Floats per vector, and output pixels per tile: a tile's sums are twice that many vectors, beside 2 weights and 1
+// input.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kTilePixels = 14;  // of 32 registers
 #elif defined(__AVX2__)
@@ -67,8 +68,10 @@ void pack_as(const Plan& plan, const void* const* weight, const float* const* bi
           const int64_t step = (r.fold ? tap / s.kernel_w : tap) * steps + in_run / P;
           const T value = from[c * spatial + tap];
           Element& slot = to[(step * panel_lanes + lane) * P + in_run % P];
-          if constexpr (sizeof(T) == sizeof(Element)) memcpy(&slot, &value, sizeof value);
-          else slot = to_float(value);
+          if constexpr (sizeof(T) == sizeof(Element))
+            memcpy(&slot, &value, sizeof value);
+          else
+            slot = to_float(value);
         }
       }
     }
@@ -118,8 +121,12 @@ void set_output(const Plan& plan, int64_t vector, Output& output) {
   while (vector >= plan.vector_of[d + 1]) d++;
   const Destination& to = plan.args.destination[d];
   const int64_t channel = (vector - plan.vector_of[d]) * kLanes, left = plan.shape.out_channels[d] - channel;
-  output = {(T*)to.out + channel, to.residual ? (const T*)to.residual + channel : nullptr, to.pitch,
-            to.residual_pitch, left < kLanes ? left : kLanes, to.relu};
+  output = {(T*)to.out + channel,
+            to.residual ? (const T*)to.residual + channel : nullptr,
+            to.pitch,
+            to.residual_pitch,
+            left < kLanes ? left : kLanes,
+            to.relu};
 }
 
 // One block of output pixels by one group of panels. Weights that fit in L2 stay there while the tiles go by, each
@@ -172,7 +179,8 @@ void run_item_as(const Plan& plan, int64_t item, Scratch& scratch) {
 
     const int64_t y = two_rows ? 2 * t : t / parts, part = two_rows ? 0 : t % parts;
     const bool pair = two_rows && y + 1 < rows;
-    const int64_t begin = part * columns / parts, pixels = (part + 1) * columns / parts - begin, half = (pixels + 1) / 2;
+    const int64_t begin = part * columns / parts, pixels = (part + 1) * columns / parts - begin,
+                  half = (pixels + 1) / 2;
     tile.x[0] = (const char*)x + y * row_step + begin * tile.step;
     tile.x[1] = tile.x[0] + (pair ? row_step : half * tile.step);
     const bool streams = !plan.gather && p == first_panel;  // the input comes from memory, in order
@@ -202,17 +210,21 @@ constexpr bool kBf16Products = false;
 #endif
 
 void pack(const Plan& plan, const void* const* weight, const float* const* bias, void* packed) {
-  (plan.dtype == DType::f32 ? pack_as<FloatProduct, float> : pack_as<Bf16Product, bfloat16>)(plan, weight, bias, packed);
+  (plan.dtype == DType::f32 ? pack_as<FloatProduct, float> : pack_as<Bf16Product, bfloat16>)(plan, weight, bias,
+                                                                                             packed);
 }
 
 void run_item(const Plan& plan, int64_t item, Scratch& scratch) {
-  (plan.dtype == DType::f32 ? run_item_as<FloatProduct, float> : run_item_as<Bf16Product, bfloat16>)(plan, item, scratch);
+  (plan.dtype == DType::f32 ? run_item_as<FloatProduct, float> : run_item_as<Bf16Product, bfloat16>)(plan, item,
+                                                                                                     scratch);
 }
 
 void max_pool_row(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, void* out, int64_t out_pitch,
                   int64_t row) {
-  if (dtype == DType::f32) max_pool_row_as(shape, (const float*)x, x_pitch, (float*)out, out_pitch, row);
-  else max_pool_row_as(shape, (const bfloat16*)x, x_pitch, (bfloat16*)out, out_pitch, row);
+  if (dtype == DType::f32)
+    max_pool_row_as(shape, (const float*)x, x_pitch, (float*)out, out_pitch, row);
+  else
+    max_pool_row_as(shape, (const bfloat16*)x, x_pitch, (bfloat16*)out, out_pitch, row);
 }
 
 }  // namespace
@@ -220,6 +232,6 @@ void max_pool_row(const PoolShape& shape, DType dtype, const void* x, int64_t x_
 }  // namespace fused_cnn::engine
 
 namespace fused_cnn::FUSED_CNN_LEVEL {
-extern const engine::Level engine_level = {engine::kLanes,   engine::kTilePixels, engine::kBf16Products,
-                                           engine::pack,     engine::run_item,    engine::max_pool_row};
+extern const engine::Level engine_level = {engine::kLanes, engine::kTilePixels, engine::kBf16Products,
+                                           engine::pack,   engine::run_item,    engine::max_pool_row};
 }  // namespace fused_cnn::FUSED_CNN_LEVEL
