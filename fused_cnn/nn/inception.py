@@ -86,7 +86,7 @@ class Inception(FusedModule):
             if isinstance(branch, nn.Sequential):
                 kinds = (MaxPool2d if isinstance(layer, nn.MaxPool2d) else ConvBNReLU for layer in branch)
                 layers = [kind.from_reference(layer, backend=backend) for kind, layer in zip(kinds, branch, strict=True)]
-                self._modules[name] = nn.Sequential(*layers)
+                self._modules[name] = _sequential(layers, branch.training)
             else:
                 self._modules[name] = ConvBNReLU.from_reference(branch, backend=backend)
         return self
@@ -97,7 +97,7 @@ class Inception(FusedModule):
         for name, branch in list(self._modules.items()):
             if isinstance(branch, nn.Sequential):
                 layers = [layer.to_reference() if isinstance(layer, FusedModule) else layer for layer in branch]
-                plain._modules[name] = nn.Sequential(*layers).train(branch.training)
+                plain._modules[name] = _sequential(layers, branch.training)
             elif isinstance(branch, FusedModule):
                 plain._modules[name] = branch.to_reference()
         return plain
@@ -170,6 +170,12 @@ class Inception(FusedModule):
             raw.append(self.raw_chain([(unit.conv, unit.norm) for unit in units], y))
         self._check_sizes(raw)
         return bn_relu_concat(raw, [BatchNormArgs.of(n) for n in norms], backend=self.backend)
+
+
+def _sequential(layers: list[Any], training: bool) -> nn.Sequential:
+    made = nn.Sequential(*layers)
+    made.training = training  # the container's own flag; the layers keep theirs
+    return made
 
 
 def _without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
