@@ -121,6 +121,7 @@ FUSED_COSTS: dict[str, Callable[[Arguments], Cost]] = {
     "fused_cnn::inception_pack": _one_pass,
     "fused_cnn::inception_packed_fwd": _inception_packed,
     "fused_cnn::max_pool2d_fwd": _one_pass,
+    "fused_cnn::max_pool2d_bwd": _one_pass,
     "mkldnn::_convolution_pointwise": _mkldnn_conv,
     "mkldnn::_convolution_pointwise_": _mkldnn_conv,
     "mkldnn::_reorder_convolution_weight": _one_pass,

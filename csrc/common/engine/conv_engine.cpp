@@ -197,4 +197,36 @@ void max_pool(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitc
     pool.parallel_for(rows, grain, pool_rows, &work);
 }
 
+namespace {
+
+struct PoolBackwardWork {
+  const PoolShape& shape;
+  const Level& level;
+  DType dtype;
+  const void* x;
+  int64_t x_pitch;
+  const void* grad_out;
+  void* grad_x;
+};
+
+void pool_backward_items(int64_t begin, int64_t end, void* context) {
+  const PoolBackwardWork& w = *static_cast<const PoolBackwardWork*>(context);
+  void* sums = scratch_buffer.at_least(w.shape.H * w.shape.W * w.level.lanes * sizeof(float));
+  for (int64_t item = begin; item < end; item++) {
+    w.level.max_pool_backward(w.shape, w.dtype, w.x, w.x_pitch, w.grad_out, w.grad_x, item, static_cast<float*>(sums));
+  }
+}
+
+}  // namespace
+
+void max_pool_backward(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, const void* grad_out,
+                       void* grad_x, const ThreadPool& pool) {
+  PoolBackwardWork work{shape, *current(), dtype, x, x_pitch, grad_out, grad_x};
+  const int64_t items = shape.N * ceil_div(shape.C, work.level.lanes);
+  if (pool.threads <= 1 || items <= 1)
+    pool_backward_items(0, items, &work);
+  else
+    pool.parallel_for(items, 1, pool_backward_items, &work);
+}
+
 }  // namespace fused_cnn::engine

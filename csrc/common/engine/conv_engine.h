@@ -72,4 +72,8 @@ void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args, con
 void max_pool(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, void* out, int64_t out_pitch,
               const ThreadPool& pool);
 
+// grad_x[n,h,w,c] of a max pool; grad_out and grad_x are dense, x may have a pitch. Needs no indices.
+void max_pool_backward(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, const void* grad_out,
+                       void* grad_x, const ThreadPool& pool);
+
 }  // namespace fused_cnn::engine

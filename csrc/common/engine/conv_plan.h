@@ -50,6 +50,9 @@ struct Level {
   void (*run_item)(const Plan& plan, int64_t item, Scratch& scratch);
   void (*max_pool_row)(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, void* out,
                        int64_t out_pitch, int64_t row);
+  // Item i is lanes (i % vectors) of image (i / vectors); sums has room for H * W vectors.
+  void (*max_pool_backward)(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, const void* grad_out,
+                            void* grad_x, int64_t item, float* sums);
 };
 
 }  // namespace fused_cnn::engine

@@ -1,6 +1,6 @@
 """max_pool2d without indices: forward reads x once and writes the result; the library also writes an int64 index an element.
 
-Backward finds the indices again from x, so that they are not saved in between.
+Backward searches each window of x again, so that no indices are saved in between.
 """
 
 from __future__ import annotations
@@ -31,9 +31,20 @@ def _fake_fwd(x, kernel, stride, padding, dilation, ceil_mode):  # type: ignore[
     return empty_nchw(x, x.size(1), *sides)
 
 
+def _fake_bwd(grad_out, x, kernel, stride, padding, dilation, ceil_mode):  # type: ignore[no-untyped-def]
+    return empty_nchw(x, *x.shape[1:])
+
+
 define(
     "max_pool2d_fwd(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool ceil_mode) -> Tensor",
     _fake_fwd,
+)
+
+
+define(
+    "max_pool2d_bwd(Tensor grad_out, Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+    "bool ceil_mode) -> Tensor",
+    _fake_bwd,
 )
 
 
@@ -41,13 +52,15 @@ class _MaxPool2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, backend: str, *window: Any) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.window = window
+        ctx.window, ctx.backend = window, backend
         return kernel("max_pool2d_fwd", backend)(x, *window)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
+        if x.dtype in (torch.float32, torch.bfloat16):
+            return (kernel("max_pool2d_bwd", ctx.backend)(grad_out, x, *ctx.window), *[None] * 6)
         _, indices = torch.ops.aten.max_pool2d_with_indices(x, *ctx.window)
         grad = torch.ops.aten.max_pool2d_with_indices_backward(grad_out, x, *ctx.window, indices)
         return (grad, *[None] * 6)
