@@ -2,7 +2,7 @@
 
 Both use only PyTorch's stable ABI, so the build reads torch's headers from the environment that it installs into and never
 imports torch: an isolated `pip install -e .` and one with `--no-build-isolation` are the same build.
-Reads MAX_JOBS, TORCH_CUDA_ARCH_LIST, FORCE_CUDA (1: required, 0: skipped) and CUDA_HOME.
+Reads MAX_JOBS, TORCH_CUDA_ARCH_LIST, FORCE_CUDA (1: required, 0: skipped), CUDA_HOME and CXX.
 """
 
 from __future__ import annotations

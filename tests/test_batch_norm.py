@@ -56,8 +56,7 @@ def test_training_steps_and_eval_follow_batch_norm_2d(mode: dict, dtype: torch.d
         torch.testing.assert_close(actual, expected, **tolerance)
         for (name, a), b in zip(theirs.named_buffers(), ours.buffers(), strict=True):
             torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-        grads = [torch.autograd.grad(o.square().sum(), [x, *m.parameters()])
-                 for o, m in ((expected, theirs), (actual, ours))]
+        grads = [torch.autograd.grad(o.square().sum(), [x, *m.parameters()]) for o, m in ((expected, theirs), (actual, ours))]
         for a, b in zip(*grads, strict=True):
             assert a.dtype == b.dtype
             torch.testing.assert_close(b, a, rtol=tolerance["rtol"], atol=20 * tolerance["atol"])
@@ -200,8 +199,12 @@ def test_compiled_training_step_updates_the_buffers() -> None:
 
 def vectors(*channels: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     total = sum(channels)
-    return (torch.randn(total, device=DEVICE), torch.rand(total, device=DEVICE) + 0.5,
-            [torch.randn(c, device=DEVICE) for c in channels], [torch.randn(c, device=DEVICE) for c in channels])
+    return (
+        torch.randn(total, device=DEVICE),
+        torch.rand(total, device=DEVICE) + 0.5,
+        [torch.randn(c, device=DEVICE) for c in channels],
+        [torch.randn(c, device=DEVICE) for c in channels],
+    )
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 4, 4), (0, 5, 4, 4), (2, 1, 3, 3)], ids=str)

@@ -75,7 +75,7 @@ def test_a_wrong_arch_list_is_named(tree: Path, archs: str) -> None:
     shutil.rmtree(tree / "csrc")  # nothing to compile: the list is what is looked at
     (tree / "csrc").mkdir()
     cxx = tree / "cxx"
-    cxx.write_text("#!/bin/sh\nfor a; do [ \"$last\" = -o ] && : > \"$a\"; last=$a; done; echo c++ 14.0\n")
+    cxx.write_text('#!/bin/sh\nfor a; do [ "$last" = -o ] && : > "$a"; last=$a; done; echo c++ 14.0\n')
     cxx.chmod(0o755)
     line = last_line(build(tree, CUDA_HOME=str(tree), CXX=str(cxx), TORCH_CUDA_ARCH_LIST=archs))
     assert line.startswith("fused_cnn: TORCH_CUDA_ARCH_LIST has ") and "expected entries such as 8.0" in line

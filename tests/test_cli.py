@@ -77,9 +77,7 @@ def test_every_command_takes_json_and_explains_itself(capfd: pytest.CaptureFixtu
     ids=lambda value: " ".join(value).replace("/", "_") if isinstance(value, list) else "",
 )
 @needs_pictures
-def test_what_cannot_be_done_is_one_line_and_exit_code_2(
-    capfd: pytest.CaptureFixture[str], arguments: list[str], says: str
-) -> None:
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(capfd: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
     code, text, errors = run(capfd, *arguments)
     last = errors.strip().splitlines()[-1]
     assert code == 2 and text == ""
@@ -97,9 +95,7 @@ def test_an_internal_error_is_one_line(capfd: pytest.CaptureFixture[str], monkey
         cli.run(["--traceback", "info"])
 
 
-def test_a_missing_package_says_how_to_get_it(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_says_how_to_get_it(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
     code, _, errors = run(capfd, "verify", *SMALL)
     assert code == 2 and "this command needs torchvision" in errors and "make venv" in errors
@@ -167,9 +163,7 @@ def test_report_keeps_tables_that_it_was_not_given(tmp_path: Path) -> None:
 
 
 @needs_pictures
-def test_verify_notices_wrong_numbers(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_verify_notices_wrong_numbers(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pair_of = _numbers.Pair.of.__func__  # type: ignore[attr-defined]
 
     def spoiled(cls: type, model: Any, backend: str | None) -> _numbers.Pair:

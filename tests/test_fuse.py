@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import pickle
 
@@ -291,6 +292,92 @@ def test_partly_fused_models_give_the_same_numbers(name: str) -> None:
     x = torch.randn(1, 3, 64, 64, device=DEVICE)
     with torch.no_grad():
         torch.testing.assert_close(fused(x), eager(x), rtol=1e-3, atol=1e-3)
+
+
+class LeakyConv(nn.Module):
+    """Looks like BasicConv2d and is not."""
+
+    def __init__(self, inputs: int, outputs: int, **options: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, bias=False, **options)
+        self.bn = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.leaky_relu(self.bn(self.conv(x)), 0.2)
+
+
+def googlenet_block(**options: object) -> nn.Module:
+    block = importlib.import_module("torchvision.models.googlenet").Inception
+    return lively(nn.Sequential(block(16, 8, 6, 10, 3, 5, 7, **options))).eval()
+
+
+def test_an_inception_block_that_differs_in_any_way_keeps_its_numbers() -> None:
+    leaky, dilated, averaging, strided = (googlenet_block(**o) for o in ({"conv_block": LeakyConv}, {}, {}, {}))
+    dilated[0].branch2[1].conv.dilation = dilated[0].branch2[1].conv.padding = (2, 2)
+    averaging[0].branch4[0] = nn.AvgPool2d(3, 1, 1)
+    strided[0].branch4[0].dilation, strided[0].branch4[0].kernel_size = 2, 2
+    strided[0].branch4[0].padding = 1
+    x = torch.randn(2, 16, 9, 9, device=DEVICE)
+    for model in (leaky, dilated, averaging, strided):
+        with torch.no_grad():
+            expected = model(x)
+            fuse_(model)
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert fuse_(googlenet_block(conv_block=LeakyConv)).skipped[0].reason == "branch1 holds LeakyConv, not BasicConv2d"
+    changed = googlenet_block()
+    fuse_(changed)
+    with torch.no_grad():
+        changed(x)
+        changed[0].branch4[0] = nn.AvgPool2d(3, 1, 1)
+        mine = changed(x)
+        torch.testing.assert_close(mine, unfuse_(changed)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_replaced_module_eps_or_backend_is_seen() -> None:
+    block = lively(fused_cnn.nn.ConvBNReLU(16, 8, 3)).eval()
+    x = torch.randn(2, 16, 9, 9, device=DEVICE)
+
+    def check() -> None:
+        expected = torch.relu(block.bn(block.conv(x)))
+        torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
+
+    with torch.no_grad():
+        check()
+        block.bn = lively(nn.BatchNorm2d(8)).eval()
+        block.bn.weight.fill_(5.0)
+        check()
+        block.bn.eps = 10.0
+        check()
+        block.conv = nn.Conv2d(16, 8, 3).to(DEVICE)
+        check()
+        block.backend = "triton"
+        with pytest.raises(fused_cnn._backends.BackendUnavailable):
+            block(x)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_autocast_promotes_a_float32_shortcut_and_leaves_float64_alone(train: bool) -> None:
+    block = lively(fused_cnn.nn.BasicBlock(16, 16)).train(train)
+    plain = copy.deepcopy(block)
+    plain.backend = "reference"
+    x = torch.randn(4, 16, 9, 9, device=DEVICE)
+    for dtype in (torch.float32, torch.float64):
+        with torch.autocast(DEVICE, torch.bfloat16), torch.set_grad_enabled(train):
+            mine, theirs = block.to(dtype)(x.to(dtype)), plain.to(dtype)(x.to(dtype))
+        assert mine.dtype == theirs.dtype
+        torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.05)
+
+
+def test_pools_keep_taking_what_pytorch_takes_and_backward_hooks_fire() -> None:
+    model = nn.Sequential(nn.MaxPool2d(2))
+    hits: list[str] = []
+    model[0].register_full_backward_hook(lambda *a: hits.append("pool"))
+    expected = [model(torch.arange(64.0).view(1, 8, 8)), model(torch.arange(64).view(1, 1, 8, 8))]
+    fuse_(model)
+    assert torch.equal(model(torch.arange(64.0).view(1, 8, 8)), expected[0])
+    assert torch.equal(model(torch.arange(64).view(1, 1, 8, 8)), expected[1])
+    model(torch.randn(1, 3, 8, 8, requires_grad=True)).sum().backward()
+    assert hits == ["pool"]
 
 
 def test_filter_strict_and_bad_backends() -> None:

@@ -287,6 +287,16 @@ WRONG = {
         RuntimeError,
         "packed must be the .* bytes",
     ),
+    "raw kernel": (
+        lambda: torch.ops.fused_cnn.conv_bias_relu_fwd(X, torch.ones(4, 8, 7, 7), None, None, [8, 8], [0, 0], [1, 1], 1, True),
+        RuntimeError,
+        "larger than the padded input",
+    ),
+    "packed kernel": (
+        lambda: conv_bias_relu(X, *pack_conv(torch.ones(4, 8, 7, 7), None, like=X), stride=8),
+        RuntimeError,
+        "larger than the padded input",
+    ),
     "raw channels": (
         lambda: torch.ops.fused_cnn.conv_bias_relu_fwd(X, torch.randn(4, 9, 1, 1), None, None, [1, 1], [0, 0], [1, 1], 1, True),
         RuntimeError,

@@ -17,8 +17,8 @@ struct ConvParams {
 };
 
 inline int64_t conv_out_size(const Tensor& x, const Ints& kernel, const ConvParams& p, int axis) {
-  const int64_t reach = p.dilation[axis] * (kernel[axis] - 1) + 1;
-  return (x.size(axis + 2) + 2 * p.padding[axis] - reach) / p.stride[axis] + 1;
+  const int64_t reach = p.dilation[axis] * (kernel[axis] - 1) + 1, size = x.size(axis + 2) + 2 * p.padding[axis];
+  return size < reach ? 0 : (size - reach) / p.stride[axis] + 1;  // C++ division rounds towards zero
 }
 
 inline void check_geometry(const char* op, const Tensor& x, const Ints& kernel, const ConvParams& p) {

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import BasicBlock, Bottleneck, ConvBNReLU, FusedModule, Inception
-from . import Builder
+from . import Builder, full_name
 from ._common import first, hook_problem, pair_problem, relu_problem
 
 
@@ -21,12 +21,12 @@ def _inception(module: nn.Module, backend: str | None) -> FusedModule | str:
     problem = hook_problem(module, *names)
     for name in names:
         branch = getattr(module, name)
-        for layer in branch if isinstance(branch, nn.Sequential) else [branch]:
-            if isinstance(layer, nn.MaxPool2d):
-                pool = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.return_indices)
-                problem = problem or (None if pool == (3, 1, 1, 1, False) else f"{name}'s pool is not 3x3 with stride 1")
-            else:
-                problem = problem or pair_problem(layer, "conv", "bn")
+        for layer in branch if type(branch) is nn.Sequential else [branch]:
+            if type(layer) is nn.MaxPool2d and not layer.return_indices:
+                continue
+            if full_name(layer) != "torchvision.models.googlenet.BasicConv2d":
+                return f"{name} holds {type(layer).__name__}, not BasicConv2d"
+            problem = problem or pair_problem(layer, "conv", "bn")
     return problem or Inception.from_reference(module, backend=backend)
 
 

@@ -85,7 +85,7 @@ class GoogLeNet(nn.Module):
         batch_norm: False makes the paper's form: LRN, biases, 5x5 convolutions, 3x3 pools, and the auxiliary
             classifiers' 5x5 pool.
         naive: Inception blocks without 1x1 reductions (Figure 2a): wide, and only there to be compared.
-        backend: "reference" (plain eager PyTorch), "native", "triton", or None for the best at hand.
+        backend: "reference" (plain eager PyTorch), "native", or None for the best at hand.
 
     Input (N, 3, H, W); output logits (N, num_classes), or GoogLeNetOutputs in training with auxiliary
     classifiers.

@@ -51,7 +51,7 @@ class ResNet(FusedModule):
         zero_init_residual: the last BatchNorm of each block starts at zero (arXiv 1706.02677).
         groups, width_per_group: ResNeXt's and the wide networks' bottleneck widths.
         replace_stride_with_dilation: for stages 2, 3 and 4: dilate instead of striding.
-        backend: "reference" (plain eager PyTorch), "native", "triton", or None for the best at hand.
+        backend: "reference" (plain eager PyTorch), "native", or None for the best at hand.
 
     Input (N, 3, H, W); output logits (N, num_classes).
     """

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import BatchNormArgs, bn_add_relu, bn_relu, bn_relu_conv, conv_bias_relu, pack_conv
+from ..ops._conv import autocast
 
 Pair = tuple[nn.Module, nn.Module | None]  # a convolution and its BatchNorm
 Made = TypeVar("Made")
@@ -24,17 +25,17 @@ Self = TypeVar("Self", bound="FusedModule")
 class _Cached(NamedTuple):
     """A value made from some parameters and buffers, and what they were then.
 
-    An entry of `sources` is where a tensor is registered (a dict and a name), the tensor, its version and its address. The aliases keep the
-    memory that they had, so that no new memory can have an old address.
+    `key` holds what else it was made for. An entry of `sources` is where a tensor is registered (a dict and a name), the tensor, its version
+    and its address. The aliases keep the memory that they had, so that no new memory can have an old address.
     """
 
-    dtype: torch.dtype
+    key: tuple[Any, ...]
     sources: list[tuple[dict[str, Any], str, Tensor | None, int, int]]
     aliases: list[Tensor]
     value: Any
 
-    def current(self, dtype: torch.dtype) -> bool:
-        if dtype is not self.dtype:
+    def current(self, key: tuple[Any, ...]) -> bool:
+        if key != self.key:
             return False
         for registry, name, tensor, version, address in self.sources:
             if registry.get(name) is not tensor:
@@ -84,7 +85,7 @@ def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | N
 class FusedModule(nn.Module):
     """A block that runs its convolutions with what follows them as fused ops.
 
-    `backend` is "reference" (plain eager PyTorch), "native", "triton" or None for the best at hand.
+    `backend` is "reference" (plain eager PyTorch), "native" or None for the best at hand.
     """
 
     backend: str | None = None
@@ -102,6 +103,7 @@ class FusedModule(nn.Module):
         self._forward_pre_hooks_with_kwargs = module._forward_pre_hooks_with_kwargs
         self._forward_hooks_always_called = module._forward_hooks_always_called
         self._backward_hooks, self._backward_pre_hooks = module._backward_hooks, module._backward_pre_hooks
+        self._is_full_backward_hook = module._is_full_backward_hook
         self.training, self.backend, self._original = module.training, backend, (module,)
         for name, value in attributes.items():
             setattr(self, name, value)
@@ -141,26 +143,27 @@ class FusedModule(nn.Module):
         return not x.requires_grad and not any(p.requires_grad for m in present for p in m.parameters())
 
     def cached(self, name: Any, sources: Sequence[nn.Module | None], like: Tensor, make: Callable[[], Made]) -> Made:
-        """make()'s result, kept until a parameter or buffer of `sources`, or the dtype to run in, changes."""
+        """make()'s result, kept until a module of `sources`, its tensors or eps, the backend, or the dtype to run in, changes."""
         if torch.compiler.is_compiling():
             return make()
         cache = self._cache
         if cache is None:
             cache = self._cache = {}
+        key = (like.dtype, self.backend, *sources, *[m.eps for m in sources if isinstance(m, nn.BatchNorm2d)])
         found = cache.get(name)
-        if found is None or not found.current(like.dtype):
+        if found is None or not found.current(key):
             seen = [
-                (registry, key, tensor)
+                (registry, item, tensor)
                 for m in sources
                 if m is not None
                 for registry in (m._parameters, m._buffers)
-                for key, tensor in registry.items()
+                for item, tensor in registry.items()
             ]
             tensors = [t for _, _, t in seen if t is not None]
             if any(t.is_inference() for t in tensors):  # their changes cannot be seen
                 return make()
             entries = [(r, k, t, *((t._version, t.data_ptr()) if t is not None else (0, 0))) for r, k, t in seen]
-            found = cache[name] = _Cached(like.dtype, entries, [t.detach() for t in tensors], make())
+            found = cache[name] = _Cached(key, entries, [t.detach() for t in tensors], make())
         return found.value
 
     def conv_bn(
@@ -170,9 +173,12 @@ class FusedModule(nn.Module):
         if self.backend == "reference" or not understood(conv, bn):
             return _eager(conv, bn, x, relu, residual)
         assert isinstance(conv, nn.Conv2d) and (bn is None or isinstance(bn, nn.BatchNorm2d))
+        if residual is not None and residual.dtype != autocast(x)[0].dtype:  # PyTorch promotes the sum
+            y = self.conv_bn(conv, bn, x, relu=False) + residual
+            return torch.relu(y) if relu else y
         geometry = _geometry(conv)
         if self.folds(x, conv, bn):
-            x = autocast(x)
+            (x,) = autocast(x)
             weight, bias = self.cached(
                 conv, (conv, bn), x, lambda: pack_conv(*fold(conv, bn), like=x, groups=conv.groups, backend=self.backend)
             )
@@ -186,9 +192,10 @@ class FusedModule(nn.Module):
         args = BatchNormArgs.of(bn)
         if residual is None:
             return bn_relu(y, args, relu=relu, backend=self.backend)
-        if relu:
+        if relu and residual.dtype == y.dtype:
             return bn_add_relu(y, args, residual, backend=self.backend)
-        return bn_relu(y, args, relu=False, backend=self.backend) + residual
+        out = bn_relu(y, args, relu=False, backend=self.backend) + residual
+        return torch.relu(out) if relu else out
 
     def trains(self, x: Tensor, pairs: Sequence[Pair]) -> bool:
         """Whether the pairs run as convolutions with BatchNorm fused between them, rather than folded or as they are."""
@@ -208,12 +215,6 @@ class FusedModule(nn.Module):
 
 def _geometry(conv: nn.Conv2d) -> dict[str, Any]:
     return {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
-
-
-def autocast(x: Tensor) -> Tensor:
-    """x in autocast's dtype where autocast is on."""
-    device_type = x.device.type
-    return x.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else x
 
 
 def _eager(conv: nn.Module, bn: nn.Module | None, x: Tensor, relu: bool, residual: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ class ConvBNReLU(FusedModule):
         norm: False leaves BatchNorm out (relu(conv(x) + bias)).
         eps: BatchNorm's.
         relu: False leaves the ReLU out.
-        backend: "reference", "native", "triton", or None for the best at hand.
+        backend: "reference", "native", or None for the best at hand.
 
     Input (N, in_channels, H, W) -> output (N, out_channels, H', W').
     """

@@ -15,7 +15,8 @@ from ..ops import (
     inception,
     pack_inception,
 )
-from ._base import FusedModule, autocast, fold, has_hooks, understood
+from ..ops._conv import autocast, pair
+from ._base import FusedModule, fold, has_hooks, understood
 from .conv_bn_relu import ConvBNReLU
 from .max_pool2d import MaxPool2d
 
@@ -35,7 +36,7 @@ class Inception(FusedModule):
         norm, bias, eps: BatchNorm after each convolution, a bias in it, BatchNorm's eps.
         ceil_mode: of the pool; with stride 1 it changes nothing but the module's description.
         reduce: False makes the naive form (figure 2a): no 1x1 reductions, and the pool is concatenated as it is.
-        backend: "reference", "native", "triton", or None for the best at hand.
+        backend: "reference", "native", or None for the best at hand.
 
     Input (N, in_channels, H, W) -> output (N, ch1x1 + ch3x3 + ch5x5 + pool_proj, H, W); in the naive form in_channels replaces pool_proj.
     """
@@ -105,26 +106,14 @@ class Inception(FusedModule):
     def _paths(self) -> list[list[Any]]:
         return [list(b) if isinstance(b, nn.Sequential) else [b] for b in self.children()]
 
-    def _units(self) -> list[Unit] | None:
-        """The convolutions in the fused op's order, or None where the block is not the plain one that the op computes."""
-        layers = [layer for path in self._paths() for layer in path]
-        units: list[Unit] = []
-        for layer in layers:
-            if has_hooks(layer):
-                return None
-            if isinstance(layer, ConvBNReLU):
-                if not (layer.relu and understood(layer.conv, layer.norm)):
-                    return None
-                units.append((layer.conv, layer.norm))  # type: ignore[arg-type]
-        return units
-
     def forward(self, x: Tensor) -> Tensor:
-        units = None if self.backend == "reference" else self._units()
-        if units is None:
-            return self._concatenate([self._run(path, x) for path in self._paths()])
+        paths = self._paths()
+        if self.backend == "reference" or not all(map(_fusable, paths)):
+            return self._concatenate([self._run(path, x) for path in paths])
+        units = [(layer.conv, layer.norm) for path in paths for layer in path if isinstance(layer, ConvBNReLU)]
         modules = [m for unit in units for m in unit]
-        if len(units) == 6 and self.folds(x, *modules):
-            x = autocast(x)
+        if _is_whole_block(paths) and self.folds(x, *modules):
+            (x,) = autocast(x)
             weights, biases = self.cached("block", modules, x, lambda: self._pack(units, x))
             return inception(x, weights, biases, backend=self.backend)
         return self._train(x)
@@ -172,6 +161,32 @@ class Inception(FusedModule):
         return bn_relu_concat(raw, [BatchNormArgs.of(n) for n in norms], backend=self.backend)
 
 
+def _fusable(path: list[Any]) -> bool:
+    """Whether a branch is what ConvBNReLU means, after at most something else in front, with nobody watching."""
+    first = next((i for i, layer in enumerate(path) if isinstance(layer, ConvBNReLU)), len(path))
+    return not any(map(has_hooks, path)) and all(
+        isinstance(layer, ConvBNReLU) and layer.relu and understood(layer.conv, layer.norm) for layer in path[first:]
+    )
+
+
+def _is_whole_block(paths: list[list[Any]]) -> bool:
+    """Whether the branches are exactly those that the fused op computes: 1x1; 1x1, k x k; 1x1, k x k; 3x3 max pool, 1x1."""
+
+    def same_padded(layer: Any, pointwise: bool) -> bool:
+        conv = layer.conv
+        k = conv.kernel_size[0]
+        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return geometry == ((k, k), (1, 1), (k // 2, k // 2), (1, 1), 1) and k % 2 == 1 and (k == 1 or not pointwise)
+
+    if [[isinstance(layer, ConvBNReLU) for layer in path] for path in paths] != [[True], [True] * 2, [True] * 2, [False, True]]:
+        return False
+    (c1,), (r3, c3), (r5, c5), (pool, proj) = paths
+    if not isinstance(pool, MaxPool2d) or not (all(same_padded(c, True) for c in (c1, r3, r5, proj)) and same_padded(c3, False)):
+        return False
+    window = (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding), pair(pool.dilation))
+    return same_padded(c5, False) and window == ((3, 3), (1, 1), (1, 1), (1, 1))
+
+
 def _sequential(layers: list[Any], training: bool) -> nn.Sequential:
     made = nn.Sequential(*layers)
     made.training = training  # the container's own flag; the layers keep theirs
@@ -180,5 +195,5 @@ def _sequential(layers: list[Any], training: bool) -> nn.Sequential:
 
 def _without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """The convolution alone; its bias is added in the pass that concatenates."""
-    x = autocast(x)
+    (x,) = autocast(x)
     return F.conv2d(x, conv.weight.to(x.dtype), None, conv.stride, conv.padding, conv.dilation, conv.groups)

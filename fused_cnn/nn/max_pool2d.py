@@ -1,7 +1,8 @@
-"""MaxPool2d: torch.nn.MaxPool2d that writes no indices where no gradient is asked for."""
+"""MaxPool2d: torch.nn.MaxPool2d that writes and saves no indices."""
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import max_pool2d
@@ -40,6 +41,7 @@ class MaxPool2d(FusedModule):
         return cls.adopt(module, backend=backend, **{name: getattr(module, name) for name in names})
 
     def forward(self, x: Tensor) -> Tensor:
-        return max_pool2d(
-            x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, backend=self.backend
-        )
+        window = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+        if x.dim() != 4 or not x.is_floating_point():  # nn.MaxPool2d takes these too
+            return F.max_pool2d(x, *window)
+        return max_pool2d(x, *window, backend=self.backend)

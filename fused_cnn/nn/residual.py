@@ -66,7 +66,7 @@ class BasicBlock(_Residual):
         stride: of the first convolution.
         downsample: the shortcut's projection, or None for the identity.
         residual: False leaves the shortcut out: the plain net's pair of layers (section 4.1).
-        backend: "reference", "native", "triton", or None for the best at hand.
+        backend: "reference", "native", or None for the best at hand.
 
     Input (N, inplanes, H, W) -> output (N, planes, H / stride, W / stride).
     """
@@ -114,7 +114,7 @@ class Bottleneck(_Residual):
         groups, base_width: of the 3x3 convolution (ResNeXt, arXiv 1611.05431; wide ResNet, arXiv 1605.07146).
         dilation: of the 3x3 convolution.
         residual: False leaves the shortcut out.
-        backend: "reference", "native", "triton", or None for the best at hand.
+        backend: "reference", "native", or None for the best at hand.
 
     Input (N, inplanes, H, W) -> output (N, 4 * planes, H / stride, W / stride).
     """

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include "common/engine/conv_plan.h"
 
 namespace fused_cnn::engine {
@@ -31,6 +32,10 @@ struct ScratchBuffer {
       std::free(data);
       bytes = round_up(wanted, 4096);
       data = std::aligned_alloc(4096, bytes);
+      if (data == nullptr) {
+        bytes = 0;
+        throw std::bad_alloc();
+      }
     }
     return data;
   }
@@ -154,12 +159,19 @@ void pool_rows(int64_t begin, int64_t end, void* context) {
 
 }  // namespace
 
+namespace {
+int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  const int64_t room = size + 2 * pad - (kernel - 1) * dilation - 1;
+  return room < 0 ? 0 : room / stride + 1;  // division rounds towards zero
+}
+}  // namespace
+
 int64_t conv_out_h(const ConvShape& s) {
-  return (s.H + 2 * s.pad_h - (s.kernel_h - 1) * s.dilation_h - 1) / s.stride_h + 1;
+  return out_size(s.H, s.kernel_h, s.stride_h, s.pad_h, s.dilation_h);
 }
 
 int64_t conv_out_w(const ConvShape& s) {
-  return (s.W + 2 * s.pad_w - (s.kernel_w - 1) * s.dilation_w - 1) / s.stride_w + 1;
+  return out_size(s.W, s.kernel_w, s.stride_w, s.pad_w, s.dilation_w);
 }
 
 int64_t packed_weight_bytes(const ConvShape& shape, DType dtype) {

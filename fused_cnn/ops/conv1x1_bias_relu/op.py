@@ -77,7 +77,7 @@ def conv1x1_bias_relu(
         residual: the result's shape, x's dtype, added before the ReLU, or None.
         stride: rows and columns of x that are read, as torch.nn.functional.conv2d takes it.
         relu: False leaves the ReLU out.
-        backend: "reference", "native", "triton", or None for the best at hand.
+        backend: "reference", "native", or None for the best at hand.
 
     Returns:
         (N, out, H', W') in x's dtype (autocast's where autocast is on); channels_last where x's channels are adjacent in memory.

@@ -144,7 +144,7 @@ def inception(
         weights: six, (out, in, k, k): branch1 1x1, reduce3 1x1, conv3 k x k, reduce5 1x1, conv5 k x k, pool_proj 1x1, in x's dtype;
             odd k, padded by k // 2. Or what pack_inception made of them, biases included.
         biases: six, (out,), x's dtype; none with packed weights.
-        backend: "reference", "native", "triton", or None for the best at hand.
+        backend: "reference", "native", or None for the best at hand.
 
     Returns:
         (N, branch1 + conv3 + conv5 + pool_proj channels, H, W) in x's dtype; channels_last where x's channels are adjacent.

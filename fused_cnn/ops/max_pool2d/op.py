@@ -1,6 +1,6 @@
 """max_pool2d without indices: forward reads x once and writes the result; the library also writes an int64 index an element.
 
-Backward searches each window of x again, so that no indices are saved in between.
+Backward searches each window of x again (float16 and float64: by the library's pool), so that no indices are saved in between.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -17,6 +16,7 @@ from ..._checks import check_nchw
 from ..._layout import empty_nchw
 from ..._library import define, kernel
 from .._conv import IntPair, pair
+from . import reference
 
 
 def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
@@ -104,7 +104,7 @@ def max_pool2d(
         raise ValueError(f"max_pool2d: the window {k} is larger than the padded input of shape {tuple(x.shape)}")
     backend = resolve("max_pool2d_fwd", backend, x)
     if backend == "reference":
-        return F.max_pool2d(x, k, s, p, d, ceil_mode)
+        return reference.max_pool2d(x, k, s, p, d, ceil_mode)
     if torch.is_grad_enabled() and x.requires_grad:
         return _MaxPool2d.apply(x, backend, k, s, p, d, ceil_mode)
     return kernel("max_pool2d_fwd", backend)(x, k, s, p, d, ceil_mode)
