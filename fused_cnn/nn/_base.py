@@ -25,8 +25,8 @@ Self = TypeVar("Self", bound="FusedModule")
 class _Cached(NamedTuple):
     """A value made from some parameters and buffers, and what they were then.
 
-    `key` holds what else it was made for. An entry of `sources` is where a tensor is registered (a dict and a name), the tensor, its version
-    and its address. The aliases keep the memory that they had, so that no new memory can have an old address.
+    `key` holds what else it was made for. An entry of `sources` is where a tensor is registered (a dict and a name), the tensor, its
+    version and its address. The aliases keep the memory that they had, so that no new memory can have an old address.
     """
 
     key: tuple[Any, ...]

@@ -110,7 +110,7 @@ class Inception(FusedModule):
         paths = self._paths()
         if self.backend == "reference" or not all(map(_fusable, paths)):
             return self._concatenate([self._run(path, x) for path in paths])
-        units = [(layer.conv, layer.norm) for path in paths for layer in path if isinstance(layer, ConvBNReLU)]
+        units: list[Any] = [(layer.conv, layer.norm) for path in paths for layer in path if isinstance(layer, ConvBNReLU)]
         modules = [m for unit in units for m in unit]
         if _is_whole_block(paths) and self.folds(x, *modules):
             (x,) = autocast(x)
