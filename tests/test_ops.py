@@ -15,7 +15,7 @@ import fused_cnn
 from fused_cnn import _library
 from fused_cnn.ops import conv_bias_relu, inception, pack_conv, pack_inception
 from fused_cnn.ops._cases import LAYOUTS, Case, Maker, OpCases
-from fused_cnn.testing import all_cases, compare
+from fused_cnn.testing import all_cases, compare, judge
 
 ALL_CASES = all_cases()
 
@@ -56,6 +56,32 @@ def registered(op_cases: OpCases) -> str:
 def test_forward_and_backward_agree_with_float64(op_cases: OpCases, case: Case, backend: str, dtype: torch.dtype, layout: str) -> None:
     for comparison in compare(op_cases, case, backend, dtype, layout, DEVICE):
         assert comparison.ok, comparison
+
+
+CONVOLUTIONS = [o for o in ALL_CASES if o.name in ("conv_bias_relu", "conv1x1_bias_relu")]
+
+
+def check_packed(op_cases: OpCases, case: Case, dtype: torch.dtype, layout: str) -> None:
+    """A weight packed once, as modules use it in eval, against the plain convolution in eager and in float64."""
+    (x, weight, bias, residual), kwargs = op_cases.make(case, Maker(dtype, layout, grad=False))
+    packed, left = pack_conv(weight, bias, like=x, groups=kwargs.get("groups", 1))
+    out = conv_bias_relu(x, packed, left, residual, **kwargs)
+    inputs = (x, weight, bias, residual)
+    eager = conv_bias_relu(*inputs, **kwargs, backend="reference")
+    truth = conv_bias_relu(*(None if t is None else t.double() for t in inputs), **kwargs, backend="reference")
+    comparison = judge("out", out, eager, truth, factor=2, rounding=op_cases.rounding, summation=op_cases.summation, dtype=dtype)
+    assert comparison.ok, (op_cases.name, case.name, dtype, layout, comparison)
+    adjacent = x.stride(1) == 1 and x.size(1) > 1
+    assert out.is_contiguous(memory_format=torch.channels_last if adjacent else torch.contiguous_format)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="weights are packed for the CPU")
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("op_cases", "case"), [(o, small(c)) for o in CONVOLUTIONS for c in o.cases], ids=lambda v: v.name)
+def test_packed_weights_agree_with_float64(op_cases: OpCases, case: Case, dtype: torch.dtype, layout: str) -> None:
+    check_packed(op_cases, case, dtype, layout)
 
 
 def smallest(op_cases: OpCases) -> Case:
@@ -341,6 +367,8 @@ def test_every_instruction_set_gives_the_same_results(level: str) -> None:
         for op_cases in ALL_CASES:
             for case in [c for c in op_cases.cases if not c.real][:6] + [c for c in op_cases.cases if c.real][:1]:
                 for dtype in (torch.float32, torch.bfloat16):
+                    if op_cases in CONVOLUTIONS:
+                        check_packed(op_cases, small(case), dtype, "channels_last")
                     for comparison in compare(op_cases, small(case), "native", dtype):
                         assert comparison.ok, (op_cases.name, case.name, dtype, comparison)
     finally:

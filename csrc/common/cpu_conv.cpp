@@ -166,11 +166,7 @@ Tensor cpu_conv_packed(const char* op, const Tensor& x, const Tensor& packed, co
 Tensor cpu_conv_forward(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                         const std::optional<Tensor>& residual, const ConvParams& params, bool relu) {
   check_conv(op, x, weight, bias, residual, params);
-  if (!engine_takes(x, params.groups) || weight.size(0) == 0) {
-    return library_conv_forward(op, x, weight, bias, residual, params, relu);
-  }
-  const Ints shape{weight.size(0), weight.size(1), weight.size(2), weight.size(3)};
-  return cpu_conv_packed(op, x, engine_pack({weight}, {bias}), shape, residual, params, relu);
+  return library_conv_forward(op, x, weight, bias, residual, params, relu);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_conv_backward(const char* op, const Tensor& grad_out,

@@ -1,6 +1,6 @@
-// What the convolution rooms share on the CPU. float32 and bfloat16 with groups == 1 run on the project's own
-// convolution (engine/conv_engine.h), whose weights are packed once or, for a plain weight, per call; the rest is the
-// library's convolution with the epilogue in one pass behind it.
+// What the convolution rooms share on the CPU. A weight that was packed once runs on the project's own convolution
+// (engine/conv_engine.h; float32 and bfloat16, groups == 1). A plain weight runs on the library's with the epilogue in
+// one pass behind it: packing at every call would cost what the convolution itself does on small images.
 #pragma once
 #include "common/engine/conv_engine.h"
 #include "common/library_conv.h"

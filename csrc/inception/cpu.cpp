@@ -12,6 +12,8 @@ namespace {
 // The convolutions, by position in weights, biases and channels.
 enum { kBranch1, kReduce3, kConv3, kReduce5, kConv5, kPoolProj, kConvolutions };
 
+constexpr int64_t kWorthPacking = 512;  // pixels; on fewer, packing plain weights costs more than it saves
+
 const ConvParams kPointwise{{1, 1}, {0, 0}, {1, 1}, 1};
 
 ConvParams same_padding(int64_t kernel) {
@@ -92,7 +94,7 @@ Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<T
   const auto conv = [&](const Tensor& from, int i) {
     return cpu_conv_forward(op, from, weights[i], biases[i], std::nullopt, same_padding(weights[i].size(2)), true);
   };
-  if (engine_takes(x, 1)) {
+  if (engine_takes(x, 1) && x.numel() >= kWorthPacking * x.size(1)) {
     for (int i = 0; i < kConvolutions; ++i) {
       const int64_t in = i == kConv3 ? weights[kReduce3].size(0) : i == kConv5 ? weights[kReduce5].size(0) : x.size(1);
       FUSED_CNN_CHECK(weights[i].size(1) == in && weights[i].size(2) == weights[i].size(3), op, ": weight ", i,

@@ -8,6 +8,7 @@ arguments are those of their schemas.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -37,16 +38,15 @@ def _geometry(args: Arguments) -> tuple[Sequence[int], Sequence[int], Sequence[i
     return args["stride"], args.get("padding", (0, 0)), args.get("dilation", (1, 1))
 
 
-def _packs_each_call(x: Tensor, groups: int) -> bool:
-    # The CPU's own convolution reads packed weights; a plain weight is packed at every call.
-    return x.device.type == "cpu" and groups == 1 and x.dtype in (torch.float32, torch.bfloat16)
+def _packs_each_call(x: Tensor) -> bool:
+    # The CPU's own convolution reads packed weights; inception packs plain ones at every call, where the image is worth it
+    # (csrc/inception/cpu.cpp: kWorthPacking).
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() >= 512 * x.size(1)
 
 
 def _conv(args: Arguments) -> Cost:
     x, weight = args["x"], args["weight"]
     flops = _conv_flops(x, weight.shape, *_geometry(args))
-    if _packs_each_call(x, args.get("groups", 1)):
-        return Cost(2, scratch=tensor_bytes(weight), flops=flops)
     return Cost(2, rewrites=1, flops=flops)  # the library's convolution, then the epilogue over its result
 
 
@@ -88,8 +88,11 @@ def _inception_of(x: Tensor, channels: Sequence[int], kernels: Sequence[int], pa
 def _inception(args: Arguments) -> Cost:
     weights = args["weights"]
     kernels = (weights[2].size(2), weights[4].size(2))
-    packing = sum(tensor_bytes(w) for w in weights) if _packs_each_call(args["x"], 1) else 0
-    return _inception_of(args["x"], [w.size(0) for w in weights], kernels, packing)
+    channels = [w.size(0) for w in weights]
+    if _packs_each_call(args["x"]):
+        return _inception_of(args["x"], channels, kernels, sum(tensor_bytes(w) for w in weights))
+    # Six of the library's convolutions with an epilogue each, the pool, and a copy of every branch into its slice.
+    return replace(_inception_of(args["x"], channels, kernels, 0), launches=17, rewrites=2)
 
 
 def _inception_packed(args: Arguments) -> Cost:
