@@ -20,12 +20,11 @@ ConvParams same_padding(int64_t kernel) {
   return {{1, 1}, {kernel / 2, kernel / 2}, {1, 1}, 1};
 }
 
-Tensor max_pool_3x3(const Tensor& x) {
-  const Tensor nhwc = dense(x, MemoryFormat::ChannelsLast);
+Tensor max_pool_3x3(const Tensor& x, const Pixels& in) {
   Tensor out = empty_like_4d(x, MemoryFormat::ChannelsLast);
   const engine::PoolShape shape{x.size(0), x.size(1), x.size(2), x.size(3), 3, 3,         1,
                                 1,         1,         1,         1,         1, x.size(2), x.size(3)};
-  engine::max_pool(shape, engine_dtype(x), nhwc.data_ptr(), x.size(1), out.data_ptr(), x.size(1), engine_threads());
+  engine::max_pool(shape, engine_dtype(x), in.data(), in.pitch, out.data_ptr(), x.size(1), engine_threads());
   return out;
 }
 
@@ -81,7 +80,7 @@ Tensor inception_packed_fwd(const Tensor& x, std::vector<Tensor> packed, Ints ch
   slice += channels[kBranch1] * size;
   convolve(reduced3, packed[1], channels[kConv3], kernels[0]);
   convolve(reduced5, packed[2], channels[kConv5], kernels[1]);
-  convolve(max_pool_3x3(x), packed[3], channels[kPoolProj], 1);
+  convolve(max_pool_3x3(x, in), packed[3], channels[kPoolProj], 1);
   return dense(out, result_format(x));
 }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..nn import FusedModule
 from ..nn._base import has_hooks
 
 
@@ -48,3 +49,20 @@ def absent_problem(module: nn.Module, *names: str) -> str | None:
 def first(*problems: str | None) -> str | None:
     """The first problem that there is."""
     return next((p for p in problems if p is not None), None)
+
+
+class ResNetTrunk(FusedModule):
+    """The part that torchvision's and timm's ResNet share by the same names: the stem, fused, the pool and the four stages."""
+
+    conv1: nn.Module
+    bn1: nn.Module
+    maxpool: nn.Module
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+
+    def trunk(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> the last stage's features."""
+        x = self.maxpool(self.conv_bn(self.conv1, self.bn1, x))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..nn import BasicBlock, Bottleneck, FusedModule
 from . import Builder
-from ._common import absent_problem, first, hook_problem, pair_problem, relu_problem
+from ._common import ResNetTrunk, absent_problem, first, hook_problem, pair_problem, relu_problem
 
 OPTIONAL = ("drop_block", "aa", "se", "drop_path")
 
@@ -37,23 +37,15 @@ def _bottleneck(module: nn.Module, backend: str | None) -> FusedModule | str:
     return problem or Bottleneck.from_reference(module, backend=backend)
 
 
-class FusedResNet(FusedModule):
+class FusedResNet(ResNetTrunk):
     """timm's ResNet with its one-convolution stem fused; mixed into the instance's class, so that children and names stay."""
 
     grad_checkpointing: bool
-    conv1: nn.Module
-    bn1: nn.Module
-    maxpool: nn.Module
-    layer1: nn.Module
-    layer2: nn.Module
-    layer3: nn.Module
-    layer4: nn.Module
 
     def forward_features(self, x: Tensor) -> Tensor:
         if self.grad_checkpointing:
             return super().forward_features(x)  # type: ignore[misc]
-        x = self.maxpool(self.conv_bn(self.conv1, self.bn1, x))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.trunk(x)
 
     @staticmethod
     def problem(module: nn.Module) -> str | None:

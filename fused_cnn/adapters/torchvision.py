@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..nn import BasicBlock, Bottleneck, ConvBNReLU, FusedModule, Inception
 from . import Builder, full_name
-from ._common import first, hook_problem, pair_problem, relu_problem
+from ._common import ResNetTrunk, first, hook_problem, pair_problem, relu_problem
 
 
 def _basic_conv(module: nn.Module, backend: str | None) -> FusedModule | str:
@@ -51,23 +51,14 @@ def _bottleneck(module: nn.Module, backend: str | None) -> FusedModule | str:
     return problem or Bottleneck.from_reference(module, backend=backend)
 
 
-class FusedResNet(FusedModule):
+class FusedResNet(ResNetTrunk):
     """torchvision's ResNet with its stem fused; mixed into the instance's class, so that children and names stay."""
 
-    conv1: nn.Module
-    bn1: nn.Module
-    maxpool: nn.Module
-    layer1: nn.Module
-    layer2: nn.Module
-    layer3: nn.Module
-    layer4: nn.Module
     avgpool: nn.Module
     fc: nn.Module
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.conv_bn(self.conv1, self.bn1, x))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return self.fc(torch.flatten(self.avgpool(self.trunk(x)), 1))
 
     @staticmethod
     def problem(module: nn.Module) -> str | None:
