@@ -116,8 +116,8 @@ void plan_blocks(Plan& plan, const Level& level, int threads) {
     plan.blocks_x = ceil_div(plan.out_w, plan.block_w);
     const int64_t blocks = s.N * plan.blocks_y * plan.blocks_x;
     const bool fits = plan.in_h * plan.in_w * s.C * size <= 640 * 1024;
-    const bool busy = threads == 1 || blocks * plan.panels >= 12 * threads;
-    plan.groups = threads == 1 ? 1 : std::min(plan.panels, ceil_div(16 * threads, blocks));
+    const bool busy = threads == 1 || blocks * plan.panels >= 8 * threads;
+    plan.groups = threads == 1 ? 1 : std::min(plan.panels, ceil_div(12 * threads, blocks));
     if ((fits && busy) || wanted <= tile) break;
   }
   plan.tiles_first = ceil_div(plan.panels, plan.groups) * plan.panel_bytes <= 512 * 1024;
@@ -126,7 +126,6 @@ void plan_blocks(Plan& plan, const Level& level, int threads) {
 struct Work {
   const Plan& plan;
   const Level& level;
-  int64_t items;
   std::atomic<int64_t> next{0};
 };
 
@@ -137,7 +136,7 @@ void take_items(int64_t, int64_t, void* context) {
   Scratch scratch{nullptr, -1};
   if (plan.gather)
     scratch.data = scratch_buffer.at_least(plan.in_h * plan.in_w * plan.pitch * element_size(work.level, plan.dtype));
-  for (int64_t item; (item = work.next.fetch_add(1, std::memory_order_relaxed)) < work.items;)
+  for (int64_t item; (item = work.next.fetch_add(1, std::memory_order_relaxed)) < plan.items;)
     work.level.run_item(plan, item, scratch);
 }
 
@@ -190,12 +189,13 @@ void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args, con
   Plan plan = plan_weight(shape, dtype, args.packed);
   plan.args = args;
   plan_blocks(plan, level, pool.threads);
-  Work work{plan, level, plan.shape.N * plan.blocks_y * plan.blocks_x * plan.groups};
-  const int64_t workers = std::min<int64_t>(pool.threads, work.items);
-  if (workers <= 1)
+  plan.items = plan.shape.N * plan.blocks_y * plan.blocks_x * plan.groups;
+  plan.workers = std::min<int64_t>(pool.threads, plan.items);
+  Work work{plan, level};
+  if (plan.workers <= 1)
     take_items(0, 1, &work);
   else
-    pool.parallel_for(workers, 1, take_items, &work);
+    pool.parallel_for(plan.workers, 1, take_items, &work);
 }
 
 void max_pool(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, void* out, int64_t out_pitch,

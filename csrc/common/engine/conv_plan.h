@@ -24,6 +24,7 @@ struct Plan {
   int64_t out_h, out_w;
   int64_t block_h, block_w, blocks_y, blocks_x;
   int64_t vectors, panels, groups;
+  int64_t items, workers;                   // block by block, and for each block the groups
   bool tiles_first;                         // loop order within an item
   int64_t vector_of[kMaxDestinations + 1];  // first vector of each destination
   const float* bias;                        // packed: one float per lane of every vector

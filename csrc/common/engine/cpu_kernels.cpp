@@ -171,6 +171,11 @@ void run_item_as(const Plan& plan, int64_t item, Scratch& scratch) {
   const int64_t tiles = two_rows ? (rows + 1) / 2 : rows * parts;
   const int64_t first_panel = group * plan.panels / plan.groups, last_panel = (group + 1) * plan.panels / plan.groups;
 
+  // What this item fetches ahead of time. Weights come from memory on every call of a network (they are larger than the
+  // caches), so the panels that follow are fetched a piece per tile: this item's, then those of the thread's next item.
+  const int64_t next = item + plan.workers, next_group = next < plan.items ? next % plan.groups : group;
+  const bool next_weights = next_group != group;
+
   auto run = [&](int64_t p, int64_t t) {
     const int64_t vectors = plan.vectors - p * kPanelVectors < kPanelVectors ? 1 : kPanelVectors;
     tile.weight = (const char*)plan.weight + p * plan.panel_bytes;
@@ -183,9 +188,19 @@ void run_item_as(const Plan& plan, int64_t item, Scratch& scratch) {
                   half = (pixels + 1) / 2;
     tile.x[0] = (const char*)x + y * row_step + begin * tile.step;
     tile.x[1] = tile.x[0] + (pair ? row_step : half * tile.step);
-    const bool streams = !plan.gather && p == first_panel;  // the input comes from memory, in order
-    tile.ahead = streams ? tile.x[0] + pixels * tile.step : tile.x[0];
-    tile.ahead_step = streams ? 64 : 0;
+    const bool last = p + 1 == last_panel;
+    if (plan.tiles_first ? next_weights : !last || next_weights) {
+      const int64_t ahead = plan.tiles_first ? next_group * plan.panels / plan.groups + (p - first_panel)
+                            : last           ? next_group * plan.panels / plan.groups
+                                             : p + 1;
+      const int64_t steps = tile.taps_h * tile.taps_w * (tile.run / Product::kPerStep);
+      tile.ahead = (const char*)plan.weight + ahead * plan.panel_bytes + t * plan.panel_bytes / tiles;
+      tile.ahead_step = plan.panel_bytes / tiles / (steps > 0 ? steps : 1);
+    } else {
+      const bool streams = !plan.gather && p == first_panel;  // the input comes from memory, in order
+      tile.ahead = streams ? tile.x[0] + pixels * tile.step : tile.x[0];
+      tile.ahead_step = streams ? 64 : 0;
+    }
     tile.row[0] = y0 + y * s.stride_h;
     tile.row[1] = tile.row[0] + (pair ? s.stride_h : 0);
     tile.out_pixel[0] = first_pixel + y * plan.out_w + begin;
