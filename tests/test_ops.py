@@ -13,7 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_cnn
 from fused_cnn import _library
-from fused_cnn.ops import conv_bias_relu, inception, pack_conv, pack_inception
+from fused_cnn.ops import (
+    FoldedConv,
+    conv_bias_relu,
+    inception,
+    pack_conv,
+    pack_inception,
+    pack_residual_block,
+    residual_block,
+)
 from fused_cnn.ops._cases import LAYOUTS, Case, Maker, OpCases
 from fused_cnn.testing import all_cases, compare, judge
 
@@ -194,6 +202,8 @@ def recorded_calls() -> dict[str, tuple[object, tuple, dict]]:
             maker = Maker(torch.float32)
             x, weight = maker.activation(2, 8, 5, 5), maker.weight(6, 8, 3, 3)
             conv_bias_relu(x, *pack_conv(weight, maker.vector(6), like=x))
+            block = pack_residual_block([FoldedConv(weight, None, 2)], FoldedConv(weight, None, 2), shortcut=True, like=x)
+            residual_block(x, block)
             widths = [(3, 8, 1), (4, 8, 1), (5, 4, 3), (2, 8, 1), (3, 2, 3), (4, 8, 1)]
             weights = [maker.weight(o, i, k, k) for o, i, k in widths]
             inception(x, *pack_inception(weights, [maker.vector(w.size(0)) for w in weights], like=x))

@@ -51,6 +51,8 @@ void use_huge_pages(const Tensor& t) {
 #endif
 }
 
+constexpr int64_t kCacheBytes = int64_t{1} << 40;  // of a thread's second-level cache, for what a block computes in between
+
 bool has_pitch(const Tensor& t) {
   const int64_t pitch = t.stride(3);
   return t.stride(1) == 1 && pitch >= t.size(1) && t.stride(2) == pitch * t.size(3) &&
@@ -79,9 +81,21 @@ engine::ThreadPool engine_threads() {
           }};
 }
 
-engine::ConvShape engine_shape(const Tensor& x, int64_t out_channels, const Ints& kernel, const ConvParams& p) {
+int64_t images_at_once(int64_t images, int64_t bytes_between) {
+  const int64_t budget = torch::stable::get_num_threads() * kCacheBytes;
+  return std::clamp<int64_t>(budget / std::max<int64_t>(1, bytes_between), 1, std::max<int64_t>(1, images));
+}
+
+Tensor empty_result(const Tensor& like, int64_t channels, int64_t height, int64_t width) {
+  Tensor out = empty_nchw(like, channels, height, width, MemoryFormat::ChannelsLast);
+  use_huge_pages(out);
+  return out;
+}
+
+engine::ConvShape engine_shape(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_channels,
+                               const Ints& kernel, const ConvParams& p) {
   engine::ConvShape s{};
-  s.N = x.size(0), s.C = x.size(1), s.H = x.size(2), s.W = x.size(3);
+  s.N = images, s.C = channels, s.H = height, s.W = width;
   s.kernel_h = kernel[0], s.kernel_w = kernel[1];
   s.stride_h = p.stride[0], s.stride_w = p.stride[1];
   s.pad_h = p.padding[0], s.pad_w = p.padding[1];
@@ -145,13 +159,13 @@ Tensor cpu_conv_packed(const char* op, const Tensor& x, const Tensor& packed, co
   FUSED_CNN_CHECK(weight_shape.size() == 4 && weight_shape[1] == x.size(1) && weight_shape[0] >= 1, op,
                   ": x has shape ", shape_of(x), ", which does not fit the weight's input channels");
   const Ints kernel{weight_shape[2], weight_shape[3]};
-  check_geometry(op, x, kernel, params);
-  const engine::ConvShape shape = engine_shape(x, weight_shape[0], kernel, params);
+  check_geometry(op, x.size(2), x.size(3), kernel, params);
+  const engine::ConvShape shape =
+      engine_shape(x.size(0), x.size(1), x.size(2), x.size(3), weight_shape[0], kernel, params);
   const int64_t height = engine::conv_out_h(shape), width = engine::conv_out_w(shape);
   if (residual) check_residual(op, x, *residual, weight_shape[0], height, width);
   check_packed(op, packed, shape, engine_dtype(x));
-  Tensor out = empty_nchw(x, weight_shape[0], height, width, MemoryFormat::ChannelsLast);
-  use_huge_pages(out);
+  Tensor out = empty_result(x, weight_shape[0], height, width);
   if (out.numel() > 0) {
     const Pixels in(x);
     std::optional<Pixels> addend;

@@ -19,7 +19,15 @@ struct Pixels {
 bool engine_takes(const Tensor& x, int64_t groups);
 engine::DType engine_dtype(const Tensor& x);
 engine::ThreadPool engine_threads();
-engine::ConvShape engine_shape(const Tensor& x, int64_t out_channels, const Ints& kernel, const ConvParams& params);
+engine::ConvShape engine_shape(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_channels,
+                               const Ints& kernel, const ConvParams& params);
+
+// How many of the images to take through a whole block before the next, given what lies between the block's
+// convolutions for each image: as many as leave that in the threads' caches, so that it does not travel to memory.
+int64_t images_at_once(int64_t images, int64_t bytes_between);
+
+// A channels-last result, in huge pages where it is large.
+Tensor empty_result(const Tensor& like, int64_t channels, int64_t height, int64_t width);
 
 // One buffer of bytes that holds the weights and biases of convolutions sharing an input; biases are float32 or absent.
 Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases);

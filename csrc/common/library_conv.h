@@ -16,19 +16,20 @@ struct ConvParams {
   int64_t groups;
 };
 
-inline int64_t conv_out_size(const Tensor& x, const Ints& kernel, const ConvParams& p, int axis) {
-  const int64_t reach = p.dilation[axis] * (kernel[axis] - 1) + 1, size = x.size(axis + 2) + 2 * p.padding[axis];
-  return size < reach ? 0 : (size - reach) / p.stride[axis] + 1;  // C++ division rounds towards zero
+inline int64_t conv_out_size(int64_t size, const Ints& kernel, const ConvParams& p, int axis) {
+  const int64_t reach = p.dilation[axis] * (kernel[axis] - 1) + 1, padded = size + 2 * p.padding[axis];
+  return padded < reach ? 0 : (padded - reach) / p.stride[axis] + 1;  // C++ division rounds towards zero
 }
 
-inline void check_geometry(const char* op, const Tensor& x, const Ints& kernel, const ConvParams& p) {
+inline void check_geometry(const char* op, int64_t height, int64_t width, const Ints& kernel, const ConvParams& p) {
   FUSED_CNN_CHECK(p.stride.size() == 2 && p.padding.size() == 2 && p.dilation.size() == 2, op,
                   ": stride, padding and dilation must have two values");
   for (int axis = 0; axis < 2; ++axis) {
     FUSED_CNN_CHECK(p.stride[axis] >= 1 && p.dilation[axis] >= 1 && p.padding[axis] >= 0, op,
                     ": stride and dilation must be at least 1 and padding at least 0");
-    FUSED_CNN_CHECK(kernel[axis] >= 1 && conv_out_size(x, kernel, p, axis) >= 1, op, ": kernel (", kernel[0], ", ",
-                    kernel[1], ") is larger than the padded input of shape ", shape_of(x));
+    FUSED_CNN_CHECK(kernel[axis] >= 1 && conv_out_size(axis == 0 ? height : width, kernel, p, axis) >= 1, op,
+                    ": kernel (", kernel[0], ", ", kernel[1], ") is larger than the padded input of size (", height,
+                    ", ", width, ")");
   }
 }
 
@@ -52,13 +53,14 @@ inline void check_conv(const char* op, const Tensor& x, const Tensor& weight, co
                   ": x has ", x.size(1), " channels; a weight of shape ", shape_of(weight), " with groups=", p.groups,
                   " takes ", weight.size(1) * p.groups);
   const Ints kernel{weight.size(2), weight.size(3)};
-  check_geometry(op, x, kernel, p);
+  check_geometry(op, x.size(2), x.size(3), kernel, p);
   if (bias) {
     check_channels(op, "bias", *bias, weight.size(0));
     check_like(op, "x", x, "bias", *bias, /*same_shape=*/false);
   }
   if (residual) {
-    check_residual(op, x, *residual, weight.size(0), conv_out_size(x, kernel, p, 0), conv_out_size(x, kernel, p, 1));
+    check_residual(op, x, *residual, weight.size(0), conv_out_size(x.size(2), kernel, p, 0),
+                   conv_out_size(x.size(3), kernel, p, 1));
   }
 }
 

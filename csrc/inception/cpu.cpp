@@ -53,7 +53,7 @@ Tensor inception_packed_fwd(const Tensor& x, std::vector<Tensor> packed, Ints ch
   const int64_t height = x.size(2), width = x.size(3), size = x.element_size();
   const int64_t total = channels[kBranch1] + channels[kConv3] + channels[kConv5] + channels[kPoolProj];
 
-  engine::ConvShape merged = engine_shape(x, channels[kBranch1], {1, 1}, kPointwise);
+  engine::ConvShape merged = engine_shape(x.size(0), x.size(1), height, width, channels[kBranch1], {1, 1}, kPointwise);
   merged.destinations = 3;
   merged.out_channels[1] = channels[kReduce3], merged.out_channels[2] = channels[kReduce5];
   check_packed(op, packed[0], merged, dtype);
@@ -63,7 +63,8 @@ Tensor inception_packed_fwd(const Tensor& x, std::vector<Tensor> packed, Ints ch
   Tensor reduced5 = empty_nchw(x, channels[kReduce5], height, width, nhwc);
   char* slice = static_cast<char*>(out.data_ptr());
   const auto convolve = [&](const Tensor& from, const Tensor& weight, int64_t out_channels, int64_t kernel) {
-    const engine::ConvShape shape = engine_shape(from, out_channels, {kernel, kernel}, same_padding(kernel));
+    const engine::ConvShape shape =
+        engine_shape(x.size(0), from.size(1), height, width, out_channels, {kernel, kernel}, same_padding(kernel));
     check_packed(op, weight, shape, dtype);
     engine::ConvArgs args{from.data_ptr(), from.size(1), weight.data_ptr(), {}};
     args.destination[0] = {slice, total, nullptr, 0, true};

@@ -73,6 +73,29 @@ def _mkldnn_linear(args: Arguments) -> Cost:
     return Cost(flops=2 * x.numel() // x.size(-1) * weight.numel())
 
 
+def _residual_block(args: Arguments) -> Cost:
+    # One convolution after the other. x is read by the first and by the shortcut; a projection is written where the result goes,
+    # and read there by the last convolution. Nine values of geometry a convolution: out channels, then (h, w) pairs.
+    x, geometry, projects = args["x"], args["geometry"], args["projects"]
+    convolutions = [geometry[i : i + 9] for i in range(0, len(geometry), 9)]
+    chain = convolutions[:-1] if projects else convolutions
+
+    def result(read: tuple[int, ...], conv: Sequence[int]) -> tuple[int, ...]:
+        sizes = zip(read[2:], conv[1:3], conv[3:5], conv[5:7], conv[7:9], strict=True)
+        return (read[0], conv[0], *((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes))
+
+    def flops(read: tuple[int, ...], conv: Sequence[int]) -> int:
+        return 2 * prod(result(read, conv)) * read[1] * conv[1] * conv[2]
+
+    shapes = [tuple(x.shape)]
+    for conv in chain:
+        shapes.append(result(shapes[-1], conv))
+    work = sum(flops(read, conv) for read, conv in zip(shapes[:-1], chain, strict=True))
+    work += flops(shapes[0], convolutions[-1]) if projects else 0
+    between = sum(prod(shape) for shape in shapes[1:-1]) * x.element_size()
+    return Cost(len(convolutions), {"x": 2} if args["shortcut"] else {}, rewrites=int(projects), scratch=between, flops=work)
+
+
 def _inception_of(x: Tensor, channels: Sequence[int], kernels: Sequence[int], packing: int) -> Cost:
     # The 1x1 convolutions of x as one, the two convolutions of what they reduced, the pool and its
     # projection: x is read by the first and by the pool. Channels are in the order branch1, reduce3, conv3,
@@ -120,6 +143,7 @@ FUSED_COSTS: dict[str, Callable[[Arguments], Cost]] = {
     "fused_cnn::conv_bias_relu_bwd": _conv_backward,
     "fused_cnn::conv_bias_relu_pack": _one_pass,
     "fused_cnn::conv_bias_relu_packed_fwd": _conv_packed,
+    "fused_cnn::residual_block_packed_fwd": _residual_block,
     "fused_cnn::inception_fwd": _inception,
     "fused_cnn::inception_pack": _one_pass,
     "fused_cnn::inception_packed_fwd": _inception_packed,

@@ -176,15 +176,14 @@ class FusedModule(nn.Module):
         if residual is not None and residual.dtype != autocast(x)[0].dtype:  # PyTorch promotes the sum
             y = self.conv_bn(conv, bn, x, relu=False) + residual
             return torch.relu(y) if relu else y
-        geometry = _geometry(conv)
         if self.folds(x, conv, bn):
             (x,) = autocast(x)
             weight, bias = self.cached(
                 conv, (conv, bn), x, lambda: pack_conv(*fold(conv, bn), like=x, groups=conv.groups, backend=self.backend)
             )
-            return conv_bias_relu(x, weight, bias, residual, **geometry, relu=relu, backend=self.backend)
+            return conv_bias_relu(x, weight, bias, residual, **geometry(conv), relu=relu, backend=self.backend)
         if bn is None:
-            return conv_bias_relu(x, conv.weight, conv.bias, residual, **geometry, relu=relu, backend=self.backend)
+            return conv_bias_relu(x, conv.weight, conv.bias, residual, **geometry(conv), relu=relu, backend=self.backend)
         return self.finish(conv(x), bn, relu=relu, residual=residual)
 
     def finish(self, y: Tensor, bn: nn.BatchNorm2d, *, relu: bool = True, residual: Tensor | None = None) -> Tensor:
@@ -209,11 +208,12 @@ class FusedModule(nn.Module):
         for (_, bn), (conv, _) in pairwise(pairs):
             assert isinstance(bn, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d)
             bias = None if conv.bias is None else conv.bias.to(y.dtype)
-            y = bn_relu_conv(y, BatchNormArgs.of(bn), conv.weight.to(y.dtype), bias, **_geometry(conv), backend=self.backend)
+            y = bn_relu_conv(y, BatchNormArgs.of(bn), conv.weight.to(y.dtype), bias, **geometry(conv), backend=self.backend)
         return y
 
 
-def _geometry(conv: nn.Conv2d) -> dict[str, Any]:
+def geometry(conv: nn.Conv2d) -> dict[str, Any]:
+    """conv2d's keyword arguments."""
     return {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
 
 

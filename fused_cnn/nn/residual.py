@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
-from ..ops import BatchNormArgs, bn_add_relu
-from ._base import FusedModule, Pair, understood
+from ..ops import BatchNormArgs, FoldedConv, PackedResidualBlock, bn_add_relu, pack_residual_block, residual_block
+from ..ops._conv import autocast
+from ._base import FusedModule, Pair, fold, geometry, understood
 
 Block = TypeVar("Block", bound="_Residual")
+Projection = tuple[nn.Conv2d, nn.BatchNorm2d]
 
 
 class _Residual(FusedModule):
@@ -34,6 +36,9 @@ class _Residual(FusedModule):
         pairs = self._pairs()
         projection = self._projection() if self.residual else None
         if not self.trains(x, pairs):
+            block = self._packed(x, pairs, projection)
+            if block is not None:
+                return residual_block(autocast(x)[0], block)
             y = x
             for pair in pairs[:-1]:
                 y = self.conv_bn(*pair, y)
@@ -45,12 +50,35 @@ class _Residual(FusedModule):
             return bn_add_relu(y, BatchNormArgs.of(last), conv(x), BatchNormArgs.of(bn), backend=self.backend)
         return self.finish(y, last, residual=self._shortcut(x, projection) if self.residual else None)
 
-    def _shortcut(self, x: Tensor, projection: tuple[nn.Conv2d, nn.BatchNorm2d] | None) -> Tensor:
+    def _packed(self, x: Tensor, pairs: list[Pair], projection: Projection | None) -> PackedResidualBlock | None:
+        """The whole block for the one op that computes it, where there is one."""
+        whole = pairs if projection is None else [*pairs, cast(Pair, projection)]
+        modules = [m for pair in whole for m in pair]
+        adds_x = self.residual and projection is None
+        if (
+            self.backend == "reference"
+            or (adds_x and self.downsample is not None)
+            or not all(understood(conv, bn) for conv, bn in pairs)
+            or not self.folds(x, *modules)
+        ):
+            return None
+        (wide,) = autocast(x)
+        if adds_x and wide.dtype != x.dtype:  # PyTorch promotes the sum
+            return None
+
+        def pack() -> PackedResidualBlock | None:
+            folded = [FoldedConv(*fold(conv, bn), **geometry(conv)) for conv, bn in whole]  # type: ignore[arg-type]
+            chain, shortcut = folded[: len(pairs)], folded[-1] if projection else None
+            return pack_residual_block(chain, shortcut, shortcut=self.residual, like=wide, backend=self.backend)
+
+        return self.cached("block", modules, wide, pack)
+
+    def _shortcut(self, x: Tensor, projection: Projection | None) -> Tensor:
         if projection is not None:
             return self.conv_bn(*projection, x, relu=False)
         return x if self.downsample is None else self.downsample(x)
 
-    def _projection(self) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
+    def _projection(self) -> Projection | None:
         """The shortcut's convolution and BatchNorm, where it is those two and nothing else."""
         layers = list(self.downsample) if type(self.downsample) is nn.Sequential else []
         if len(layers) == 2 and isinstance(layers[1], nn.BatchNorm2d) and understood(*layers):

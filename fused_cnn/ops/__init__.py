@@ -6,14 +6,17 @@ from .batch_norm.conv import bn_relu_conv
 from .batch_norm.op import bn_add_relu, bn_relu, bn_relu_concat
 from .concat_bias_relu.op import concat_bias_relu
 from .conv1x1_bias_relu.op import conv1x1_bias_relu
+from .conv_bias_relu.block import FoldedConv, PackedResidualBlock, pack_residual_block, residual_block
 from .conv_bias_relu.op import PackedConv, conv_bias_relu, pack_conv
 from .inception.op import PackedInception, inception, pack_inception
 from .max_pool2d.op import max_pool2d
 
 __all__ = [
     "BatchNormArgs",
+    "FoldedConv",
     "PackedConv",
     "PackedInception",
+    "PackedResidualBlock",
     "add_relu",
     "bn_add_relu",
     "bn_relu",
@@ -26,4 +29,6 @@ __all__ = [
     "max_pool2d",
     "pack_conv",
     "pack_inception",
+    "pack_residual_block",
+    "residual_block",
 ]
