@@ -33,8 +33,7 @@ from fused_cnn import ops
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA_ARCHS = ("sm_80", "sm_90a")
-TRITON_TARGETS = (80, 90)
-TRITON_DTYPES = ("fp16", "bf16", "fp32")
+TRITON_TARGETS = (80, 90, 100)
 PTXAS = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\w+)'.*?"
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
@@ -111,7 +110,9 @@ def triton_kernels(skipped: list[str]) -> Iterator[Kernel]:
             continue
         for shipped in importlib.import_module(name).SHIPPED:
             for target in TRITON_TARGETS:
-                for dtype in TRITON_DTYPES:
+                if shipped.descriptors and target < 90:
+                    continue
+                for dtype in shipped.dtypes:
                     yield compiled(shipped, target, dtype, tool, room.name)
 
 
@@ -124,11 +125,18 @@ def compiled(shipped: Any, target: int, dtype: str, tool: str, room: str) -> Ker
     signature = (
         dict.fromkeys(shipped.pointers, f"*{dtype}")
         | dict.fromkeys(shipped.float32, "*fp32")
+        | dict.fromkeys(shipped.bytes, "*u8")
         | dict.fromkeys(shipped.scalars, "i32")
+        | dict.fromkeys(shipped.floats, "fp32")
         | dict.fromkeys(shipped.constants, "constexpr")
+        | {name: f"tensordesc<{dtype}{list(block)}>".replace(" ", "") for name, block in shipped.descriptors.items()}
     )
     ordered = {name: signature[name] for name in shipped.kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(ordered.values()) if kind.startswith("*")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(ordered.items())
+        if kind.startswith("*") or name in shipped.aligned
+    }
     source = ASTSource(fn=shipped.kernel, signature=ordered, constexprs=dict(shipped.constants), attrs=aligned)
     options = {"num_warps": shipped.num_warps, "num_stages": shipped.num_stages}
     kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from ..._backends import resolve
 from ..._checks import check_branches, check_nchw, check_parameter, check_same, check_vector, vector_dtype
 from ..._layout import empty_nchw
-from ..._library import define, kernel
+from ..._library import define, define_triton, kernel
 from . import reference
 from .args import BatchNormArgs
 from .statistics import split_channels, statistics
@@ -78,6 +78,9 @@ define(
     "Tensor[] weights, Tensor[] biases, bool[] training) "
     "-> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
     _fake_add_bwd,
+)
+define_triton(
+    "batch_norm", "bn_stats", "bn_relu_concat_fwd", "bn_relu_concat_bwd", "bn_add_relu_fwd", "bn_add_relu_bwd"
 )
 
 
@@ -185,7 +188,7 @@ def bn_relu_concat(
         xs: branches (N, C_i, H, W), floating point, any strides, one dtype and device.
         bns: what each branch's normalisation needs; `BatchNormArgs.of(module)` takes it from an nn.BatchNorm2d.
         relu: False leaves the normalised values as they are.
-        backend: "reference", "native", or None for the best at hand.
+        backend: "reference", "native", "triton", or None for the best at hand.
 
     Returns:
         (N, sum of C_i, H, W) in the branches' dtype; channels_last where the first branch's channels are adjacent in memory, else
@@ -241,7 +244,7 @@ def bn_add_relu(
         bn: what x's normalisation needs.
         residual: x's shape, dtype and device. Nothing is broadcast.
         residual_bn: what the projection shortcut's normalisation needs (section 3.3, option B); None adds the residual as it is.
-        backend: "reference", "native", or None for the best at hand.
+        backend: "reference", "native", "triton", or None for the best at hand.
 
     Returns:
         (N, C, H, W) in x's dtype; channels_last where x's channels are adjacent in memory, else contiguous.

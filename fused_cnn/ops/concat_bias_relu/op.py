@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from ..._backends import resolve
 from ..._checks import check_branches, check_parameter, vector_dtype
 from ..._layout import empty_nchw
-from ..._library import define, kernel
+from ..._library import define, define_triton, kernel
 from . import reference
 
 
@@ -38,6 +38,7 @@ define(
     "-> (Tensor[] grads, Tensor grad_bias)",
     _fake_bwd,
 )
+define_triton("concat_bias_relu", "concat_bias_relu_fwd", "concat_bias_relu_bwd")
 
 
 class _ConcatBiasReLU(torch.autograd.Function):
@@ -75,7 +76,7 @@ def concat_bias_relu(
         branches: (N, C_i, H, W), floating point, any strides, one dtype and device.
         bias: (sum of C_i,) for all branches in order, in their dtype or, where that is 16-bit, in float32; None adds nothing.
         relu: False concatenates without ReLU.
-        backend: "reference", "native", or None for the best at hand.
+        backend: "reference", "native", "triton", or None for the best at hand.
 
     Returns:
         (N, sum of C_i, H, W) in the branches' dtype; channels_last where the first branch's channels are adjacent in memory, else

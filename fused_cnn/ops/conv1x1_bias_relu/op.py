@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._backends import resolve
-from ..._library import define, kernel
+from ..._library import define, define_triton, kernel
 from .._conv import IntPair, autocast, check_conv, empty_gradients, empty_result, pair
 from . import reference
 
@@ -35,6 +35,7 @@ define(
     "bool needs_x, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_bwd,
 )
+define_triton("conv1x1_bias_relu", "conv1x1_bias_relu_fwd", "conv1x1_bias_relu_bwd")
 
 
 class _Conv1x1BiasReLU(torch.autograd.Function):
@@ -77,7 +78,7 @@ def conv1x1_bias_relu(
         residual: the result's shape, x's dtype, added before the ReLU, or None.
         stride: rows and columns of x that are read, as torch.nn.functional.conv2d takes it.
         relu: False leaves the ReLU out.
-        backend: "reference", "native", or None for the best at hand.
+        backend: "reference", "native", "triton", or None for the best at hand.
 
     Returns:
         (N, out, H', W') in x's dtype (autocast's where autocast is on); channels_last where x's channels are adjacent in memory.

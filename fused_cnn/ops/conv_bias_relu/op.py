@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._backends import resolve
-from ..._library import define, kernel
+from ..._library import define, define_triton, kernel
 from .._conv import IntPair, autocast, check_conv, empty_gradients, empty_result, packable, pair
 from . import reference
 
@@ -54,6 +54,7 @@ define(
     "SymInt[] padding, SymInt[] dilation, bool relu) -> Tensor",
     _fake_packed_fwd,
 )
+define_triton("conv_bias_relu", "conv_bias_relu_fwd", "conv_bias_relu_bwd")
 
 
 class PackedConv(NamedTuple):
@@ -121,7 +122,7 @@ def conv_bias_relu(
         residual: the result's shape, x's dtype, added before the ReLU, or None.
         stride, padding, dilation, groups: as torch.nn.functional.conv2d takes them.
         relu: False leaves the ReLU out.
-        backend: "reference", "native", or None for the best at hand.
+        backend: "reference", "native", "triton", or None for the best at hand.
 
     Returns:
         (N, out, H', W') in x's dtype (autocast's where autocast is on); channels_last where x's channels are adjacent in memory.

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from ..._backends import resolve
 from ..._checks import check_nchw, check_same, check_vector
 from ..._layout import empty_nchw
-from ..._library import define, kernel
+from ..._library import define, define_triton, kernel
 from .._conv import autocast, packable
 from . import reference
 
@@ -44,6 +44,7 @@ define("inception_pack(Tensor[] weights, Tensor[] biases) -> Tensor[]", _fake_pa
 define(
     "inception_packed_fwd(Tensor x, Tensor[] packed, SymInt[] channels, SymInt[] kernels) -> Tensor", _fake_packed_fwd
 )
+define_triton("inception", "inception_fwd")
 
 
 class PackedInception(NamedTuple):
@@ -144,7 +145,7 @@ def inception(
         weights: six, (out, in, k, k): branch1 1x1, reduce3 1x1, conv3 k x k, reduce5 1x1, conv5 k x k, pool_proj 1x1, in x's dtype;
             odd k, padded by k // 2. Or what pack_inception made of them, biases included.
         biases: six, (out,), x's dtype; none with packed weights.
-        backend: "reference", "native", or None for the best at hand.
+        backend: "reference", "native", "triton", or None for the best at hand.
 
     Returns:
         (N, branch1 + conv3 + conv5 + pool_proj channels, H, W) in x's dtype; channels_last where x's channels are adjacent.

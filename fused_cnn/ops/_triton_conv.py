@@ -1,0 +1,246 @@
+"""The convolution that the Triton rooms share: an implicit GEMM over channels_last pixels, persistent, with everything in its epilogue.
+
+    out[m, n] = relu(sum over taps and c of x[pixel(m, tap), c] * weight[n, tap, c] + bias[n] + residual[m, n])
+
+A row m is a pixel of the result. Its columns may go to three destinations, each with a row pitch of its own: a channel slice of a wider
+tensor, or a buffer. An operand that is read once a tap comes through a tensor descriptor (TMA) where it is a plain matrix and the
+hardware has them; else, and for strides and windows, through pointers. Reads x about taps times (from cache), weight and residual once,
+and writes each destination once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ._conv import out_size
+from ._triton import Shipped, pixels, processors, relu
+
+MAX_DESTINATIONS = 3
+
+
+@triton.jit
+def tile_of(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """The tile's row and column block: GROUP row blocks share the weights of a column block while they are in L2."""
+    width = GROUP * tiles_n
+    first = tile // width * GROUP
+    rows = tl.minimum(tiles_m - first, GROUP)
+    return first + tile % width % rows, tile % width // rows
+
+
+@triton.jit
+def load_window_max(x_ptr, image, h0, w0, height, width, pitch, c, channels, valid):
+    """max over 3 x 3 pixels around (h0 + 1, w0 + 1), those outside the image left out; NaN wins, as in PyTorch."""
+    best = tl.full((image.shape[0], c.shape[0]), float("-inf"), x_ptr.dtype.element_ty)
+    for tap in tl.static_range(9):
+        h, w = h0 + tap // 3, w0 + tap % 3
+        inside = valid & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+        at = ((image * height + h) * width + w).to(tl.int64) * pitch
+        v = tl.load(x_ptr + at[:, None] + c[None, :], mask=inside[:, None] & (c < channels)[None, :], other=float("-inf"))
+        best = tl.where((v > best) | (v != v), v, best)
+    return tl.where(valid[:, None] & (c < channels)[None, :], best, 0.0)
+
+
+@triton.jit
+def store_columns(out_ptr, pitch, rows, cols, begin, end, valid_rows, values):
+    """The columns of a tile that belong to one destination."""
+    mask = valid_rows[:, None] & ((cols >= begin) & (cols < end))[None, :]
+    at = rows.to(tl.int64)[:, None] * pitch + (cols - begin)[None, :]
+    tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def conv_fwd_kernel(
+    x, weight, bias_ptr, residual_ptr, out0_ptr, out1_ptr, out2_ptr,
+    rows, channels, columns, end0, end1,
+    height, width, out_h, out_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+    x_pitch, residual_pitch, pitch0, pitch1, pitch2,
+    KERNEL_W: tl.constexpr, TAPS: tl.constexpr, DENSE: tl.constexpr, POOL: tl.constexpr, TMA: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr, DESTINATIONS: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    tiles_m, tiles_n, blocks_k = tl.cdiv(rows, BM), tl.cdiv(columns, BN), tl.cdiv(channels, BK)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        pid_m, pid_n = tile_of(tile, tiles_m, tiles_n, GROUP)
+        m, n = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
+        valid_m, valid_n = m < rows, n < columns
+        if not DENSE:
+            image, pixel = m // (out_h * out_w), m % (out_h * out_w)
+            h0, w0 = pixel // out_w * stride_h - pad_h, pixel % out_w * stride_w - pad_w
+        acc = tl.zeros((BM, BN), tl.float32)
+        for step in tl.range(0, TAPS * blocks_k):
+            tap, c = step // blocks_k, step % blocks_k * BK + tl.arange(0, BK)
+            if TMA:
+                a = x.load([pid_m * BM, step * BK])
+                b = weight.load([pid_n * BN, step * BK])
+            else:
+                if DENSE:
+                    at = m.to(tl.int64) * x_pitch
+                    a = tl.load(x + at[:, None] + c[None, :], mask=valid_m[:, None] & (c < channels)[None, :], other=0.0)
+                elif POOL:
+                    a = load_window_max(x, image, h0, w0, height, width, x_pitch, c, channels, valid_m)
+                else:
+                    h, w = h0 + tap // KERNEL_W * dilation_h, w0 + tap % KERNEL_W * dilation_w
+                    inside = valid_m & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+                    at = ((image * height + h) * width + w).to(tl.int64) * x_pitch
+                    a = tl.load(x + at[:, None] + c[None, :], mask=inside[:, None] & (c < channels)[None, :], other=0.0)
+                at_weight = n.to(tl.int64)[:, None] * (TAPS * channels) + (tap * channels + c)[None, :]
+                b = tl.load(weight + at_weight, mask=valid_n[:, None] & (c < channels)[None, :], other=0.0)
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        if BIAS:
+            acc += tl.load(bias_ptr + n, mask=valid_n, other=0.0).to(tl.float32)[None, :]
+        if RESIDUAL:
+            at = m.to(tl.int64)[:, None] * residual_pitch + n[None, :]
+            acc += tl.load(residual_ptr + at, mask=valid_m[:, None] & valid_n[None, :], other=0.0).to(tl.float32)
+        if RELU:
+            acc = relu(acc)
+        store_columns(out0_ptr, pitch0, m, n, 0, end0, valid_m, acc)
+        if DESTINATIONS > 1:
+            store_columns(out1_ptr, pitch1, m, n, end0, end1, valid_m, acc)
+        if DESTINATIONS > 2:
+            store_columns(out2_ptr, pitch2, m, n, end1, columns, valid_m, acc)
+
+
+class Tiles(NamedTuple):
+    """A kernel's configuration: rows, columns and K of a tile, warps, and stages of the software pipeline."""
+
+    BM: int
+    BN: int
+    BK: int
+    num_warps: int
+    num_stages: int
+
+
+TILES = {
+    2: [Tiles(128, 128, 64, 8, 4), Tiles(128, 64, 64, 4, 4), Tiles(128, 32, 64, 4, 4), Tiles(64, 64, 64, 4, 4), Tiles(64, 32, 64, 4, 4)],
+    4: [Tiles(128, 64, 32, 8, 3), Tiles(128, 32, 32, 8, 3), Tiles(64, 64, 32, 4, 3), Tiles(64, 32, 32, 4, 3)],
+}  # by the size of an element in bytes
+POOL_TILES = Tiles(64, 64, 32, 4, 1)  # nine loads a step hide their latency themselves
+
+
+def choose_tiles(rows: int, columns: int, itemsize: int, programs: int) -> Tiles:
+    """The largest tile that is not much wider than the columns and still gives most multiprocessors one."""
+    fitting = [t for t in TILES[itemsize] if t.BN <= max(32, triton.next_power_of_2(columns))]
+    for tiles in fitting:
+        if triton.cdiv(rows, tiles.BM) * triton.cdiv(columns, tiles.BN) >= programs * 3 // 4:
+            return tiles
+    return fitting[-1]
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 products are taken: PyTorch's own setting for convolutions."""
+    return "tf32" if dtype != torch.float32 or torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+class Geometry(NamedTuple):
+    """conv2d's, (h, w) each. With `pool` the window is a 3 x 3 max pool's, and a 1x1 convolution follows it."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    pool: bool = False
+
+    def out(self, height: int, width: int) -> tuple[int, int]:
+        """The result's height and width."""
+        sides = zip((height, width), self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        h, w = (out_size(*side) for side in sides)
+        return h, w
+
+
+def weight_rows(weight: Tensor) -> Tensor:
+    """(out, in, kh, kw) as (out, kh, kw, in) in memory: itself, seen otherwise, where it is channels_last."""
+    return weight.permute(0, 2, 3, 1).contiguous()
+
+
+def described(t: Tensor, rows: int, columns: int, pitch: int, block: Sequence[int]) -> TensorDescriptor | None:
+    """A TMA descriptor of `rows` x `columns` elements, or None where the hardware or the alignment does not allow one."""
+    size = t.element_size()
+    if t.device.type == "cuda" and torch.cuda.get_device_capability(t.device)[0] < 9:
+        return None
+    if t.data_ptr() % 16 or pitch * size % 16 or rows == 0:
+        return None
+    return TensorDescriptor(t, [rows, columns], [pitch, 1], list(block))
+
+
+def conv_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    relu: bool,
+    outs: Sequence[tuple[Tensor, int]],
+) -> None:
+    """One launch. `weight` is (columns, kernel_h, kernel_w, channels) in memory; `outs` are (tensor that begins at the first channel,
+    row pitch) for each destination, whose channels fill the weight's rows in order."""
+    n, channels, height, width = x.shape
+    columns = weight.size(0)
+    out_h, out_w = geometry.out(height, width)
+    rows, taps = n * out_h * out_w, weight.size(1) * weight.size(2)
+    if rows * columns == 0:
+        return
+    if rows >= 2**31 or height * width >= 2**31:
+        raise ValueError(f"one convolution takes at most 2^31 - 1 pixels, got {rows}")
+    x, x_pitch = pixels(x)
+    residual, residual_pitch = (x, 0) if residual is None else pixels(residual)
+    tiles = POOL_TILES if geometry.pool else choose_tiles(rows, columns, x.element_size(), processors(x.device))
+    dense = geometry == Geometry((1, 1))
+    sources: tuple[Any, Any] = (x, weight)
+    tma = False
+    if dense:
+        descriptors = (
+            described(x, rows, channels, x_pitch, (tiles.BM, tiles.BK)),
+            described(weight, columns, channels, channels, (tiles.BN, tiles.BK)),
+        )
+        if None not in descriptors:
+            sources, tma = descriptors, True
+    ends = [0]
+    for out, _ in outs:
+        ends.append(ends[-1] + out.size(1))
+    places = [*outs, *[outs[0]] * (MAX_DESTINATIONS - len(outs))]
+    programs = min(triton.cdiv(rows, tiles.BM) * triton.cdiv(columns, tiles.BN), processors(x.device))
+    with torch.cuda.device_of(x):
+        conv_fwd_kernel[(programs,)](
+            *sources, x if bias is None else bias, residual, *(out for out, _ in places),
+            rows, channels, columns, ends[1], ends[min(2, len(outs))],
+            height, width, out_h, out_w, *geometry.stride, *geometry.padding, *geometry.dilation,
+            x_pitch, residual_pitch, *(pitch for _, pitch in places),
+            KERNEL_W=geometry.kernel[1], TAPS=taps, DENSE=dense, POOL=geometry.pool, TMA=tma,
+            BIAS=bias is not None, RESIDUAL=residual_pitch > 0, RELU=relu, DESTINATIONS=len(outs), PRECISION=precision(x.dtype),
+            BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, GROUP=8, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+
+
+def shipped_forward(kernel_w: int, taps: int, *, pool: bool = False, destinations: int = 1) -> list[Shipped]:
+    """conv_fwd_kernel in every configuration that conv_forward launches for such a convolution."""
+    scalars = (
+        "rows", "channels", "columns", "end0", "end1", "height", "width", "out_h", "out_w", "stride_h", "stride_w", "pad_h", "pad_w",
+        "dilation_h", "dilation_w", "x_pitch", "residual_pitch", "pitch0", "pitch1", "pitch2",
+    )  # fmt: skip
+    aligned = ("channels", "columns", "end0", "end1", "x_pitch", "residual_pitch", "pitch0", "pitch1", "pitch2")
+    outputs = ("bias_ptr", "residual_ptr", "out0_ptr", "out1_ptr", "out2_ptr")
+    found = []
+    for itemsize, dtypes in ((2, ("fp16", "bf16")), (4, ("fp32",))):
+        for tiles in [POOL_TILES] if pool else TILES[itemsize]:
+            for dense, tma in ((True, True), (True, False), (False, False)) if taps == 1 and not pool else ((False, False),):
+                bm, bn, bk, warps, stages = tiles
+                blocks = {"x": (bm, bk), "weight": (bn, bk)}
+                constants = {
+                    "KERNEL_W": kernel_w, "TAPS": taps, "DENSE": dense, "POOL": pool, "TMA": tma, "BIAS": True, "RESIDUAL": not pool,
+                    "RELU": True, "DESTINATIONS": destinations, "PRECISION": "tf32", "BM": bm, "BN": bn, "BK": bk, "GROUP": 8,
+                }  # fmt: skip
+                pointers = outputs if tma else ("x", "weight", *outputs)
+                found.append(
+                    Shipped(
+                        conv_fwd_kernel, pointers, scalars, aligned=aligned, descriptors=blocks if tma else {}, constants=constants,
+                        num_warps=warps, num_stages=stages, dtypes=dtypes,
+                    )
+                )  # fmt: skip
+    return found

@@ -1,0 +1,74 @@
+"""concat_bias_relu in Triton: each branch read once and written once into its slice; backward one masked gradient a branch, with the sums."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._layout import result_format
+from .._triton import Shipped, empty_pixels, mask_and_sum, mask_and_sum_kernel, pixels, relu
+
+ROWS, CHANNELS = 32, 64  # of a tile
+
+
+@triton.jit
+def bias_relu_kernel(
+    x_ptr, bias_ptr, out_ptr, rows, channels, x_pitch, out_pitch, BIAS: tl.constexpr, RELU: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    m, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
+    mask = (m < rows)[:, None] & (c < channels)[None, :]
+    row = m.to(tl.int64)[:, None]
+    v = tl.load(x_ptr + row * x_pitch + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        v += tl.load(bias_ptr + c, mask=c < channels, other=0.0)[None, :]
+    if RELU:
+        v = relu(v)
+    tl.store(out_ptr + row * out_pitch + c[None, :], v.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+SHIPPED = [
+    Shipped(
+        bias_relu_kernel, ("x_ptr", "out_ptr"), ("rows", "channels", "x_pitch", "out_pitch"), ("bias_ptr",),
+        aligned=("channels", "x_pitch", "out_pitch"), constants={"BIAS": True, "RELU": True, "BM": ROWS, "BC": CHANNELS},
+    ),
+    Shipped(
+        mask_and_sum_kernel, ("grad_out_ptr", "out_ptr", "grad_ptr"), ("rows", "columns", "grad_out_pitch", "out_pitch"), ("sums_ptr",),
+        aligned=("columns", "grad_out_pitch", "out_pitch"), constants={"MASK": True, "SUMS": True, "BM": 32, "BN": 64, "BLOCKS": 16},
+    ),
+]  # fmt: skip
+
+
+def concat_bias_relu_fwd(branches: Sequence[Tensor], bias: Tensor | None, relu: bool) -> Tensor:
+    first = branches[0]
+    sizes = [b.size(1) for b in branches]
+    out = empty_pixels(first, sum(sizes), *first.shape[2:])
+    rows = first.size(0) * first.size(2) * first.size(3)
+    biases = [out] * len(sizes) if bias is None else bias.split(sizes)
+    for branch, part, b in zip(branches, out.split(sizes, 1), biases, strict=True):
+        channels = branch.size(1)
+        if rows * channels == 0:
+            continue
+        branch, pitch = pixels(branch)
+        with torch.cuda.device_of(out):
+            bias_relu_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(channels, CHANNELS))](
+                branch, b, part, rows, channels, pitch, out.size(1), BIAS=bias is not None, RELU=relu, BM=ROWS, BC=CHANNELS,
+            )  # fmt: skip
+    return out.contiguous(memory_format=result_format(first))
+
+
+def concat_bias_relu_bwd(grad_out: Tensor, out: Tensor | None, channels: Sequence[int], bias: bool) -> tuple[list[Tensor], Tensor]:
+    grads, sums = [], []
+    outs = [None] * len(channels) if out is None else out.split(list(channels), 1)
+    like = result_format(grad_out if out is None else out)
+    for grad, part in zip(grad_out.split(list(channels), 1), outs, strict=True):
+        masked, total = mask_and_sum(grad, part, bias)
+        # Without ReLU the gradient is a view of grad_out's slice, and results share no memory with arguments.
+        masked = masked.clone(memory_format=like) if out is None else masked.contiguous(memory_format=like)
+        grads.append(masked)
+        sums.append(total)
+    return grads, torch.cat(sums) if bias else grad_out.new_empty(0, dtype=torch.float32)

@@ -1,0 +1,181 @@
+"""conv1x1_bias_relu in Triton: forward on the shared implicit GEMM; backward two products, dgrad and wgrad.
+
+    grad   = grad_out where out > 0 or NaN       (written by dgrad's first column of tiles, as it loads grad_out)
+    grad_x = grad @ weight                       (rows scattered to the pixels that a stride read, zeros elsewhere)
+    grad_w = grad^T @ x, grad_bias = sums of grad    (split over pixels in two stages: the same sums every time)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._layout import result_format
+from .._triton import Shipped, empty_pixels, mask_and_sum, pixels, processors, relu_grad
+from .._triton_conv import Geometry, conv_forward, precision, shipped_forward, weight_rows
+
+ROWS = 64  # of a tile of dgrad, and of a step of wgrad
+
+
+@triton.jit
+def dgrad_kernel(
+    grad_out_ptr, out_ptr, weight_ptr, grad_x_ptr, grad_ptr,
+    rows, columns, channels, height, width, out_h, out_w, stride_h, stride_w, grad_out_pitch, out_pitch,
+    MASK: tl.constexpr, STRIDED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    tiles_c = tl.cdiv(channels, BC)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BM) * tiles_c, tl.num_programs(0)):
+        pid_m, pid_c = tile // tiles_c, tile % tiles_c
+        m, c = pid_m * BM + tl.arange(0, BM), pid_c * BC + tl.arange(0, BC)
+        row = m.to(tl.int64)[:, None]
+        writes = (m * 0 + pid_c) == 0
+        acc = tl.zeros((BM, BC), tl.float32)
+        for start in tl.range(0, columns, BN):
+            n = start + tl.arange(0, BN)
+            mask = (m < rows)[:, None] & (n < columns)[None, :]
+            grad = tl.load(grad_out_ptr + row * grad_out_pitch + n[None, :], mask=mask, other=0.0)
+            if MASK:
+                out = tl.load(out_ptr + row * out_pitch + n[None, :], mask=mask, other=0.0).to(tl.float32)
+                grad = relu_grad(grad, out).to(grad_x_ptr.dtype.element_ty)
+                tl.store(grad_ptr + row * columns + n[None, :], grad, mask=mask & writes[:, None])
+            at = n.to(tl.int64)[:, None] * channels + c[None, :]
+            weight = tl.load(weight_ptr + at, mask=(n < columns)[:, None] & (c < channels)[None, :], other=0.0)
+            acc = tl.dot(grad, weight, acc, input_precision=PRECISION)
+        if STRIDED:
+            image, pixel = m // (out_h * out_w), m % (out_h * out_w)
+            read = (image * height + pixel // out_w * stride_h) * width + pixel % out_w * stride_w
+            row = read.to(tl.int64)[:, None]
+        mask = (m < rows)[:, None] & (c < channels)[None, :]
+        tl.store(grad_x_ptr + row * channels + c[None, :], acc.to(grad_x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def wgrad_kernel(
+    grad_ptr, x_ptr, partial_ptr, sums_ptr,
+    rows, columns, channels, height, width, out_h, out_w, stride_h, stride_w, grad_pitch, x_pitch, steps,
+    SUMS: tl.constexpr, STRIDED: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Part `part` of grad^T @ x, over the pixels from part * steps * BM, and with SUMS of grad's column sums."""
+    tiles_c = tl.cdiv(channels, BC)
+    tile, part = tl.program_id(0), tl.program_id(1)
+    pid_n, pid_c = tile // tiles_c, tile % tiles_c
+    n, c = pid_n * BN + tl.arange(0, BN), pid_c * BC + tl.arange(0, BC)
+    acc = tl.zeros((BN, BC), tl.float32)
+    total = tl.zeros((BN,), tl.float32)
+    for step in tl.range(0, steps):
+        m = (part * steps + step) * BM + tl.arange(0, BM)
+        row = m.to(tl.int64)[:, None]
+        grad = tl.load(grad_ptr + row * grad_pitch + n[None, :], mask=(m < rows)[:, None] & (n < columns)[None, :], other=0.0)
+        if STRIDED:
+            image, pixel = m // (out_h * out_w), m % (out_h * out_w)
+            read = (image * height + pixel // out_w * stride_h) * width + pixel % out_w * stride_w
+            row = read.to(tl.int64)[:, None]
+        x = tl.load(x_ptr + row * x_pitch + c[None, :], mask=(m < rows)[:, None] & (c < channels)[None, :], other=0.0)
+        acc = tl.dot(grad.T, x, acc, input_precision=PRECISION)
+        if SUMS:
+            total += tl.sum(grad.to(tl.float32), axis=0)
+    mask = (n < columns)[:, None] & (c < channels)[None, :]
+    at = (part.to(tl.int64) * columns + n)[:, None] * channels + c[None, :]
+    tl.store(partial_ptr + at, acc, mask=mask)
+    if SUMS:
+        tl.store(sums_ptr + part.to(tl.int64) * columns + n, total, mask=(n < columns) & ((n * 0 + pid_c) == 0))
+
+
+SHIPPED = [
+    *shipped_forward(kernel_w=1, taps=1),
+    *(
+        Shipped(
+            dgrad_kernel,
+            ("grad_out_ptr", "out_ptr", "weight_ptr", "grad_x_ptr", "grad_ptr"),
+            ("rows", "columns", "channels", "height", "width", "out_h", "out_w", "stride_h", "stride_w",
+             "grad_out_pitch", "out_pitch"),
+            aligned=("columns", "channels", "grad_out_pitch", "out_pitch"),
+            constants={"MASK": True, "STRIDED": strided, "PRECISION": "tf32", "BM": ROWS, "BC": 64, "BN": 32},
+        )
+        for strided in (False, True)
+    ),
+    *(
+        Shipped(
+            wgrad_kernel,
+            ("grad_ptr", "x_ptr"),
+            ("rows", "columns", "channels", "height", "width", "out_h", "out_w", "stride_h", "stride_w",
+             "grad_pitch", "x_pitch", "steps"),
+            ("partial_ptr", "sums_ptr"),
+            ("columns", "channels", "grad_pitch", "x_pitch"),
+            constants={"SUMS": True, "STRIDED": strided, "PRECISION": "tf32", "BN": 64, "BC": 64, "BM": 32},
+        )
+        for strided in (False, True)
+    ),
+]  # fmt: skip
+
+
+def conv1x1_bias_relu_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int], relu: bool
+) -> Tensor:
+    geometry = Geometry((1, 1), tuple(stride))  # type: ignore[arg-type]
+    out = empty_pixels(x, weight.size(0), *geometry.out(x.size(2), x.size(3)))
+    conv_forward(x, weight_rows(weight), bias, residual, geometry, relu, [(out, out.size(1))])
+    return out.contiguous(memory_format=result_format(x))
+
+
+def conv1x1_bias_relu_bwd(
+    grad_out: Tensor,
+    out: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    needs_x: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    none = grad_out.new_empty(0)
+    n, channels, height, width = x.shape
+    columns, out_h, out_w = grad_out.shape[1:]
+    rows, strided = n * out_h * out_w, tuple(stride) != (1, 1)
+    sizes = (columns, channels, height, width, out_h, out_w, *stride)
+    grad_x = grad_weight = grad_bias = none
+    if needs_x and rows * columns * channels:
+        grad_out, grad_out_pitch = pixels(grad_out)
+        mask, mask_pitch = (grad_out, 0) if out is None else pixels(out)
+        grad = grad_out if out is None else empty_pixels(x, columns, out_h, out_w)
+        grad_x = empty_pixels(x, channels, height, width)
+        if strided:
+            grad_x.zero_()
+        with torch.cuda.device_of(x):
+            dgrad_kernel[(min(triton.cdiv(rows, ROWS) * triton.cdiv(channels, 64), 4 * processors(x.device)),)](
+                grad_out, mask, weight_rows(weight), grad_x, grad, rows, *sizes, grad_out_pitch, mask_pitch,
+                MASK=out is not None, STRIDED=strided, PRECISION=precision(x.dtype), BM=ROWS, BC=64, BN=32,
+            )  # fmt: skip
+        grad_x = grad_x.contiguous(memory_format=result_format(x))
+    else:
+        grad_x = torch.zeros_like(x, memory_format=result_format(x)) if needs_x else none
+        grad, grad_bias = mask_and_sum(grad_out, out, needs_bias and not needs_weight)
+    if needs_weight:
+        grad_weight, grad_bias = _wgrad(grad, x, rows, sizes, strided, needs_bias)
+        grad_weight = grad_weight.view(weight.shape).contiguous(memory_format=result_format(weight))
+    elif needs_bias and needs_x:
+        _, grad_bias = mask_and_sum(grad, None, True)
+    return grad_x, grad_weight, grad_bias.to(x.dtype), none if out is None else grad.contiguous(memory_format=result_format(out))
+
+
+def _wgrad(grad: Tensor, x: Tensor, rows: int, sizes: tuple[int, ...], strided: bool, bias: bool) -> tuple[Tensor, Tensor]:
+    columns, channels = sizes[:2]
+    grad, grad_pitch = pixels(grad)
+    x, x_pitch = pixels(x)
+    tiles = triton.cdiv(columns, 64) * triton.cdiv(channels, 64)
+    # Parts enough to fill the device, of at least 32 steps: a matter of the shape and the device, so that sums repeat.
+    parts = max(1, min(2 * processors(x.device) // max(1, tiles), rows // 1024))
+    steps = triton.cdiv(triton.cdiv(rows, 32), parts)
+    partial = torch.empty((parts, columns, channels), dtype=torch.float32, device=x.device)
+    sums = torch.empty((parts, columns) if bias else 0, dtype=torch.float32, device=x.device)
+    if tiles:
+        with torch.cuda.device_of(x):
+            wgrad_kernel[(tiles, parts)](
+                grad, x, partial, sums, rows, *sizes, grad_pitch, x_pitch, steps,
+                SUMS=bias, STRIDED=strided, PRECISION=precision(x.dtype), BN=64, BC=64, BM=32,
+            )  # fmt: skip
+    return partial.sum(0).to(x.dtype), sums.sum(0) if bias else sums
