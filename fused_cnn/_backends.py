@@ -14,6 +14,8 @@ from torch import Tensor
 from . import _library
 
 BACKENDS = ("reference", "native", "triton")
+# Where no measurement says otherwise, "auto" leaves k x k convolutions on a GPU to the library: its kernels have years of tuning.
+LIBRARY_FIRST = ("conv_bias_relu_fwd",)
 REBUILD = "run `pip install -e .` in the project's folder"
 
 
@@ -80,13 +82,16 @@ def resolve(op: str, backend: str | None, x: Tensor) -> str:
     if backend is None or backend == "auto":
         if _library.has_kernel(op, "native", device_type):
             return "native"
-        if device_type == "cuda" and _library.has_kernel(op, "triton", device_type):
+        triton = device_type == "cuda" and _library.has_kernel(op, "triton", device_type) and x.dtype != torch.float64
+        if triton and op not in LIBRARY_FIRST:
             return "triton"
         return "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None (auto), got {backend!r}")
     if backend == "reference" or (backend == "native" and _library.has_kernel(op, backend, device_type)):
         return backend
+    if backend == "triton" and x.dtype == torch.float64:
+        raise BackendUnavailable(f"backend 'triton' cannot run {op} in float64: its kernels compute in float32; use backend=None")
     state = status(backend, device_type)
     if not state.on:
         raise BackendUnavailable(f"backend {backend!r} cannot run {op} on {device_type}: {state.reason}; {state.hint}")

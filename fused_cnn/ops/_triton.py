@@ -17,9 +17,9 @@ from torch import Tensor
 class Shipped:
     """One kernel as a launcher calls it. Each room lists its own in SHIPPED, and `make compile-check` compiles them without a GPU.
 
-    `pointers` are in the dtype that the op runs in, `float32` are always float32, `scalars` are 32-bit integers, those of them in
-    `aligned` multiples of 16, `bytes` point to uint8, `floats` are float32 values; `descriptors` are TMA descriptors with the shape of their blocks (Hopper and later); `constants` are the
-    kernel's tl.constexpr arguments.
+    `pointers` are in the dtype that the op runs in, one of `dtypes`; `float32` always to float32, `bytes` to uint8. `scalars` are 32-bit
+    integers, those of them in `aligned` multiples of 16; `floats` are float32 values. `descriptors` are TMA descriptors (Hopper and
+    later) with the shape of their blocks; `constants` are the kernel's tl.constexpr arguments.
     """
 
     kernel: triton.JITFunction
@@ -129,7 +129,7 @@ def mask_and_sum(grad_out: Tensor, out: Tensor | None, sums: bool) -> tuple[Tens
     if out is None and not sums:
         return grad, grad_out.new_empty(0, dtype=torch.float32)
     # Parts by the shape alone, so that sums are the same to the bit in every run.
-    bm, bn = 32, 64
+    bm, bn = 16, 64
     blocks = max(1, min(16, triton.cdiv(rows, bm * 512)))
     parts = triton.cdiv(rows, bm * blocks)
     partial = torch.empty((parts, columns) if sums else 0, dtype=torch.float32, device=grad_out.device)

@@ -60,8 +60,8 @@ def conv_fwd_kernel(
     x, weight, bias_ptr, residual_ptr, out0_ptr, out1_ptr, out2_ptr,
     rows, channels, columns, end0, end1,
     height, width, out_h, out_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    x_pitch, residual_pitch, pitch0, pitch1, pitch2,
-    KERNEL_W: tl.constexpr, TAPS: tl.constexpr, DENSE: tl.constexpr, POOL: tl.constexpr, TMA: tl.constexpr,
+    x_pitch, residual_pitch, pitch0, pitch1, pitch2, kernel_w, taps,
+    DENSE: tl.constexpr, POOL: tl.constexpr, TMA: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr, DESTINATIONS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def conv_fwd_kernel(
             image, pixel = m // (out_h * out_w), m % (out_h * out_w)
             h0, w0 = pixel // out_w * stride_h - pad_h, pixel % out_w * stride_w - pad_w
         acc = tl.zeros((BM, BN), tl.float32)
-        for step in tl.range(0, TAPS * blocks_k):
+        for step in tl.range(0, taps * blocks_k):
             tap, c = step // blocks_k, step % blocks_k * BK + tl.arange(0, BK)
             if TMA:
                 a = x.load([pid_m * BM, step * BK])
@@ -86,11 +86,11 @@ def conv_fwd_kernel(
                 elif POOL:
                     a = load_window_max(x, image, h0, w0, height, width, x_pitch, c, channels, valid_m)
                 else:
-                    h, w = h0 + tap // KERNEL_W * dilation_h, w0 + tap % KERNEL_W * dilation_w
+                    h, w = h0 + tap // kernel_w * dilation_h, w0 + tap % kernel_w * dilation_w
                     inside = valid_m & (h >= 0) & (h < height) & (w >= 0) & (w < width)
                     at = ((image * height + h) * width + w).to(tl.int64) * x_pitch
                     a = tl.load(x + at[:, None] + c[None, :], mask=inside[:, None] & (c < channels)[None, :], other=0.0)
-                at_weight = n.to(tl.int64)[:, None] * (TAPS * channels) + (tap * channels + c)[None, :]
+                at_weight = n.to(tl.int64)[:, None] * (taps * channels) + (tap * channels + c)[None, :]
                 b = tl.load(weight + at_weight, mask=valid_n[:, None] & (c < channels)[None, :], other=0.0)
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
         if BIAS:
@@ -119,14 +119,14 @@ class Tiles(NamedTuple):
 
 TILES = {
     2: [Tiles(128, 128, 64, 8, 4), Tiles(128, 64, 64, 4, 4), Tiles(128, 32, 64, 4, 4), Tiles(64, 64, 64, 4, 4), Tiles(64, 32, 64, 4, 4)],
-    4: [Tiles(128, 64, 32, 8, 3), Tiles(128, 32, 32, 8, 3), Tiles(64, 64, 32, 4, 3), Tiles(64, 32, 32, 4, 3)],
+    4: [Tiles(128, 64, 32, 8, 3), Tiles(128, 32, 32, 4, 3), Tiles(64, 64, 32, 4, 3), Tiles(64, 32, 32, 8, 3)],
 }  # by the size of an element in bytes
 POOL_TILES = Tiles(64, 64, 32, 4, 1)  # nine loads a step hide their latency themselves
 
 
 def choose_tiles(rows: int, columns: int, itemsize: int, programs: int) -> Tiles:
     """The largest tile that is not much wider than the columns and still gives most multiprocessors one."""
-    fitting = [t for t in TILES[itemsize] if t.BN <= max(32, triton.next_power_of_2(columns))]
+    fitting = [t for t in TILES[itemsize] if max(32, triton.next_power_of_2(columns)) >= t.BN]
     for tiles in fitting:
         if triton.cdiv(rows, tiles.BM) * triton.cdiv(columns, tiles.BN) >= programs * 3 // 4:
             return tiles
@@ -211,29 +211,30 @@ def conv_forward(
             *sources, x if bias is None else bias, residual, *(out for out, _ in places),
             rows, channels, columns, ends[1], ends[min(2, len(outs))],
             height, width, out_h, out_w, *geometry.stride, *geometry.padding, *geometry.dilation,
-            x_pitch, residual_pitch, *(pitch for _, pitch in places),
-            KERNEL_W=geometry.kernel[1], TAPS=taps, DENSE=dense, POOL=geometry.pool, TMA=tma,
+            x_pitch, residual_pitch, *(pitch for _, pitch in places), geometry.kernel[1], taps,
+            DENSE=dense, POOL=geometry.pool, TMA=tma,
             BIAS=bias is not None, RESIDUAL=residual_pitch > 0, RELU=relu, DESTINATIONS=len(outs), PRECISION=precision(x.dtype),
             BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, GROUP=8, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
 
 
-def shipped_forward(kernel_w: int, taps: int, *, pool: bool = False, destinations: int = 1) -> list[Shipped]:
-    """conv_fwd_kernel in every configuration that conv_forward launches for such a convolution."""
+def shipped_forward(*, dense: bool = False, pool: bool = False, destinations: int = 1) -> list[Shipped]:
+    """conv_fwd_kernel in every tile that conv_forward launches it with: for any convolution, for `dense` 1x1 ones (with and without
+    descriptors), or behind a pool."""
     scalars = (
         "rows", "channels", "columns", "end0", "end1", "height", "width", "out_h", "out_w", "stride_h", "stride_w", "pad_h", "pad_w",
-        "dilation_h", "dilation_w", "x_pitch", "residual_pitch", "pitch0", "pitch1", "pitch2",
+        "dilation_h", "dilation_w", "x_pitch", "residual_pitch", "pitch0", "pitch1", "pitch2", "kernel_w", "taps",
     )  # fmt: skip
     aligned = ("channels", "columns", "end0", "end1", "x_pitch", "residual_pitch", "pitch0", "pitch1", "pitch2")
     outputs = ("bias_ptr", "residual_ptr", "out0_ptr", "out1_ptr", "out2_ptr")
     found = []
     for itemsize, dtypes in ((2, ("fp16", "bf16")), (4, ("fp32",))):
         for tiles in [POOL_TILES] if pool else TILES[itemsize]:
-            for dense, tma in ((True, True), (True, False), (False, False)) if taps == 1 and not pool else ((False, False),):
+            for tma in (True, False) if dense else (False,):
                 bm, bn, bk, warps, stages = tiles
                 blocks = {"x": (bm, bk), "weight": (bn, bk)}
                 constants = {
-                    "KERNEL_W": kernel_w, "TAPS": taps, "DENSE": dense, "POOL": pool, "TMA": tma, "BIAS": True, "RESIDUAL": not pool,
+                    "DENSE": dense, "POOL": pool, "TMA": tma, "BIAS": True, "RESIDUAL": not pool,
                     "RELU": True, "DESTINATIONS": destinations, "PRECISION": "tf32", "BM": bm, "BN": bn, "BK": bk, "GROUP": 8,
                 }  # fmt: skip
                 pointers = outputs if tma else ("x", "weight", *outputs)

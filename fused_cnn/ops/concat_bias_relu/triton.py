@@ -1,4 +1,4 @@
-"""concat_bias_relu in Triton: each branch read once and written once into its slice; backward one masked gradient a branch, with the sums."""
+"""concat_bias_relu in Triton: each branch read once and written once into its slice; backward a masked gradient a branch, and sums."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHIPPED = [
     ),
     Shipped(
         mask_and_sum_kernel, ("grad_out_ptr", "out_ptr", "grad_ptr"), ("rows", "columns", "grad_out_pitch", "out_pitch"), ("sums_ptr",),
-        aligned=("columns", "grad_out_pitch", "out_pitch"), constants={"MASK": True, "SUMS": True, "BM": 32, "BN": 64, "BLOCKS": 16},
+        aligned=("columns", "grad_out_pitch", "out_pitch"), constants={"MASK": True, "SUMS": True, "BM": 16, "BN": 64, "BLOCKS": 16},
     ),
 ]  # fmt: skip
 

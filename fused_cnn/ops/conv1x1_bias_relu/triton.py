@@ -86,7 +86,8 @@ def wgrad_kernel(
 
 
 SHIPPED = [
-    *shipped_forward(kernel_w=1, taps=1),
+    *shipped_forward(dense=True),
+    *shipped_forward(),
     *(
         Shipped(
             dgrad_kernel,
@@ -116,7 +117,7 @@ SHIPPED = [
 def conv1x1_bias_relu_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int], relu: bool
 ) -> Tensor:
-    geometry = Geometry((1, 1), tuple(stride))  # type: ignore[arg-type]
+    geometry = Geometry((1, 1), tuple(stride))
     out = empty_pixels(x, weight.size(0), *geometry.out(x.size(2), x.size(3)))
     conv_forward(x, weight_rows(weight), bias, residual, geometry, relu, [(out, out.size(1))])
     return out.contiguous(memory_format=result_format(x))

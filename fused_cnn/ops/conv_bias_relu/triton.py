@@ -1,4 +1,4 @@
-"""conv_bias_relu in Triton: forward on the shared implicit GEMM; backward the mask and grad_bias in one pass, then the library's gradients."""
+"""conv_bias_relu in Triton: forward on the shared implicit GEMM; backward mask and grad_bias in one pass, then the library's gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..._layout import result_format
 from .._triton import empty_pixels, mask_and_sum
 from .._triton_conv import Geometry, conv_forward, shipped_forward, weight_rows
 
-SHIPPED = [*shipped_forward(kernel_w=3, taps=9), *shipped_forward(kernel_w=7, taps=49)]
+SHIPPED = shipped_forward()
 
 
 def conv_bias_relu_fwd(
@@ -26,7 +26,7 @@ def conv_bias_relu_fwd(
     relu: bool,
 ) -> Tensor:
     kernel = (weight.size(2), weight.size(3))
-    geometry = Geometry(kernel, tuple(stride), tuple(padding), tuple(dilation))  # type: ignore[arg-type]
+    geometry = Geometry(kernel, tuple(stride), tuple(padding), tuple(dilation))
     out = empty_pixels(x, weight.size(0), *geometry.out(x.size(2), x.size(3)))
     width, columns = weight.size(1), weight.size(0) // groups
     for g in range(groups):  # a slice of the channels to a slice of the channels

@@ -18,11 +18,7 @@ from .._triton_conv import Geometry, conv_forward, shipped_forward, weight_rows
 POINTWISE = Geometry((1, 1))
 POOL = Geometry((3, 3), padding=(1, 1), pool=True)
 
-SHIPPED = [
-    *shipped_forward(kernel_w=1, taps=1, destinations=3),
-    *shipped_forward(kernel_w=5, taps=25),
-    *shipped_forward(kernel_w=1, taps=1, pool=True),
-]
+SHIPPED = [*shipped_forward(dense=True, destinations=3), *shipped_forward(), *shipped_forward(pool=True)]
 
 
 def inception_fwd(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
