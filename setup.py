@@ -31,7 +31,9 @@ CPU_LEVELS = {"generic": []}
 if platform.machine() in ("x86_64", "AMD64"):
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-    CPU_LEVELS |= {"avx2": avx2, "avx512": avx512, "avx512_bf16": [*avx512, "-mavx512bf16"]}
+    avx512_bf16 = [*avx512, "-mavx512bf16"]
+    amx = [*avx512_bf16, "-mamx-tile", "-mamx-bf16"]
+    CPU_LEVELS |= {"avx2": avx2, "avx512": avx512, "avx512_bf16": avx512_bf16, "amx": amx}
 
 
 def fail(message: str) -> None:

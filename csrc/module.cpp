@@ -11,7 +11,6 @@ PYBIND11_MODULE(_C, m) {
   info["torch"] = FUSED_CNN_BUILD_TORCH;
   info["cpu_levels"] = FUSED_CNN_BUILD_CPU_LEVELS;
   info["cpu_level"] = fused_cnn::cpu_level_name();
-  info["amx_bf16"] = fused_cnn::has_amx_bf16();
   info["cuda"] = FUSED_CNN_BUILD_CUDA;
   info["cuda_archs"] = FUSED_CNN_BUILD_CUDA_ARCHS;
   m.attr("build_info") = info;

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import pytest
 import torch
 from conftest import DEVICE, backends
@@ -379,27 +382,57 @@ def test_the_cuda_library_loads_without_a_gpu_and_registers_its_kernels() -> Non
     assert _library.has_kernel("add_relu_bwd", "native", "cuda")
 
 
-LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 
 
-@pytest.mark.usefixtures("two_threads", "nan_filled_memory")
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_instruction_set_gives_the_same_results(level: str) -> None:
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
     """The kernels for lesser processors, run on this one."""
     module = _library.cpu_module
     best = module.build_info["cpu_level"]
-    if not module.set_cpu_level(level):
-        pytest.skip(f"this processor has {best}, not {level}")
-    try:
-        for op_cases in ALL_CASES:
-            for case in [c for c in op_cases.cases if not c.real][:6] + [c for c in op_cases.cases if c.real][:1]:
-                for dtype in (torch.float32, torch.bfloat16):
-                    if op_cases in CONVOLUTIONS:
-                        check_packed(op_cases, small(case), dtype, "channels_last")
-                    for comparison in compare(op_cases, small(case), "native", dtype):
-                        assert comparison.ok, (op_cases.name, case.name, dtype, comparison)
-    finally:
-        module.set_cpu_level(best)
+    if not module.set_cpu_level(request.param):
+        pytest.skip(f"this processor has {best}, not {request.param}")
+    yield request.param
+    module.set_cpu_level(best)
+
+
+@pytest.mark.usefixtures("two_threads", "nan_filled_memory", "level")
+def test_every_instruction_set_gives_the_same_results() -> None:
+    for op_cases in ALL_CASES:
+        for case in [c for c in op_cases.cases if not c.real][:6] + [c for c in op_cases.cases if c.real][:1]:
+            for dtype in (torch.float32, torch.bfloat16):
+                if op_cases in CONVOLUTIONS:
+                    check_packed(op_cases, small(case), dtype, "channels_last")
+                for comparison in compare(op_cases, small(case), "native", dtype):
+                    assert comparison.ok, (op_cases.name, case.name, dtype, comparison)
+
+
+# kernel, stride, padding
+GEOMETRIES = [(1, 1, 0), (1, 2, 0), (1, 1, 1), (3, 1, 1), (3, 2, 1), (3, 1, 0), (3, 3, 2), (7, 2, 3)]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="weights are packed for the CPU")
+@pytest.mark.usefixtures("two_threads", "nan_filled_memory", "level")
+@pytest.mark.parametrize("channels", [1, 3, 16, 17, 24, 32, 48, 112, 528])
+def test_every_instruction_set_reads_the_window_and_nothing_else(channels: int) -> None:
+    """Small integers, so that sums are exact in any order; NaN in the channels beside x's, and in one pixel of x."""
+    for (kernel, stride, padding), width in itertools.product(GEOMETRIES, (7, 14, 15, 17, 28, 55)):
+        dtype = torch.float32 if width == 28 else torch.bfloat16
+        sliced, out_channels = (width + padding) % 2, (5, 16, 40, 64)[(channels + kernel + stride) % 4]
+        wide = torch.full((2, 5, width, channels + 5 * sliced), NAN).to(dtype)
+        x = wide[..., 2 * sliced :][..., :channels].permute(0, 3, 1, 2)
+        x.copy_(torch.randint(-3, 4, x.shape))
+        x[0, :, 2, width // 2] = x[1, -1, 0, 0] = NAN
+        weight, bias = torch.randint(-1, 2, (out_channels, channels, kernel, kernel)), torch.randint(-2, 3, (out_channels,))
+        plain = torch.nn.functional.conv2d(x.float(), weight.float(), bias.float(), stride, padding)
+        residual = torch.randint(-9, 10, plain.shape)
+        packed, left = pack_conv(weight.to(dtype), bias.to(dtype), like=x)
+        expected = torch.relu(plain + residual).to(dtype)
+        for threads in (1, 2):  # one thread takes larger blocks
+            torch.set_num_threads(threads)
+            out = conv_bias_relu(x, packed, left, residual.to(dtype), stride=stride, padding=padding)
+            same = torch.allclose(out.double(), expected.double(), rtol=0, atol=0, equal_nan=True)
+            assert same, (kernel, stride, padding, width, sliced, dtype, threads)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="max_pool2d has a native kernel on the CPU only")

@@ -65,9 +65,7 @@ Pixels::Pixels(const Tensor& t)
     : tensor(has_pitch(t) ? t : dense(t, MemoryFormat::ChannelsLast)), pitch(has_pitch(t) ? t.stride(3) : t.size(1)) {}
 
 bool engine_takes(const Tensor& x, int64_t groups) {
-  if (groups != 1) return false;
-  // With AMX the library's bfloat16 is several times the engine's.
-  return x.scalar_type() == ScalarType::Float || (x.scalar_type() == ScalarType::BFloat16 && !has_amx_bf16());
+  return groups == 1 && (x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16);
 }
 
 engine::DType engine_dtype(const Tensor& x) {

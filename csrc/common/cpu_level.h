@@ -7,10 +7,9 @@
 
 namespace fused_cnn {
 
-enum class CpuLevel { generic, avx2, avx512, avx512_bf16 };
+enum class CpuLevel { generic, avx2, avx512, avx512_bf16, amx };
 CpuLevel cpu_level();
 const char* cpu_level_name();
-bool has_amx_bf16();  // matrix units, which oneDNN uses and the kernels here do not
 
 // Uses a lower level from now on, for tests; false, changing nothing, where the processor lacks it. Packed weights do
 // not carry over.
@@ -29,12 +28,16 @@ bool set_cpu_level(const char* name);
   }                           \
   namespace avx512_bf16 {     \
   __VA_ARGS__;                \
+  }                           \
+  namespace amx {             \
+  __VA_ARGS__;                \
   }
-#define FUSED_CNN_PICK(name)                                                          \
-  (::fused_cnn::cpu_level() == ::fused_cnn::CpuLevel::avx512_bf16 ? avx512_bf16::name \
-   : ::fused_cnn::cpu_level() == ::fused_cnn::CpuLevel::avx512    ? avx512::name      \
-   : ::fused_cnn::cpu_level() == ::fused_cnn::CpuLevel::avx2      ? avx2::name        \
-                                                                  : generic::name)
+#define FUSED_CNN_PICK(name)                                                            \
+  (::fused_cnn::cpu_level() == ::fused_cnn::CpuLevel::amx           ? amx::name         \
+   : ::fused_cnn::cpu_level() == ::fused_cnn::CpuLevel::avx512_bf16 ? avx512_bf16::name \
+   : ::fused_cnn::cpu_level() == ::fused_cnn::CpuLevel::avx512      ? avx512::name      \
+   : ::fused_cnn::cpu_level() == ::fused_cnn::CpuLevel::avx2        ? avx2::name        \
+                                                                    : generic::name)
 #else
 #define FUSED_CNN_KERNEL(...) \
   namespace generic {         \

@@ -29,8 +29,7 @@ def packable(like: Tensor, op: str, backend: str | None) -> bool:
     """Whether calls on inputs such as `like` will run on the native CPU convolution, whose weights are packed once."""
     if like.device.type != "cpu" or _library.cpu_module is None or resolve(op, backend, like) != "native":
         return False
-    bf16 = like.dtype == torch.bfloat16 and not _library.cpu_module.build_info["amx_bf16"]
-    return like.dtype == torch.float32 or bf16
+    return like.dtype in (torch.float32, torch.bfloat16)
 
 
 def check_conv(

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <vector>
 #include "common/engine/conv_plan.h"
 
 namespace fused_cnn::engine {
@@ -43,13 +44,18 @@ struct ScratchBuffer {
 };
 thread_local ScratchBuffer scratch_buffer;
 
-int64_t element_size(const Level& level, DType dtype) {  // as the kernels read it
-  return dtype == DType::bf16 && level.bf16_products ? 2 : 4;
+int64_t step_size(const Level& level, DType dtype) {
+  return dtype == DType::bf16 ? level.bf16_step : 1;
 }
 
-Reduction reduction(const ConvShape& s) {
-  const bool fold = s.kernel_w > 1 && s.dilation_w == 1 && s.C < 16;
-  return {s.kernel_h, fold ? 1 : s.kernel_w, fold ? s.kernel_w * s.C : s.C, fold};
+int64_t element_size(const Level& level, DType dtype) {  // as the kernels read it
+  return step_size(level, dtype) > 1 ? 2 : 4;
+}
+
+Reduction reduction(const ConvShape& s, int64_t step) {
+  const bool fold = s.kernel_w > 1 && (s.dilation_w == 1 || step == kMatrixStep) && s.C < 16;
+  const int64_t run = fold ? s.kernel_w * s.C : s.C;
+  return {s.kernel_h, fold ? 1 : s.kernel_w, run, round_up(std::max<int64_t>(run, 1), step), fold};
 }
 
 // The part of the plan that the packed layout depends on.
@@ -58,14 +64,14 @@ Plan plan_weight(const ConvShape& shape, DType dtype, const void* packed) {
   Plan plan{};
   plan.shape = shape;
   plan.dtype = dtype;
-  plan.reduction = reduction(shape);
+  plan.reduction = reduction(shape, step_size(level, dtype));
+  plan.matrix = step_size(level, dtype) == kMatrixStep;
   for (int d = 0; d < shape.destinations; d++)
     plan.vector_of[d + 1] = plan.vector_of[d] + ceil_div(shape.out_channels[d], level.lanes);
   plan.vectors = plan.vector_of[shape.destinations];
   plan.panels = ceil_div(plan.vectors, kPanelVectors);
   const Reduction& r = plan.reduction;
-  const int64_t steps = r.taps_h * r.taps_w * (element_size(level, dtype) == 2 ? ceil_div(r.run, 2) : r.run);
-  plan.panel_bytes = steps * kPanelVectors * level.lanes * 4;
+  plan.panel_bytes = r.taps_h * r.taps_w * r.padded * kPanelVectors * level.lanes * element_size(level, dtype);
   plan.args.packed = packed;
   plan.bias = (const float*)packed;
   plan.weight = (const char*)packed + round_up(plan.vectors * level.lanes * 4, kCacheLine);
@@ -76,7 +82,8 @@ Plan plan_weight(const ConvShape& shape, DType dtype, const void* packed) {
 // L2 beside it, and with the groups of panels enough items to keep all threads busy to the end.
 void plan_blocks(Plan& plan, const Level& level, int threads) {
   ConvShape& s = plan.shape;
-  const int64_t size = element_size(level, plan.dtype), tile = level.tile_pixels;
+  const Reduction& r = plan.reduction;
+  const int64_t size = element_size(level, plan.dtype), tile = plan.matrix ? kMatrixPixels : level.tile_pixels;
   plan.out_h = conv_out_h(s), plan.out_w = conv_out_w(s);
   const bool pointwise = s.kernel_h * s.kernel_w == 1;
   const bool flat = pointwise && s.stride_h * s.stride_w == 1 && s.pad_h + s.pad_w == 0;
@@ -100,7 +107,16 @@ void plan_blocks(Plan& plan, const Level& level, int threads) {
   }
 
   const int64_t reach_h = (s.kernel_h - 1) * s.dilation_h + 1, reach_w = (s.kernel_w - 1) * s.dilation_w + 1;
+  plan.phases_h = plan.phases_w = 1;
   int64_t wanted = 16 * tile;  // pixels per block
+  if (plan.matrix) {
+    // The sums are so fast that copying the rows which two blocks share shows; a pointwise convolution shares none.
+    wanted = (pointwise ? 8 : 64) * tile;
+    plan.gather = r.fold || r.run < r.padded || s.pad_h || s.pad_w || s.stride_h * s.stride_w > 1;
+    plan.pitch = plan.gather ? r.padded : plan.args.x_pitch;
+    plan.phases_h = std::min(s.stride_h, reach_h);
+    plan.phases_w = r.fold ? 1 : std::min(s.stride_w, reach_w);
+  }
   for (;; wanted /= 2) {
     if (flat) {
       plan.block_h = 1;
@@ -112,15 +128,34 @@ void plan_blocks(Plan& plan, const Level& level, int threads) {
     }
     plan.in_h = (plan.block_h - 1) * plan.step_h + reach_h;
     plan.in_w = (plan.block_w - 1) * plan.step_w + reach_w;
+    if (plan.matrix) {
+      plan.in_h = plan.block_h + (reach_h - 1) / s.stride_h;
+      plan.in_w = plan.block_w + (r.fold ? 0 : (reach_w - 1) / s.stride_w);
+    }
     plan.blocks_y = ceil_div(plan.out_h, plan.block_h);
     plan.blocks_x = ceil_div(plan.out_w, plan.block_w);
     const int64_t blocks = s.N * plan.blocks_y * plan.blocks_x;
-    const bool fits = plan.in_h * plan.in_w * s.C * size <= 640 * 1024;
+    const bool fits =
+        plan.phases_h * plan.phases_w * plan.in_h * plan.in_w * (plan.matrix ? plan.pitch : s.C) * size <= 640 * 1024;
     const bool busy = threads == 1 || blocks * plan.panels >= 8 * threads;
-    plan.groups = threads == 1 ? 1 : std::min(plan.panels, ceil_div(12 * threads, blocks));
+    plan.groups = threads == 1 ? 1 : std::min(plan.panels, ceil_div((plan.matrix ? 8 : 12) * threads, blocks));
     if ((fits && busy) || wanted <= tile) break;
   }
   plan.tiles_first = ceil_div(plan.panels, plan.groups) * plan.panel_bytes <= 512 * 1024;
+}
+
+// Where the pixels of each tap begin in the images of a block, for matrix units (see Plan).
+std::vector<int64_t> tap_offsets(const Plan& plan) {
+  const ConvShape& s = plan.shape;
+  std::vector<int64_t> offsets;
+  for (int64_t h = 0; h < plan.reduction.taps_h; h++) {
+    for (int64_t w = 0; w < plan.reduction.taps_w; w++) {
+      const int64_t y = h * s.dilation_h, x = w * s.dilation_w;
+      const int64_t image = y % s.stride_h * plan.phases_w + x % s.stride_w;
+      offsets.push_back(((image * plan.in_h + y / s.stride_h) * plan.in_w + x / s.stride_w) * plan.pitch * 2);
+    }
+  }
+  return offsets;
 }
 
 struct Work {
@@ -135,7 +170,8 @@ void take_items(int64_t, int64_t, void* context) {
   const Plan& plan = work.plan;
   Scratch scratch{nullptr, -1};
   if (plan.gather)
-    scratch.data = scratch_buffer.at_least(plan.in_h * plan.in_w * plan.pitch * element_size(work.level, plan.dtype));
+    scratch.data = scratch_buffer.at_least(plan.phases_h * plan.phases_w * plan.in_h * plan.in_w * plan.pitch *
+                                           element_size(work.level, plan.dtype));
   for (int64_t item; (item = work.next.fetch_add(1, std::memory_order_relaxed)) < plan.items;)
     work.level.run_item(plan, item, scratch);
 }
@@ -189,6 +225,8 @@ void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args, con
   Plan plan = plan_weight(shape, dtype, args.packed);
   plan.args = args;
   plan_blocks(plan, level, pool.threads);
+  std::vector<int64_t> offsets;
+  if (plan.matrix) offsets = tap_offsets(plan), plan.tap_offset = offsets.data();
   plan.items = plan.shape.N * plan.blocks_y * plan.blocks_x * plan.groups;
   plan.workers = std::min<int64_t>(pool.threads, plan.items);
   Work work{plan, level};

@@ -7,11 +7,15 @@
 
 namespace fused_cnn::engine {
 
+// Matrix units multiply pixels by 32 elements along K at a time, here 32 pixels per call.
+constexpr int kMatrixStep = 32, kMatrixPixels = 32;
+
 // How the K axis, all (kh, kw, c), is walked: taps_h * taps_w runs of `run` consecutive elements. Usually a run is one
 // pixel's C channels; with few channels it is a kernel row, kernel_w * C elements, which are contiguous in NHWC too.
 struct Reduction {
   int64_t taps_h, taps_w, run;
-  bool fold;  // a run is a kernel row: pixels must then lie exactly C apart
+  int64_t padded;  // the run and the zeros behind it in the packed weight, a multiple of the elements of one step
+  bool fold;       // a run is a kernel row: pixels must then lie exactly C apart
 };
 
 // The convolution as blocks of output pixels (block_h x block_w, of one image) by groups of weight panels. An unpadded
@@ -28,13 +32,20 @@ struct Plan {
   bool tiles_first;                         // loop order within an item
   int64_t vector_of[kMaxDestinations + 1];  // first vector of each destination
   const float* bias;                        // packed: one float per lane of every vector
-  const void* weight;                       // packed: [panel][taps_h][taps_w][run][lanes of the panel]
+  const void* weight;                       // packed: [panel][taps_h][taps_w][padded run][lanes], see pack_as
   int64_t panel_bytes;                      // of a full panel
 
   // Where gather is set, the input of a block is first copied to scratch, with its zero padding, as in_h x in_w pixels
   // `pitch` elements apart. Strides that no tap needs (a 1x1 kernel's) are dropped by the copy: step_h, step_w.
   bool gather;
   int64_t in_h, in_w, pitch, step_h, step_w;
+
+  // With matrix units the copy takes the strides out for every kernel: the scratch is phases_h x phases_w images of
+  // in_h x in_w pixels, image (p, q) holding the input's rows p, p + stride_h, ... and columns q, q + stride_w, ...
+  // Every tap then meets evenly spaced pixels, tap_offset[tap] bytes after those that the first tap meets.
+  bool matrix;
+  int64_t phases_h, phases_w;
+  const int64_t* tap_offset;
 };
 
 // What a thread keeps between items: its scratch, and the block that the scratch holds (-1: none).
@@ -44,9 +55,9 @@ struct Scratch {
 };
 
 struct Level {
-  int lanes;           // floats per vector; a panel is two vectors
-  int tile_pixels;     // output pixels per microkernel call, at most
-  bool bf16_products;  // bf16 is multiplied as it is, in pairs along K; otherwise it is widened to float first
+  int lanes;        // floats per vector; a panel is two vectors
+  int tile_pixels;  // output pixels per microkernel call, at most
+  int bf16_step;    // of K: 1 where bf16 is widened to float first, 2 for products of pairs, kMatrixStep
   void (*pack)(const Plan& plan, const void* const* weight, const float* const* bias, void* packed);
   void (*run_item)(const Plan& plan, int64_t item, Scratch& scratch);
   void (*max_pool_row)(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, void* out,

@@ -36,15 +36,24 @@ constexpr int kLanes = 4, kTilePixels = 12;  // of 32 registers on aarch64
 #endif
 constexpr int kPanelVectors = 2;
 
+#if defined(__AMX_BF16__)
+constexpr int kBf16Step = kMatrixStep;
+#elif defined(ENGINE_BF16_PRODUCTS)
+constexpr int kBf16Step = 2;
+#else
+constexpr int kBf16Step = 1;
+#endif
+
 #include "common/engine/conv_simd.inc"
 #include "common/engine/conv_tile.inc"
 #include "common/engine/max_pool.inc"
 
-// packed: bias, then for each panel [taps_h][taps_w][run / P][lanes][P], with P consecutive k side by side for products
-// of P elements. Lanes past a destination's last channel, and k past an odd run, are zero.
+// packed: bias, then for each panel [taps_h][taps_w][padded run / P / rows][vectors][rows][lanes][P], with P
+// consecutive k side by side for products of P elements, and `rows` of those together for matrix units (otherwise 1).
+// Lanes past a destination's last channel, and k past the run, are zero.
 template <class Product, class T>
 void pack_as(const Plan& plan, const void* const* weight, const float* const* bias, void* packed) {
-  constexpr int P = Product::kPerStep;
+  constexpr int P = Product::kPerStep, kRows = Product::kRows;
   using Element = typename Product::Element;
   const ConvShape& s = plan.shape;
   const Reduction& r = plan.reduction;
@@ -52,13 +61,12 @@ void pack_as(const Plan& plan, const void* const* weight, const float* const* bi
   char* packed_weight = (char*)packed + ((const char*)plan.weight - (const char*)plan.args.packed);
   memset(packed_bias, 0, plan.vectors * kLanes * sizeof(float));
   memset(packed_weight, 0, plan.panel_bytes / kPanelVectors * plan.vectors);
-  const int64_t steps = (r.run + P - 1) / P, spatial = s.kernel_h * s.kernel_w;
+  const int64_t steps = r.padded / P, spatial = s.kernel_h * s.kernel_w;
 
   for (int d = 0; d < s.destinations; d++) {
     for (int64_t o = 0; o < s.out_channels[d]; o++) {
       const int64_t vector = plan.vector_of[d] + o / kLanes, panel = vector / kPanelVectors;
-      const int64_t panel_lanes = kLanes * (plan.vectors - panel * kPanelVectors < kPanelVectors ? 1 : kPanelVectors);
-      const int64_t lane = vector % kPanelVectors * kLanes + o % kLanes;
+      const int64_t vectors = plan.vectors - panel * kPanelVectors < kPanelVectors ? 1 : kPanelVectors;
       const T* from = (const T*)weight[d] + o * s.C * spatial;
       Element* to = (Element*)(packed_weight + panel * plan.panel_bytes);
       if (bias[d]) packed_bias[vector * kLanes + o % kLanes] = bias[d][o];
@@ -67,7 +75,8 @@ void pack_as(const Plan& plan, const void* const* weight, const float* const* bi
           const int64_t in_run = r.fold ? tap % s.kernel_w * s.C + c : c;
           const int64_t step = (r.fold ? tap / s.kernel_w : tap) * steps + in_run / P;
           const T value = from[c * spatial + tap];
-          Element& slot = to[(step * panel_lanes + lane) * P + in_run % P];
+          const int64_t row = (step / kRows * vectors + vector % kPanelVectors) * kRows + step % kRows;
+          Element& slot = to[(row * kLanes + o % kLanes) * P + in_run % P];
           if constexpr (sizeof(T) == sizeof(Element))
             memcpy(&slot, &value, sizeof value);
           else
@@ -115,8 +124,9 @@ void gather(const Plan& plan, int64_t n, int64_t y0, int64_t x0, int64_t in_h, U
   }
 }
 
+// Sets where a vector's channels go, and tells which destination that is.
 template <class T>
-void set_output(const Plan& plan, int64_t vector, Output& output) {
+int set_output(const Plan& plan, int64_t vector, Output& output) {
   int d = 0;
   while (vector >= plan.vector_of[d + 1]) d++;
   const Destination& to = plan.args.destination[d];
@@ -127,6 +137,42 @@ void set_output(const Plan& plan, int64_t vector, Output& output) {
             to.residual_pitch,
             left < kLanes ? left : kLanes,
             to.relu};
+  return d;
+}
+
+// The output pixels of an item, and the input pixel that the first tap meets at the first of them.
+struct Block {
+  int64_t index, n, oy, ox, rows, columns, y0, x0;
+  int64_t first_panel, last_panel;
+  int64_t next_group;  // of the thread's next item
+};
+
+Block block_of(const Plan& plan, int64_t item) {
+  const ConvShape& s = plan.shape;
+  Block b;
+  const int64_t group = item % plan.groups, next = item + plan.workers;
+  b.index = item / plan.groups;
+  b.n = b.index / plan.blocks_x / plan.blocks_y;
+  b.oy = b.index / plan.blocks_x % plan.blocks_y * plan.block_h;
+  b.ox = b.index % plan.blocks_x * plan.block_w;
+  b.rows = plan.out_h - b.oy < plan.block_h ? plan.out_h - b.oy : plan.block_h;
+  b.columns = plan.out_w - b.ox < plan.block_w ? plan.out_w - b.ox : plan.block_w;
+  b.y0 = b.oy * s.stride_h - s.pad_h;
+  b.x0 = b.ox * s.stride_w - s.pad_w;
+  b.first_panel = group * plan.panels / plan.groups;
+  b.last_panel = (group + 1) * plan.panels / plan.groups;
+  b.next_group = next < plan.items ? next % plan.groups : group;
+  return b;
+}
+
+// The panel whose weights are fetched while the item's tiles meet panel p, or -1. Weights come from memory on every
+// call of a network (they are larger than the caches), so the panels that follow are fetched a piece per tile: this
+// item's, then those of the thread's next item.
+int64_t panel_ahead(const Plan& plan, int64_t item, const Block& b, int64_t p) {
+  const bool next_weights = b.next_group != item % plan.groups, last = p + 1 == b.last_panel;
+  const int64_t next_panel = b.next_group * plan.panels / plan.groups;
+  if (plan.tiles_first) return next_weights ? next_panel + (p - b.first_panel) : -1;
+  return !last ? p + 1 : next_weights ? next_panel : -1;
 }
 
 // One block of output pixels by one group of panels. Weights that fit in L2 stay there while the tiles go by, each
@@ -136,23 +182,17 @@ template <class Product, class T>
 void run_item_as(const Plan& plan, int64_t item, Scratch& scratch) {
   using Element = typename Product::Element;
   const ConvShape& s = plan.shape;
-  const int64_t block = item / plan.groups, group = item % plan.groups;
-  const int64_t bx = block % plan.blocks_x, by = block / plan.blocks_x % plan.blocks_y;
-  const int64_t n = block / plan.blocks_x / plan.blocks_y;
-  const int64_t oy = by * plan.block_h, ox = bx * plan.block_w;
-  const int64_t rows = plan.out_h - oy < plan.block_h ? plan.out_h - oy : plan.block_h;
-  const int64_t columns = plan.out_w - ox < plan.block_w ? plan.out_w - ox : plan.block_w;
-  const int64_t y0 = oy * s.stride_h - s.pad_h, x0 = ox * s.stride_w - s.pad_w;
+  const Block b = block_of(plan, item);
 
   const Element* x = (const Element*)scratch.data;
   int64_t row_pitch = plan.in_w * plan.pitch;
   if (!plan.gather) {
-    x = (const Element*)plan.args.x + ((n * s.H + y0) * s.W + x0) * plan.pitch;
+    x = (const Element*)plan.args.x + ((b.n * s.H + b.y0) * s.W + b.x0) * plan.pitch;
     row_pitch = s.W * plan.pitch;
-  } else if (scratch.block != block) {
-    const int64_t in_h = (rows - 1) * plan.step_h + (s.kernel_h - 1) * s.dilation_h + 1;
-    gather<T>(plan, n, y0, x0, in_h, (Element*)scratch.data);
-    scratch.block = block;
+  } else if (scratch.block != b.index) {
+    const int64_t in_h = (b.rows - 1) * plan.step_h + (s.kernel_h - 1) * s.dilation_h + 1;
+    gather<T>(plan, b.n, b.y0, b.x0, in_h, (Element*)scratch.data);
+    scratch.block = b.index;
   }
 
   Tile tile;
@@ -163,18 +203,12 @@ void run_item_as(const Plan& plan, int64_t item, Scratch& scratch) {
   tile.tap_w_step = s.dilation_w * plan.pitch * kSize;
   tile.H = s.H, tile.dilation_h = s.dilation_h;
   const int64_t row_step = plan.step_h * row_pitch * kSize;
-  const int64_t first_pixel = (n * plan.out_h + oy) * plan.out_w + ox;
+  const int64_t first_pixel = (b.n * plan.out_h + b.oy) * plan.out_w + b.ox;
 
   // A tile is part of one row, or two whole rows where these are short. Parts are as equal as can be: 15 is 8 and 7.
-  const bool two_rows = columns * 2 <= kTilePixels;
-  const int64_t parts = (columns + kTilePixels - 1) / kTilePixels;
-  const int64_t tiles = two_rows ? (rows + 1) / 2 : rows * parts;
-  const int64_t first_panel = group * plan.panels / plan.groups, last_panel = (group + 1) * plan.panels / plan.groups;
-
-  // What this item fetches ahead of time. Weights come from memory on every call of a network (they are larger than the
-  // caches), so the panels that follow are fetched a piece per tile: this item's, then those of the thread's next item.
-  const int64_t next = item + plan.workers, next_group = next < plan.items ? next % plan.groups : group;
-  const bool next_weights = next_group != group;
+  const bool two_rows = b.columns * 2 <= kTilePixels;
+  const int64_t parts = (b.columns + kTilePixels - 1) / kTilePixels;
+  const int64_t tiles = two_rows ? (b.rows + 1) / 2 : b.rows * parts;
 
   auto run = [&](int64_t p, int64_t t) {
     const int64_t vectors = plan.vectors - p * kPanelVectors < kPanelVectors ? 1 : kPanelVectors;
@@ -183,25 +217,22 @@ void run_item_as(const Plan& plan, int64_t item, Scratch& scratch) {
     for (int64_t j = 0; j < vectors; j++) set_output<T>(plan, p * kPanelVectors + j, tile.output[j]);
 
     const int64_t y = two_rows ? 2 * t : t / parts, part = two_rows ? 0 : t % parts;
-    const bool pair = two_rows && y + 1 < rows;
-    const int64_t begin = part * columns / parts, pixels = (part + 1) * columns / parts - begin,
+    const bool pair = two_rows && y + 1 < b.rows;
+    const int64_t begin = part * b.columns / parts, pixels = (part + 1) * b.columns / parts - begin,
                   half = (pixels + 1) / 2;
     tile.x[0] = (const char*)x + y * row_step + begin * tile.step;
     tile.x[1] = tile.x[0] + (pair ? row_step : half * tile.step);
-    const bool last = p + 1 == last_panel;
-    if (plan.tiles_first ? next_weights : !last || next_weights) {
-      const int64_t ahead = plan.tiles_first ? next_group * plan.panels / plan.groups + (p - first_panel)
-                            : last           ? next_group * plan.panels / plan.groups
-                                             : p + 1;
+    const int64_t ahead = panel_ahead(plan, item, b, p);
+    if (ahead >= 0) {
       const int64_t steps = tile.taps_h * tile.taps_w * (tile.run / Product::kPerStep);
       tile.ahead = (const char*)plan.weight + ahead * plan.panel_bytes + t * plan.panel_bytes / tiles;
       tile.ahead_step = plan.panel_bytes / tiles / (steps > 0 ? steps : 1);
     } else {
-      const bool streams = !plan.gather && p == first_panel;  // the input comes from memory, in order
+      const bool streams = !plan.gather && p == b.first_panel;  // the input comes from memory, in order
       tile.ahead = streams ? tile.x[0] + pixels * tile.step : tile.x[0];
       tile.ahead_step = streams ? 64 : 0;
     }
-    tile.row[0] = y0 + y * s.stride_h;
+    tile.row[0] = b.y0 + y * s.stride_h;
     tile.row[1] = tile.row[0] + (pair ? s.stride_h : 0);
     tile.out_pixel[0] = first_pixel + y * plan.out_w + begin;
     tile.out_pixel[1] = tile.out_pixel[0] + (pair ? plan.out_w : half);
@@ -209,19 +240,21 @@ void run_item_as(const Plan& plan, int64_t item, Scratch& scratch) {
   };
   if (plan.tiles_first) {
     for (int64_t t = 0; t < tiles; t++)
-      for (int64_t p = first_panel; p < last_panel; p++) run(p, t);
+      for (int64_t p = b.first_panel; p < b.last_panel; p++) run(p, t);
   } else {
-    for (int64_t p = first_panel; p < last_panel; p++)
+    for (int64_t p = b.first_panel; p < b.last_panel; p++)
       for (int64_t t = 0; t < tiles; t++) run(p, t);
   }
 }
 
+#if defined(__AMX_BF16__)
+#include "common/engine/conv_amx.inc"
+#endif
+
 #ifdef ENGINE_BF16_PRODUCTS
 using Bf16Product = PairProduct;
-constexpr bool kBf16Products = true;
 #else
 using Bf16Product = FloatProduct;
-constexpr bool kBf16Products = false;
 #endif
 
 void pack(const Plan& plan, const void* const* weight, const float* const* bias, void* packed) {
@@ -230,8 +263,12 @@ void pack(const Plan& plan, const void* const* weight, const float* const* bias,
 }
 
 void run_item(const Plan& plan, int64_t item, Scratch& scratch) {
-  (plan.dtype == DType::f32 ? run_item_as<FloatProduct, float> : run_item_as<Bf16Product, bfloat16>)(plan, item,
-                                                                                                     scratch);
+  if (plan.dtype == DType::f32) return run_item_as<FloatProduct, float>(plan, item, scratch);
+#if defined(__AMX_BF16__)
+  run_item_amx(plan, item, scratch);
+#else
+  run_item_as<Bf16Product, bfloat16>(plan, item, scratch);
+#endif
 }
 
 void max_pool_row(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, void* out, int64_t out_pitch,
@@ -257,6 +294,6 @@ void max_pool_backward_item(const PoolShape& shape, DType dtype, const void* x, 
 
 namespace fused_cnn::FUSED_CNN_LEVEL {
 extern const engine::Level engine_level = {
-    engine::kLanes,   engine::kTilePixels,  engine::kBf16Products,         engine::pack,
-    engine::run_item, engine::max_pool_row, engine::max_pool_backward_item};
+    engine::kLanes,       engine::kTilePixels,           engine::kBf16Step, engine::pack, engine::run_item,
+    engine::max_pool_row, engine::max_pool_backward_item};
 }  // namespace fused_cnn::FUSED_CNN_LEVEL
