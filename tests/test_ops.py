@@ -87,7 +87,7 @@ CONVOLUTIONS = [o for o in ALL_CASES if o.name in ("conv_bias_relu", "conv1x1_bi
 def check_packed(op_cases: OpCases, case: Case, dtype: torch.dtype, layout: str) -> None:
     """A weight packed once, as modules use it in eval, against the plain convolution in eager and in float64."""
     (x, weight, bias, residual), kwargs = op_cases.make(case, Maker(dtype, layout, grad=False))
-    packed, left = pack_conv(weight, bias, like=x, groups=kwargs.get("groups", 1))
+    packed, left = pack_conv(weight, bias, like=x, dilation=kwargs.get("dilation", 1), groups=kwargs.get("groups", 1))
     out = conv_bias_relu(x, packed, left, residual, **kwargs)
     inputs = (x, weight, bias, residual)
     eager = conv_bias_relu(*inputs, **kwargs, backend="reference")
@@ -407,8 +407,10 @@ def test_every_instruction_set_gives_the_same_results() -> None:
                     assert comparison.ok, (op_cases.name, case.name, dtype, comparison)
 
 
-# kernel, stride, padding
-GEOMETRIES = [(1, 1, 0), (1, 2, 0), (1, 1, 1), (3, 1, 1), (3, 2, 1), (3, 1, 0), (3, 3, 2), (7, 2, 3)]
+# kernel, stride, padding, dilation
+GEOMETRIES = [
+    (1, 1, 0, 1), (1, 2, 0, 1), (1, 1, 1, 1), (3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 0, 1), (3, 3, 2, 1), (3, 1, 2, 2), (7, 2, 3, 1),
+]  # fmt: skip
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="weights are packed for the CPU")
@@ -416,7 +418,7 @@ GEOMETRIES = [(1, 1, 0), (1, 2, 0), (1, 1, 1), (3, 1, 1), (3, 2, 1), (3, 1, 0), 
 @pytest.mark.parametrize("channels", [1, 3, 16, 17, 24, 32, 48, 112, 528])
 def test_every_instruction_set_reads_the_window_and_nothing_else(channels: int) -> None:
     """Small integers, so that sums are exact in any order; NaN in the channels beside x's, and in one pixel of x."""
-    for (kernel, stride, padding), width in itertools.product(GEOMETRIES, (7, 14, 15, 17, 28, 55)):
+    for (kernel, stride, padding, dilation), width in itertools.product(GEOMETRIES, (7, 14, 15, 17, 28, 55)):
         dtype = torch.float32 if width == 28 else torch.bfloat16
         sliced, out_channels = (width + padding) % 2, (5, 16, 40, 64)[(channels + kernel + stride) % 4]
         wide = torch.full((2, 5, width, channels + 5 * sliced), NAN).to(dtype)
@@ -424,15 +426,15 @@ def test_every_instruction_set_reads_the_window_and_nothing_else(channels: int) 
         x.copy_(torch.randint(-3, 4, x.shape))
         x[0, :, 2, width // 2] = x[1, -1, 0, 0] = NAN
         weight, bias = torch.randint(-1, 2, (out_channels, channels, kernel, kernel)), torch.randint(-2, 3, (out_channels,))
-        plain = torch.nn.functional.conv2d(x.float(), weight.float(), bias.float(), stride, padding)
+        plain = torch.nn.functional.conv2d(x.float(), weight.float(), bias.float(), stride, padding, dilation)
         residual = torch.randint(-9, 10, plain.shape)
-        packed, left = pack_conv(weight.to(dtype), bias.to(dtype), like=x)
+        packed, left = pack_conv(weight.to(dtype), bias.to(dtype), like=x, dilation=dilation)
         expected = torch.relu(plain + residual).to(dtype)
         for threads in (1, 2):  # one thread takes larger blocks
             torch.set_num_threads(threads)
-            out = conv_bias_relu(x, packed, left, residual.to(dtype), stride=stride, padding=padding)
+            out = conv_bias_relu(x, packed, left, residual.to(dtype), stride=stride, padding=padding, dilation=dilation)
             same = torch.allclose(out.double(), expected.double(), rtol=0, atol=0, equal_nan=True)
-            assert same, (kernel, stride, padding, width, sliced, dtype, threads)
+            assert same, (kernel, stride, padding, dilation, width, sliced, dtype, threads)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="max_pool2d has a native kernel on the CPU only")

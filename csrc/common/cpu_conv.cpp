@@ -51,7 +51,7 @@ void use_huge_pages(const Tensor& t) {
 #endif
 }
 
-constexpr int64_t kCacheBytes = int64_t{1} << 40;  // of a thread's second-level cache, for what a block computes in between
+constexpr int64_t kCacheBytes = 4 << 20;  // a thread's share of the caches, for what a block computes in between
 
 bool has_pitch(const Tensor& t) {
   const int64_t pitch = t.stride(3);
@@ -103,10 +103,13 @@ engine::ConvShape engine_shape(int64_t images, int64_t channels, int64_t height,
   return s;
 }
 
-Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases) {
+Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
+                   const Ints& dilation) {
   const char* op = "conv_pack";
   FUSED_CNN_CHECK(!weights.empty() && weights.size() <= engine::kMaxDestinations && weights.size() == biases.size(), op,
                   ": between 1 and ", engine::kMaxDestinations, " weights with as many biases, got ", weights.size());
+  FUSED_CNN_CHECK(dilation.size() == 2 && dilation[0] >= 1 && dilation[1] >= 1, op,
+                  ": dilation must be two values of at least 1");
   engine::ConvShape shape{};
   std::vector<Tensor> keep;
   std::vector<const void*> weight_data;
@@ -133,7 +136,8 @@ Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::op
   }
   shape.destinations = static_cast<int>(weights.size());
   shape.C = weights[0].size(1), shape.kernel_h = weights[0].size(2), shape.kernel_w = weights[0].size(3);
-  shape.stride_h = shape.stride_w = shape.dilation_h = shape.dilation_w = 1;
+  shape.stride_h = shape.stride_w = 1;
+  shape.dilation_h = dilation[0], shape.dilation_w = dilation[1];
   const engine::DType dtype = engine_dtype(weights[0]);
   const int64_t sizes[] = {engine::packed_weight_bytes(shape, dtype)};
   Tensor packed =

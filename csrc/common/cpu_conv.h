@@ -30,7 +30,8 @@ int64_t images_at_once(int64_t images, int64_t bytes_between);
 Tensor empty_result(const Tensor& like, int64_t channels, int64_t height, int64_t width);
 
 // One buffer of bytes that holds the weights and biases of convolutions sharing an input; biases are float32 or absent.
-Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases);
+Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
+                   const Ints& dilation = {1, 1});
 void check_packed(const char* op, const Tensor& packed, const engine::ConvShape& shape, engine::DType dtype);
 
 Tensor cpu_conv_packed(const char* op, const Tensor& x, const Tensor& packed, const Ints& weight_shape,

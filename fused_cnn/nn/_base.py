@@ -179,7 +179,10 @@ class FusedModule(nn.Module):
         if self.folds(x, conv, bn):
             (x,) = autocast(x)
             weight, bias = self.cached(
-                conv, (conv, bn), x, lambda: pack_conv(*fold(conv, bn), like=x, groups=conv.groups, backend=self.backend)
+                conv,
+                (conv, bn),
+                x,
+                lambda: pack_conv(*fold(conv, bn), like=x, dilation=conv.dilation, groups=conv.groups, backend=self.backend),
             )
             return conv_bias_relu(x, weight, bias, residual, **geometry(conv), relu=relu, backend=self.backend)
         if bn is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .._layout import empty_nchw, result_format
 IntPair = int | tuple[int, int]
 
 
-def pair(value: IntPair) -> tuple[int, int]:
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
     """(v, v) for an int, as torch.nn.Conv2d takes them."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 

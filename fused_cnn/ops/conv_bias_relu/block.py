@@ -67,9 +67,9 @@ def pack_residual_block(
     `shortcut` adds x, or its `projection` where that is given, before the last ReLU.
     """
     units = [*convolutions, *([projection] if projection else [])]
-    if any(u.groups != 1 for u in units) or not packable(like, "residual_block_packed_fwd", backend):
+    if any(u.groups != 1 for u in units) or not packable(like, "conv_bias_relu_fwd", backend):
         return None
-    packed = [pack_conv(u.weight, u.bias, like=like, backend=backend)[0] for u in units]
+    packed = [pack_conv(u.weight, u.bias, like=like, dilation=u.dilation, backend=backend)[0] for u in units]
     geometry = [
         n
         for u in units

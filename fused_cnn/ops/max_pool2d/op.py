@@ -1,6 +1,6 @@
 """max_pool2d without indices: forward reads x once and writes the result; the library also writes an int64 index an element.
 
-Backward searches each window of x again (float16 and float64: by the library's pool), so that no indices are saved in between.
+Backward searches each window of x again (native float16 and float64: by the library's pool), so that no indices are saved in between.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from ..._backends import resolve
 from ..._checks import check_nchw
 from ..._layout import empty_nchw
-from ..._library import define, kernel
+from ..._library import define, define_triton, kernel
 from .._conv import IntPair, pair
 from . import reference
 
@@ -46,6 +46,7 @@ define(
     "bool ceil_mode) -> Tensor",
     _fake_bwd,
 )
+define_triton("max_pool2d", "max_pool2d_fwd", "max_pool2d_bwd")
 
 
 class _MaxPool2d(torch.autograd.Function):
@@ -59,7 +60,7 @@ class _MaxPool2d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        if x.dtype in (torch.float32, torch.bfloat16):
+        if ctx.backend == "triton" or x.dtype in (torch.float32, torch.bfloat16):
             return (kernel("max_pool2d_bwd", ctx.backend)(grad_out, x, *ctx.window), *[None] * 6)
         _, indices = torch.ops.aten.max_pool2d_with_indices(x, *ctx.window)
         grad = torch.ops.aten.max_pool2d_with_indices_backward(grad_out, x, *ctx.window, indices)
@@ -81,7 +82,7 @@ def max_pool2d(
     Args:
         x: (N, C, H, W), floating point, any strides.
         kernel_size, stride, padding, dilation, ceil_mode: as torch.nn.functional.max_pool2d takes them.
-        backend: "reference", "native", or None for the best at hand.
+        backend: "reference", "native", "triton", or None for the best at hand.
 
     Returns:
         (N, C, H', W') in x's dtype; channels_last where x's channels are adjacent in memory, else contiguous.
