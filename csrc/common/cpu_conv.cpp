@@ -2,9 +2,7 @@
 // backward the epilogue's gradient (mask and column sums in one pass) before the library's convolution gradients.
 #include "common/cpu_conv.h"
 #include <algorithm>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include <cstdlib>
 #include "common/cpu_kernels.h"
 #include "common/cpu_parallel.h"
 
@@ -36,21 +34,6 @@ Tensor library_conv_forward(const char* op, const Tensor& x, const Tensor& weigh
   return out;
 }
 
-// Asks for huge pages behind a large new tensor, as torch does under THP_MEM_ALLOC_ENABLE: fresh memory is otherwise
-// mapped 4 KiB at a time while the convolution writes it, a tenth of ResNet-50's time at batch 8. Smaller tensors get
-// memory that malloc kept and that is mapped already; asking there cost a twentieth of its time at batch 1.
-void use_huge_pages(const Tensor& t) {
-#if defined(__linux__)
-  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end =
-      (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.numel() * t.element_size()) / kHugePage * kHugePage;
-  if (end > begin + 4 * kHugePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)t;
-#endif
-}
-
 constexpr int64_t kCacheBytes = 4 << 20;  // a thread's share of the caches, for what a block computes in between
 
 bool has_pitch(const Tensor& t) {
@@ -79,15 +62,42 @@ engine::ThreadPool engine_threads() {
           }};
 }
 
-int64_t images_at_once(int64_t images, int64_t bytes_between) {
-  const int64_t budget = torch::stable::get_num_threads() * kCacheBytes;
-  return std::clamp<int64_t>(budget / std::max<int64_t>(1, bytes_between), 1, std::max<int64_t>(1, images));
+namespace {
+
+constexpr size_t kAlignment = 4096;
+
+using Memory = std::unique_ptr<void, void (*)(void*)>;
+
+Memory allocate(int64_t bytes) {
+  Memory memory(std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment), std::free);
+  FUSED_CNN_CHECK(memory != nullptr, "out of memory: ", bytes, " bytes for what lies between a block's convolutions");
+  return memory;
 }
 
-Tensor empty_result(const Tensor& like, int64_t channels, int64_t height, int64_t width) {
-  Tensor out = empty_nchw(like, channels, height, width, MemoryFormat::ChannelsLast);
-  use_huge_pages(out);
-  return out;
+int64_t budget() {
+  return torch::stable::get_num_threads() * kCacheBytes;
+}
+
+}  // namespace
+
+int64_t images_at_once(int64_t images, int64_t bytes_between) {
+  return std::clamp<int64_t>(budget() / std::max<int64_t>(1, bytes_between), 1, std::max<int64_t>(1, images));
+}
+
+Between::Between(int64_t bytes) : own_(nullptr, std::free), data_(nullptr) {
+  if (bytes > budget()) {  // one large image
+    own_ = allocate(bytes);
+    data_ = own_.get();
+    return;
+  }
+  thread_local Memory kept(nullptr, std::free);
+  thread_local int64_t kept_bytes = 0;
+  if (bytes > kept_bytes) {
+    kept_bytes = 0;
+    kept = allocate(bytes);
+    kept_bytes = bytes;
+  }
+  data_ = kept.get();
 }
 
 engine::ConvShape engine_shape(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_channels,

@@ -2,6 +2,8 @@
 // (engine/conv_engine.h; float32 and bfloat16, groups == 1). A plain weight runs on the library's with the epilogue in
 // one pass behind it: packing at every call would cost what the convolution itself does on small images.
 #pragma once
+#include <memory>
+#include "common/cpu_memory.h"
 #include "common/engine/conv_engine.h"
 #include "common/library_conv.h"
 
@@ -26,8 +28,17 @@ engine::ConvShape engine_shape(int64_t images, int64_t channels, int64_t height,
 // convolutions for each image: as many as leave that in the threads' caches, so that it does not travel to memory.
 int64_t images_at_once(int64_t images, int64_t bytes_between);
 
-// A channels-last result, in huge pages where it is large.
-Tensor empty_result(const Tensor& like, int64_t channels, int64_t height, int64_t width);
+// Memory for what lies between a block's convolutions. As much as images_at_once plans for is the calling thread's own
+// and kept for its next block: it is in cache then, and mapped.
+class Between {
+ public:
+  explicit Between(int64_t bytes);
+  void* data() const { return data_; }
+
+ private:
+  std::unique_ptr<void, void (*)(void*)> own_;
+  void* data_;
+};
 
 // One buffer of bytes that holds the weights and biases of convolutions sharing an input; biases are float32 or absent.
 Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,

@@ -60,8 +60,9 @@ Tensor residual_block_packed_fwd(const Tensor& x, std::vector<Tensor> packed, In
   if (out.numel() == 0) return dense(out, result_format(x));
   const Pixels in(x);
   const int64_t size = x.element_size(), images = images_at_once(x.size(0), (between[0] + between[1]) * size);
-  const int64_t half[] = {images * between[0]}, other_half[] = {images * between[1]};
-  const Tensor scratch[] = {torch::stable::new_empty(x, half), torch::stable::new_empty(x, other_half)};
+  const int64_t first_bytes = (images * between[0] * size + 63) / 64 * 64;
+  const Between memory(first_bytes + images * between[1] * size);
+  char* const scratch[] = {static_cast<char*>(memory.data()), static_cast<char*>(memory.data()) + first_bytes};
   const engine::ThreadPool threads = engine_threads();
   for (int64_t n = 0; n < x.size(0); n += images) {
     const int64_t count = std::min(images, x.size(0) - n);
@@ -76,7 +77,7 @@ Tensor residual_block_packed_fwd(const Tensor& x, std::vector<Tensor> packed, In
     const void* from = first;
     int64_t pitch = in.pitch;
     for (size_t i = 0; i + 1 < length; ++i) {
-      void* to = scratch[i % 2].data_ptr();
+      void* to = scratch[i % 2];
       run(chain[i], from, pitch, {to, chain[i].out, nullptr, 0, true});
       from = to, pitch = chain[i].out;
     }

@@ -58,7 +58,7 @@ Tensor inception_packed_fwd(const Tensor& x, std::vector<Tensor> packed, Ints ch
   merged.out_channels[1] = channels[kReduce3], merged.out_channels[2] = channels[kReduce5];
   check_packed(op, packed[0], merged, dtype);
 
-  Tensor out = empty_nchw(x, total, height, width, nhwc);
+  Tensor out = empty_result(x, total, height, width);
   Tensor reduced3 = empty_nchw(x, channels[kReduce3], height, width, nhwc);
   Tensor reduced5 = empty_nchw(x, channels[kReduce5], height, width, nhwc);
   char* slice = static_cast<char*>(out.data_ptr());

@@ -42,7 +42,7 @@ Tensor max_pool2d_fwd(const Tensor& x, Ints kernel, Ints stride, Ints padding, I
   if (!engine_pools(x)) {
     return dense(library_max_pool2d(x, kernel, stride, padding, dilation, ceil_mode), result_format(x));
   }
-  Tensor out = empty_nchw(x, shape.C, shape.out_h, shape.out_w, MemoryFormat::ChannelsLast);
+  Tensor out = empty_result(x, shape.C, shape.out_h, shape.out_w);
   if (out.numel() > 0) {
     const Pixels in(x);
     engine::max_pool(shape, engine_dtype(x), in.data(), in.pitch, out.data_ptr(), shape.C, engine_threads());

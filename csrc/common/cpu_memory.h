@@ -1,0 +1,12 @@
+// Memory for the results of the CPU's convolutions in eval. The C library gives large blocks back to the system when
+// they are freed, and the next call pays for fresh pages: a tenth of ResNet-50's time at batch 8. So large results come
+// from a pool that keeps what was freed, up to kKept bytes, for the next result of that size.
+#pragma once
+#include "common/checks.h"
+
+namespace fused_cnn {
+
+// An uninitialised channels-last tensor for like's images. Its memory returns to the pool with its last reference.
+Tensor empty_result(const Tensor& like, int64_t channels, int64_t height, int64_t width);
+
+}  // namespace fused_cnn
