@@ -62,12 +62,12 @@ def verify(
         if not json:
             show(name, found, out())
     result["ok"] = all(found["ok"] for found in result["models"].values())
-    result["picture"] = str(draw(result, folder / "verify.png"))
+    result["picture"] = draw(result, folder / "verify.png").name  # beside the JSON
     write_json(folder / "verify.json", result)
     if json:
         emit(result)
     else:
-        out().print(f"picture: {result['picture']}\nnumbers: {folder / 'verify.json'}", highlight=False, soft_wrap=True)
+        out().print(f"picture: {folder / result['picture']}\nnumbers: {folder / 'verify.json'}", highlight=False, soft_wrap=True)
         verdict = "[green]the numbers agree[/]" if result["ok"] else "[red]the numbers do NOT agree[/]"
         out().print(verdict)
     if not result["ok"]:
