@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fused_cnn import fuse_
 from fused_cnn._backends import status
+from fused_cnn.ops import conv1x1_bias_relu, conv_bias_relu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(not status("triton", DEVICE).on, reason="Triton runs neither on a GPU nor in its interpreter here")
@@ -69,3 +70,24 @@ def test_a_training_step_agrees_with_eager(name: str) -> None:
         assert (parameter.grad - want).abs().max() <= allowed, key
     for key, buffer in fused.named_buffers():
         torch.testing.assert_close(buffer.double(), truth.get_buffer(key).double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 17, 65])
+def test_convolutions_read_their_channels_and_nothing_else(channels: int) -> None:
+    """NaN in the channels beside x's, and in one pixel: it reaches the outputs whose windows hold that pixel, and no others."""
+    generator = torch.Generator().manual_seed(channels)
+    for kernel, stride, padding in ((1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 0)):
+        wide = torch.full((2, 7, 6, channels + 5), float("nan"))
+        x = wide[..., 3 : 3 + channels].permute(0, 3, 1, 2)
+        x.copy_(torch.randint(-3, 4, x.shape, generator=generator))
+        x[0, :, 2, 4] = float("nan")
+        weight = torch.randint(-1, 2, (20, channels, kernel, kernel), generator=generator).float()
+        bias = torch.randint(-2, 3, (20,), generator=generator).float()
+        expected = torch.relu(nn.functional.conv2d(x, weight, bias, stride, padding))
+        wide = wide.to(DEVICE)  # the slice stays a slice
+        x = wide[..., 3 : 3 + channels].permute(0, 3, 1, 2)
+        out = conv_bias_relu(x, weight.to(DEVICE), bias.to(DEVICE), stride=stride, padding=padding, backend="triton")
+        torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+        if kernel == 1:
+            out = conv1x1_bias_relu(x, weight.to(DEVICE), bias.to(DEVICE), stride=stride, backend="triton")
+            torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=0, equal_nan=True)
