@@ -91,3 +91,11 @@ def test_convolutions_read_their_channels_and_nothing_else(channels: int) -> Non
         if kernel == 1:
             out = conv1x1_bias_relu(x, weight.to(DEVICE), bias.to(DEVICE), stride=stride, backend="triton")
             torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_vectors_may_have_any_strides() -> None:
+    x, weight, bias = torch.randn(1, 8, 5, 5), torch.randn(8, 8, 1, 1), torch.randn(16)[::2]
+    for vector in (bias, torch.randn(1).expand(8)):
+        expected = torch.relu(nn.functional.conv2d(x, weight, vector))
+        out = conv1x1_bias_relu(x.to(DEVICE), weight.to(DEVICE), vector.to(DEVICE), backend="triton")
+        torch.testing.assert_close(out.cpu(), expected, rtol=1e-2, atol=1e-2)

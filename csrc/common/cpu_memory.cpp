@@ -39,11 +39,13 @@ class Pool {
  public:
   // At least `bytes`, and less than twice as many; null where the system has no memory.
   void* take(int64_t bytes) {
+    const int64_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     {
       const std::lock_guard lock(mutex_);
       auto best = free_.end();
       for (auto it = free_.begin(); it != free_.end(); ++it) {
-        if (it->bytes >= bytes && it->bytes < 2 * bytes && (best == free_.end() || it->bytes <= best->bytes)) best = it;
+        if (it->bytes >= bytes && it->bytes < 2 * rounded && (best == free_.end() || it->bytes <= best->bytes))
+          best = it;
       }
       if (best != free_.end()) {
         void* data = best->data;
@@ -52,7 +54,6 @@ class Pool {
         return data;
       }
     }
-    const int64_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     void* data = std::aligned_alloc(kHugePage, rounded);
     if (data == nullptr) return nullptr;
 #if defined(__linux__)
@@ -102,7 +103,6 @@ Tensor empty_result(const Tensor& like, int64_t channels, int64_t height, int64_
   const AOTITorchError failed = from_blob()(
       data, 4, sizes, strides, 0, code(like.scalar_type()), code(like.device().type()), like.device().index(), &handle,
       code(torch::headeronly::Layout::Strided), nullptr, 0, [](void* freed, void*) { pool().give(freed); }, nullptr);
-  if (failed != 0) pool().give(data);
   FUSED_CNN_CHECK(failed == 0, "a result of ", bytes, " bytes could not be made a tensor");
   return Tensor(handle);
 }

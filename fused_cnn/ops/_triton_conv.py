@@ -208,7 +208,7 @@ def conv_forward(
     programs = min(triton.cdiv(rows, tiles.BM) * triton.cdiv(columns, tiles.BN), processors(x.device))
     with torch.cuda.device_of(x):
         conv_fwd_kernel[(programs,)](
-            *sources, x if bias is None else bias, residual, *(out for out, _ in places),
+            *sources, x if bias is None else bias.contiguous(), residual, *(out for out, _ in places),
             rows, channels, columns, ends[1], ends[min(2, len(outs))],
             height, width, out_h, out_w, *geometry.stride, *geometry.padding, *geometry.dilation,
             x_pitch, residual_pitch, *(pitch for _, pitch in places), geometry.kernel[1], taps,

@@ -87,7 +87,7 @@ define_triton(
 def _vectors(parameters: Sequence[Tensor | None], xs: Sequence[Tensor], default: float) -> list[Tensor]:
     """Parameters in the kernels' dtype, the default where there is none."""
     return [
-        x.new_full((x.size(1),), default, dtype=vector_dtype(x)) if p is None else p.detach().to(vector_dtype(x))
+        x.new_full((x.size(1),), default, dtype=vector_dtype(x)) if p is None else p.detach().to(vector_dtype(x)).contiguous()
         for p, x in zip(parameters, xs, strict=True)
     ]
 

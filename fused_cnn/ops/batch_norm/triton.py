@@ -30,7 +30,7 @@ def merge(count, mean, m2, other_count, other_mean, other_m2):
     total = count + other_count
     share = other_count / tl.maximum(total, 1.0)
     delta = other_mean - mean
-    return total, mean + delta * share, m2 + other_m2 + delta * delta * count * share
+    return total, mean + delta * share, m2 + other_m2 + delta * (delta * (count * share))
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def concat_bias_relu_fwd(branches: Sequence[Tensor], bias: Tensor | None, relu: 
     sizes = [b.size(1) for b in branches]
     out = empty_pixels(first, sum(sizes), *first.shape[2:])
     rows = first.size(0) * first.size(2) * first.size(3)
-    biases = [out] * len(sizes) if bias is None else bias.split(sizes)
+    biases = [out] * len(sizes) if bias is None else bias.contiguous().split(sizes)
     for branch, part, b in zip(branches, out.split(sizes, 1), biases, strict=True):
         channels = branch.size(1)
         if rows * channels == 0:

@@ -60,7 +60,8 @@ class _MaxPool2d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        if ctx.backend == "triton" or x.dtype in (torch.float32, torch.bfloat16):
+        taps = ctx.window[0][0] * ctx.window[0][1]  # Triton keeps an index as one byte
+        if taps <= 255 if ctx.backend == "triton" else x.dtype in (torch.float32, torch.bfloat16):
             return (kernel("max_pool2d_bwd", ctx.backend)(grad_out, x, *ctx.window), *[None] * 6)
         _, indices = torch.ops.aten.max_pool2d_with_indices(x, *ctx.window)
         grad = torch.ops.aten.max_pool2d_with_indices_backward(grad_out, x, *ctx.window, indices)
