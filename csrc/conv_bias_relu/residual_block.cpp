@@ -8,7 +8,7 @@
 namespace fused_cnn {
 namespace {
 
-constexpr int64_t kGeometry = 9;  // out channels; kernel, stride, padding and dilation, (h, w) each
+constexpr int64_t kGeometry = 10;  // in and out channels; kernel, stride, padding and dilation, (h, w) each
 
 struct Convolution {
   Ints kernel;
@@ -19,8 +19,9 @@ struct Convolution {
 
 Convolution convolution(const char* op, const Tensor& packed, const int64_t* g, engine::DType dtype, int64_t in,
                         int64_t in_h, int64_t in_w) {
-  Convolution c{{g[1], g[2]},     {{g[3], g[4]}, {g[5], g[6]}, {g[7], g[8]}, 1}, in, g[0], in_h, in_w, 0, 0,
-                packed.data_ptr()};
+  FUSED_CNN_CHECK(g[0] == in, op, ": a convolution of ", g[0], " channels meets an input of ", in);
+  const ConvParams params{{g[4], g[5]}, {g[6], g[7]}, {g[8], g[9]}, 1};
+  Convolution c{{g[2], g[3]}, params, in, g[1], in_h, in_w, 0, 0, packed.data_ptr()};
   FUSED_CNN_CHECK(c.out >= 1, op, ": a convolution must have at least 1 channel, got ", c.out);
   check_geometry(op, in_h, in_w, c.kernel, c.params);
   const engine::ConvShape shape = engine_shape(0, in, in_h, in_w, c.out, c.kernel, c.params);

@@ -75,9 +75,9 @@ def _mkldnn_linear(args: Arguments) -> Cost:
 
 def _residual_block(args: Arguments) -> Cost:
     # One convolution after the other. x is read by the first and by the shortcut; a projection is written where the result goes,
-    # and read there by the last convolution. Nine values of geometry a convolution: out channels, then (h, w) pairs.
+    # and read there by the last convolution. Ten values of geometry a convolution: in and out channels, (h, w) pairs.
     x, geometry, projects = args["x"], args["geometry"], args["projects"]
-    convolutions = [geometry[i : i + 9] for i in range(0, len(geometry), 9)]
+    convolutions = [geometry[i + 1 : i + 10] for i in range(0, len(geometry), 10)]
     chain = convolutions[:-1] if projects else convolutions
 
     def result(read: tuple[int, ...], conv: Sequence[int]) -> tuple[int, ...]:

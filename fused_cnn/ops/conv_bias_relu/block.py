@@ -16,13 +16,13 @@ from ..._library import define, kernel
 from .._conv import IntPair, out_size, packable, pair
 from .op import pack_conv
 
-_GEOMETRY = 9  # out channels; kernel, stride, padding and dilation, (h, w) each
+_GEOMETRY = 10  # in and out channels; kernel, stride, padding and dilation, (h, w) each
 
 
 def _fake_packed_fwd(x: Tensor, packed: Sequence[Tensor], geometry: Sequence[int], shortcut: bool, projects: bool) -> Tensor:
     channels, height, width = x.shape[1:]
     for i in range(len(packed) - projects):
-        channels, kh, kw, sh, sw, ph, pw, dh, dw = geometry[_GEOMETRY * i : _GEOMETRY * (i + 1)]
+        _, channels, kh, kw, sh, sw, ph, pw, dh, dw = geometry[_GEOMETRY * i : _GEOMETRY * (i + 1)]
         height, width = out_size(height, kh, sh, ph, dh), out_size(width, kw, sw, pw, dw)
     return empty_nchw(x, channels, height, width)
 
@@ -73,7 +73,7 @@ def pack_residual_block(
     geometry = [
         n
         for u in units
-        for n in (u.weight.size(0), *u.weight.shape[2:], *pair(u.stride), *pair(u.padding), *pair(u.dilation))
+        for n in (u.weight.size(1), u.weight.size(0), *u.weight.shape[2:], *pair(u.stride), *pair(u.padding), *pair(u.dilation))
     ]
     return PackedResidualBlock([p.data for p in packed], geometry, shortcut, projection is not None)
 
