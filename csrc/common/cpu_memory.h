@@ -1,6 +1,6 @@
-// Memory for the results of the CPU's convolutions in eval. The C library gives large blocks back to the system when
-// they are freed, and the next call pays for fresh pages: a tenth of ResNet-50's time at batch 8. So large results come
-// from a pool that keeps what was freed, up to kKept bytes, for the next result of that size.
+// Memory for the results of the CPU's packed convolutions and max pools. The C library gives large blocks back to the
+// system when they are freed, and the next call pays for fresh pages: a tenth of ResNet-50's time at batch 8. So large
+// results come from a pool that keeps what was freed, up to kKept bytes, for the next result of that size.
 #pragma once
 #include "common/checks.h"
 

@@ -119,6 +119,13 @@ def mask_and_sum_kernel(
         tl.store(sums_ptr + part.to(tl.int64) * columns + n, total, mask=n < columns)
 
 
+MASK_TILE = {"BM": 16, "BN": 64}
+MASK_AND_SUM = Shipped(
+    mask_and_sum_kernel, ("grad_out_ptr", "out_ptr", "grad_ptr"), ("rows", "columns", "grad_out_pitch", "out_pitch"), ("sums_ptr",),
+    aligned=("columns", "grad_out_pitch", "out_pitch"), constants={"MASK": True, "SUMS": True, "BLOCKS": 16, **MASK_TILE},
+)  # fmt: skip
+
+
 def mask_and_sum(grad_out: Tensor, out: Tensor | None, sums: bool) -> tuple[Tensor, Tensor]:
     """(grad_out under the ReLU mask of out, or itself where out is None; its float32 sum by channel, or nothing)."""
     n, columns, height, width = grad_out.shape
@@ -129,7 +136,7 @@ def mask_and_sum(grad_out: Tensor, out: Tensor | None, sums: bool) -> tuple[Tens
     if out is None and not sums:
         return grad, grad_out.new_empty(0, dtype=torch.float32)
     # Parts by the shape alone, so that sums are the same to the bit in every run.
-    bm, bn = 16, 64
+    bm, bn = MASK_TILE["BM"], MASK_TILE["BN"]
     blocks = max(1, min(16, triton.cdiv(rows, bm * 512)))
     parts = triton.cdiv(rows, bm * blocks)
     partial = torch.empty((parts, columns) if sums else 0, dtype=torch.float32, device=grad_out.device)
@@ -137,6 +144,6 @@ def mask_and_sum(grad_out: Tensor, out: Tensor | None, sums: bool) -> tuple[Tens
         with torch.cuda.device_of(grad_out):
             mask_and_sum_kernel[(parts, triton.cdiv(columns, bn))](
                 grad_out, mask, grad, partial, rows, columns, grad_out_pitch, mask_pitch,
-                MASK=out is not None, SUMS=sums, BM=bm, BN=bn, BLOCKS=blocks,
+                MASK=out is not None, SUMS=sums, BLOCKS=blocks, **MASK_TILE,
             )  # fmt: skip
     return grad, partial.sum(0) if sums else partial

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._layout import result_format
-from .._triton import Shipped, empty_pixels, mask_and_sum, mask_and_sum_kernel, pixels, relu
+from .._triton import MASK_AND_SUM, Shipped, empty_pixels, mask_and_sum, pixels, relu
 
 ROWS, CHANNELS = 32, 64  # of a tile
 
@@ -36,10 +36,7 @@ SHIPPED = [
         bias_relu_kernel, ("x_ptr", "out_ptr"), ("rows", "channels", "x_pitch", "out_pitch"), ("bias_ptr",),
         aligned=("channels", "x_pitch", "out_pitch"), constants={"BIAS": True, "RELU": True, "BM": ROWS, "BC": CHANNELS},
     ),
-    Shipped(
-        mask_and_sum_kernel, ("grad_out_ptr", "out_ptr", "grad_ptr"), ("rows", "columns", "grad_out_pitch", "out_pitch"), ("sums_ptr",),
-        aligned=("columns", "grad_out_pitch", "out_pitch"), constants={"MASK": True, "SUMS": True, "BM": 16, "BN": 64, "BLOCKS": 16},
-    ),
+    MASK_AND_SUM,
 ]  # fmt: skip
 
 

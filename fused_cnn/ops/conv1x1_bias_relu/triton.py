@@ -18,7 +18,8 @@ from ..._layout import result_format
 from .._triton import Shipped, empty_pixels, mask_and_sum, pixels, processors, relu_grad
 from .._triton_conv import Geometry, conv_forward, precision, shipped_forward, weight_rows
 
-ROWS = 64  # of a tile of dgrad, and of a step of wgrad
+DGRAD_TILE = {"BM": 64, "BC": 64, "BN": 32}  # pixels, in channels; out channels a step
+WGRAD_TILE = {"BN": 64, "BC": 64, "BM": 32}  # out channels, in channels; pixels a step
 
 
 @triton.jit
@@ -95,7 +96,7 @@ SHIPPED = [
             ("rows", "columns", "channels", "height", "width", "out_h", "out_w", "stride_h", "stride_w",
              "grad_out_pitch", "out_pitch"),
             aligned=("columns", "channels", "grad_out_pitch", "out_pitch"),
-            constants={"MASK": True, "STRIDED": strided, "PRECISION": "tf32", "BM": ROWS, "BC": 64, "BN": 32},
+            constants={"MASK": True, "STRIDED": strided, "PRECISION": "tf32", **DGRAD_TILE},
         )
         for strided in (False, True)
     ),
@@ -107,7 +108,7 @@ SHIPPED = [
              "grad_pitch", "x_pitch", "steps"),
             ("partial_ptr", "sums_ptr"),
             ("columns", "channels", "grad_pitch", "x_pitch"),
-            constants={"SUMS": True, "STRIDED": strided, "PRECISION": "tf32", "BN": 64, "BC": 64, "BM": 32},
+            constants={"SUMS": True, "STRIDED": strided, "PRECISION": "tf32", **WGRAD_TILE},
         )
         for strided in (False, True)
     ),
@@ -146,10 +147,11 @@ def conv1x1_bias_relu_bwd(
         grad_x = empty_pixels(x, channels, height, width)
         if strided:
             grad_x.zero_()
+        tiles = triton.cdiv(rows, DGRAD_TILE["BM"]) * triton.cdiv(channels, DGRAD_TILE["BC"])
         with torch.cuda.device_of(x):
-            dgrad_kernel[(min(triton.cdiv(rows, ROWS) * triton.cdiv(channels, 64), 4 * processors(x.device)),)](
+            dgrad_kernel[(min(tiles, 4 * processors(x.device)),)](
                 grad_out, mask, weight_rows(weight), grad_x, grad, rows, *sizes, grad_out_pitch, mask_pitch,
-                MASK=out is not None, STRIDED=strided, PRECISION=precision(x.dtype), BM=ROWS, BC=64, BN=32,
+                MASK=out is not None, STRIDED=strided, PRECISION=precision(x.dtype), **DGRAD_TILE,
             )  # fmt: skip
         grad_x = grad_x.contiguous(memory_format=result_format(x))
     else:
@@ -167,16 +169,16 @@ def _wgrad(grad: Tensor, x: Tensor, rows: int, sizes: tuple[int, ...], strided: 
     columns, channels = sizes[:2]
     grad, grad_pitch = pixels(grad)
     x, x_pitch = pixels(x)
-    tiles = triton.cdiv(columns, 64) * triton.cdiv(channels, 64)
+    tiles = triton.cdiv(columns, WGRAD_TILE["BN"]) * triton.cdiv(channels, WGRAD_TILE["BC"])
     # Parts enough to fill the device, of at least 32 steps: a matter of the shape and the device, so that sums repeat.
     parts = max(1, min(2 * processors(x.device) // max(1, tiles), rows // 1024))
-    steps = triton.cdiv(triton.cdiv(rows, 32), parts)
+    steps = triton.cdiv(triton.cdiv(rows, WGRAD_TILE["BM"]), parts)
     partial = torch.empty((parts, columns, channels), dtype=torch.float32, device=x.device)
     sums = torch.empty((parts, columns) if bias else 0, dtype=torch.float32, device=x.device)
     if tiles:
         with torch.cuda.device_of(x):
             wgrad_kernel[(tiles, parts)](
                 grad, x, partial, sums, rows, *sizes, grad_pitch, x_pitch, steps,
-                SUMS=bias, STRIDED=strided, PRECISION=precision(x.dtype), BN=64, BC=64, BM=32,
+                SUMS=bias, STRIDED=strided, PRECISION=precision(x.dtype), **WGRAD_TILE,
             )  # fmt: skip
     return partial.sum(0).to(x.dtype), sums.sum(0) if bias else sums
