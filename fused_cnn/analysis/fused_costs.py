@@ -14,6 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..ops._conv import out_size
 from .cost import ONE_PASS, Arguments, Cost, tensor_bytes
 
 
@@ -30,7 +31,7 @@ def _conv_flops(
 ) -> int:
     """A multiply-add for each weight at each pixel of the result, two operations each."""
     sizes = zip(x.shape[2:], weight_shape[2:], stride, padding, dilation, strict=True)
-    pixels = prod((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes)
+    pixels = prod(out_size(*side) for side in sizes)
     return 2 * x.size(0) * pixels * prod(weight_shape)
 
 
@@ -80,19 +81,18 @@ def _residual_block(args: Arguments) -> Cost:
     convolutions = [geometry[i + 1 : i + 10] for i in range(0, len(geometry), 10)]
     chain = convolutions[:-1] if projects else convolutions
 
-    def result(read: tuple[int, ...], conv: Sequence[int]) -> tuple[int, ...]:
-        sizes = zip(read[2:], conv[1:3], conv[3:5], conv[5:7], conv[7:9], strict=True)
-        return (read[0], conv[0], *((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes))
+    def run(read: Tensor, conv: Sequence[int]) -> tuple[Tensor, int]:
+        out, kernel, *pairs = conv[0], conv[1:3], conv[3:5], conv[5:7], conv[7:9]
+        sides = (out_size(*side) for side in zip(read.shape[2:], kernel, *pairs, strict=True))
+        return read.new_empty((read.size(0), out, *sides), device="meta"), _conv_flops(read, (out, read.size(1), *kernel), *pairs)
 
-    def flops(read: tuple[int, ...], conv: Sequence[int]) -> int:
-        return 2 * prod(result(read, conv)) * read[1] * conv[1] * conv[2]
-
-    shapes = [tuple(x.shape)]
-    for conv in chain:
-        shapes.append(result(shapes[-1], conv))
-    work = sum(flops(read, conv) for read, conv in zip(shapes[:-1], chain, strict=True))
-    work += flops(shapes[0], convolutions[-1]) if projects else 0
-    between = sum(prod(shape) for shape in shapes[1:-1]) * x.element_size()
+    made, work, between = x, 0, 0
+    for i, conv in enumerate(chain):
+        made, flops = run(made, conv)
+        work += flops
+        between += tensor_bytes(made) if i + 1 < len(chain) else 0
+    if projects:
+        work += run(x, convolutions[-1])[1]
     return Cost(len(convolutions), {"x": 2} if args["shortcut"] else {}, rewrites=int(projects), scratch=between, flops=work)
 
 
