@@ -114,12 +114,13 @@ engine::ConvShape engine_shape(int64_t images, int64_t channels, int64_t height,
 }
 
 Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
-                   const Ints& dilation) {
+                   const Ints& stride, const Ints& dilation) {
   const char* op = "conv_pack";
   FUSED_CNN_CHECK(!weights.empty() && weights.size() <= engine::kMaxDestinations && weights.size() == biases.size(), op,
                   ": between 1 and ", engine::kMaxDestinations, " weights with as many biases, got ", weights.size());
-  FUSED_CNN_CHECK(dilation.size() == 2 && dilation[0] >= 1 && dilation[1] >= 1, op,
-                  ": dilation must be two values of at least 1");
+  for (const Ints& steps : {stride, dilation})
+    FUSED_CNN_CHECK(steps.size() == 2 && steps[0] >= 1 && steps[1] >= 1, op,
+                    ": stride and dilation must be two values of at least 1 each");
   engine::ConvShape shape{};
   std::vector<Tensor> keep;
   std::vector<const void*> weight_data;
@@ -146,7 +147,7 @@ Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::op
   }
   shape.destinations = static_cast<int>(weights.size());
   shape.C = weights[0].size(1), shape.kernel_h = weights[0].size(2), shape.kernel_w = weights[0].size(3);
-  shape.stride_h = shape.stride_w = 1;
+  shape.stride_h = stride[0], shape.stride_w = stride[1];
   shape.dilation_h = dilation[0], shape.dilation_w = dilation[1];
   const engine::DType dtype = engine_dtype(weights[0]);
   const int64_t sizes[] = {engine::packed_weight_bytes(shape, dtype)};

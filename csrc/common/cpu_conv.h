@@ -42,7 +42,7 @@ class Between {
 
 // One buffer of bytes that holds the weights and biases of convolutions sharing an input; biases are float32 or absent.
 Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
-                   const Ints& dilation = {1, 1});
+                   const Ints& stride = {1, 1}, const Ints& dilation = {1, 1});
 void check_packed(const char* op, const Tensor& packed, const engine::ConvShape& shape, engine::DType dtype);
 
 Tensor cpu_conv_packed(const char* op, const Tensor& x, const Tensor& packed, const Ints& weight_shape,

@@ -18,8 +18,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bias_relu_bwd(const Tensor& grad
                            needs_weight, needs_bias);
 }
 
-Tensor conv_bias_relu_pack(const Tensor& weight, std::optional<Tensor> bias, Ints dilation) {
-  return engine_pack({weight}, {bias}, dilation);
+Tensor conv_bias_relu_pack(const Tensor& weight, std::optional<Tensor> bias, Ints stride, Ints dilation) {
+  return engine_pack({weight}, {bias}, stride, dilation);
 }
 
 Tensor conv_bias_relu_packed_fwd(const Tensor& x, const Tensor& packed, Ints weight_shape,

@@ -182,7 +182,9 @@ class FusedModule(nn.Module):
                 conv,
                 (conv, bn),
                 x,
-                lambda: pack_conv(*fold(conv, bn), like=x, dilation=conv.dilation, groups=conv.groups, backend=self.backend),
+                lambda: pack_conv(
+                    *fold(conv, bn), like=x, stride=conv.stride, dilation=conv.dilation, groups=conv.groups, backend=self.backend
+                ),
             )
             return conv_bias_relu(x, weight, bias, residual, **geometry(conv), relu=relu, backend=self.backend)
         if bn is None:

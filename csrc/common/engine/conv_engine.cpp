@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <numeric>
 #include <vector>
 #include "common/engine/conv_plan.h"
 
@@ -58,6 +59,39 @@ Reduction reduction(const ConvShape& s, int64_t step) {
   return {s.kernel_h, fold ? 1 : s.kernel_w, run, round_up(std::max<int64_t>(run, 1), step), fold};
 }
 
+// Costs of a 3 x 3 convolution in multiply-adds of vectors per pair of channels. The transforms' share, and 15% for
+// sums that pass through memory, measured on Zen 4 (2 cores, 2026-11-25).
+double direct_cost(const Plan& plan, int64_t pixels) {
+  return 9.0 * pixels / (plan.dtype == DType::bf16 ? step_size(*current(), plan.dtype) : 1);
+}
+
+double winograd_cost(const ConvShape& s, int64_t tiles) {
+  const int64_t out = std::accumulate(s.out_channels, s.out_channels + s.destinations, int64_t{0});
+  return kWinogradPositions * tiles * (1.15 + 9.0 / s.C + 7.0 / out);
+}
+
+// Whether transformed weights are packed as well. In bfloat16 only small ones: they are float, 24 for 9, and the layers
+// with large ones have images so small that it does not pay.
+bool takes_winograd(const Plan& plan) {
+  const ConvShape& s = plan.shape;
+  if (s.kernel_h != 3 || s.kernel_w != 3 || s.stride_h * s.stride_w * s.dilation_h * s.dilation_w != 1) return false;
+  if (plan.matrix || (plan.dtype == DType::bf16 && plan.vectors * current()->lanes * s.C > 1 << 16)) return false;
+  return winograd_cost(s, 1) < direct_cost(plan, 8);
+}
+
+// Whether this call uses them: tiles that overhang small images are wasted, and with few pixels reading the weights is
+// what takes the time (a thread reads about 3 bytes a cycle). What is added in place could not be added again.
+bool winograd_pays(const Plan& plan) {
+  const ConvShape& s = plan.shape;
+  if (plan.winograd.weight == nullptr) return false;
+  for (int d = 0; d < s.destinations; d++)
+    if (plan.args.destination[d].residual == plan.args.destination[d].out) return false;
+  const int64_t height = conv_out_h(s), width = conv_out_w(s), lanes = current()->lanes;
+  const double reads = 4.0 * lanes / 3;  // a float per pair of channels
+  return std::max(winograd_cost(s, s.N * ceil_div(height, 2) * ceil_div(width, 4)), kWinogradPositions * reads) <
+         std::max(direct_cost(plan, s.N * height * width), 9 * reads);
+}
+
 // The part of the plan that the packed layout depends on.
 Plan plan_weight(const ConvShape& shape, DType dtype, const void* packed) {
   const Level& level = *current();
@@ -75,6 +109,14 @@ Plan plan_weight(const ConvShape& shape, DType dtype, const void* packed) {
   plan.args.packed = packed;
   plan.bias = (const float*)packed;
   plan.weight = (const char*)packed + round_up(plan.vectors * level.lanes * 4, kCacheLine);
+  plan.packed_bytes =
+      round_up(plan.vectors * level.lanes * 4, kCacheLine) + ceil_div(plan.panel_bytes * plan.vectors, kPanelVectors);
+  if (takes_winograd(plan)) {
+    const int64_t at = round_up(plan.packed_bytes, kCacheLine);
+    plan.winograd.weight = (const char*)packed + at;
+    plan.winograd.panel_bytes = kWinogradPositions * shape.C * kPanelVectors * level.lanes * 4;
+    plan.packed_bytes = at + ceil_div(plan.winograd.panel_bytes * plan.vectors, kPanelVectors);
+  }
   return plan;
 }
 
@@ -158,22 +200,41 @@ std::vector<int64_t> tap_offsets(const Plan& plan) {
   return offsets;
 }
 
+// Blocks of as many tiles as make two calls of the microkernel: a position's weights then serve twice from L1.
+void plan_winograd(Plan& plan, const Level& level, int threads) {
+  const ConvShape& s = plan.shape;
+  Winograd& wg = plan.winograd;
+  plan.out_h = conv_out_h(s), plan.out_w = conv_out_w(s);
+  wg.tiles_y = ceil_div(plan.out_h, 2), wg.tiles_x = ceil_div(plan.out_w, 4);
+  wg.tiles = s.N * wg.tiles_y * wg.tiles_x;
+  wg.pitch = (ceil_div(s.C * 4, kCacheLine) | 1) * kCacheLine / 4;  // odd: see plan_blocks
+  wg.blocks = ceil_div(wg.tiles, 2 * level.tile_pixels);
+  wg.block_tiles = ceil_div(wg.tiles, wg.blocks);
+  plan.groups = threads == 1 ? 1 : std::min(plan.panels, ceil_div(12 * threads, wg.blocks));
+  plan.items = wg.blocks * plan.groups;
+}
+
 struct Work {
   const Plan& plan;
-  const Level& level;
+  void (*run_item)(const Plan& plan, int64_t item, Scratch& scratch);
+  int64_t scratch_bytes;
   std::atomic<int64_t> next{0};
 };
 
 // Threads take items as they come free, so that one delayed by other work on the machine does not delay the call.
 void take_items(int64_t, int64_t, void* context) {
   Work& work = *static_cast<Work*>(context);
-  const Plan& plan = work.plan;
-  Scratch scratch{nullptr, -1};
-  if (plan.gather)
-    scratch.data = scratch_buffer.at_least(plan.phases_h * plan.phases_w * plan.in_h * plan.in_w * plan.pitch *
-                                           element_size(work.level, plan.dtype));
-  for (int64_t item; (item = work.next.fetch_add(1, std::memory_order_relaxed)) < plan.items;)
-    work.level.run_item(plan, item, scratch);
+  Scratch scratch{work.scratch_bytes > 0 ? scratch_buffer.at_least(work.scratch_bytes) : nullptr, -1};
+  for (int64_t item; (item = work.next.fetch_add(1, std::memory_order_relaxed)) < work.plan.items;)
+    work.run_item(work.plan, item, scratch);
+}
+
+void run_items(Plan& plan, Work& work, const ThreadPool& pool) {
+  plan.workers = std::min<int64_t>(pool.threads, plan.items);
+  if (plan.workers <= 1)
+    take_items(0, 1, &work);
+  else
+    pool.parallel_for(plan.workers, 1, take_items, &work);
 }
 
 struct PoolWork {
@@ -210,8 +271,7 @@ int64_t conv_out_w(const ConvShape& s) {
 }
 
 int64_t packed_weight_bytes(const ConvShape& shape, DType dtype) {
-  const Plan plan = plan_weight(shape, dtype, nullptr);
-  return (const char*)plan.weight - (const char*)nullptr + ceil_div(plan.panel_bytes * plan.vectors, kPanelVectors);
+  return plan_weight(shape, dtype, nullptr).packed_bytes;
 }
 
 void pack_weight(const ConvShape& shape, DType dtype, const void* const* weight, const float* const* bias,
@@ -224,16 +284,23 @@ void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args, con
   const Level& level = *current();
   Plan plan = plan_weight(shape, dtype, args.packed);
   plan.args = args;
+  if (winograd_pays(plan)) {
+    int nonfinite = 0;
+    plan.winograd.nonfinite = &nonfinite;
+    plan_winograd(plan, level, pool.threads);
+    const Winograd& wg = plan.winograd;
+    Work work{plan, level.run_item_winograd,
+              kWinogradPositions * wg.block_tiles * (wg.pitch + kPanelVectors * level.lanes) * 4};
+    run_items(plan, work, pool);
+    if (!nonfinite) return;
+  }
   plan_blocks(plan, level, pool.threads);
   std::vector<int64_t> offsets;
   if (plan.matrix) offsets = tap_offsets(plan), plan.tap_offset = offsets.data();
   plan.items = plan.shape.N * plan.blocks_y * plan.blocks_x * plan.groups;
-  plan.workers = std::min<int64_t>(pool.threads, plan.items);
-  Work work{plan, level};
-  if (plan.workers <= 1)
-    take_items(0, 1, &work);
-  else
-    pool.parallel_for(plan.workers, 1, take_items, &work);
+  const int64_t pixels = plan.phases_h * plan.phases_w * plan.in_h * plan.in_w;
+  Work work{plan, level.run_item, plan.gather ? pixels * plan.pitch * element_size(level, dtype) : 0};
+  run_items(plan, work, pool);
 }
 
 void max_pool(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, void* out, int64_t out_pitch,

@@ -60,7 +60,7 @@ int64_t conv_out_h(const ConvShape& shape);
 int64_t conv_out_w(const ConvShape& shape);
 
 // Bytes of the packed weight and bias. The layout belongs to this process's CPU level: never store it on disk.
-// N, H, W, strides and padding do not matter to either function, so one packed weight serves every input size.
+// N, H, W and padding do not matter to either function, so one packed weight serves every input size.
 int64_t packed_weight_bytes(const ConvShape& shape, DType dtype);
 
 // weight[i] is contiguous [out_channels[i], C, kernel_h, kernel_w]; bias[i] has out_channels[i] floats, or is null.

@@ -18,6 +18,17 @@ struct Reduction {
   bool fold;       // a run is a kernel row: pixels must then lie exactly C apart
 };
 
+// What F(2 x 4, 3 x 3) adds to a plan, see conv_winograd.inc. Its items are blocks of tiles by groups of panels.
+constexpr int kWinogradPositions = 24;
+struct Winograd {
+  const void* weight;  // packed: [panel][position][C][lanes], float; null where the kernel is not 3 x 3 with stride 1
+  int64_t panel_bytes;
+  int64_t tiles_y, tiles_x, tiles, blocks;
+  int64_t block_tiles;  // in a block, at most
+  int64_t pitch;        // floats between the transformed pixels of neighbouring tiles
+  int* nonfinite;       // set where a result is, which then may not be where it should
+};
+
 // The convolution as blocks of output pixels (block_h x block_w, of one image) by groups of weight panels. An unpadded
 // 1x1 stride-1 convolution is planned as one image of one row that holds every pixel.
 struct Plan {
@@ -34,6 +45,7 @@ struct Plan {
   const float* bias;                        // packed: one float per lane of every vector
   const void* weight;                       // packed: [panel][taps_h][taps_w][padded run][lanes], see pack_as
   int64_t panel_bytes;                      // of a full panel
+  int64_t packed_bytes;                     // of everything packed
 
   // Where gather is set, the input of a block is first copied to scratch, with its zero padding, as in_h x in_w pixels
   // `pitch` elements apart. Strides that no tap needs (a 1x1 kernel's) are dropped by the copy: step_h, step_w.
@@ -46,6 +58,8 @@ struct Plan {
   bool matrix;
   int64_t phases_h, phases_w;
   const int64_t* tap_offset;
+
+  Winograd winograd;
 };
 
 // What a thread keeps between items: its scratch, and the block that the scratch holds (-1: none).
@@ -60,6 +74,7 @@ struct Level {
   int bf16_step;    // of K: 1 where bf16 is widened to float first, 2 for products of pairs, kMatrixStep
   void (*pack)(const Plan& plan, const void* const* weight, const float* const* bias, void* packed);
   void (*run_item)(const Plan& plan, int64_t item, Scratch& scratch);
+  void (*run_item_winograd)(const Plan& plan, int64_t item, Scratch& scratch);
   void (*max_pool_row)(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, void* out,
                        int64_t out_pitch, int64_t row);
   // Item i is lanes (i % vectors) of image (i / vectors); sums has room for H * W vectors.

@@ -19,6 +19,7 @@
 #define ENGINE_UNROLL _Pragma("GCC unroll 32")
 #endif
 #define ENGINE_INLINE inline __attribute__((always_inline))
+#define ENGINE_LAMBDA __attribute__((always_inline))
 
 namespace fused_cnn::engine {
 namespace {
@@ -247,6 +248,7 @@ void run_item_as(const Plan& plan, int64_t item, Scratch& scratch) {
   }
 }
 
+#include "common/engine/conv_winograd.inc"
 #if defined(__AMX_BF16__)
 #include "common/engine/conv_amx.inc"
 #endif
@@ -258,8 +260,9 @@ using Bf16Product = FloatProduct;
 #endif
 
 void pack(const Plan& plan, const void* const* weight, const float* const* bias, void* packed) {
-  (plan.dtype == DType::f32 ? pack_as<FloatProduct, float> : pack_as<Bf16Product, bfloat16>)(plan, weight, bias,
-                                                                                             packed);
+  const bool f32 = plan.dtype == DType::f32;
+  (f32 ? pack_as<FloatProduct, float> : pack_as<Bf16Product, bfloat16>)(plan, weight, bias, packed);
+  if (plan.winograd.weight != nullptr) (f32 ? pack_winograd<float> : pack_winograd<bfloat16>)(plan, weight, packed);
 }
 
 void run_item(const Plan& plan, int64_t item, Scratch& scratch) {
@@ -269,6 +272,10 @@ void run_item(const Plan& plan, int64_t item, Scratch& scratch) {
 #else
   run_item_as<Bf16Product, bfloat16>(plan, item, scratch);
 #endif
+}
+
+void run_winograd(const Plan& plan, int64_t item, Scratch& scratch) {
+  (plan.dtype == DType::f32 ? run_item_winograd<float> : run_item_winograd<bfloat16>)(plan, item, scratch);
 }
 
 void max_pool_row(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, void* out, int64_t out_pitch,
@@ -294,6 +301,6 @@ void max_pool_backward_item(const PoolShape& shape, DType dtype, const void* x, 
 
 namespace fused_cnn::FUSED_CNN_LEVEL {
 extern const engine::Level engine_level = {
-    engine::kLanes,       engine::kTilePixels,           engine::kBf16Step, engine::pack, engine::run_item,
-    engine::max_pool_row, engine::max_pool_backward_item};
+    engine::kLanes,   engine::kTilePixels,  engine::kBf16Step,    engine::pack,
+    engine::run_item, engine::run_winograd, engine::max_pool_row, engine::max_pool_backward_item};
 }  // namespace fused_cnn::FUSED_CNN_LEVEL

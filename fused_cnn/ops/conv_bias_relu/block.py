@@ -69,7 +69,7 @@ def pack_residual_block(
     units = [*convolutions, *([projection] if projection else [])]
     if any(u.groups != 1 for u in units) or not packable(like, "conv_bias_relu_fwd", backend):
         return None
-    packed = [pack_conv(u.weight, u.bias, like=like, dilation=u.dilation, backend=backend)[0] for u in units]
+    packed = [pack_conv(u.weight, u.bias, like=like, stride=u.stride, dilation=u.dilation, backend=backend)[0] for u in units]
     geometry = [
         n
         for u in units

@@ -29,7 +29,7 @@ def _fake_bwd(  # type: ignore[no-untyped-def]
     return empty_gradients(grad_out, out, x, weight, needs_x, needs_weight, needs_bias)
 
 
-def _fake_pack(weight: Tensor, bias: Tensor | None, dilation: list[int]) -> Tensor:
+def _fake_pack(weight: Tensor, bias: Tensor | None, stride: list[int], dilation: list[int]) -> Tensor:
     size = torch.library.get_ctx().new_dynamic_size()  # the layout, and so the size, is the processor's affair
     return weight.new_empty(size, dtype=torch.uint8)
 
@@ -49,7 +49,7 @@ define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _fake_bwd,
 )
-define("conv_bias_relu_pack(Tensor weight, Tensor? bias, SymInt[] dilation) -> Tensor", _fake_pack)
+define("conv_bias_relu_pack(Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] dilation) -> Tensor", _fake_pack)
 define(
     "conv_bias_relu_packed_fwd(Tensor x, Tensor packed, SymInt[] weight_shape, Tensor? residual, SymInt[] stride, "
     "SymInt[] padding, SymInt[] dilation, bool relu) -> Tensor",
@@ -66,14 +66,22 @@ class PackedConv(NamedTuple):
 
 
 def pack_conv(
-    weight: Tensor, bias: Tensor | None, *, like: Tensor, dilation: int | Sequence[int] = 1, groups: int = 1, backend: str | None = None
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    like: Tensor,
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    backend: str | None = None,
 ) -> tuple[Tensor | PackedConv, Tensor | None]:
-    """The weight and bias to call conv_bias_relu with many times, with this dilation, without gradients, on inputs such as `like`.
+    """The weight and bias to call conv_bias_relu with many times, with this stride and dilation, without gradients, on inputs such as
+    `like`.
 
     Packed where the native CPU convolution will run (the bias, kept in float32, is then inside); else both in `like`'s dtype.
     """
     if groups == 1 and weight.size(0) > 0 and packable(like, "conv_bias_relu_fwd", backend):
-        data = kernel("conv_bias_relu_pack", "native")(weight.to(like.dtype), bias, pair(dilation))
+        data = kernel("conv_bias_relu_pack", "native")(weight.to(like.dtype), bias, pair(stride), pair(dilation))
         return PackedConv(data, weight.shape), None
     return weight.to(like.dtype), None if bias is None else bias.to(like.dtype)
 
