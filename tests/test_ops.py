@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -87,7 +86,7 @@ CONVOLUTIONS = [o for o in ALL_CASES if o.name in ("conv_bias_relu", "conv1x1_bi
 def check_packed(op_cases: OpCases, case: Case, dtype: torch.dtype, layout: str) -> None:
     """A weight packed once, as modules use it in eval, against the plain convolution in eager and in float64."""
     (x, weight, bias, residual), kwargs = op_cases.make(case, Maker(dtype, layout, grad=False))
-    packed, left = pack_conv(weight, bias, like=x, dilation=kwargs.get("dilation", 1), groups=kwargs.get("groups", 1))
+    packed, left = pack_conv(weight, bias, like=x, **{k: kwargs[k] for k in ("stride", "dilation", "groups") if k in kwargs})
     out = conv_bias_relu(x, packed, left, residual, **kwargs)
     inputs = (x, weight, bias, residual)
     eager = conv_bias_relu(*inputs, **kwargs, backend="reference")
@@ -382,20 +381,6 @@ def test_the_cuda_library_loads_without_a_gpu_and_registers_its_kernels() -> Non
     assert _library.has_kernel("add_relu_bwd", "native", "cuda")
 
 
-LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The kernels for lesser processors, run on this one."""
-    module = _library.cpu_module
-    best = module.build_info["cpu_level"]
-    if not module.set_cpu_level(request.param):
-        pytest.skip(f"this processor has {best}, not {request.param}")
-    yield request.param
-    module.set_cpu_level(best)
-
-
 @pytest.mark.usefixtures("two_threads", "nan_filled_memory", "level")
 def test_every_instruction_set_gives_the_same_results() -> None:
     for op_cases in ALL_CASES:
@@ -428,7 +413,7 @@ def test_every_instruction_set_reads_the_window_and_nothing_else(channels: int) 
         weight, bias = torch.randint(-1, 2, (out_channels, channels, kernel, kernel)), torch.randint(-2, 3, (out_channels,))
         plain = torch.nn.functional.conv2d(x.float(), weight.float(), bias.float(), stride, padding, dilation)
         residual = torch.randint(-9, 10, plain.shape)
-        packed, left = pack_conv(weight.to(dtype), bias.to(dtype), like=x, dilation=dilation)
+        packed, left = pack_conv(weight.to(dtype), bias.to(dtype), like=x, stride=stride, dilation=dilation)
         expected = torch.relu(plain + residual).to(dtype)
         for threads in (1, 2):  # one thread takes larger blocks
             torch.set_num_threads(threads)

@@ -16,13 +16,14 @@ Arguments = Mapping[str, Any]  # an op's argument names and values
 class Cost:
     """One call: one kernel reads every argument once and writes every result once, unless stated.
 
-    `reads` says how often an argument is read, by name; `rewrites` counts further passes that read the first
-    result and write it again; `scratch` is bytes of temporaries inside the op, written once and read once;
-    `flops` is of ops that PyTorch's own counter does not know.
+    `reads` says how often an argument is read, by name; `reads_more` is bytes read besides; `rewrites` counts
+    further passes that read the first result and write it again; `scratch` is bytes of temporaries inside the
+    op, written once and read once; `flops` is of ops that PyTorch's own counter does not know.
     """
 
     launches: int = 1
     reads: Mapping[str, int] = field(default_factory=dict)
+    reads_more: int = 0
     rewrites: int = 0
     scratch: int = 0
     flops: int = 0

@@ -14,6 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .. import _library
 from ..ops._conv import out_size
 from .cost import ONE_PASS, Arguments, Cost, tensor_bytes
 
@@ -51,8 +52,18 @@ def _conv(args: Arguments) -> Cost:
     return Cost(2, rewrites=1, flops=flops)  # the library's convolution, then the epilogue over its result
 
 
+def _packed_bytes(x: Tensor, weight_shape: Sequence[int], *geometry: Sequence[int], in_place: bool = False) -> int:
+    # A packed weight may be there in two forms, of which a call reads one.
+    assert _library.cpu_module is not None
+    out_channels, _, *kernel = weight_shape
+    bfloat16 = x.dtype == torch.bfloat16
+    read: int = _library.cpu_module.packed_bytes_read(x.shape, out_channels, kernel, *geometry, bfloat16, in_place)
+    return read
+
+
 def _conv_packed(args: Arguments) -> Cost:
-    return Cost(flops=_conv_flops(args["x"], args["weight_shape"], *_geometry(args)))
+    x, weight_shape, geometry = args["x"], args["weight_shape"], _geometry(args)
+    return Cost(reads={"packed": 0}, reads_more=_packed_bytes(x, weight_shape, *geometry), flops=_conv_flops(x, weight_shape, *geometry))
 
 
 def _conv_backward(args: Arguments) -> Cost:
@@ -81,19 +92,24 @@ def _residual_block(args: Arguments) -> Cost:
     convolutions = [geometry[i + 1 : i + 10] for i in range(0, len(geometry), 10)]
     chain = convolutions[:-1] if projects else convolutions
 
-    def run(read: Tensor, conv: Sequence[int]) -> tuple[Tensor, int]:
+    def run(read: Tensor, conv: Sequence[int], in_place: bool = False) -> tuple[Tensor, int, int]:
         out, kernel, *pairs = conv[0], conv[1:3], conv[3:5], conv[5:7], conv[7:9]
         sides = (out_size(*side) for side in zip(read.shape[2:], kernel, *pairs, strict=True))
-        return read.new_empty((read.size(0), out, *sides), device="meta"), _conv_flops(read, (out, read.size(1), *kernel), *pairs)
+        shape = (out, read.size(1), *kernel)
+        weights = _packed_bytes(read, shape, *pairs, in_place=in_place)
+        return read.new_empty((read.size(0), out, *sides), device="meta"), _conv_flops(read, shape, *pairs), weights
 
-    made, work, between = x, 0, 0
+    made, work, between, weights = x, 0, 0, 0
     for i, conv in enumerate(chain):
-        made, flops = run(made, conv)
-        work += flops
-        between += tensor_bytes(made) if i + 1 < len(chain) else 0
+        last = i + 1 == len(chain)
+        made, *more = run(made, conv, in_place=last and projects)
+        work, weights = work + more[0], weights + more[1]
+        between += 0 if last else tensor_bytes(made)
     if projects:
-        work += run(x, convolutions[-1])[1]
-    return Cost(len(convolutions), {"x": 2} if args["shortcut"] else {}, rewrites=int(projects), scratch=between, flops=work)
+        _, *more = run(x, convolutions[-1])
+        work, weights = work + more[0], weights + more[1]
+    reads = {"packed": 0, **({"x": 2} if args["shortcut"] else {})}
+    return Cost(len(convolutions), reads, reads_more=weights, rewrites=int(projects), scratch=between, flops=work)
 
 
 def _inception_of(x: Tensor, channels: Sequence[int], kernels: Sequence[int], packing: int) -> Cost:
@@ -119,7 +135,13 @@ def _inception(args: Arguments) -> Cost:
 
 
 def _inception_packed(args: Arguments) -> Cost:
-    return _inception_of(args["x"], args["channels"], args["kernels"], 0)
+    x, packed, channels = args["x"], args["packed"], args["channels"]
+    weights = tensor_bytes(packed[0]) + tensor_bytes(packed[3])  # 1 x 1: in one form only
+    for (reduced, out), kernel in zip((channels[1:3], channels[3:5]), args["kernels"], strict=True):
+        read = x.new_empty((x.size(0), reduced, *x.shape[2:]), device="meta")
+        weights += _packed_bytes(read, (out, reduced, kernel, kernel), (1, 1), (kernel // 2,) * 2, (1, 1))
+    cost = _inception_of(x, channels, args["kernels"], 0)
+    return replace(cost, reads={**cost.reads, "packed": 0}, reads_more=weights)
 
 
 def _batch_norm_backward(args: Arguments) -> Cost:

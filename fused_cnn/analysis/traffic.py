@@ -75,7 +75,8 @@ class _Counter(TorchDispatchMode):
             return
         if not cost.launches:
             return
-        read = sum(cost.reads.get(key, 1) * tensor_bytes(t) for key, value in read_arguments(op, args).items() for t in tensors_in(value))
+        arguments = read_arguments(op, args).items()
+        read = cost.reads_more + sum(cost.reads.get(key, 1) * tensor_bytes(t) for key, value in arguments for t in tensors_in(value))
         written = [tensor_bytes(t) for t in written_tensors(op, args, result)]
         again = cost.scratch + (cost.rewrites * written[0] if written else 0)
         for total in (self.counts, self.counts.by_op.setdefault(name, OpCounts())):

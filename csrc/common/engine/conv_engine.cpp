@@ -81,15 +81,14 @@ bool takes_winograd(const Plan& plan) {
 
 // Whether this call uses them: tiles that overhang small images are wasted, and with few pixels reading the weights is
 // what takes the time (a thread reads about 3 bytes a cycle). What is added in place could not be added again.
-bool winograd_pays(const Plan& plan) {
+bool winograd_pays(const Plan& plan, bool in_place) {
   const ConvShape& s = plan.shape;
-  if (plan.winograd.weight == nullptr) return false;
-  for (int d = 0; d < s.destinations; d++)
-    if (plan.args.destination[d].residual == plan.args.destination[d].out) return false;
-  const int64_t height = conv_out_h(s), width = conv_out_w(s), lanes = current()->lanes;
-  const double reads = 4.0 * lanes / 3;  // a float per pair of channels
-  return std::max(winograd_cost(s, s.N * ceil_div(height, 2) * ceil_div(width, 4)), kWinogradPositions * reads) <
-         std::max(direct_cost(plan, s.N * height * width), 9 * reads);
+  if (plan.winograd.weight == nullptr || in_place) return false;
+  const Level& level = *current();
+  const int64_t height = conv_out_h(s), width = conv_out_w(s), tiles = s.N * ceil_div(height, 2) * ceil_div(width, 4);
+  const double per_byte = level.lanes / 3.0;
+  return winograd_cost(s, tiles) + kWinogradPositions * 4 * per_byte <
+         direct_cost(plan, s.N * height * width) + 9 * element_size(level, plan.dtype) * per_byte;
 }
 
 // The part of the plan that the packed layout depends on.
@@ -274,6 +273,13 @@ int64_t packed_weight_bytes(const ConvShape& shape, DType dtype) {
   return plan_weight(shape, dtype, nullptr).packed_bytes;
 }
 
+int64_t packed_bytes_read(const ConvShape& shape, DType dtype, bool in_place) {
+  const Plan plan = plan_weight(shape, dtype, nullptr);
+  if (plan.winograd.weight == nullptr) return plan.packed_bytes;
+  const int64_t direct = (const char*)plan.winograd.weight - (const char*)nullptr;
+  return winograd_pays(plan, in_place) ? plan.packed_bytes - direct : direct;
+}
+
 void pack_weight(const ConvShape& shape, DType dtype, const void* const* weight, const float* const* bias,
                  void* packed) {
   current()->pack(plan_weight(shape, dtype, packed), weight, bias, packed);
@@ -284,7 +290,10 @@ void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args, con
   const Level& level = *current();
   Plan plan = plan_weight(shape, dtype, args.packed);
   plan.args = args;
-  if (winograd_pays(plan)) {
+  bool in_place = false;
+  for (int d = 0; d < shape.destinations; d++)
+    in_place |= args.destination[d].residual == args.destination[d].out;
+  if (winograd_pays(plan, in_place)) {
     int nonfinite = 0;
     plan.winograd.nonfinite = &nonfinite;
     plan_winograd(plan, level, pool.threads);

@@ -67,6 +67,9 @@ int64_t packed_weight_bytes(const ConvShape& shape, DType dtype);
 void pack_weight(const ConvShape& shape, DType dtype, const void* const* weight, const float* const* bias,
                  void* packed);
 
+// How many of them a call reads, whose residual is (in_place) or is not where its output goes.
+int64_t packed_bytes_read(const ConvShape& shape, DType dtype, bool in_place);
+
 void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args, const ThreadPool& pool);
 
 void max_pool(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, void* out, int64_t out_pitch,

@@ -1,0 +1,112 @@
+"""The CPU convolution's Winograd form: 3 x 3, stride 1 (csrc/common/engine/conv_winograd.inc)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import DEVICE
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from fused_cnn import _library
+from fused_cnn.ops import FoldedConv, conv_bias_relu, pack_conv, pack_residual_block, residual_block
+from fused_cnn.testing import judge
+
+NAN, INF = float("nan"), float("inf")
+pytestmark = [
+    pytest.mark.skipif(DEVICE != "cpu", reason="a form of the CPU convolution"),
+    pytest.mark.usefixtures("two_threads", "nan_filled_memory"),
+]
+
+
+def weights_read(x: Tensor, weight: Tensor, padding: int = 1, in_place: bool = False) -> int:
+    return _library.cpu_module.packed_bytes_read(
+        x.shape, weight.size(0), weight.shape[2:], (1, 1), (padding,) * 2, (1, 1), x.dtype == torch.bfloat16, in_place
+    )
+
+
+def transforms(x: Tensor, weight: Tensor, padding: int = 1, in_place: bool = False) -> bool:
+    """Whether such a call runs in Winograd's form: it then reads 24 floats for nine weights."""
+    return weights_read(x, weight, padding, in_place) >= 24 * 4 * weight.size(0) * weight.size(1)
+
+
+def inputs(shape: tuple[int, ...], out_channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(shape).relu().to(dtype).to(memory_format=torch.channels_last)
+    weight = torch.randn(out_channels, shape[1], 3, 3) / (9 * shape[1]) ** 0.5
+    return x, weight.to(dtype), torch.randn(out_channels).to(dtype)
+
+
+# N, C, H, W, out, padding: whole tiles and all ways to overhang one, channels that fill no vector, images of one tile's size and less,
+# blocks that end within an image, panels of one vector
+SHAPES = [
+    (1, 64, 28, 28, 64, 1), (3, 16, 14, 14, 33, 1), (2, 17, 13, 15, 40, 0), (1, 40, 11, 18, 5, 2), (9, 24, 2, 4, 48, 1),
+    (30, 19, 1, 3, 16, 1), (2, 256, 9, 6, 130, 1), (5, 512, 7, 7, 96, 1), (2, 20, 23, 29, 17, 3),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_agrees_with_float64_whatever_the_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    *size, out_channels, padding = shape
+    x, weight, bias = inputs(tuple(size), out_channels, dtype)
+    truth = conv2d(x.double(), weight.double(), bias.double(), padding=padding)
+    residual = torch.randn_like(truth).to(dtype).to(memory_format=torch.channels_last)
+    packed, _ = pack_conv(weight, bias, like=x)
+    wide = torch.full((size[0], size[1] + 5, *size[2:]), NAN, dtype=dtype).to(memory_format=torch.channels_last)
+    sliced = wide[:, 3 : 3 + size[1]].copy_(x)
+    found = []
+    for threads, image, addend, relu in ((1, x, None, False), (2, x, None, False), (2, sliced, residual, True), (2, x, residual, True)):
+        torch.set_num_threads(threads)
+        out = conv_bias_relu(image, packed, None, addend, padding=padding, relu=relu)
+        eager = conv2d(x, weight, bias, padding=padding) + (0 if addend is None else addend)
+        exact = truth + (0 if addend is None else addend.double())
+        if relu:
+            eager, exact = eager.relu(), exact.relu()
+        # Eager adds a bfloat16 residual to a rounded sum; 8 float32 units cover sums of few channels, where eager's error is a unit or two.
+        comparison = judge("out", out, eager, exact, factor=2, rounding=1, summation=8, dtype=dtype)
+        assert comparison.ok, (threads, comparison)
+        found.append(out)
+    assert torch.equal(found[0], found[1])  # threads share the work, and change no sum
+    assert torch.equal(found[2], found[3])
+
+
+def test_what_takes_this_form_and_what_does_not() -> None:
+    for dtype, size, expected in (
+        (torch.float32, (1, 64, 56, 56), True),
+        (torch.float32, (8, 512, 7, 7), True),
+        (torch.float32, (1, 512, 7, 7), False),  # reading the weights would take longer than the sums
+        (torch.float32, (1, 3, 56, 56), False),  # so would the transforms
+    ):
+        x, weight, bias = inputs(size, 64, dtype)
+        packed, _ = pack_conv(weight, bias, like=x)
+        assert transforms(x, weight) is expected, size
+        assert weights_read(x, weight) <= packed.data.numel()
+    assert not transforms(*inputs((1, 64, 56, 56), 64, torch.float32)[:2], in_place=True)  # type: ignore[misc]
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("value", [NAN, INF, -INF, 3e38])
+def test_what_is_not_finite_reaches_its_neighbours_only(value: float) -> None:
+    x, weight, bias = inputs((2, 32, 20, 20), 40, torch.float32)
+    x[1, 5, 9, 6] = value
+    assert transforms(x, weight)
+    residual = torch.randn(2, 40, 20, 20)
+    out = conv_bias_relu(x, *pack_conv(weight, bias, like=x), residual, padding=1)
+    expected = (conv2d(x, weight, bias, padding=1) + residual).relu()
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.isinf(), expected.isinf())
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_a_residual_that_is_added_in_place_is_added_once() -> None:
+    """A block's projection is written where its result goes. Computing again, as for what is not finite, would add the sum to itself."""
+    x, weight, bias = inputs((2, 32, 12, 12), 32, torch.float32)
+    project = torch.randn(32, 32, 1, 1) / 6
+    units = [FoldedConv(weight, bias, padding=1), FoldedConv(weight, bias, padding=1)]
+    x[0, 0, 0, 0] = NAN
+    block = pack_residual_block(units, FoldedConv(project, None), shortcut=True, like=x)
+    assert block is not None
+    hidden = conv2d(x, weight, bias, padding=1).relu()
+    expected = (conv2d(hidden, weight, bias, padding=1) + conv2d(x, project)).relu()
+    torch.testing.assert_close(residual_block(x, block), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
