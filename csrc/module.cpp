@@ -9,8 +9,9 @@ namespace py = pybind11;
 
 namespace {
 
-int64_t packed_bytes_read(std::array<int64_t, 4> x, int64_t out_channels, fused_cnn::Ints kernel, fused_cnn::Ints stride,
-                          fused_cnn::Ints padding, fused_cnn::Ints dilation, bool bfloat16, bool in_place) {
+int64_t packed_bytes_read(std::array<int64_t, 4> x, int64_t out_channels, fused_cnn::Ints kernel,
+                          fused_cnn::Ints stride, fused_cnn::Ints padding, fused_cnn::Ints dilation, bool bfloat16,
+                          bool in_place) {
   using namespace fused_cnn;
   const engine::ConvShape shape =
       engine_shape(x[0], x[1], x[2], x[3], out_channels, kernel, {stride, padding, dilation, 1});

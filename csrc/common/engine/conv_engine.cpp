@@ -291,8 +291,7 @@ void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args, con
   Plan plan = plan_weight(shape, dtype, args.packed);
   plan.args = args;
   bool in_place = false;
-  for (int d = 0; d < shape.destinations; d++)
-    in_place |= args.destination[d].residual == args.destination[d].out;
+  for (int d = 0; d < shape.destinations; d++) in_place |= args.destination[d].residual == args.destination[d].out;
   if (winograd_pays(plan, in_place)) {
     int nonfinite = 0;
     plan.winograd.nonfinite = &nonfinite;
