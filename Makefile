@@ -37,8 +37,15 @@ format: venv
 bench: venv
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=out/benchmarks.json
 
-compile-check: venv
+# With the newest Triton, and with the oldest that boxes with CUDA 13 have (torch 2.11 brings it).
+OLD_TRITON = 3.6.0
+compile-check: venv $(VENV)/triton-$(OLD_TRITON)
 	$(BIN)/python scripts/compile_check.py
+	PYTHONPATH=$(abspath $(VENV)/triton-$(OLD_TRITON)) $(BIN)/python scripts/compile_check.py --triton-only
+
+$(VENV)/triton-$(OLD_TRITON):
+	$(BIN)/python -m pip install -qq --no-deps --target $@.partial triton==$(OLD_TRITON)
+	mv $@.partial $@
 
 gpu-evidence: venv
 	for stage in build test bench-ops; do PATH="$(abspath $(BIN)):$$PATH" bash scripts/gpu.sh $$stage out/gpu || exit 1; done

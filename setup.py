@@ -7,6 +7,7 @@ Reads MAX_JOBS, TORCH_CUDA_ARCH_LIST, FORCE_CUDA (1: required, 0: skipped), CUDA
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -76,6 +77,14 @@ def gencode(arch_list: str) -> list[str]:
         if match[4]:
             flags.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
     return flags
+
+
+def source_hash() -> str:
+    """A hash of csrc/, by which a measurement of its kernels is known to be of these."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file()):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def max_jobs() -> int:
@@ -153,6 +162,7 @@ class Build(build_ext):
             "COMPILER": version,
             "TORCH": torch_version,
             "CPU_LEVELS": ";".join(CPU_LEVELS),
+            "SOURCES": source_hash(),
             "CUDA": cuda_version(nvcc) if nvcc else "",
             "CUDA_ARCHS": os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS) if nvcc else "",
         }

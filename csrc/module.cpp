@@ -25,6 +25,7 @@ PYBIND11_MODULE(_C, m) {
   py::dict info;
   info["compiler"] = FUSED_CNN_BUILD_COMPILER;
   info["torch"] = FUSED_CNN_BUILD_TORCH;
+  info["sources"] = FUSED_CNN_BUILD_SOURCES;
   info["cpu_levels"] = FUSED_CNN_BUILD_CPU_LEVELS;
   info["cpu_level"] = fused_cnn::cpu_level_name();
   info["cuda"] = FUSED_CNN_BUILD_CUDA;

@@ -3,7 +3,7 @@ drift hits all alike.
 
 A round takes one sample of every variant, in an order that rotates. A sample is as many calls as fill
 MIN_SAMPLE seconds, with one device synchronisation at its end; a synchronisation per call would add tens of
-microseconds to each.
+microseconds to each. On a GPU the sample is timed by events on the device.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 MIN_SAMPLE = 1e-3
+CACHE_BYTES = 256 << 20  # more than any device's last-level cache
 Work = Callable[[], object]
 
 
@@ -47,11 +48,14 @@ def synchronize(device: torch.device | str) -> None:
 class Interleaved:
     """Variants of one piece of work, timed round by round."""
 
-    def __init__(self, variants: Mapping[str, Work], device: torch.device | str = "cpu") -> None:
-        """Runs every variant a few times, to warm it up and to find how many calls make a sample."""
-        self.variants, self.device = dict(variants), device
+    def __init__(self, variants: Mapping[str, Work], device: torch.device | str = "cpu", *, cold: bool = False) -> None:
+        """Runs every variant a few times, to warm it up and to find how many calls make a sample. `cold` takes samples of one call
+        each, on a GPU with the caches overwritten before it."""
+        self.variants, self.device = dict(variants), torch.device(device)
+        on_gpu = self.device.type == "cuda"
+        self.flush = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=device) if cold and on_gpu else None
         self.seconds: dict[str, list[float]] = {name: [] for name in self.variants}
-        self.calls = {name: self._calls(work) for name, work in self.variants.items()}
+        self.calls = {name: 1 if cold else self._calls(work) for name, work in self.variants.items()}
         self.turn = 0
 
     def _calls(self, work: Work) -> int:
@@ -59,11 +63,23 @@ class Interleaved:
         return max(1, round(MIN_SAMPLE / max(self._sample(work, 1), 1e-9)))
 
     def _sample(self, work: Work, calls: int) -> float:
+        if self.device.type == "cuda":
+            return self._sample_events(work, calls)
         start = time.perf_counter()
         for _ in range(calls):
             work()
-        synchronize(self.device)
         return (time.perf_counter() - start) / calls
+
+    def _sample_events(self, work: Work, calls: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if self.flush is not None:
+            self.flush.zero_()
+        start.record()
+        for _ in range(calls):
+            work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3 / calls
 
     def round(self) -> None:
         """Take one sample of every variant."""

@@ -2,9 +2,10 @@
 or without a GPU.
 
 CUDA kernels are built by the ordinary build where nvcc is found, and ptxas's own report of that build is
-read. Triton kernels, those that each room lists in SHIPPED, are compiled offline by the Triton wheel and read
-with its cuobjdump. A kernel that spills to local memory fails the check; what cannot be checked here is said,
-with the reason.
+read. Triton kernels, those that each room lists in SHIPPED, are compiled offline by the Triton wheel that is
+first on PYTHONPATH and read with its cuobjdump. A kernel fails the check if it spills to local memory, if a
+block wants more shared memory than the chip has, or if it multiplies matrices on sm_90 without wgmma. What
+cannot be checked here is said, with the reason.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +42,16 @@ PTXAS = re.compile(
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
 )
+# Bytes of shared memory that one block may have (CUDA C++ Programming Guide, technical specifications per compute capability).
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10}
+MATRIX_UNITS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}  # as PTX writes them
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 @dataclass
 class Kernel:
-    """One compiled kernel: registers a thread, bytes a thread spilled to local memory, bytes of shared
-    memory a block.
+    """One compiled kernel: registers a thread, bytes a thread spilled to local memory, bytes of shared memory a
+    block, and the matrix units that its products run on ("fma" where these must be exact, "none" by mistake).
     """
 
     source: str
@@ -54,6 +60,16 @@ class Kernel:
     registers: int
     spilled: int
     shared: int
+    matrix: str = ""
+
+    @property
+    def faults(self) -> list[str]:
+        found = [f"{self.spilled} bytes spilled"] if self.spilled else []
+        if self.shared > SHARED_LIMIT[self.arch]:
+            found.append(f"{self.shared} bytes of shared memory, {self.arch} has {SHARED_LIMIT[self.arch]}")
+        if self.matrix and self.arch == "sm_90" and self.matrix not in ("wgmma", "fma"):
+            found.append(f"products by {self.matrix}, not wgmma")
+        return found
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -92,36 +108,40 @@ def cuda_kernels(skipped: list[str]) -> list[Kernel]:
     return found
 
 
-def triton_kernels(skipped: list[str]) -> Iterator[Kernel]:
-    """Every kernel that a room ships, for every target and dtype."""
+def triton_kernels(skipped: list[str]) -> list[Kernel]:
+    """Every kernel that a room ships, for every target and dtype; a process a core."""
     try:
         import triton
     except ImportError as error:
         skipped.append(f"Triton kernels: {error}; `pip install triton`")
-        return
+        return []
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     tool = str(cuobjdump) if cuobjdump.exists() else shutil.which("cuobjdump")
     if tool is None:
         skipped.append("Triton kernels: this Triton carries no cuobjdump, and none is on PATH")
-        return
+        return []
+    jobs = []
     for room in pkgutil.iter_modules(ops.__path__):
-        name = f"{ops.__name__}.{room.name}.triton"
-        if not room.ispkg or importlib.util.find_spec(name) is None:
-            continue
-        for shipped in importlib.import_module(name).SHIPPED:
-            for target in TRITON_TARGETS:
-                if shipped.descriptors and target < 90:
-                    continue
-                for dtype in shipped.dtypes:
-                    yield compiled(shipped, target, dtype, tool, room.name)
+        if room.ispkg and importlib.util.find_spec(f"{ops.__name__}.{room.name}.triton") is not None:
+            for i, shipped in enumerate(shipped_by(room.name)):
+                targets = [t for t in TRITON_TARGETS if t >= 90 or not shipped.descriptors]
+                jobs += [(room.name, i, target, dtype, tool) for target in targets for dtype in shipped.dtypes]
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        return list(pool.map(compiled, *zip(*jobs, strict=True), chunksize=8))
 
 
-def compiled(shipped: Any, target: int, dtype: str, tool: str, room: str) -> Kernel:
-    """Compile one kernel offline, as a launch on 16-byte-aligned tensors would, and read its cubin."""
+def shipped_by(room: str) -> list[Any]:
+    found: list[Any] = importlib.import_module(f"{ops.__name__}.{room}.triton").SHIPPED
+    return found
+
+
+def compiled(room: str, index: int, target: int, dtype: str, tool: str) -> Kernel:
+    """Compile a room's index-th kernel offline, as a launch on 16-byte-aligned tensors would, and read its cubin."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    shipped = shipped_by(room)[index]
     signature = (
         dict.fromkeys(shipped.pointers, f"*{dtype}")
         | dict.fromkeys(shipped.float32, "*fp32")
@@ -145,30 +165,41 @@ def compiled(shipped: Any, target: int, dtype: str, tool: str, room: str) -> Ker
         file.flush()
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, shared, local = map(int, RESOURCES.search(text).groups())  # type: ignore[union-attr]
-    name = f"{shipped.kernel.__name__} {dtype}"
-    return Kernel(f"{room}/triton.py", name, f"sm_{target}", registers, stack + local, max(shared, kernel.metadata.shared))
+    units = [unit for unit, instruction in MATRIX_UNITS.items() if instruction in kernel.asm["ptx"]]
+    matrix = (units or ["none"])[0] if "tt.dot" in kernel.asm["ttir"] else ""
+    if matrix == "none" and shipped.constants.get("PRECISION") == "ieee":
+        matrix = "fma"  # as asked for: no matrix unit multiplies float32 exactly
+    shared = max(shared, kernel.metadata.shared)
+    return Kernel(f"{room}/triton.py", shipped.label(dtype), f"sm_{target}", registers, stack + local, shared, matrix)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every GPU kernel and table what it costs.")
     parser.add_argument("--json", type=Path, help="also save the table here")
+    parser.add_argument("--triton-only", action="store_true", help="leave the CUDA kernels out")
     arguments = parser.parse_args()
     skipped: list[str] = []
-    kernels = [*cuda_kernels(skipped), *triton_kernels(skipped)]
-    table = Table("source", "kernel", "arch", "registers", "spilled bytes", "shared bytes", box=SIMPLE)
+    kernels = [] if arguments.triton_only else cuda_kernels(skipped)
+    kernels += triton_kernels(skipped)
+    table = Table("source", "kernel", "arch", "registers", "spilled", "shared", "matrix units", box=SIMPLE)
     for k in kernels:
-        table.add_row(k.source, k.name, k.arch, str(k.registers), f"[red]{k.spilled}[/]" if k.spilled else "0", str(k.shared))
+        row = (k.source, k.name, k.arch, str(k.registers), str(k.spilled), str(k.shared), k.matrix)
+        table.add_row(*row, style="red" if k.faults else None)
     console = Console()
-    console.width = max(console.width, 150)
+    console.width = max(console.width, 170)
     console.print(table)
     for line in skipped:
         console.print(f"skipped: {line}", highlight=False, soft_wrap=True)
-    spilling = [k for k in kernels if k.spilled]
+    failed = [k for k in kernels if k.faults]
+    for k in failed:
+        console.print(f"fails: {k.source}, {k.name} on {k.arch}: {'; '.join(k.faults)}", highlight=False, soft_wrap=True)
+    triton = version("triton") if importlib.util.find_spec("triton") else None
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"kernels": [asdict(k) for k in kernels], "skipped": skipped}, indent=1) + "\n")
-    print(f"compile-check: {len(kernels)} kernels compiled, {len(spilling)} spill, {len(skipped)} skipped")
-    return 1 if spilling else 0
+        document = {"triton": triton, "kernels": [asdict(k) for k in kernels], "skipped": skipped}
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"compile-check: {len(kernels)} kernels compiled (Triton {triton}), {len(failed)} fail, {len(skipped)} skipped")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -36,6 +36,12 @@ def backends() -> list[str]:
     return ["native", "triton"] if importlib.util.find_spec("triton") else ["native"]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_tuning_tables(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What was measured on this machine, by its user, decides nothing here."""
+    os.environ["FUSED_CNN_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

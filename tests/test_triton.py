@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_cnn import fuse_
 from fused_cnn._backends import status
-from fused_cnn.ops import conv1x1_bias_relu, conv_bias_relu
+from fused_cnn.ops import (
+    BatchNormArgs,
+    bn_relu,
+    concat_bias_relu,
+    conv1x1_bias_relu,
+    conv_bias_relu,
+    inception,
+    max_pool2d,
+)
+from fused_cnn.ops._cases import Maker, OpCases
+from fused_cnn.testing import all_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(not status("triton", DEVICE).on, reason="Triton runs neither on a GPU nor in its interpreter here")
@@ -99,3 +113,79 @@ def test_vectors_may_have_any_strides() -> None:
         expected = torch.relu(nn.functional.conv2d(x, weight, vector))
         out = conv1x1_bias_relu(x.to(DEVICE), weight.to(DEVICE), vector.to(DEVICE), backend="triton")
         torch.testing.assert_close(out.cpu(), expected, rtol=1e-2, atol=1e-2)
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Fails where a launcher waits for the device: reads a value, asks for an unknown size, or copies to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        waits = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::unique"}
+        assert func.name() not in waits, f"{func.name()} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op_cases", all_cases(), ids=lambda o: o.name)
+def test_launchers_never_wait_for_the_device(op_cases: OpCases) -> None:
+    """So a CUDA graph can capture them; a GPU's own capture would say the same."""
+    case = next(c for c in op_cases.cases if not c.real and c.shape[0] > 0)
+    args, kwargs = op_cases.make(case, Maker(torch.float32, device=DEVICE))
+    with NoSynchronisation():
+        out = op_cases.op(*args, **kwargs, backend="triton")
+        leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+        torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+
+
+def _vectors(n: int) -> BatchNormArgs:
+    return BatchNormArgs(*(torch.rand(n, device=DEVICE) + 0.5 for _ in range(4)))
+
+
+def _six(c: int) -> tuple[list[Tensor], list[Tensor]]:
+    kernels = (1, 1, 3, 1, 3, 1)
+    return [torch.randn(8, c, k, k, device=DEVICE) for k in kernels], [torch.randn(8, device=DEVICE) for _ in kernels]
+
+
+ROOMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "conv1x1_bias_relu": lambda x: conv1x1_bias_relu(x, torch.ones(8, 8, 1, 1, device=DEVICE).to(x.dtype), stride=2, backend="triton"),
+    "conv_bias_relu": lambda x: conv_bias_relu(x, torch.ones(8, 8, 3, 3, device=DEVICE).to(x.dtype), padding=1, backend="triton"),
+    "inception": lambda x: inception(x, *([t.to(x.dtype) for t in part] for part in _six(8)), backend="triton"),
+    "concat_bias_relu": lambda x: concat_bias_relu([x, x], backend="triton"),
+    "bn_relu": lambda x: bn_relu(x, _vectors(8), backend="triton"),
+    "bn_relu training": lambda x: bn_relu(x, _vectors(8)._replace(training=True), backend="triton"),
+    "max_pool2d": lambda x: max_pool2d(x, 3, 2, 1, backend="triton"),
+}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_more_pixels_than_can_be_numbered_are_an_error_before_memory_is_touched(room: str) -> None:
+    x = torch.zeros(1, device=DEVICE).expand(2**15, 8, 256, 256)  # 2^31 pixels in four bytes
+    with pytest.raises(ValueError, match=r"at most 2147479552 pixels .* got shape \(32768, \d+, 256, 256\)"):
+        ROOMS[room](x)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the memory would be allocated")
+@pytest.mark.parametrize("room", ROOMS)
+def test_offsets_go_past_two_to_the_31(room: str) -> None:
+    """Pixels so far apart that the last lie past 2^31 elements. Only the pages that hold a pixel ever get memory."""
+    pixels, pitch = 1100, 2_000_003
+    memory = torch.empty((pixels - 1) * pitch + 8, dtype=torch.float16)
+    x = memory.as_strided((1, 8, 1, pixels), (pixels * pitch, 1, pixels * pitch, pitch))
+    x.copy_(torch.randn(x.shape))
+    assert x.storage_offset() + (pixels - 1) * pitch > 2**31
+    torch.manual_seed(1)
+    found = ROOMS[room](x)
+    torch.manual_seed(1)
+    assert torch.equal(found, ROOMS[room](x.clone(memory_format=torch.channels_last)))
+
+
+def test_float32_products_follow_pytorchs_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_cnn.ops._triton_conv import PRECISION, products
+
+    conv: Any = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        for setting, expected in (("ieee", "ieee"), ("tf32", "tf32")):
+            conv.fp32_precision = setting
+            assert products(torch.float32) == PRECISION[products(torch.float32)] == expected
+            assert PRECISION[products(torch.float16)] == "tf32"
+    finally:
+        conv.fp32_precision = before

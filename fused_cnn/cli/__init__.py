@@ -1,4 +1,4 @@
-"""The command line `fused-cnn`: info, summary, verify, bench, report; one file per command, each with
+"""The command line `fused-cnn`: info, summary, verify, bench, tune, report; one file per command, each with
 `--json`.
 
 Exit codes: 0 all is well, 1 the numbers do not agree, 2 what was asked for cannot be done, 3 an error inside
@@ -19,6 +19,7 @@ from .bench import bench
 from .info import info
 from .report import report
 from .summary import summary
+from .tune import tune
 from .verify import verify
 
 INTERNAL = 3
@@ -38,7 +39,7 @@ def options(
     """Fused blocks for GoogLeNet- and ResNet-like CNNs: same weights, same numbers, less memory traffic."""
 
 
-for command in (info, summary, verify, bench, report):
+for command in (info, summary, verify, bench, tune, report):
     app.command()(command)
 
 

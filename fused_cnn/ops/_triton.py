@@ -35,6 +35,24 @@ class Shipped:
     floats: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ("fp16", "bf16", "fp32")
 
+    def label(self, dtype: str) -> str:
+        """The kernel, its dtype and what sets this configuration apart."""
+        tile = "x".join(str(self.constants[name]) for name in ("BM", "BN", "BC", "BK", "BLOCK") if name in self.constants)
+        switches = [name.lower() for name, value in self.constants.items() if value is True]
+        switches += [str(self.constants["PRECISION"])] if dtype == "fp32" and "PRECISION" in self.constants else []
+        return " ".join([self.kernel.__name__, dtype, tile, *switches])
+
+
+DTYPES = {"16-bit": ("fp16", "bf16"), "tf32": ("fp32",), "ieee": ("fp32",)}  # by products(): what runs so
+PRECISION = {"16-bit": "tf32", "tf32": "tf32", "ieee": "ieee"}  # tl.dot's input_precision, which is about float32 alone
+
+
+def products(dtype: torch.dtype) -> str:
+    """How products are taken: of 16-bit operands, or of float32 ones as PyTorch's setting for convolutions says."""
+    if dtype != torch.float32:
+        return "16-bit"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+
 
 def interpreting() -> bool:
     """Whether TRITON_INTERPRET made Triton run kernels in Python, on CPU tensors."""
@@ -56,6 +74,19 @@ def dense_like(t: Tensor, like: Tensor) -> Tensor:
     return t.contiguous(memory_format=result_format(like))
 
 
+MAX_PIXELS = 2**31 - 2**12  # a pixel's number is a 32-bit integer, also in the tile that overhangs the last one
+MAX_CHANNELS = 2**21  # 64 a program on an axis of the grid, which has 65535
+
+
+def check_size(n: int, channels: int, height: int, width: int) -> None:
+    """What the kernels can number. Offsets in memory, pixels times channels, are 64-bit."""
+    if n * height * width > MAX_PIXELS or channels > MAX_CHANNELS:
+        raise ValueError(
+            f"Triton's kernels take at most {MAX_PIXELS} pixels (N * H * W) of {MAX_CHANNELS} channels, "
+            f"got shape {(n, channels, height, width)}"
+        )
+
+
 class Pixels(NamedTuple):
     """An activation as rows of pixels, `pitch` elements apart, channels adjacent."""
 
@@ -65,6 +96,7 @@ class Pixels(NamedTuple):
 
 def pixels(t: Tensor) -> Pixels:
     """t itself where its pixels are evenly spaced with adjacent channels, else a channels_last copy."""
+    check_size(*t.shape)
     c, h, w = t.shape[1:]
     pitch = t.stride(3)
     if t.stride() != (pitch * w * h, 1, pitch * w, pitch) or pitch < c:
@@ -75,6 +107,7 @@ def pixels(t: Tensor) -> Pixels:
 def empty_pixels(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     """An uninitialised channels_last activation for `like`'s images."""
     shape = (like.size(0), channels, height, width)
+    check_size(*shape)
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 

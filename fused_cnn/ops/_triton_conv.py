@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..tuning import pick
 from ._conv import out_size
-from ._triton import Shipped, pixels, processors, relu
+from ._triton import DTYPES, PRECISION, Shipped, check_size, pixels, processors, products, relu
 
 MAX_DESTINATIONS = 3
 
@@ -118,24 +119,22 @@ class Tiles(NamedTuple):
 
 
 TILES = {
-    2: [Tiles(128, 128, 64, 8, 4), Tiles(128, 64, 64, 4, 4), Tiles(128, 32, 64, 4, 4), Tiles(64, 64, 64, 4, 4), Tiles(64, 32, 64, 4, 4)],
-    4: [Tiles(128, 64, 32, 8, 3), Tiles(128, 32, 32, 4, 3), Tiles(64, 64, 32, 4, 3), Tiles(64, 32, 32, 8, 3)],
-}  # by the size of an element in bytes
+    "16-bit": [
+        Tiles(128, 128, 64, 8, 4), Tiles(128, 64, 64, 4, 4), Tiles(128, 32, 64, 4, 4), Tiles(64, 64, 64, 4, 4), Tiles(64, 32, 64, 4, 4),
+    ],
+    "tf32": [Tiles(128, 64, 32, 8, 3), Tiles(128, 32, 32, 4, 3), Tiles(64, 64, 32, 4, 3), Tiles(64, 32, 32, 8, 3)],
+    "ieee": [Tiles(64, 64, 16, 8, 3), Tiles(64, 32, 16, 8, 3), Tiles(32, 32, 16, 8, 3)],  # no matrix units: larger ones spill
+}  # by products()  # fmt: skip
 POOL_TILES = Tiles(64, 64, 32, 4, 1)  # nine loads a step hide their latency themselves
 
 
-def choose_tiles(rows: int, columns: int, itemsize: int, programs: int) -> Tiles:
+def choose_tiles(rows: int, columns: int, candidates: Sequence[Tiles], programs: int) -> Tiles:
     """The largest tile that is not much wider than the columns and still gives most multiprocessors one."""
-    fitting = [t for t in TILES[itemsize] if max(32, triton.next_power_of_2(columns)) >= t.BN]
+    fitting = [t for t in candidates if max(32, triton.next_power_of_2(columns)) >= t.BN]
     for tiles in fitting:
         if triton.cdiv(rows, tiles.BM) * triton.cdiv(columns, tiles.BN) >= programs * 3 // 4:
             return tiles
-    return fitting[-1]
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How float32 products are taken: PyTorch's own setting for convolutions."""
-    return "tf32" if dtype != torch.float32 or torch.backends.cudnn.allow_tf32 else "ieee"
+    return (fitting or candidates)[-1]
 
 
 class Geometry(NamedTuple):
@@ -186,36 +185,43 @@ def conv_forward(
     rows, taps = n * out_h * out_w, weight.size(1) * weight.size(2)
     if rows * columns == 0:
         return
-    if rows >= 2**31 or height * width >= 2**31:
-        raise ValueError(f"one convolution takes at most 2^31 - 1 pixels, got {rows}")
+    check_size(n, columns, out_h, out_w)
     x, x_pitch = pixels(x)
     residual, residual_pitch = (x, 0) if residual is None else pixels(residual)
-    tiles = POOL_TILES if geometry.pool else choose_tiles(rows, columns, x.element_size(), processors(x.device))
+    bias_at = x if bias is None else bias.contiguous()
     dense = geometry == Geometry((1, 1))
-    sources: tuple[Any, Any] = (x, weight)
-    tma = False
-    if dense:
-        descriptors = (
-            described(x, rows, channels, x_pitch, (tiles.BM, tiles.BK)),
-            described(weight, columns, channels, channels, (tiles.BN, tiles.BK)),
-        )
-        if None not in descriptors:
-            sources, tma = descriptors, True
     ends = [0]
     for out, _ in outs:
         ends.append(ends[-1] + out.size(1))
     places = [*outs, *[outs[0]] * (MAX_DESTINATIONS - len(outs))]
-    programs = min(triton.cdiv(rows, tiles.BM) * triton.cdiv(columns, tiles.BN), processors(x.device))
-    with torch.cuda.device_of(x):
-        conv_fwd_kernel[(programs,)](
-            *sources, x if bias is None else bias.contiguous(), residual, *(out for out, _ in places),
-            rows, channels, columns, ends[1], ends[min(2, len(outs))],
-            height, width, out_h, out_w, *geometry.stride, *geometry.padding, *geometry.dilation,
-            x_pitch, residual_pitch, *(pitch for _, pitch in places), geometry.kernel[1], taps,
-            DENSE=dense, POOL=geometry.pool, TMA=tma,
-            BIAS=bias is not None, RESIDUAL=residual_pitch > 0, RELU=relu, DESTINATIONS=len(outs), PRECISION=precision(x.dtype),
-            BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, GROUP=8, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        )  # fmt: skip
+
+    def launch(tiles: Tiles) -> None:
+        sources: tuple[Any, Any] = (x, weight)
+        tma = False
+        if dense:
+            descriptors = (
+                described(x, rows, channels, x_pitch, (tiles.BM, tiles.BK)),
+                described(weight, columns, channels, channels, (tiles.BN, tiles.BK)),
+            )
+            if None not in descriptors:
+                sources, tma = descriptors, True
+        programs = min(triton.cdiv(rows, tiles.BM) * triton.cdiv(columns, tiles.BN), processors(x.device))
+        with torch.cuda.device_of(x):
+            conv_fwd_kernel[(programs,)](
+                *sources, bias_at, residual, *(out for out, _ in places),
+                rows, channels, columns, ends[1], ends[min(2, len(outs))],
+                height, width, out_h, out_w, *geometry.stride, *geometry.padding, *geometry.dilation,
+                x_pitch, residual_pitch, *(pitch for _, pitch in places), geometry.kernel[1], taps,
+                DENSE=dense, POOL=geometry.pool, TMA=tma,
+                BIAS=bias is not None, RESIDUAL=residual_pitch > 0, RELU=relu, DESTINATIONS=len(outs), PRECISION=PRECISION[kind],
+                BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, GROUP=8, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            )  # fmt: skip
+
+    kind = products(x.dtype)
+    candidates = [POOL_TILES] if geometry.pool else TILES[kind]
+    default = choose_tiles(rows, columns, candidates, processors(x.device))
+    problem = (kind, rows, columns, channels, taps, dense, residual_pitch > 0)
+    launch(pick("conv_fwd_kernel", problem, candidates, default, launch, x.device.type))
 
 
 def shipped_forward(*, dense: bool = False, pool: bool = False, destinations: int = 1) -> list[Shipped]:
@@ -228,14 +234,14 @@ def shipped_forward(*, dense: bool = False, pool: bool = False, destinations: in
     aligned = ("channels", "columns", "end0", "end1", "x_pitch", "residual_pitch", "pitch0", "pitch1", "pitch2")
     outputs = ("bias_ptr", "residual_ptr", "out0_ptr", "out1_ptr", "out2_ptr")
     found = []
-    for itemsize, dtypes in ((2, ("fp16", "bf16")), (4, ("fp32",))):
-        for tiles in [POOL_TILES] if pool else TILES[itemsize]:
+    for kind, dtypes in DTYPES.items():
+        for tiles in [POOL_TILES] if pool else TILES[kind]:
             for tma in (True, False) if dense else (False,):
                 bm, bn, bk, warps, stages = tiles
                 blocks = {"x": (bm, bk), "weight": (bn, bk)}
                 constants = {
                     "DENSE": dense, "POOL": pool, "TMA": tma, "BIAS": True, "RESIDUAL": not pool,
-                    "RELU": True, "DESTINATIONS": destinations, "PRECISION": "tf32", "BM": bm, "BN": bn, "BK": bk, "GROUP": 8,
+                    "RELU": True, "DESTINATIONS": destinations, "PRECISION": PRECISION[kind], "BM": bm, "BN": bn, "BK": bk, "GROUP": 8,
                 }  # fmt: skip
                 pointers = outputs if tma else ("x", "weight", *outputs)
                 found.append(

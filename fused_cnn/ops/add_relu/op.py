@@ -16,6 +16,7 @@ from ..._backends import resolve
 from ..._checks import check_nchw, check_same
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
+from ...tuning import tunable
 from . import reference
 
 
@@ -48,6 +49,7 @@ class _AddReLU(torch.autograd.Function):
         return grad, grad, None
 
 
+@tunable
 def add_relu(x: Tensor, residual: Tensor, *, backend: str | None = None) -> Tensor:
     """relu(x + residual), the end of a residual block (arXiv 1512.03385, section 3.2, figure 2).
 

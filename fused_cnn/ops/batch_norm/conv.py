@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from ..._backends import resolve
 from ..._checks import check_nchw
 from ..._library import kernel
+from ...tuning import tunable
 from .._conv import IntPair, check_conv, pair
 from . import reference
 from .args import BatchNormArgs
@@ -57,6 +58,7 @@ class _BNReLUConv(torch.autograd.Function):
         return (*[None] * 5, grad_x, grad_gamma, grad_beta, grad_weight, grad_bias)
 
 
+@tunable
 def bn_relu_conv(
     x: Tensor,
     bn: BatchNormArgs,

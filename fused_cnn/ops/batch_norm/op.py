@@ -18,6 +18,7 @@ from ..._backends import resolve
 from ..._checks import check_branches, check_nchw, check_parameter, check_same, check_vector, vector_dtype
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
+from ...tuning import tunable
 from . import reference
 from .args import BatchNormArgs
 from .statistics import split_channels, statistics
@@ -177,6 +178,7 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+@tunable
 def bn_relu_concat(
     xs: Sequence[Tensor], bns: Sequence[BatchNormArgs], *, relu: bool = True, backend: str | None = None
 ) -> Tensor:
@@ -222,6 +224,7 @@ def _bn_relu_concat(xs: Sequence[Tensor], bns: Sequence[BatchNormArgs], relu: bo
     return kernel("bn_relu_concat_fwd", backend)(xs, mean, rstd, w, b, relu)
 
 
+@tunable
 def bn_relu(x: Tensor, bn: BatchNormArgs, *, relu: bool = True, backend: str | None = None) -> Tensor:
     """relu(bn(x)): `bn_relu_concat` of one branch (arXiv 1502.03167, section 3.2: g(BN(Wu)))."""
     check_nchw("bn_relu", "x", x)
@@ -229,6 +232,7 @@ def bn_relu(x: Tensor, bn: BatchNormArgs, *, relu: bool = True, backend: str | N
     return _bn_relu_concat([x], [bn], relu, backend)
 
 
+@tunable
 def bn_add_relu(
     x: Tensor,
     bn: BatchNormArgs,

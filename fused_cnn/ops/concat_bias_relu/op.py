@@ -17,6 +17,7 @@ from ..._backends import resolve
 from ..._checks import check_branches, check_parameter, vector_dtype
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
+from ...tuning import tunable
 from . import reference
 
 
@@ -65,6 +66,7 @@ def _forward(branches: Sequence[Tensor], bias: Tensor | None, relu: bool, backen
     return kernel("concat_bias_relu_fwd", backend)(branches, bias, relu)
 
 
+@tunable
 def concat_bias_relu(
     branches: Sequence[Tensor], bias: Tensor | None = None, *, relu: bool = True, backend: str | None = None
 ) -> Tensor:

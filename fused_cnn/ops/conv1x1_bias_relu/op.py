@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ..._backends import resolve
 from ..._library import define, define_triton, kernel
+from ...tuning import tunable
 from .._conv import IntPair, autocast, check_conv, empty_gradients, empty_result, pair
 from . import reference
 
@@ -58,6 +59,7 @@ class _Conv1x1BiasReLU(torch.autograd.Function):
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None)
 
 
+@tunable
 def conv1x1_bias_relu(
     x: Tensor,
     weight: Tensor,

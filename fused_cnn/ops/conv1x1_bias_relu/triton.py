@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,11 +17,26 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._layout import result_format
-from .._triton import Shipped, empty_pixels, mask_and_sum, pixels, processors, relu_grad
-from .._triton_conv import Geometry, conv_forward, precision, shipped_forward, weight_rows
+from ...tuning import pick
+from .._triton import DTYPES, PRECISION, Shipped, empty_pixels, mask_and_sum, pixels, processors, products, relu_grad
+from .._triton_conv import Geometry, conv_forward, shipped_forward, weight_rows
 
-DGRAD_TILE = {"BM": 64, "BC": 64, "BN": 32}  # pixels, in channels; out channels a step
-WGRAD_TILE = {"BN": 64, "BC": 64, "BM": 32}  # out channels, in channels; pixels a step
+
+class GradTiles(NamedTuple):
+    """dgrad's tile is pixels by in channels, with out channels a step; wgrad's out channels by in channels, with pixels a step."""
+
+    rows: int
+    columns: int
+    step: int
+    num_warps: int
+    num_stages: int
+
+
+GRAD_TILES = {
+    "16-bit": [GradTiles(64, 64, 32, 4, 3), GradTiles(64, 64, 64, 4, 3), GradTiles(128, 64, 64, 8, 3)],
+    "tf32": [GradTiles(64, 64, 32, 4, 3), GradTiles(64, 64, 32, 8, 3)],
+    "ieee": [GradTiles(64, 64, 16, 8, 3)],
+}  # by products(); the first is the default
 
 
 @triton.jit
@@ -86,33 +103,36 @@ def wgrad_kernel(
         tl.store(sums_ptr + part.to(tl.int64) * columns + n, total, mask=(n < columns) & ((n * 0 + pid_c) == 0))
 
 
-SHIPPED = [
-    *shipped_forward(dense=True),
-    *shipped_forward(),
-    *(
-        Shipped(
-            dgrad_kernel,
-            ("grad_out_ptr", "out_ptr", "weight_ptr", "grad_x_ptr", "grad_ptr"),
-            ("rows", "columns", "channels", "height", "width", "out_h", "out_w", "stride_h", "stride_w",
-             "grad_out_pitch", "out_pitch"),
-            aligned=("columns", "channels", "grad_out_pitch", "out_pitch"),
-            constants={"MASK": True, "STRIDED": strided, "PRECISION": "tf32", **DGRAD_TILE},
-        )
-        for strided in (False, True)
-    ),
-    *(
-        Shipped(
-            wgrad_kernel,
-            ("grad_ptr", "x_ptr"),
-            ("rows", "columns", "channels", "height", "width", "out_h", "out_w", "stride_h", "stride_w",
-             "grad_pitch", "x_pitch", "steps"),
-            ("partial_ptr", "sums_ptr"),
-            ("columns", "channels", "grad_pitch", "x_pitch"),
-            constants={"SUMS": True, "STRIDED": strided, "PRECISION": "tf32", **WGRAD_TILE},
-        )
-        for strided in (False, True)
-    ),
-]  # fmt: skip
+def _dgrad_options(tiles: GradTiles) -> dict[str, int]:
+    return {"BM": tiles.rows, "BC": tiles.columns, "BN": tiles.step, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+
+
+def _wgrad_options(tiles: GradTiles) -> dict[str, int]:
+    return {"BN": tiles.rows, "BC": tiles.columns, "BM": tiles.step, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+
+
+def _shipped_backward() -> list[Shipped]:
+    sizes = ("rows", "columns", "channels", "height", "width", "out_h", "out_w", "stride_h", "stride_w")
+    found = []
+    for kind, dtypes in DTYPES.items():
+        for tiles, strided in itertools.product(GRAD_TILES[kind], (False, True)):
+            launch = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+            constants = {"STRIDED": strided, "PRECISION": PRECISION[kind]}
+            dgrad = Shipped(
+                dgrad_kernel, ("grad_out_ptr", "out_ptr", "weight_ptr", "grad_x_ptr", "grad_ptr"), (*sizes, "grad_out_pitch", "out_pitch"),
+                aligned=("columns", "channels", "grad_out_pitch", "out_pitch"), dtypes=dtypes, **launch,
+                constants={"MASK": True, **constants, "BM": tiles.rows, "BC": tiles.columns, "BN": tiles.step},
+            )  # fmt: skip
+            wgrad = Shipped(
+                wgrad_kernel, ("grad_ptr", "x_ptr"), (*sizes, "grad_pitch", "x_pitch", "steps"), ("partial_ptr", "sums_ptr"),
+                ("columns", "channels", "grad_pitch", "x_pitch"), dtypes=dtypes, **launch,
+                constants={"SUMS": True, **constants, "BN": tiles.rows, "BC": tiles.columns, "BM": tiles.step},
+            )  # fmt: skip
+            found += [dgrad, wgrad]
+    return found
+
+
+SHIPPED = [*shipped_forward(dense=True), *shipped_forward(), *_shipped_backward()]
 
 
 def conv1x1_bias_relu_fwd(
@@ -147,12 +167,18 @@ def conv1x1_bias_relu_bwd(
         grad_x = empty_pixels(x, channels, height, width)
         if strided:
             grad_x.zero_()
-        tiles = triton.cdiv(rows, DGRAD_TILE["BM"]) * triton.cdiv(channels, DGRAD_TILE["BC"])
-        with torch.cuda.device_of(x):
-            dgrad_kernel[(min(tiles, 4 * processors(x.device)),)](
-                grad_out, mask, weight_rows(weight), grad_x, grad, rows, *sizes, grad_out_pitch, mask_pitch,
-                MASK=out is not None, STRIDED=strided, PRECISION=precision(x.dtype), **DGRAD_TILE,
-            )  # fmt: skip
+        rows_of_weight, kind = weight_rows(weight), products(x.dtype)
+
+        def launch(tiles: GradTiles) -> None:
+            programs = triton.cdiv(rows, tiles.rows) * triton.cdiv(channels, tiles.columns)
+            with torch.cuda.device_of(x):
+                dgrad_kernel[(min(programs, 4 * processors(x.device)),)](
+                    grad_out, mask, rows_of_weight, grad_x, grad, rows, *sizes, grad_out_pitch, mask_pitch,
+                    MASK=out is not None, STRIDED=strided, PRECISION=PRECISION[kind], **_dgrad_options(tiles),
+                )  # fmt: skip
+
+        problem = (kind, rows, columns, channels, strided, out is not None)
+        launch(pick("dgrad_kernel", problem, GRAD_TILES[kind], GRAD_TILES[kind][0], launch, x.device.type))
         grad_x = grad_x.contiguous(memory_format=result_format(x))
     else:
         grad_x = torch.zeros_like(x, memory_format=result_format(x)) if needs_x else none
@@ -169,16 +195,24 @@ def _wgrad(grad: Tensor, x: Tensor, rows: int, sizes: tuple[int, ...], strided: 
     columns, channels = sizes[:2]
     grad, grad_pitch = pixels(grad)
     x, x_pitch = pixels(x)
-    tiles = triton.cdiv(columns, WGRAD_TILE["BN"]) * triton.cdiv(channels, WGRAD_TILE["BC"])
-    # Parts enough to fill the device, of at least 32 steps: a matter of the shape and the device, so that sums repeat.
-    parts = max(1, min(2 * processors(x.device) // max(1, tiles), rows // 1024))
-    steps = triton.cdiv(triton.cdiv(rows, WGRAD_TILE["BM"]), parts)
-    partial = torch.empty((parts, columns, channels), dtype=torch.float32, device=x.device)
-    sums = torch.empty((parts, columns) if bias else 0, dtype=torch.float32, device=x.device)
-    if tiles:
-        with torch.cuda.device_of(x):
-            wgrad_kernel[(tiles, parts)](
-                grad, x, partial, sums, rows, *sizes, grad_pitch, x_pitch, steps,
-                SUMS=bias, STRIDED=strided, PRECISION=precision(x.dtype), **WGRAD_TILE,
-            )  # fmt: skip
-    return partial.sum(0).to(x.dtype), sums.sum(0) if bias else sums
+    kind = products(x.dtype)
+    problem = (kind, rows, columns, channels, strided, bias)
+    result: list[Tensor] = []
+
+    def launch(tiles: GradTiles) -> None:
+        programs = triton.cdiv(columns, tiles.rows) * triton.cdiv(channels, tiles.columns)
+        # Parts enough to fill the device, of at least 32 steps: a matter of the shape and the device, so that sums repeat.
+        parts = max(1, min(2 * processors(x.device) // max(1, programs), rows // 1024))
+        steps = triton.cdiv(triton.cdiv(rows, tiles.step), parts)
+        partial = torch.empty((parts, columns, channels), dtype=torch.float32, device=x.device)
+        sums = torch.empty((parts, columns) if bias else 0, dtype=torch.float32, device=x.device)
+        if programs:
+            with torch.cuda.device_of(x):
+                wgrad_kernel[(programs, parts)](
+                    grad, x, partial, sums, rows, *sizes, grad_pitch, x_pitch, steps,
+                    SUMS=bias, STRIDED=strided, PRECISION=PRECISION[kind], **_wgrad_options(tiles),
+                )  # fmt: skip
+        result[:] = partial.sum(0).to(x.dtype), sums.sum(0) if bias else sums
+
+    launch(pick("wgrad_kernel", problem, GRAD_TILES[kind], GRAD_TILES[kind][0], launch, x.device.type))
+    return result[0], result[1]

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..._backends import resolve
 from ..._library import define, define_triton, kernel
+from ...tuning import tunable
 from .._conv import IntPair, autocast, check_conv, empty_gradients, empty_result, packable, pair
 from . import reference
 
@@ -109,6 +110,7 @@ class _ConvBiasReLU(torch.autograd.Function):
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 6)
 
 
+@tunable
 def conv_bias_relu(
     x: Tensor,
     weight: Tensor | PackedConv,

@@ -19,6 +19,7 @@ from ..._backends import resolve
 from ..._checks import check_nchw, check_same, check_vector
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
+from ...tuning import tunable
 from .._conv import autocast, packable
 from . import reference
 
@@ -131,6 +132,7 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> No
         check_same("inception", "x", x, f"bias {name}", bias, shape=False)
 
 
+@tunable
 def inception(
     x: Tensor,
     weights: Sequence[Tensor] | PackedInception,

@@ -15,6 +15,7 @@ from ..._backends import resolve
 from ..._checks import check_nchw
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
+from ...tuning import tunable
 from .._conv import IntPair, pair
 from . import reference
 
@@ -68,6 +69,7 @@ class _MaxPool2d(torch.autograd.Function):
         return (grad, *[None] * 6)
 
 
+@tunable
 def max_pool2d(
     x: Tensor,
     kernel_size: IntPair,

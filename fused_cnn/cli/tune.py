@@ -1,0 +1,51 @@
+"""`fused-cnn tune MODEL`: measures, for every op of a fused network, each backend and each configuration of the Triton kernels, and keeps
+the fastest; backend=None uses it from then on. With --out the table is saved as one that can ship with the package.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.box import SIMPLE
+from rich.table import Table
+
+from .. import fuse_, tuning
+from . import _networks
+from ._common import Json, dtype_of, emit, out, progress, write_json
+
+
+def tune(
+    model: Annotated[str, typer.Argument(help="A torchvision network.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 1,
+    size: Annotated[int, typer.Option(min=32, help="Height and width of the images.")] = 224,
+    train: Annotated[bool, typer.Option("--train", help="Tune forward and backward, not inference.")] = False,
+    file: Annotated[Path | None, typer.Option("--out", help="Save what was measured here, too, as a table to ship.")] = None,
+    json: Json = False,
+) -> None:
+    """Measure which backend and tiles are fastest for each op of a network; backend=None then uses them."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images = _networks.photographs(_networks.PHOTOGRAPHS, batch, size).to(device, dtype_of(dtype))
+    network = _networks.network(model, images.float()).to(device, dtype_of(dtype)).train(train)
+    fuse_(network)
+    with progress("tune") as say:
+        measured = tuning.tune(network, images, train=train, say=say)
+    saved = tuning.cache_file(device)
+    document = measured.to_json(tuning.facts(device))
+    if file is not None:
+        write_json(file, document)
+    if json:
+        emit({"file": str(saved), **json_module.loads(json_module.dumps(document))})
+        return
+    table = Table("op", "input", "best", "library", "tried", box=SIMPLE, title=f"{model}, {'training' if train else 'inference'}")
+    for key, entry in tuning.in_order(measured.choices):
+        seconds = entry["seconds"]
+        gain = seconds["reference"] / seconds[entry["best"]]
+        tried = ", ".join(f"{name} {s * 1e6:.0f} us" for name, s in seconds.items())
+        table.add_row(key[0], tuning.first_shape(key), entry["best"], f"{gain:.2f}x", tried)
+    out().print(table)
+    out().print(f"saved: {saved}", highlight=False, soft_wrap=True)

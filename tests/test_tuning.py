@@ -1,0 +1,234 @@
+"""tuning.py: what is measured decides, and only where it holds; tables survive bad files and many processes. Times are made up."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICE, backends
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fused_cnn
+from fused_cnn import tuning
+from fused_cnn.cli import run
+from fused_cnn.nn import ConvBNReLU
+from fused_cnn.ops import add_relu, bn_relu_concat, conv1x1_bias_relu, max_pool2d
+
+KEY = ("add_relu", "inference", (("float32", (1, 8, 4, 4), "contiguous"),) * 2, ())
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("FUSED_CNN_CACHE_DIR", str(tmp_path / "cache"))
+    tuning.forget()
+    yield tmp_path / "cache"
+    tuning.forget()
+
+
+@pytest.fixture
+def reference_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_seconds", lambda variants, device: {name: 1.0 + (name != "reference") for name in variants})
+
+
+def ops_of(work: Any) -> set[str]:
+    """The registered ops that a piece of work calls."""
+    called = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            called.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        work()
+    return called
+
+
+def add(x: Tensor, **options: Any) -> Any:
+    return lambda: add_relu(x, x, **options)
+
+
+@pytest.mark.usefixtures("folder", "reference_wins")
+def test_the_fastest_runs_for_that_shape_and_nowhere_else() -> None:
+    x, other = torch.randn(1, 8, 4, 4, device=DEVICE), torch.randn(1, 8, 4, 5, device=DEVICE)
+    own = ops_of(add(x)) - {"aten::add.Tensor", "aten::relu"}
+    assert own  # a fused op
+    table = tuning.tune(lambda t: add_relu(t, t), x)
+    (entry,) = table.choices.values()
+    assert entry["best"] == "reference" and len(entry["seconds"]) >= 2
+    assert not ops_of(add(x)) & own
+    assert ops_of(add(other)) >= own
+    assert ops_of(add(x.to(torch.bfloat16))) >= own
+    assert ops_of(add(x.contiguous(memory_format=torch.channels_last))) >= own
+    assert ops_of(add(x, backend="native" if DEVICE == "cpu" else "triton")) >= own  # an explicit backend is not asked about
+    assert ops_of(add(x.clone().requires_grad_())) >= own  # nor is training, which was not measured
+
+
+@pytest.mark.usefixtures("folder", "reference_wins")
+def test_training_is_measured_with_its_backward_pass_and_a_compiled_model_still_runs() -> None:
+    x = torch.randn(2, 8, 4, 4, device=DEVICE, requires_grad=True)
+    tuning.tune(lambda t: add_relu(t, 2 * t), x, train=True)
+    out = add_relu(x, 2 * x)
+    assert out.grad_fn is not None and "AddReLU" not in out.grad_fn.name()
+    compiled = torch.compile(lambda t: add_relu(t, 2 * t), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), out)
+
+
+@pytest.mark.usefixtures("folder", "reference_wins")
+def test_the_models_own_tensors_are_left_alone() -> None:
+    module = ConvBNReLU(3, 8, kernel_size=3, padding=1).to(DEVICE).train()
+    x = torch.randn(2, 3, 9, 9, device=DEVICE)
+    before = {name: t.clone() for name, t in (*module.state_dict().items(), ("x", x))}
+    measured = tuning.tune(module, x, train=True)
+    assert {key[0] for key in measured.choices} == {"bn_relu"}
+    after = {**module.state_dict(), "x": x}
+    assert all(torch.equal(after[name], t) for name, t in before.items())
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_nothing_is_measured_unless_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_seconds", lambda variants, device: pytest.fail("measured"))
+    for backend in (None, *backends()):
+        conv1x1_bias_relu(torch.randn(1, 16, 4, 4, device=DEVICE), torch.randn(16, 16, 1, 1, device=DEVICE), backend=backend)
+    assert not folder.exists()
+
+
+def test_what_tune_cannot_do_is_an_error(folder: Path) -> None:
+    x = torch.randn(1, 8, 4, 4, device=DEVICE)
+    with pytest.raises(ValueError, match="the library's path, 'reference', must be among the candidates, got native"):
+        tuning.tune(lambda t: add_relu(t, t), x, backends=("native",))
+    with pytest.raises(ValueError, match="calls no fused op"):
+        tuning.tune(nn.ReLU(), x)
+    with pytest.raises(ZeroDivisionError):
+        tuning.tune(lambda t: add_relu(t, t) / (1 // 0), x)
+    assert tuning._state.calls is None and tuning._state.measured is None and not folder.exists()
+
+
+@pytest.mark.skipif("triton" not in backends(), reason="Triton is not installed")
+@pytest.mark.parametrize("train", [False, True])
+def test_tritons_tiles_are_measured_kept_and_used(folder: Path, monkeypatch: pytest.MonkeyPatch, train: bool) -> None:
+    last_wins = lambda variants, device: {name: -float(i) for i, name in enumerate(variants)}  # noqa: E731
+    monkeypatch.setattr(tuning, "_seconds", last_wins)
+    x, weight = torch.randn(1, 16, 4, 4, device=DEVICE), torch.randn(32, 16, 1, 1, device=DEVICE, requires_grad=train)
+    measured = tuning.tune(lambda t: conv1x1_bias_relu(t.requires_grad_(train), weight), x, train=train, backends=("reference", "triton"))
+    assert {key[0] for key in measured.tiles} == {"conv_fwd_kernel"} | ({"dgrad_kernel", "wgrad_kernel"} if train else set())
+    from fused_cnn.ops._triton_conv import TILES, Tiles, products
+
+    key = next(k for k in measured.tiles if k[0] == "conv_fwd_kernel")
+    tiles = TILES[products(torch.float32)]
+    assert measured.tiles[key]["best"] == list(tiles[-1])
+    launched: list[Tiles] = []
+    assert tuning.pick(key[0], key[1:], tiles, tiles[0], launched.append, DEVICE) == tiles[-1]
+    assert tuning.pick(key[0], key[1:], tiles[:1], tiles[0], launched.append, DEVICE) == tiles[0]  # no longer a candidate
+    assert tuning.pick(key[0], (*key[1:], "other"), tiles, tiles[0], launched.append, DEVICE) == tiles[0]
+    assert not launched  # the launcher launches, once
+
+
+BAD = {
+    "truncated": '{"version": 1, "choi',
+    "empty": "",
+    "a list": "[]",
+    "another version": '{"version": 0}',
+    "another device": '{"version": 1, "device": "NVIDIA Elsewhere"}',
+}
+
+
+@pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in BAD.items()])
+def test_a_bad_or_foreign_file_is_a_warning_and_is_measured_anew(folder: Path, text: str, reference_wins: None) -> None:
+    path = tuning.cache_file(DEVICE)
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    x = torch.randn(1, 8, 4, 4, device=DEVICE)
+    with pytest.warns(UserWarning, match=r"fused_cnn ignores the tuning table .*; `fused-cnn tune` makes it anew"):
+        add_relu(x, x)
+    with pytest.warns(UserWarning, match="ignores"):
+        tuning.tune(lambda t: add_relu(t, t), x)
+    assert tuning.load(path, tuning.facts(DEVICE)).choices.keys() == {KEY}
+
+
+@pytest.mark.parametrize("entry", [{"best": "tensorrt"}, {}, "native"])
+def test_a_file_with_a_nonsensical_entry_is_not_used(folder: Path, entry: Any) -> None:
+    document = tuning.Table({KEY: {"best": "native"}}).to_json(tuning.facts(DEVICE))
+    document["choices"] = {repr(KEY): entry}
+    path = tuning.cache_file(DEVICE)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(document))
+    with pytest.warns(UserWarning, match="ignores"):
+        assert tuning.table(DEVICE).choices == {}
+
+
+def test_a_table_of_other_sources_is_another_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning.save(tuning.cache_file(DEVICE), tuning.Table({KEY: {"best": "reference", "seconds": {}}}), tuning.facts(DEVICE))
+    assert tuning.table(DEVICE).choices
+    changed = {**tuning.facts(DEVICE), "sources": "changed"}
+    monkeypatch.setattr(tuning, "facts", lambda device: changed)
+    tuning.forget()
+    assert not tuning.table(DEVICE).choices
+
+
+def test_an_interrupted_save_leaves_the_old_table_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, found = tuning.cache_file(DEVICE), tuning.facts(DEVICE)
+    tuning.save(path, tuning.Table({KEY: {"best": "reference", "seconds": {}}}), found)
+    before = path.read_bytes()
+
+    def fail(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning.os, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.save(path, tuning.Table({("other",): {"best": "native", "seconds": {}}}), found)
+    assert path.read_bytes() == before
+    assert sorted(p.suffix for p in folder.iterdir()) == [".json", ".lock"]
+
+
+def test_processes_that_save_at_once_lose_nothing(folder: Path) -> None:
+    code = (
+        "import sys; from fused_cnn import tuning\n"
+        "for i in range(5):\n"
+        "    key = (sys.argv[1], i)\n"
+        "    tuning.save(tuning.cache_file('cpu'), tuning.Table({key: {'best': 'native', 'seconds': {}}}), tuning.facts('cpu'))\n"
+    )
+    running = [subprocess.Popen([sys.executable, "-c", code, str(i)]) for i in range(4)]
+    assert [p.wait(120) for p in running] == [0] * 4
+    (path,) = folder.glob("*.json")
+    document = json.loads(path.read_text())
+    assert set(document["choices"]) == {repr((str(p), i)) for p in range(4) for i in range(5)}
+
+
+def test_shipped_tables_hold_for_these_sources() -> None:
+    """A change of a kernel makes what was measured before worthless: measure again, or take the table out."""
+    for path in (Path(fused_cnn.__file__).parent / "tables").glob("*.json"):
+        document = json.loads(path.read_text())
+        assert document["sources"] == tuning.source_hash(), path.name
+        tuning.Table.from_json(document, {})
+
+
+def test_a_strided_call_and_a_list_of_branches_have_keys_that_json_keeps(folder: Path, reference_wins: None) -> None:
+    x = torch.randn(2, 8, 6, 6, device=DEVICE)
+    bn = fused_cnn.ops.BatchNormArgs(*(torch.rand(8, device=DEVICE) for _ in range(4)))
+
+    def model(t: Tensor) -> Tensor:
+        return bn_relu_concat([max_pool2d(t[:, :, ::2], 3, 1, 1), max_pool2d(t[:, :, 1::2], kernel_size=3, stride=1, padding=1)], [bn, bn])
+
+    measured = tuning.tune(model, x)
+    assert {key[0] for key in measured.choices} == {"max_pool2d", "bn_relu_concat"}
+    again = tuning.load(tuning.cache_file(DEVICE), tuning.facts(DEVICE))
+    assert again.choices.keys() == measured.choices.keys()
+
+
+def test_the_command_measures_a_network_and_saves_the_table(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("skimage")
+    out = tmp_path / "table.json"
+    assert run(["tune", "resnet18", "--size", "32", "--json", "--out", str(out)]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    saved = json.loads(out.read_text())
+    assert Path(shown["file"]).exists() and shown["choices"] == saved["choices"] != {}
+    assert {entry["best"] for entry in saved["choices"].values()} <= {"reference", "native", "triton"}
+    assert run(["tune", "no_such_network"]) == 2
