@@ -4,8 +4,9 @@ or without a GPU.
 CUDA kernels are built by the ordinary build where nvcc is found, and ptxas's own report of that build is
 read. Triton kernels, those that each room lists in SHIPPED, are compiled offline by the Triton wheel that is
 first on PYTHONPATH and read with its cuobjdump. A kernel fails the check if it spills to local memory, if a
-block wants more shared memory than the chip has, or if it multiplies matrices on sm_90 without wgmma. What
-cannot be checked here is said, with the reason.
+block wants more shared memory than the chip has, if it multiplies matrices on sm_90 without wgmma, or if it
+only streams activations and does not load them 16 bytes at a time. What cannot be checked here is said, with
+the reason.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ PTXAS = re.compile(
 # Bytes of shared memory that one block may have (CUDA C++ Programming Guide, technical specifications per compute capability).
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10}
 MATRIX_UNITS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}  # as PTX writes them
+WIDE_LOAD = re.compile(r"ld\.global[\w.:]*\.v4\.b32")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -61,6 +63,7 @@ class Kernel:
     spilled: int
     shared: int
     matrix: str = ""
+    narrow: bool = False  # streams activations without 16-byte loads
 
     @property
     def faults(self) -> list[str]:
@@ -69,7 +72,7 @@ class Kernel:
             found.append(f"{self.shared} bytes of shared memory, {self.arch} has {SHARED_LIMIT[self.arch]}")
         if self.matrix and self.arch == "sm_90" and self.matrix not in ("wgmma", "fma"):
             found.append(f"products by {self.matrix}, not wgmma")
-        return found
+        return [*found, "no 16-byte loads"] if self.narrow else found
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -169,8 +172,9 @@ def compiled(room: str, index: int, target: int, dtype: str, tool: str) -> Kerne
     matrix = (units or ["none"])[0] if "tt.dot" in kernel.asm["ttir"] else ""
     if matrix == "none" and shipped.constants.get("PRECISION") == "ieee":
         matrix = "fma"  # as asked for: no matrix unit multiplies float32 exactly
+    narrow = bool(shipped.pointers) and not matrix and WIDE_LOAD.search(kernel.asm["ptx"]) is None
     shared = max(shared, kernel.metadata.shared)
-    return Kernel(f"{room}/triton.py", shipped.label(dtype), f"sm_{target}", registers, stack + local, shared, matrix)
+    return Kernel(f"{room}/triton.py", shipped.label(dtype), f"sm_{target}", registers, stack + local, shared, matrix, narrow)
 
 
 def main() -> int:

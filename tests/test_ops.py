@@ -149,17 +149,22 @@ def test_compiles_without_graph_breaks(op_cases: OpCases) -> None:
 
 @each_op
 @pytest.mark.usefixtures("two_threads")
-def test_reruns_are_bitwise_equal(op_cases: OpCases) -> None:
-    case = small(next(c for c in op_cases.cases if c.real))
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_reruns_are_bitwise_equal(op_cases: OpCases, backend: str | None) -> None:
+    if backend not in (None, *backends()) or not (backend is None or _library.has_kernel(registered(op_cases), backend, DEVICE)):
+        pytest.skip(f"no {backend} kernels here")
+    interpreted = backend == "triton" and DEVICE == "cpu"
+    real = next(c for c in op_cases.cases if c.real)
+    case = small(real, 7) if interpreted else small(real)
 
     def run() -> list[Tensor]:
         args, kwargs = op_cases.make(case, Maker(torch.float32, device=DEVICE))
-        out = op_cases.op(*args, **kwargs)
+        out = op_cases.op(*args, **kwargs, backend=backend)
         leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
         return [out, *torch.autograd.grad(out.square().sum(), leaves)]
 
     first = run()
-    for _ in range(5):
+    for _ in range(250 if DEVICE == "cuda" else 1 if interpreted else 5):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 

@@ -107,6 +107,20 @@ def test_convolutions_read_their_channels_and_nothing_else(channels: int) -> Non
             torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_gradient_of_the_weight_is_summed_over_all_its_parts(stride: int) -> None:
+    """Thousands of pixels: the product over them is cut into parts, which a second stage adds up. Small integers, so sums are exact."""
+    side = 50 * stride
+    x = torch.randint(-2, 3, (2, 5, side, side)).float().to(DEVICE)
+    weight = torch.randint(-2, 3, (7, 5, 1, 1)).float().to(DEVICE).requires_grad_()
+    bias = torch.zeros(7, device=DEVICE, requires_grad=True)
+    grad_out = torch.randint(-2, 3, (2, 7, 50, 50)).float().to(DEVICE)
+    found = torch.autograd.grad(conv1x1_bias_relu(x, weight, bias, stride=stride, backend="triton"), (weight, bias), grad_out)
+    plain = torch.relu(nn.functional.conv2d(x, weight, bias, stride))
+    for actual, expected in zip(found, torch.autograd.grad(plain, (weight, bias), grad_out), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 def test_vectors_may_have_any_strides() -> None:
     x, weight, bias = torch.randn(1, 8, 5, 5), torch.randn(8, 8, 1, 1), torch.randn(16)[::2]
     for vector in (bias, torch.randn(1).expand(8)):
@@ -162,19 +176,28 @@ def test_more_pixels_than_can_be_numbered_are_an_error_before_memory_is_touched(
         ROOMS[room](x)
 
 
+def far_apart(pixels: int = 1100, pitch: int = 2_000_003) -> Tensor:
+    """Pixels so far apart that the last lie past 2^31 elements. Only the pages that hold a pixel ever get memory."""
+    memory = torch.empty((pixels - 1) * pitch + 8, dtype=torch.float16)
+    assert memory.numel() > 2**31
+    return memory.as_strided((1, 8, 1, pixels), (pixels * pitch, 1, pixels * pitch, pitch)).copy_(torch.randn(1, 8, 1, pixels))
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the memory would be allocated")
 @pytest.mark.parametrize("room", ROOMS)
 def test_offsets_go_past_two_to_the_31(room: str) -> None:
-    """Pixels so far apart that the last lie past 2^31 elements. Only the pages that hold a pixel ever get memory."""
-    pixels, pitch = 1100, 2_000_003
-    memory = torch.empty((pixels - 1) * pitch + 8, dtype=torch.float16)
-    x = memory.as_strided((1, 8, 1, pixels), (pixels * pitch, 1, pixels * pitch, pitch))
-    x.copy_(torch.randn(x.shape))
-    assert x.storage_offset() + (pixels - 1) * pitch > 2**31
-    torch.manual_seed(1)
-    found = ROOMS[room](x)
-    torch.manual_seed(1)
-    assert torch.equal(found, ROOMS[room](x.clone(memory_format=torch.channels_last)))
+    def run(x: Tensor, grad_out: Tensor | None) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(1)
+        x = x.detach().requires_grad_()
+        out = ROOMS[room](x)
+        if grad_out is None or grad_out.shape != out.shape:  # a stride or a concatenation: only x is far apart
+            grad_out = torch.ones_like(out)
+        return out, torch.autograd.grad(out, x, grad_out)[0]
+
+    x, grad_out = far_apart(), far_apart()
+    near = (t.clone(memory_format=torch.channels_last) for t in (x, grad_out))
+    for far, expected in zip(run(x, grad_out), run(*near), strict=True):
+        assert torch.equal(far, expected)
 
 
 def test_float32_products_follow_pytorchs_settings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,21 +15,49 @@ NUM_WARPS = 8
 
 
 @triton.jit
+def load(ptr, i, n, WHOLE: tl.constexpr):
+    return tl.load(ptr + i) if WHOLE else tl.load(ptr + i, mask=i < n)
+
+
+@triton.jit
+def store(ptr, i, n, values, WHOLE: tl.constexpr):
+    if WHOLE:
+        tl.store(ptr + i, values.to(ptr.dtype.element_ty))
+    else:
+        tl.store(ptr + i, values.to(ptr.dtype.element_ty), mask=i < n)
+
+
+@triton.jit
+def add_relu_block(x_ptr, residual_ptr, out_ptr, i, n, WHOLE: tl.constexpr):
+    x = load(x_ptr, i, n, WHOLE).to(tl.float32)
+    store(out_ptr, i, n, relu(x + load(residual_ptr, i, n, WHOLE).to(tl.float32)), WHOLE)
+
+
+@triton.jit
+def relu_grad_block(grad_out_ptr, out_ptr, grad_ptr, i, n, WHOLE: tl.constexpr):
+    out = load(out_ptr, i, n, WHOLE).to(tl.float32)
+    store(grad_ptr, i, n, relu_grad(load(grad_out_ptr, i, n, WHOLE), out), WHOLE)
+
+
+# A mask keeps Triton from 16-byte accesses unless it knows that n is a multiple of 16, so whole blocks go without.
+@triton.jit
 def add_relu_fwd_kernel(x_ptr, residual_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < n
-    x = tl.load(x_ptr + i, mask=mask).to(tl.float32)
-    residual = tl.load(residual_ptr + i, mask=mask).to(tl.float32)
-    tl.store(out_ptr + i, relu(x + residual).to(out_ptr.dtype.element_ty), mask=mask)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    i = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= n:
+        add_relu_block(x_ptr, residual_ptr, out_ptr, i, n, True)
+    else:
+        add_relu_block(x_ptr, residual_ptr, out_ptr, i, n, False)
 
 
 @triton.jit
 def add_relu_bwd_kernel(grad_out_ptr, out_ptr, grad_ptr, n, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < n
-    grad_out = tl.load(grad_out_ptr + i, mask=mask)
-    out = tl.load(out_ptr + i, mask=mask).to(tl.float32)
-    tl.store(grad_ptr + i, relu_grad(grad_out, out).to(grad_ptr.dtype.element_ty), mask=mask)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    i = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= n:
+        relu_grad_block(grad_out_ptr, out_ptr, grad_ptr, i, n, True)
+    else:
+        relu_grad_block(grad_out_ptr, out_ptr, grad_ptr, i, n, False)
 
 
 SHIPPED = [

@@ -126,8 +126,10 @@ def gradient(
         g = tl.where(y <= 0, 0.0, g)
     if MASK == BITS:
         width = (channels + 7) // 8
-        byte = tl.load(mask_ptr + row * width + (c // 8)[None, :], mask=mask, other=0).to(tl.int32)
-        g = tl.where((byte >> (c % 8)[None, :]) & 1 == 1, g, 0.0)
+        byte = tl.program_id(1) * (c.shape[0] // 8) + tl.arange(0, c.shape[0] // 8)
+        packed = tl.load(mask_ptr + row * width + byte[None, :], mask=(m < rows)[:, None] & (byte < width)[None, :], other=0)
+        bits = (packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+        g = tl.where(tl.reshape(bits, (m.shape[0], c.shape[0])) == 1, g, 0.0)
     return g, x, r
 
 
