@@ -43,7 +43,8 @@ compile-check: venv $(VENV)/triton-$(OLD_TRITON)
 	$(BIN)/python scripts/compile_check.py
 	PYTHONPATH=$(abspath $(VENV)/triton-$(OLD_TRITON)) $(BIN)/python scripts/compile_check.py --triton-only
 
-$(VENV)/triton-$(OLD_TRITON):
+$(VENV)/triton-$(OLD_TRITON): | venv
+	rm -rf $@.partial
 	$(BIN)/python -m pip install -qq --no-deps --target $@.partial triton==$(OLD_TRITON)
 	mv $@.partial $@
 

@@ -49,8 +49,8 @@ class Interleaved:
     """Variants of one piece of work, timed round by round."""
 
     def __init__(self, variants: Mapping[str, Work], device: torch.device | str = "cpu", *, cold: bool = False) -> None:
-        """Runs every variant a few times, to warm it up and to find how many calls make a sample. `cold` takes samples of one call
-        each, on a GPU with the caches overwritten before it."""
+        """Runs every variant a few times, to warm it up and to find how many calls make a sample. `cold` takes samples of one call each,
+        of variants that ran before, on a GPU with the caches overwritten first: 256 MiB of writes, which also let the host run ahead."""
         self.variants, self.device = dict(variants), torch.device(device)
         on_gpu = self.device.type == "cuda"
         self.flush = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=device) if cold and on_gpu else None
@@ -71,6 +71,10 @@ class Interleaved:
         return (time.perf_counter() - start) / calls
 
     def _sample_events(self, work: Work, calls: int) -> float:
+        with torch.cuda.device(self.device):
+            return self._between_events(work, calls)
+
+    def _between_events(self, work: Work, calls: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if self.flush is not None:
             self.flush.zero_()

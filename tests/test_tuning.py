@@ -13,23 +13,27 @@ import pytest
 import torch
 from conftest import DEVICE, backends
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_cnn
-from fused_cnn import tuning
+from fused_cnn import _tables, tuning
 from fused_cnn.cli import run
 from fused_cnn.nn import ConvBNReLU
 from fused_cnn.ops import add_relu, bn_relu_concat, conv1x1_bias_relu, max_pool2d
 
+PLACE = torch.zeros(1, device=DEVICE).device
 KEY = ("add_relu", "inference", (("float32", (1, 8, 4, 4), "contiguous"),) * 2, ())
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("FUSED_CNN_CACHE_DIR", str(tmp_path / "cache"))
-    tuning.forget()
+    _tables.forget()
     yield tmp_path / "cache"
-    tuning.forget()
+    _tables.forget()
 
 
 @pytest.fixture
@@ -114,7 +118,11 @@ def test_what_tune_cannot_do_is_an_error(folder: Path) -> None:
 @pytest.mark.skipif("triton" not in backends(), reason="Triton is not installed")
 @pytest.mark.parametrize("train", [False, True])
 def test_tritons_tiles_are_measured_kept_and_used(folder: Path, monkeypatch: pytest.MonkeyPatch, train: bool) -> None:
-    last_wins = lambda variants, device: {name: -float(i) for i, name in enumerate(variants)}  # noqa: E731
+    def last_wins(variants: dict[Any, Any], device: torch.device) -> dict[Any, float]:
+        for work in variants.values():
+            work()
+        return {name: -float(i) for i, name in enumerate(variants)}
+
     monkeypatch.setattr(tuning, "_seconds", last_wins)
     x, weight = torch.randn(1, 16, 4, 4, device=DEVICE), torch.randn(32, 16, 1, 1, device=DEVICE, requires_grad=train)
     measured = tuning.tune(lambda t: conv1x1_bias_relu(t.requires_grad_(train), weight), x, train=train, backends=("reference", "triton"))
@@ -125,9 +133,9 @@ def test_tritons_tiles_are_measured_kept_and_used(folder: Path, monkeypatch: pyt
     tiles = TILES[products(torch.float32)]
     assert measured.tiles[key]["best"] == list(tiles[-1])
     launched: list[Tiles] = []
-    assert tuning.pick(key[0], key[1:], tiles, tiles[0], launched.append, DEVICE) == tiles[-1]
-    assert tuning.pick(key[0], key[1:], tiles[:1], tiles[0], launched.append, DEVICE) == tiles[0]  # no longer a candidate
-    assert tuning.pick(key[0], (*key[1:], "other"), tiles, tiles[0], launched.append, DEVICE) == tiles[0]
+    assert tuning.pick(key[0], key[1:], tiles, tiles[0], launched.append, PLACE) == tiles[-1]
+    assert tuning.pick(key[0], key[1:], tiles[:1], tiles[0], launched.append, PLACE) == tiles[0]  # no longer a candidate
+    assert tuning.pick(key[0], (*key[1:], "other"), tiles, tiles[0], launched.append, PLACE) == tiles[0]
     assert not launched  # the launcher launches, once
 
 
@@ -142,7 +150,7 @@ BAD = {
 
 @pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in BAD.items()])
 def test_a_bad_or_foreign_file_is_a_warning_and_is_measured_anew(folder: Path, text: str, reference_wins: None) -> None:
-    path = tuning.cache_file(DEVICE)
+    path = _tables.cache_file(PLACE)
     path.parent.mkdir(parents=True)
     path.write_text(text)
     x = torch.randn(1, 8, 4, 4, device=DEVICE)
@@ -150,50 +158,51 @@ def test_a_bad_or_foreign_file_is_a_warning_and_is_measured_anew(folder: Path, t
         add_relu(x, x)
     with pytest.warns(UserWarning, match="ignores"):
         tuning.tune(lambda t: add_relu(t, t), x)
-    assert tuning.load(path, tuning.facts(DEVICE)).choices.keys() == {KEY}
+    assert _tables.load(path, _tables.facts(PLACE)).choices.keys() == {KEY}
 
 
 @pytest.mark.parametrize("entry", [{"best": "tensorrt"}, {}, "native"])
 def test_a_file_with_a_nonsensical_entry_is_not_used(folder: Path, entry: Any) -> None:
-    document = tuning.Table({KEY: {"best": "native"}}).to_json(tuning.facts(DEVICE))
+    document = _tables.Table({KEY: {"best": "native"}}).to_json(_tables.facts(PLACE))
     document["choices"] = {repr(KEY): entry}
-    path = tuning.cache_file(DEVICE)
+    path = _tables.cache_file(PLACE)
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(document))
     with pytest.warns(UserWarning, match="ignores"):
-        assert tuning.table(DEVICE).choices == {}
+        assert _tables.table(PLACE).choices == {}
 
 
 def test_a_table_of_other_sources_is_another_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tuning.save(tuning.cache_file(DEVICE), tuning.Table({KEY: {"best": "reference", "seconds": {}}}), tuning.facts(DEVICE))
-    assert tuning.table(DEVICE).choices
-    changed = {**tuning.facts(DEVICE), "sources": "changed"}
-    monkeypatch.setattr(tuning, "facts", lambda device: changed)
-    tuning.forget()
-    assert not tuning.table(DEVICE).choices
+    _tables.save(_tables.cache_file(PLACE), _tables.Table({KEY: {"best": "reference", "seconds": {}}}), _tables.facts(PLACE))
+    assert _tables.table(PLACE).choices
+    changed = {**_tables.facts(PLACE), "sources": "changed"}
+    monkeypatch.setattr(_tables, "facts", lambda device: changed)
+    _tables.forget()
+    assert not _tables.table(PLACE).choices
 
 
 def test_an_interrupted_save_leaves_the_old_table_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, found = tuning.cache_file(DEVICE), tuning.facts(DEVICE)
-    tuning.save(path, tuning.Table({KEY: {"best": "reference", "seconds": {}}}), found)
+    path, found = _tables.cache_file(PLACE), _tables.facts(PLACE)
+    _tables.save(path, _tables.Table({KEY: {"best": "reference", "seconds": {}}}), found)
     before = path.read_bytes()
 
     def fail(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuning.os, "replace", fail)
+    monkeypatch.setattr(_tables.os, "replace", fail)
     with pytest.raises(KeyboardInterrupt):
-        tuning.save(path, tuning.Table({("other",): {"best": "native", "seconds": {}}}), found)
+        _tables.save(path, _tables.Table({("other",): {"best": "native", "seconds": {}}}), found)
     assert path.read_bytes() == before
     assert sorted(p.suffix for p in folder.iterdir()) == [".json", ".lock"]
 
 
 def test_processes_that_save_at_once_lose_nothing(folder: Path) -> None:
     code = (
-        "import sys; from fused_cnn import tuning\n"
+        "import sys, torch; from fused_cnn import _tables as t\n"
+        "cpu = torch.device('cpu')\n"
         "for i in range(5):\n"
-        "    key = (sys.argv[1], i)\n"
-        "    tuning.save(tuning.cache_file('cpu'), tuning.Table({key: {'best': 'native', 'seconds': {}}}), tuning.facts('cpu'))\n"
+        "    entries = t.Table({(sys.argv[1], i): {'best': 'native', 'seconds': {}}})\n"
+        "    t.save(t.cache_file(cpu), entries, t.facts(cpu))\n"
     )
     running = [subprocess.Popen([sys.executable, "-c", code, str(i)]) for i in range(4)]
     assert [p.wait(120) for p in running] == [0] * 4
@@ -206,8 +215,8 @@ def test_shipped_tables_hold_for_these_sources() -> None:
     """A change of a kernel makes what was measured before worthless: measure again, or take the table out."""
     for path in (Path(fused_cnn.__file__).parent / "tables").glob("*.json"):
         document = json.loads(path.read_text())
-        assert document["sources"] == tuning.source_hash(), path.name
-        tuning.Table.from_json(document, {})
+        assert document["sources"] == _tables.source_hash(), path.name
+        _tables.Table.from_json(document, {})
 
 
 def test_a_strided_call_and_a_list_of_branches_have_keys_that_json_keeps(folder: Path, reference_wins: None) -> None:
@@ -219,8 +228,117 @@ def test_a_strided_call_and_a_list_of_branches_have_keys_that_json_keeps(folder:
 
     measured = tuning.tune(model, x)
     assert {key[0] for key in measured.choices} == {"max_pool2d", "bn_relu_concat"}
-    again = tuning.load(tuning.cache_file(DEVICE), tuning.facts(DEVICE))
+    again = _tables.load(_tables.cache_file(PLACE), _tables.facts(PLACE))
     assert again.choices.keys() == measured.choices.keys()
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("tuned", [False, True])
+def test_calls_in_any_form_and_on_stand_ins_find_their_way(tuned: bool, monkeypatch: pytest.MonkeyPatch, reference_wins: None) -> None:
+    x, weight = torch.randn(1, 8, 4, 4, device=DEVICE), torch.randn(8, 8, 1, 1, device=DEVICE)
+    if tuned:
+        tuning.tune(lambda t: add_relu(max_pool2d(t, 1), t), x)
+    assert max_pool2d(kernel_size=2, x=x).shape == (1, 8, 2, 2)
+    assert conv1x1_bias_relu(bias=None, stride=2, x=x, weight=weight).shape == (1, 8, 2, 2)
+    assert add_relu(x.to("meta"), x.to("meta")).device.type == "meta"
+    with pytest.raises(ValueError, match="at least one"):
+        fused_cnn.ops.concat_bias_relu([])
+    with FakeTensorMode() as mode:
+        assert add_relu(mode.from_tensor(x), mode.from_tensor(x)).shape == x.shape
+    traced = make_fx(lambda t: add_relu(t, 2 * t), tracing_mode="symbolic")(x)
+    torch.testing.assert_close(traced(x), add_relu(x, 2 * x))
+
+
+@pytest.mark.usefixtures("folder", "reference_wins")
+def test_a_change_of_the_tables_compiles_nothing_again() -> None:
+    x, counter = torch.randn(1, 8, 4, 4, device=DEVICE), CompileCounter()
+    compiled = torch.compile(lambda t: add_relu(t, 2 * t), fullgraph=True, backend=counter)
+    compiled(x)
+    tuning.tune(lambda t: add_relu(t, 2 * t), x)
+    compiled(x)
+    add_relu(x, x)
+    compiled(x)
+    assert counter.frame_count == 1
+
+
+def test_a_backend_that_is_not_built_here_is_passed_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(1, 8, 4, 4, device=DEVICE)
+    _tables.save(_tables.cache_file(PLACE), _tables.Table({KEY: {"best": "triton", "seconds": {}}}), _tables.facts(PLACE))
+    monkeypatch.setattr(fused_cnn._backends._library, "has_kernel", lambda op, backend, device: backend != "triton")
+    torch.testing.assert_close(add_relu(x, x), torch.relu(2 * x))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Could not determine home directory."), PermissionError("not yours")], ids=repr)
+def test_without_a_readable_home_the_heuristics_decide(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    class NoHome(type(Path())):  # type: ignore[misc]
+        def read_text(self, *args: Any) -> str:
+            raise error
+
+    def cache_dir() -> Path:
+        if isinstance(error, RuntimeError):
+            raise error
+        return NoHome("/root/.cache")
+
+    monkeypatch.setattr(_tables, "cache_dir", cache_dir)
+    _tables.forget()
+    x = torch.randn(1, 8, 4, 4, device=DEVICE)
+    torch.testing.assert_close(add_relu(x, x), torch.relu(2 * x))
+    _tables.forget()
+
+
+@pytest.mark.usefixtures("folder", "reference_wins")
+def test_expanded_tensors_and_autocast_are_measured_as_they_were_called() -> None:
+    x, weight = torch.randn(2, 8, 4, 4, device=DEVICE), torch.randn(8, 8, 1, 1, device=DEVICE)
+
+    def model(t: Tensor) -> Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            y = conv1x1_bias_relu(t, weight)
+        return add_relu(y, y[:, :1].expand(y.shape))
+
+    modes = {key[0]: key[1] for key in tuning.tune(model, x).choices}
+    assert modes == {"conv1x1_bias_relu": "inference in bfloat16", "add_relu": "inference"}
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_does_not_run_is_no_candidate(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise RuntimeError("out of shared memory")
+
+    timed = tuning._seconds({"good": lambda: None, "bad": fail}, PLACE)
+    assert timed.keys() == {"good"}
+    with pytest.raises(RuntimeError, match="no candidate runs"):
+        tuning._seconds({"bad": fail}, PLACE)
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_interrupted_run_keeps_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(variants: dict[Any, Any], device: torch.device) -> dict[Any, float]:
+        if len(done) == 1:
+            raise KeyboardInterrupt
+        done.append(1)
+        return dict.fromkeys(variants, 1.0)
+
+    done: list[int] = []
+    monkeypatch.setattr(tuning, "_seconds", seconds)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.tune(lambda t: add_relu(max_pool2d(t, 1), t), torch.randn(1, 8, 4, 4, device=DEVICE))
+    assert [key[0] for key in _tables.load(_tables.cache_file(PLACE), _tables.facts(PLACE)).choices] == ["max_pool2d"]
+
+
+@pytest.mark.skipif("triton" not in backends(), reason="Triton is not installed")
+@pytest.mark.usefixtures("folder")
+def test_problems_with_other_candidates_have_other_keys() -> None:
+    """A pool's product and a strided convolution's of the same sizes."""
+    x, wide = torch.randn(1, 16, 4, 4, device=DEVICE), torch.randn(1, 16, 8, 8, device=DEVICE)
+    weights = [torch.randn(8, c, k, k, device=DEVICE) for c, k in ((16, 1), (16, 1), (8, 3), (16, 1), (8, 3), (16, 1))]
+    biases = [torch.zeros(8, device=DEVICE)] * 6
+
+    def model(t: Tensor, wide: Tensor) -> Tensor:
+        block = fused_cnn.ops.inception(t, weights, biases)
+        return block[:, :8] + conv1x1_bias_relu(wide, weights[0], biases[0], stride=2)
+
+    measured = tuning.tune(model, x, wide, backends=("reference", "triton"))
+    assert {key[0] for key in measured.choices} == {"inception", "conv1x1_bias_relu"}
 
 
 def test_the_command_measures_a_network_and_saves_the_table(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,6 +99,32 @@ def test_what_is_not_finite_reaches_its_neighbours_only(value: float) -> None:
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("value", [1e4, 1e8, 1e20])
+def test_a_large_pixel_costs_its_tile_digits_in_proportion_and_no_other(value: float) -> None:
+    x, weight, bias = inputs((1, 32, 16, 16), 40, torch.float32)
+    x[0, 5, 8, 8] = value
+    truth = conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    error = (conv_bias_relu(x, *pack_conv(weight, bias, like=x), padding=1, relu=False) - truth).abs()
+    assert error.max() <= 32 * torch.finfo(torch.float32).eps * value
+    error[..., 4:12, 2:14] = 0  # every tile that reads the pixel lies in here
+    assert error.max() <= 1e-5
+
+
+def test_images_give_the_same_whatever_the_threads_and_their_place_in_the_batch() -> None:
+    """A block takes as many images at a time as its threads' caches hold, and the last time fewer."""
+    x, weight, bias = inputs((42, 512, 7, 7), 512, torch.float32)
+    x[41] = x[0]
+    block = pack_residual_block([FoldedConv(weight, bias, padding=1)] * 2, None, shortcut=True, like=x)
+    assert block is not None
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(residual_block(x, block))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0][0], found[0][41])
+
+
 def test_a_residual_that_is_added_in_place_is_added_once() -> None:
     """A block's projection is written where its result goes. Computing again, as for what is not finite, would add the sum to itself."""
     x, weight, bias = inputs((2, 32, 12, 12), 32, torch.float32)

@@ -103,7 +103,7 @@ Between::Between(int64_t bytes) : own_(nullptr, std::free), data_(nullptr) {
 engine::ConvShape engine_shape(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_channels,
                                const Ints& kernel, const ConvParams& p) {
   engine::ConvShape s{};
-  s.N = images, s.C = channels, s.H = height, s.W = width;
+  s.N = s.batch = images, s.C = channels, s.H = height, s.W = width;
   s.kernel_h = kernel[0], s.kernel_w = kernel[1];
   s.stride_h = p.stride[0], s.stride_w = p.stride[1];
   s.pad_h = p.padding[0], s.pad_w = p.padding[1];
@@ -159,10 +159,11 @@ Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::op
 
 void check_packed(const char* op, const Tensor& packed, const engine::ConvShape& shape, engine::DType dtype) {
   const int64_t expected = engine::packed_weight_bytes(shape, dtype);
-  FUSED_CNN_CHECK(
-      packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_cpu() && packed.is_contiguous() &&
-          packed.size(0) == expected && reinterpret_cast<uintptr_t>(packed.data_ptr()) % 64 == 0,
-      op, ": packed must be the ", expected, " bytes that conv_pack made of this weight shape, got ", shape_of(packed));
+  FUSED_CNN_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_cpu() &&
+                      packed.is_contiguous() && packed.size(0) == expected &&
+                      reinterpret_cast<uintptr_t>(packed.data_ptr()) % 64 == 0,
+                  op, ": packed must be the ", expected,
+                  " bytes that packing makes of this weight shape, stride and dilation, got ", shape_of(packed));
 }
 
 Tensor cpu_conv_packed(const char* op, const Tensor& x, const Tensor& packed, const Ints& weight_shape,

@@ -68,7 +68,8 @@ Tensor residual_block_packed_fwd(const Tensor& x, std::vector<Tensor> packed, In
   for (int64_t n = 0; n < x.size(0); n += images) {
     const int64_t count = std::min(images, x.size(0) - n);
     const auto run = [&](const Convolution& c, const void* from, int64_t pitch, const engine::Destination& to) {
-      const engine::ConvShape shape = engine_shape(count, c.in, c.in_h, c.in_w, c.out, c.kernel, c.params);
+      engine::ConvShape shape = engine_shape(count, c.in, c.in_h, c.in_w, c.out, c.kernel, c.params);
+      shape.batch = x.size(0);
       engine::ConvArgs args{from, pitch, c.packed, {}};
       args.destination[0] = to;
       engine::conv_forward(shape, dtype, args, threads);

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from .. import _backends, _library, tuning
+from .. import _backends, _library, _tables
 from ._common import Json, commit, emit, out
 
 PACKAGES = ("fused_cnn", "torch", "torchvision", "timm", "triton", "numpy", "scikit-image", "matplotlib")
@@ -96,10 +96,9 @@ def devices() -> dict[str, str]:
 
 
 def cache() -> dict[str, str]:
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    tuned = {d: len(tuning.table(d).choices) + len(tuning.table(d).tiles) for d in devices}
-    known = ", ".join(f"{n} for {d}" for d, n in tuned.items())
+    tables = {d: _tables.table(torch.device(d)) for d in ("cpu", *(["cuda:0"] if torch.cuda.is_available() else []))}
+    known = ", ".join(f"{len(t.choices) + len(t.tiles)} for {d}" for d, t in tables.items())
     return {
-        "on disk": f"{tuning.cache_dir()}: what `fused-cnn tune` measured; entries that hold here: {known}",
+        "on disk": f"{_tables.cache_dir()}: what `fused-cnn tune` measured; entries that hold here: {known}",
         "in memory": "folded and packed weights, one copy for each fused block that has run in eval",
     }

@@ -1,10 +1,9 @@
-"""`fused-cnn tune MODEL`: measures, for every op of a fused network, each backend and each configuration of the Triton kernels, and keeps
-the fastest; backend=None uses it from then on. With --out the table is saved as one that can ship with the package.
+"""`fused-cnn tune MODEL`: measures, for every op of a fused network whose weights are not packed, each backend and the tiles of the Triton
+kernels, and keeps the fastest; backend=None uses it from then on. With --out the table is saved as one that can ship with the package.
 """
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,7 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from .. import fuse_, tuning
+from .. import _tables, fuse_, tuning
 from . import _networks
 from ._common import Json, dtype_of, emit, out, progress, write_json
 
@@ -28,21 +27,21 @@ def tune(
     json: Json = False,
 ) -> None:
     """Measure which backend and tiles are fastest for each op of a network; backend=None then uses them."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = _networks.photographs(_networks.PHOTOGRAPHS, batch, size).to(device, dtype_of(dtype))
     network = _networks.network(model, images.float()).to(device, dtype_of(dtype)).train(train)
     fuse_(network)
     with progress("tune") as say:
         measured = tuning.tune(network, images, train=train, say=say)
-    saved = tuning.cache_file(device)
-    document = measured.to_json(tuning.facts(device))
+    saved = _tables.cache_file(images.device)
+    document = measured.to_json(_tables.facts(images.device))
     if file is not None:
         write_json(file, document)
     if json:
-        emit({"file": str(saved), **json_module.loads(json_module.dumps(document))})
+        emit({"file": str(saved), **document})
         return
     table = Table("op", "input", "best", "library", "tried", box=SIMPLE, title=f"{model}, {'training' if train else 'inference'}")
-    for key, entry in tuning.in_order(measured.choices):
+    for key, entry in _tables.in_order(measured.choices):
         seconds = entry["seconds"]
         gain = seconds["reference"] / seconds[entry["best"]]
         tried = ", ".join(f"{name} {s * 1e6:.0f} us" for name, s in seconds.items())

@@ -74,7 +74,7 @@ def dense_like(t: Tensor, like: Tensor) -> Tensor:
     return t.contiguous(memory_format=result_format(like))
 
 
-MAX_PIXELS = 2**31 - 2**12  # a pixel's number is a 32-bit integer, also in the tile that overhangs the last one
+MAX_PIXELS = 2**31 - 2**16  # a pixel's number is a 32-bit integer, also in the tiles that overhang the last one
 MAX_CHANNELS = 2**21  # 64 a program on an axis of the grid, which has 65535
 
 

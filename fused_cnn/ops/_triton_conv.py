@@ -220,8 +220,8 @@ def conv_forward(
     kind = products(x.dtype)
     candidates = [POOL_TILES] if geometry.pool else TILES[kind]
     default = choose_tiles(rows, columns, candidates, processors(x.device))
-    problem = (kind, rows, columns, channels, taps, dense, residual_pitch > 0)
-    launch(pick("conv_fwd_kernel", problem, candidates, default, launch, x.device.type))
+    problem = (kind, rows, columns, channels, *geometry.kernel, *geometry.stride, geometry.pool, len(outs), residual_pitch > 0)
+    launch(pick("conv_fwd_kernel", problem, candidates, default, launch, x.device))
 
 
 def shipped_forward(*, dense: bool = False, pool: bool = False, destinations: int = 1) -> list[Shipped]:

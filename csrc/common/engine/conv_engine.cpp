@@ -83,12 +83,13 @@ bool takes_winograd(const Plan& plan) {
 // what takes the time (a thread reads about 3 bytes a cycle). What is added in place could not be added again.
 bool winograd_pays(const Plan& plan, bool in_place) {
   const ConvShape& s = plan.shape;
-  if (plan.winograd.weight == nullptr || in_place) return false;
+  if (plan.winograd.panel_bytes == 0 || in_place) return false;
   const Level& level = *current();
-  const int64_t height = conv_out_h(s), width = conv_out_w(s), tiles = s.N * ceil_div(height, 2) * ceil_div(width, 4);
+  const int64_t height = conv_out_h(s), width = conv_out_w(s),
+                tiles = s.batch * ceil_div(height, 2) * ceil_div(width, 4);
   const double per_byte = level.lanes / 3.0;
   return winograd_cost(s, tiles) + kWinogradPositions * 4 * per_byte <
-         direct_cost(plan, s.N * height * width) + 9 * element_size(level, plan.dtype) * per_byte;
+         direct_cost(plan, s.batch * height * width) + 9 * element_size(level, plan.dtype) * per_byte;
 }
 
 // The part of the plan that the packed layout depends on.
@@ -105,17 +106,18 @@ Plan plan_weight(const ConvShape& shape, DType dtype, const void* packed) {
   plan.panels = ceil_div(plan.vectors, kPanelVectors);
   const Reduction& r = plan.reduction;
   plan.panel_bytes = r.taps_h * r.taps_w * r.padded * kPanelVectors * level.lanes * element_size(level, dtype);
+  plan.bias_bytes = round_up(plan.vectors * level.lanes * 4, kCacheLine);
+  plan.direct_bytes = plan.packed_bytes = plan.bias_bytes + ceil_div(plan.panel_bytes * plan.vectors, kPanelVectors);
+  if (takes_winograd(plan)) {
+    plan.winograd.panel_bytes = kWinogradPositions * shape.C * kPanelVectors * level.lanes * 4;
+    plan.direct_bytes = round_up(plan.direct_bytes, kCacheLine);
+    plan.packed_bytes = plan.direct_bytes + ceil_div(plan.winograd.panel_bytes * plan.vectors, kPanelVectors);
+  }
+  if (packed == nullptr) return plan;  // it is asked for sizes
   plan.args.packed = packed;
   plan.bias = (const float*)packed;
-  plan.weight = (const char*)packed + round_up(plan.vectors * level.lanes * 4, kCacheLine);
-  plan.packed_bytes =
-      round_up(plan.vectors * level.lanes * 4, kCacheLine) + ceil_div(plan.panel_bytes * plan.vectors, kPanelVectors);
-  if (takes_winograd(plan)) {
-    const int64_t at = round_up(plan.packed_bytes, kCacheLine);
-    plan.winograd.weight = (const char*)packed + at;
-    plan.winograd.panel_bytes = kWinogradPositions * shape.C * kPanelVectors * level.lanes * 4;
-    plan.packed_bytes = at + ceil_div(plan.winograd.panel_bytes * plan.vectors, kPanelVectors);
-  }
+  plan.weight = (const char*)packed + plan.bias_bytes;
+  if (plan.winograd.panel_bytes > 0) plan.winograd.weight = (const char*)packed + plan.direct_bytes;
   return plan;
 }
 
@@ -275,9 +277,8 @@ int64_t packed_weight_bytes(const ConvShape& shape, DType dtype) {
 
 int64_t packed_bytes_read(const ConvShape& shape, DType dtype, bool in_place) {
   const Plan plan = plan_weight(shape, dtype, nullptr);
-  if (plan.winograd.weight == nullptr) return plan.packed_bytes;
-  const int64_t direct = (const char*)plan.winograd.weight - (const char*)nullptr;
-  return winograd_pays(plan, in_place) ? plan.packed_bytes - direct : direct;
+  if (plan.winograd.panel_bytes == 0) return plan.packed_bytes;
+  return winograd_pays(plan, in_place) ? plan.bias_bytes + plan.packed_bytes - plan.direct_bytes : plan.direct_bytes;
 }
 
 void pack_weight(const ConvShape& shape, DType dtype, const void* const* weight, const float* const* bias,

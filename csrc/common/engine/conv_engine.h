@@ -24,6 +24,7 @@ struct ConvShape {
   int64_t dilation_h, dilation_w;
   int destinations;
   int64_t out_channels[kMaxDestinations];
+  int64_t batch;  // images of the whole call, N or more: a caller may pass some at a time, and gets the same sums
 };
 
 struct Destination {
@@ -67,7 +68,7 @@ int64_t packed_weight_bytes(const ConvShape& shape, DType dtype);
 void pack_weight(const ConvShape& shape, DType dtype, const void* const* weight, const float* const* bias,
                  void* packed);
 
-// How many of them a call reads, whose residual is (in_place) or is not where its output goes.
+// How many of them a call of the whole batch reads, whose residual is (in_place) or is not where its output goes.
 int64_t packed_bytes_read(const ConvShape& shape, DType dtype, bool in_place);
 
 void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args, const ThreadPool& pool);

@@ -21,8 +21,8 @@ struct Reduction {
 // What F(2 x 4, 3 x 3) adds to a plan, see conv_winograd.inc. Its items are blocks of tiles by groups of panels.
 constexpr int kWinogradPositions = 24;
 struct Winograd {
-  const void* weight;  // packed: [panel][position][C][lanes], float; null where the kernel is not 3 x 3 with stride 1
-  int64_t panel_bytes;
+  const void* weight;   // packed: [panel][position][C][lanes], float; null where the convolution has no such form
+  int64_t panel_bytes;  // 0 where the convolution has no such form
   int64_t tiles_y, tiles_x, tiles, blocks;
   int64_t block_tiles;  // in a block, at most
   int64_t pitch;        // floats between the transformed pixels of neighbouring tiles
@@ -39,13 +39,13 @@ struct Plan {
   int64_t out_h, out_w;
   int64_t block_h, block_w, blocks_y, blocks_x;
   int64_t vectors, panels, groups;
-  int64_t items, workers;                   // block by block, and for each block the groups
-  bool tiles_first;                         // loop order within an item
-  int64_t vector_of[kMaxDestinations + 1];  // first vector of each destination
-  const float* bias;                        // packed: one float per lane of every vector
-  const void* weight;                       // packed: [panel][taps_h][taps_w][padded run][lanes], see pack_as
-  int64_t panel_bytes;                      // of a full panel
-  int64_t packed_bytes;                     // of everything packed
+  int64_t items, workers;                          // block by block, and for each block the groups
+  bool tiles_first;                                // loop order within an item
+  int64_t vector_of[kMaxDestinations + 1];         // first vector of each destination
+  const float* bias;                               // packed: one float per lane of every vector
+  const void* weight;                              // packed: [panel][taps_h][taps_w][padded run][lanes], see pack_as
+  int64_t panel_bytes;                             // of a full panel
+  int64_t bias_bytes, direct_bytes, packed_bytes;  // of what is packed: the bias, it and `weight`, everything
 
   // Where gather is set, the input of a block is first copied to scratch, with its zero padding, as in_h x in_w pixels
   // `pitch` elements apart. Strides that no tap needs (a 1x1 kernel's) are dropped by the copy: step_h, step_w.

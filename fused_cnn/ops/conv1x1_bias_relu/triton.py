@@ -178,7 +178,7 @@ def conv1x1_bias_relu_bwd(
                 )  # fmt: skip
 
         problem = (kind, rows, columns, channels, strided, out is not None)
-        launch(pick("dgrad_kernel", problem, GRAD_TILES[kind], GRAD_TILES[kind][0], launch, x.device.type))
+        launch(pick("dgrad_kernel", problem, GRAD_TILES[kind], GRAD_TILES[kind][0], launch, x.device))
         grad_x = grad_x.contiguous(memory_format=result_format(x))
     else:
         grad_x = torch.zeros_like(x, memory_format=result_format(x)) if needs_x else none
@@ -201,7 +201,7 @@ def _wgrad(grad: Tensor, x: Tensor, rows: int, sizes: tuple[int, ...], strided: 
 
     def launch(tiles: GradTiles) -> None:
         programs = triton.cdiv(columns, tiles.rows) * triton.cdiv(channels, tiles.columns)
-        # Parts enough to fill the device, of at least 32 steps: a matter of the shape and the device, so that sums repeat.
+        # Parts enough to fill the device, of at least 32 steps: a matter of shape, tiles and device, so that sums repeat.
         parts = max(1, min(2 * processors(x.device) // max(1, programs), rows // 1024))
         steps = triton.cdiv(triton.cdiv(rows, tiles.step), parts)
         partial = torch.empty((parts, columns, channels), dtype=torch.float32, device=x.device)
@@ -214,5 +214,5 @@ def _wgrad(grad: Tensor, x: Tensor, rows: int, sizes: tuple[int, ...], strided: 
                 )  # fmt: skip
         result[:] = partial.sum(0).to(x.dtype), sums.sum(0) if bias else sums
 
-    launch(pick("wgrad_kernel", problem, GRAD_TILES[kind], GRAD_TILES[kind][0], launch, x.device.type))
+    launch(pick("wgrad_kernel", problem, GRAD_TILES[kind], GRAD_TILES[kind][0], launch, x.device))
     return result[0], result[1]

@@ -1,0 +1,210 @@
+"""What tuning.py has measured, and where it is kept.
+
+A table holds two kinds of answer for one device. `choices`: the backend of a public op's call. `tiles`: a Triton kernel's configuration for
+one problem size. It is JSON. The measured one lies in the cache folder (FUSED_CNN_CACHE_DIR, or ~/.cache/fused_cnn), in a file of its own
+for each device, driver, torch, Triton and state of the kernels' sources: what was measured elsewhere, or before a change, is never found.
+Tables that ship with the package (fused_cnn/tables/) hold for a device and the sources.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import _library
+from ._backends import BACKENDS
+
+VERSION = 1
+PACKAGE = Path(__file__).parent
+Key = tuple[Any, ...]
+
+
+@dataclass
+class Table:
+    """What was measured on one device: entries by key, each with the winner and every candidate's seconds."""
+
+    choices: dict[Key, dict[str, Any]] = field(default_factory=dict)
+    tiles: dict[Key, dict[str, Any]] = field(default_factory=dict)
+
+    def update(self, other: Table) -> None:
+        self.choices |= other.choices
+        self.tiles |= other.tiles
+
+    def to_json(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        kinds = {"choices": self.choices, "tiles": self.tiles}
+        return {"version": VERSION, **facts, **{name: {repr(k): v for k, v in in_order(kind)} for name, kind in kinds.items()}}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any], wanted: Mapping[str, Any]) -> Table:
+        """Raises ValueError where the document is no table, or one of another device or of other sources."""
+        for name, value in {"version": VERSION, **wanted}.items():
+            if document.get(name) != value:
+                raise ValueError(f"its {name} is {document.get(name)!r}, not {value!r}")
+        table = cls(*({ast.literal_eval(k): v for k, v in document[kind].items()} for kind in ("choices", "tiles")))
+        for entry in table.choices.values():
+            if entry["best"] not in BACKENDS:
+                raise ValueError(f"it names a backend {entry['best']!r}")
+        for entry in table.tiles.values():
+            if not all(isinstance(n, int) for n in entry["best"]):
+                raise ValueError(f"it has tiles {entry['best']!r}")
+        return table
+
+
+def in_order(entries: Mapping[Key, Any]) -> list[tuple[Key, Any]]:
+    """The entries in an order that does not depend on when they were measured."""
+    return sorted(entries.items(), key=lambda item: repr(item[0]))
+
+
+@functools.lru_cache
+def source_hash() -> str:
+    """A hash of every kernel's source: of the Triton files as they are, of csrc/ as it was when the libraries were built."""
+    digest = hashlib.sha256()
+    for path in sorted((PACKAGE / "ops").rglob("*triton*.py")):
+        digest.update(path.read_bytes())
+    if _library.cpu_module is not None:
+        digest.update(_library.cpu_module.build_info["sources"].encode())
+    return digest.hexdigest()[:16]
+
+
+def device_name(device: torch.device) -> str:
+    """The device as tables name it: the GPU's name, or the processor's with its instruction set."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = re.search(r"^model name\s*: (.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    level = _library.cpu_module.build_info["cpu_level"] if _library.cpu_module else "no native kernels"
+    return f"{model[1] if model else 'CPU'}, {level}"
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def driver(device: torch.device) -> int | None:
+    """CUDA's driver version, such as 13000; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
+@functools.lru_cache
+def facts(device: torch.device) -> dict[str, Any]:
+    """What a measured table holds for."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    name = device_name(device)
+    return {"device": name, "driver": driver(device), "torch": torch.__version__, "triton": triton, "sources": source_hash()}
+
+
+def cache_dir() -> Path:
+    """Where measured tables lie; made by the first one."""
+    return Path(os.environ.get("FUSED_CNN_CACHE_DIR") or Path.home() / ".cache" / "fused_cnn")
+
+
+def slug(device: torch.device) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", facts(device)["device"].lower()).strip("-")
+
+
+def cache_file(device: torch.device) -> Path:
+    """The measured table of this device, driver, torch, Triton and sources."""
+    digest = hashlib.sha256(json.dumps(facts(device), sort_keys=True).encode()).hexdigest()[:12]
+    return cache_dir() / f"{slug(device)}-{digest}.json"
+
+
+def load(path: Path, wanted: Mapping[str, Any]) -> Table:
+    """The table in a file; an empty one, with a warning, where the file cannot be used. A missing file is no fault, nor is one in a
+    folder that this user may not enter."""
+    try:
+        return Table.from_json(json.loads(path.read_text()), wanted)
+    except (FileNotFoundError, PermissionError, NotADirectoryError):
+        return Table()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        warnings.warn(f"fused_cnn ignores the tuning table {path} ({reason}); `fused-cnn tune` makes it anew", stacklevel=2)
+        return Table()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time. The system drops the lock of a process that ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def save(path: Path, table: Table, found: Mapping[str, Any]) -> None:
+    """Add the table's entries to those of the file, which is at every moment the old one or the new one, whole."""
+    with _locked(path):
+        merged = load(path, found)
+        merged.update(table)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+        try:
+            with open(handle, "w") as file:
+                json.dump(merged.to_json(found), file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+
+_lock = threading.Lock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+_tables: dict[torch.device, Table] = {}  # loaded at the device's first call
+asks = True  # whether an op need look at the tables at all: a microsecond, where an op may take five
+
+
+def table(device: torch.device) -> Table:
+    """What is known of the device: the shipped tables' entries, and over them the measured ones."""
+    found = _tables.get(device)
+    if found is not None:
+        return found
+    with _lock:
+        return _load(device)
+
+
+def _load(device: torch.device) -> Table:
+    global asks
+    found = Table()
+    wanted = {name: facts(device)[name] for name in ("device", "sources")}
+    for path in sorted((PACKAGE / "tables").glob(f"{slug(device)}*.json")):
+        found.update(load(path, wanted))
+    with contextlib.suppress(RuntimeError):  # a user without a home folder has no cache
+        found.update(load(cache_file(device), facts(device)))
+    _tables[device] = found
+    kinds = {d.type for d in _tables}
+    asks = any(t.choices for t in _tables.values()) or ("cuda" not in kinds and torch.backends.cuda.is_built()) or "cpu" not in kinds
+    return found
+
+
+def forget() -> None:
+    """Read the tables again at the next call."""
+    global asks
+    with _lock:
+        _tables.clear()
+        asks = True
