@@ -129,6 +129,47 @@ def test_vectors_may_have_any_strides() -> None:
         torch.testing.assert_close(out.cpu(), expected, rtol=1e-2, atol=1e-2)
 
 
+SENTINEL = 7.0
+
+
+@pytest.mark.parametrize("channels", [1, 17, 65])
+def test_a_slice_is_written_whole_and_its_neighbours_are_not(channels: int) -> None:
+    """Each kernel that writes into a slice of a wider tensor, alone: in an op, the next branch would write over what overran."""
+    from fused_cnn.ops._triton_conv import Geometry, conv_forward, weight_rows
+    from fused_cnn.ops.batch_norm.triton import TILE, apply_kernel
+    from fused_cnn.ops.concat_bias_relu.triton import CHANNELS as BC
+    from fused_cnn.ops.concat_bias_relu.triton import ROWS as BM
+    from fused_cnn.ops.concat_bias_relu.triton import bias_relu_kernel
+
+    x = torch.randn(2, channels, 5, 7, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    weight, kernel = (torch.randn(channels, channels, k, k, device=DEVICE) for k in (1, 3))
+    vectors = [torch.rand(channels, device=DEVICE) + 0.5 for _ in range(4)]
+    rows, grid = 70, (-(-70 // BM), -(-channels // BC))
+
+    def convolution(w: Tensor, geometry: Geometry) -> Callable[[Tensor, int], None]:
+        return lambda part, pitch: conv_forward(x, weight_rows(w), vectors[0], None, geometry, True, [(part, pitch)])
+
+    def concatenation(part: Tensor, pitch: int) -> None:
+        bias_relu_kernel[grid](x, vectors[0], part, rows, channels, channels, pitch, BIAS=True, RELU=True, BM=BM, BC=BC)
+
+    def normalisation(part: Tensor, pitch: int) -> None:
+        apply_kernel[grid](
+            x, x, part, x, *vectors, *vectors[2:], rows, channels, channels, 0, pitch,
+            ADD=False, INPUTS=1, RELU=True, SAVE_BITS=False, **TILE,
+        )  # fmt: skip
+
+    writers = (
+        convolution(weight, Geometry((1, 1))), convolution(kernel, Geometry((3, 3), padding=(1, 1))),
+        convolution(weight, Geometry((3, 3), padding=(1, 1), pool=True)), concatenation, normalisation,
+    )  # fmt: skip
+    for write in writers:
+        wide = torch.full((2, 5, 7, channels + 8), SENTINEL, device=DEVICE).permute(0, 3, 1, 2)
+        wide[:, 3 : 3 + channels] = float("nan")
+        write(wide[:, 3 : 3 + channels], channels + 8)
+        before, part, after = wide.split([3, channels, 5], 1)
+        assert (before == SENTINEL).all() and (after == SENTINEL).all() and part.isfinite().all()
+
+
 class NoSynchronisation(TorchDispatchMode):
     """Fails where a launcher waits for the device: reads a value, asks for an unknown size, or copies to the host."""
 
