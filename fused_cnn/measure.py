@@ -72,18 +72,15 @@ class Interleaved:
 
     def _sample_events(self, work: Work, calls: int) -> float:
         with torch.cuda.device(self.device):
-            return self._between_events(work, calls)
-
-    def _between_events(self, work: Work, calls: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if self.flush is not None:
-            self.flush.zero_()
-        start.record()
-        for _ in range(calls):
-            work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3 / calls
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if self.flush is not None:
+                self.flush.zero_()
+            start.record()
+            for _ in range(calls):
+                work()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) * 1e-3 / calls
 
     def round(self) -> None:
         """Take one sample of every variant."""

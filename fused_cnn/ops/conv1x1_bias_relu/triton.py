@@ -31,6 +31,15 @@ class GradTiles(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def dgrad(self) -> dict[str, int]:
+        return {"BM": self.rows, "BC": self.columns, "BN": self.step}
+
+    def wgrad(self) -> dict[str, int]:
+        return {"BN": self.rows, "BC": self.columns, "BM": self.step}
+
+    def schedule(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 GRAD_TILES = {
     "16-bit": [GradTiles(64, 64, 32, 4, 3), GradTiles(64, 64, 64, 4, 3), GradTiles(128, 64, 64, 8, 3)],
@@ -103,30 +112,21 @@ def wgrad_kernel(
         tl.store(sums_ptr + part.to(tl.int64) * columns + n, total, mask=(n < columns) & ((n * 0 + pid_c) == 0))
 
 
-def _dgrad_options(tiles: GradTiles) -> dict[str, int]:
-    return {"BM": tiles.rows, "BC": tiles.columns, "BN": tiles.step, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-
-
-def _wgrad_options(tiles: GradTiles) -> dict[str, int]:
-    return {"BN": tiles.rows, "BC": tiles.columns, "BM": tiles.step, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-
-
 def _shipped_backward() -> list[Shipped]:
     sizes = ("rows", "columns", "channels", "height", "width", "out_h", "out_w", "stride_h", "stride_w")
     found = []
     for kind, dtypes in DTYPES.items():
         for tiles, strided in itertools.product(GRAD_TILES[kind], (False, True)):
-            launch = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
             constants = {"STRIDED": strided, "PRECISION": PRECISION[kind]}
             dgrad = Shipped(
                 dgrad_kernel, ("grad_out_ptr", "out_ptr", "weight_ptr", "grad_x_ptr", "grad_ptr"), (*sizes, "grad_out_pitch", "out_pitch"),
-                aligned=("columns", "channels", "grad_out_pitch", "out_pitch"), dtypes=dtypes, **launch,
-                constants={"MASK": True, **constants, "BM": tiles.rows, "BC": tiles.columns, "BN": tiles.step},
+                aligned=("columns", "channels", "grad_out_pitch", "out_pitch"), dtypes=dtypes,
+                constants={"MASK": True, **constants, **tiles.dgrad()}, **tiles.schedule(),
             )  # fmt: skip
             wgrad = Shipped(
                 wgrad_kernel, ("grad_ptr", "x_ptr"), (*sizes, "grad_pitch", "x_pitch", "steps"), ("partial_ptr", "sums_ptr"),
-                ("columns", "channels", "grad_pitch", "x_pitch"), dtypes=dtypes, **launch,
-                constants={"SUMS": True, **constants, "BN": tiles.rows, "BC": tiles.columns, "BM": tiles.step},
+                ("columns", "channels", "grad_pitch", "x_pitch"), dtypes=dtypes,
+                constants={"SUMS": True, **constants, **tiles.wgrad()}, **tiles.schedule(),
             )  # fmt: skip
             found += [dgrad, wgrad]
     return found
@@ -174,7 +174,7 @@ def conv1x1_bias_relu_bwd(
             with torch.cuda.device_of(x):
                 dgrad_kernel[(min(programs, 4 * processors(x.device)),)](
                     grad_out, mask, rows_of_weight, grad_x, grad, rows, *sizes, grad_out_pitch, mask_pitch,
-                    MASK=out is not None, STRIDED=strided, PRECISION=PRECISION[kind], **_dgrad_options(tiles),
+                    MASK=out is not None, STRIDED=strided, PRECISION=PRECISION[kind], **tiles.dgrad(), **tiles.schedule(),
                 )  # fmt: skip
 
         problem = (kind, rows, columns, channels, strided, out is not None)
@@ -210,7 +210,7 @@ def _wgrad(grad: Tensor, x: Tensor, rows: int, sizes: tuple[int, ...], strided: 
             with torch.cuda.device_of(x):
                 wgrad_kernel[(programs, parts)](
                     grad, x, partial, sums, rows, *sizes, grad_pitch, x_pitch, steps,
-                    SUMS=bias, STRIDED=strided, PRECISION=PRECISION[kind], **_wgrad_options(tiles),
+                    SUMS=bias, STRIDED=strided, PRECISION=PRECISION[kind], **tiles.wgrad(), **tiles.schedule(),
                 )  # fmt: skip
         result[:] = partial.sum(0).to(x.dtype), sums.sum(0) if bias else sums
 
