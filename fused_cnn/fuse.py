@@ -14,7 +14,7 @@ from torch import nn
 
 from ._backends import BACKENDS
 from .adapters import full_name, tables
-from .nn import FusedModule
+from .nn import BasicBlock, Bottleneck, FusedModule, ResidualStage
 
 Filter = Callable[[str, nn.Module], bool]
 
@@ -110,7 +110,8 @@ class _Walk:
             made = self._build(name, child)
             if made is None:
                 self.visit(child, name)
-            else:
+                made = self._stage(name, child)
+            if made is not None:
                 module._modules[child_name] = made
 
     def _wanted(self, name: str, module: nn.Module) -> bool:
@@ -134,6 +135,18 @@ class _Walk:
             return None
         self.made[module] = made
         self.report.fused.append(Entry(name, type(module).__name__, type(made).__name__))
+        return made
+
+    def _stage(self, name: str, module: nn.Module) -> nn.Module | None:
+        if module in self.made:
+            return self.made[module]
+        blocks = list(module.children())
+        if type(module) is not nn.Sequential or len(blocks) < 2 or not all(isinstance(b, (BasicBlock, Bottleneck)) for b in blocks):
+            return None
+        if not self._wanted(name, module):
+            return None
+        made = self.made[module] = ResidualStage.from_reference(module, backend=self.backend)
+        self.report.fused.append(Entry(name, "Sequential", "ResidualStage"))
         return made
 
     def _note_subclass(self, name: str, module: nn.Module) -> None:

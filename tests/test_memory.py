@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_cnn.ops import FoldedConv, conv_bias_relu, pack_conv, pack_residual_block, residual_block
+from fused_cnn.ops import FoldedConv, conv_bias_relu, pack_conv, pack_residual_block, residual_stage
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's results")
 
@@ -29,7 +29,7 @@ def test_results_that_are_alive_keep_their_values() -> None:
     views: list[tuple[Tensor, Tensor, int]] = []
     for i in range(40):
         x = large(i)
-        made = residual_block(x, block) if i % 2 else conv_bias_relu(x, *packed)
+        made = residual_stage(x, block) if i % 2 else conv_bias_relu(x, *packed)
         expected = torch.relu(torch.nn.functional.conv2d(x, weight) + (x if i % 2 else 0))
         if i % 3 == 0:
             kept.append((made, expected, i))

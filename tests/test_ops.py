@@ -22,7 +22,7 @@ from fused_cnn.ops import (
     pack_conv,
     pack_inception,
     pack_residual_block,
-    residual_block,
+    residual_stage,
 )
 from fused_cnn.ops._cases import LAYOUTS, Case, Maker, OpCases
 from fused_cnn.testing import all_cases, compare, judge
@@ -222,7 +222,7 @@ def recorded_calls() -> dict[str, tuple[object, tuple, dict]]:
             x, weight = maker.activation(2, 8, 5, 5), maker.weight(6, 8, 3, 3)
             conv_bias_relu(x, *pack_conv(weight, maker.vector(6), like=x))
             block = pack_residual_block([FoldedConv(weight, None, 2)], FoldedConv(weight, None, 2), shortcut=True, like=x)
-            residual_block(x, block)
+            residual_stage(x, block)
             widths = [(3, 8, 1), (4, 8, 1), (5, 4, 3), (2, 8, 1), (3, 2, 3), (4, 8, 1)]
             weights = [maker.weight(o, i, k, k) for o, i, k in widths]
             inception(x, *pack_inception(weights, [maker.vector(w.size(0)) for w in weights], like=x))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from fused_cnn import _library
-from fused_cnn.ops import FoldedConv, conv_bias_relu, pack_conv, pack_residual_block, residual_block
+from fused_cnn.ops import FoldedConv, conv_bias_relu, pack_conv, pack_residual_block, residual_stage
 from fused_cnn.testing import judge
 
 NAN, INF = float("nan"), float("inf")
@@ -120,7 +120,7 @@ def test_images_give_the_same_whatever_the_threads_and_their_place_in_the_batch(
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        found.append(residual_block(x, block))
+        found.append(residual_stage(x, block))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0][0], found[0][41])
 
@@ -135,4 +135,4 @@ def test_a_residual_that_is_added_in_place_is_added_once() -> None:
     assert block is not None
     hidden = conv2d(x, weight, bias, padding=1).relu()
     expected = (conv2d(hidden, weight, bias, padding=1) + conv2d(x, project)).relu()
-    torch.testing.assert_close(residual_block(x, block), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(residual_stage(x, block), expected, rtol=1e-5, atol=1e-5, equal_nan=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -85,12 +86,14 @@ def _mkldnn_linear(args: Arguments) -> Cost:
     return Cost(flops=2 * x.numel() // x.size(-1) * weight.numel())
 
 
-def _residual_block(args: Arguments) -> Cost:
-    # One convolution after the other. x is read by the first and by the shortcut; a projection is written where the result goes,
-    # and read there by the last convolution. Ten values of geometry a convolution: in and out channels, (h, w) pairs.
+def _residual_stage(args: Arguments) -> Cost:
+    # One convolution after the other. x is read by the first and by the first shortcut; a projection is written where the result goes,
+    # and read there by the block's last convolution. What one block hands to the next stays inside, as what lies between the
+    # convolutions does. Ten values of geometry a convolution: in and out channels, (h, w) pairs.
     x, geometry, projects = args["x"], args["geometry"], args["projects"]
     convolutions = [geometry[i + 1 : i + 10] for i in range(0, len(geometry), 10)]
     chain = convolutions[:-1] if projects else convolutions
+    ends = set(accumulate(args["lengths"]))
 
     def run(read: Tensor, conv: Sequence[int], in_place: bool = False) -> tuple[Tensor, int, int]:
         out, kernel, *pairs = conv[0], conv[1:3], conv[3:5], conv[5:7], conv[7:9]
@@ -99,17 +102,17 @@ def _residual_block(args: Arguments) -> Cost:
         weights = _packed_bytes(read, shape, *pairs, in_place=in_place)
         return read.new_empty((read.size(0), out, *sides), device="meta"), _conv_flops(read, shape, *pairs), weights
 
-    made, work, between, weights = x, 0, 0, 0
-    for i, conv in enumerate(chain):
-        last = i + 1 == len(chain)
-        made, *more = run(made, conv, in_place=last and projects)
+    made, work, between, weights, again = x, 0, 0, 0, 0  # again: read by the next block's shortcut, too
+    for i, conv in enumerate(chain, 1):
+        made, *more = run(made, conv, in_place=projects and i == args["lengths"][0])
         work, weights = work + more[0], weights + more[1]
-        between += 0 if last else tensor_bytes(made)
+        between += tensor_bytes(made) if i < len(chain) else 0
+        again += tensor_bytes(made) if i < len(chain) and i in ends else 0
     if projects:
         _, *more = run(x, convolutions[-1])
         work, weights = work + more[0], weights + more[1]
     reads = {"packed": 0, **({"x": 2} if args["shortcut"] else {})}
-    return Cost(len(convolutions), reads, reads_more=weights, rewrites=int(projects), scratch=between, flops=work)
+    return Cost(len(convolutions), reads, reads_more=weights + again, rewrites=int(projects), scratch=between, flops=work)
 
 
 def _inception_of(x: Tensor, channels: Sequence[int], kernels: Sequence[int], packing: int) -> Cost:
@@ -165,7 +168,7 @@ FUSED_COSTS: dict[str, Callable[[Arguments], Cost]] = {
     "fused_cnn::conv_bias_relu_bwd": _conv_backward,
     "fused_cnn::conv_bias_relu_pack": _one_pass,
     "fused_cnn::conv_bias_relu_packed_fwd": _conv_packed,
-    "fused_cnn::residual_block_packed_fwd": _residual_block,
+    "fused_cnn::residual_stage_packed_fwd": _residual_stage,
     "fused_cnn::inception_fwd": _inception,
     "fused_cnn::inception_pack": _one_pass,
     "fused_cnn::inception_packed_fwd": _inception_packed,

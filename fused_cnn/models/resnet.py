@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import BasicBlock, Bottleneck, FusedModule, MaxPool2d
+from ..nn import BasicBlock, Bottleneck, FusedModule, MaxPool2d, ResidualStage
 
 Shortcut = Literal["A", "B", "C"]
 
@@ -103,11 +103,11 @@ class ResNet(FusedModule):
 
     def _stage(
         self, block: type[BasicBlock | Bottleneck], planes: int, blocks: int, stride: int, dilate: bool
-    ) -> nn.Sequential:
+    ) -> ResidualStage:
         before = self.dilation
         if dilate:
             self.dilation, stride = self.dilation * stride, 1
-        stage = nn.Sequential()
+        stage = ResidualStage(backend=self.backend)
         for i in range(blocks):
             made = block(
                 self.inplanes,

@@ -4,6 +4,6 @@ from ._base import FusedModule
 from .conv_bn_relu import ConvBNReLU
 from .inception import Inception
 from .max_pool2d import MaxPool2d
-from .residual import BasicBlock, Bottleneck
+from .residual import BasicBlock, Bottleneck, ResidualStage
 
-__all__ = ["BasicBlock", "Bottleneck", "ConvBNReLU", "FusedModule", "Inception", "MaxPool2d"]
+__all__ = ["BasicBlock", "Bottleneck", "ConvBNReLU", "FusedModule", "Inception", "MaxPool2d", "ResidualStage"]

@@ -8,48 +8,73 @@ gamma / sqrt(var + eps). The folded weight is a cache: it is checked against its
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from itertools import chain, pairwise
+from operator import attrgetter, is_
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import BatchNormArgs, bn_add_relu, bn_relu, bn_relu_conv, conv_bias_relu, pack_conv
-from ..ops._conv import autocast
+from ..ops._conv import autocast, autocast_dtype
 
 Pair = tuple[nn.Module, nn.Module | None]  # a convolution and its BatchNorm
 Made = TypeVar("Made")
 Self = TypeVar("Self", bound="FusedModule")
 
 
-class _Cached(NamedTuple):
-    """A value made from some parameters and buffers, and what they were then.
+_VERSION = attrgetter("_version")
+_NORM_STATE = attrgetter("training", "eps")
 
-    `key` holds what else it was made for. An entry of `sources` is where a tensor is registered (a dict and a name), the tensor, its
-    version and its address. The aliases keep the memory that they had, so that no new memory can have an old address.
+
+class _Cached:
+    """A value made from some modules, and what they were then: children, parameters, buffers, hooks, BatchNorm's mode and eps.
+
+    `key` holds what else it was made for. It is asked at every call, so it compares lists in C, not item by item. The aliases keep the
+    memory that the tensors had, so that no new memory can have an old address.
     """
 
-    key: tuple[Any, ...]
-    sources: list[tuple[dict[str, Any], str, Tensor | None, int, int]]
-    aliases: list[Tensor]
-    value: Any
+    def __init__(self, owner: nn.Module, key: tuple[Any, ...], modules: Sequence[nn.Module], value: Any) -> None:
+        self.key, self.value = key, value
+        inner = [r for m in modules for r in (m._modules, m._parameters, m._buffers) if r]
+        self.registries: list[dict[str, Any]] = [owner._modules, *inner]
+        self.members = self._members()
+        self.tensors = [t for t in self.members if isinstance(t, Tensor)]
+        self.versions, self.addresses = self._versions(), self._addresses()
+        self.aliases = [t.detach() for t in self.tensors]
+        self.norms = [m for m in modules if isinstance(m, nn.BatchNorm2d)]
+        self.norm_states = list(map(_NORM_STATE, self.norms))
+        self.hooks = [hooks for m in modules for hooks in _hooks(m)]
+
+    def _members(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self.registries)))
+
+    def _versions(self) -> list[int]:
+        return list(map(_VERSION, self.tensors))
+
+    def _addresses(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self.tensors))
 
     def current(self, key: tuple[Any, ...]) -> bool:
-        if key != self.key:
-            return False
-        for registry, name, tensor, version, address in self.sources:
-            if registry.get(name) is not tensor:
-                return False
-            if tensor is not None and (tensor._version != version or tensor.data_ptr() != address):
-                return False
-        return True
+        members = self._members()
+        return (
+            key == self.key
+            and len(members) == len(self.members)
+            and all(map(is_, members, self.members))
+            and self._versions() == self.versions
+            and self._addresses() == self.addresses
+            and list(map(_NORM_STATE, self.norms)) == self.norm_states
+            and not any(self.hooks)
+        )
+
+
+def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether someone watches this very module, so that skipping its forward would be noticed."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return any(_hooks(module))
 
 
 def understood(conv: nn.Module, bn: nn.Module | None) -> bool:
@@ -142,54 +167,56 @@ class FusedModule(nn.Module):
             return True
         return not x.requires_grad and not any(p.requires_grad for m in present for p in m.parameters())
 
-    def cached(self, name: Any, sources: Sequence[nn.Module | None], like: Tensor, make: Callable[[], Made]) -> Made:
-        """make()'s result, kept until a module of `sources`, its tensors or eps, the backend, or the dtype to run in, changes."""
-        if torch.compiler.is_compiling():
-            return make()
-        cache = self._cache
-        if cache is None:
-            cache = self._cache = {}
-        key = (like.dtype, self.backend, *sources, *[m.eps for m in sources if isinstance(m, nn.BatchNorm2d)])
-        found = cache.get(name)
-        if found is None or not found.current(key):
-            seen = [
-                (registry, item, tensor)
-                for m in sources
-                if m is not None
-                for registry in (m._parameters, m._buffers)
-                for item, tensor in registry.items()
-            ]
-            tensors = [t for _, _, t in seen if t is not None]
-            if any(t.is_inference() for t in tensors):  # their changes cannot be seen
-                return make()
-            entries = [(r, k, t, *((t._version, t.data_ptr()) if t is not None else (0, 0))) for r, k, t in seen]
-            found = cache[name] = _Cached(key, entries, [t.detach() for t in tensors], make())
+    def recall(self, name: Any, x: Tensor) -> Any:
+        """What `remember` kept under this name, where it still holds for inputs such as x; else None."""
+        if torch.compiler.is_compiling() or self._cache is None:
+            return None
+        found = self._cache.get(name)
+        if found is None or not found.current(self._key(x)):
+            return None
+        if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in found.tensors)):
+            return None
         return found.value
+
+    def remember(self, name: Any, x: Tensor, modules: Sequence[nn.Module], make: Callable[[], Made]) -> Made:
+        """make()'s result, kept until one of `modules`, the backend, or the dtype or device to run in, changes.
+
+        Only for what holds without gradients and hooks: `modules` are all those whose forward is skipped.
+        """
+        value = make()
+        if not torch.compiler.is_compiling():
+            if self._cache is None:
+                self._cache = {}
+            self._cache[name] = _Cached(self, self._key(x), modules, value)
+        return value
+
+    def _key(self, x: Tensor) -> tuple[Any, ...]:
+        return (autocast_dtype(x), x.dtype, x.device, self.backend)
 
     def conv_bn(
         self, conv: nn.Module, bn: nn.Module | None, x: Tensor, *, relu: bool = True, residual: Tensor | None = None
     ) -> Tensor:
         """relu(bn(conv(x)) + residual); bn, the residual and the ReLU are optional. Pairs that are not understood run as they are."""
-        if self.backend == "reference" or not understood(conv, bn):
+        packed = self.recall((conv, bn), x)
+        if packed is None and (self.backend == "reference" or not understood(conv, bn)):
             return _eager(conv, bn, x, relu, residual)
         assert isinstance(conv, nn.Conv2d) and (bn is None or isinstance(bn, nn.BatchNorm2d))
         if residual is not None and residual.dtype != autocast(x)[0].dtype:  # PyTorch promotes the sum
             y = self.conv_bn(conv, bn, x, relu=False) + residual
             return torch.relu(y) if relu else y
-        if self.folds(x, conv, bn):
-            (x,) = autocast(x)
-            weight, bias = self.cached(
-                conv,
-                (conv, bn),
-                x,
-                lambda: pack_conv(
-                    *fold(conv, bn), like=x, stride=conv.stride, dilation=conv.dilation, groups=conv.groups, backend=self.backend
-                ),
-            )
-            return conv_bias_relu(x, weight, bias, residual, **geometry(conv), relu=relu, backend=self.backend)
+        if packed is None and self.folds(x, conv, bn):
+            packed = self.remember((conv, bn), x, [conv] if bn is None else [conv, bn], lambda: self._pack_conv(conv, bn, x))
+        if packed is not None:
+            return conv_bias_relu(autocast(x)[0], *packed, residual, **geometry(conv), relu=relu, backend=self.backend)
         if bn is None:
             return conv_bias_relu(x, conv.weight, conv.bias, residual, **geometry(conv), relu=relu, backend=self.backend)
         return self.finish(conv(x), bn, relu=relu, residual=residual)
+
+    def _pack_conv(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: Tensor) -> Any:
+        (like,) = autocast(x)
+        return pack_conv(
+            *fold(conv, bn), like=like, stride=conv.stride, dilation=conv.dilation, groups=conv.groups, backend=self.backend
+        )
 
     def finish(self, y: Tensor, bn: nn.BatchNorm2d, *, relu: bool = True, residual: Tensor | None = None) -> Tensor:
         """relu(bn(y) + residual), where the convolution's raw output y is at hand."""

@@ -107,21 +107,23 @@ class Inception(FusedModule):
         return [list(b) if isinstance(b, nn.Sequential) else [b] for b in self.children()]
 
     def forward(self, x: Tensor) -> Tensor:
+        packed = self.recall("block", x)
+        if packed is not None:
+            return inception(autocast(x)[0], *packed, backend=self.backend)
         paths = self._paths()
-        if self.backend == "reference" or not all(map(_fusable, paths)):
-            return self._concatenate([self._run(path, x) for path in paths])
+        if self.backend == "reference" or any(map(has_hooks, self.children())) or not all(map(_fusable, paths)):
+            return self._concatenate([branch(x) for branch in self.children()])
         units: list[Any] = [(layer.conv, layer.norm) for path in paths for layer in path if isinstance(layer, ConvBNReLU)]
-        modules = [m for unit in units for m in unit]
-        if _is_whole_block(paths) and self.folds(x, *modules):
-            (x,) = autocast(x)
-            weights, biases = self.cached("block", modules, x, lambda: self._pack(units, x))
-            return inception(x, weights, biases, backend=self.backend)
+        if _is_whole_block(paths) and self.folds(x, *(m for unit in units for m in unit)):
+            packed = self.remember("block", x, list(self.modules())[1:], lambda: self._pack(units, x))
+            return inception(autocast(x)[0], *packed, backend=self.backend)
         return self._train(x)
 
     def _pack(self, units: list[Unit], x: Tensor) -> Any:
+        (like,) = autocast(x)
         folded = [fold(*unit) for unit in units]
         biases = [w.new_zeros(w.size(0)) if b is None else b for w, b in folded]
-        return pack_inception([w for w, _ in folded], biases, like=x, backend=self.backend)
+        return pack_inception([w for w, _ in folded], biases, like=like, backend=self.backend)
 
     @staticmethod
     def _run(path: list[Any], x: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
-"""BasicBlock and Bottleneck, ResNet's residual blocks (arXiv 1512.03385, figures 2 and 5), by torchvision's names."""
+"""BasicBlock and Bottleneck, ResNet's residual blocks (arXiv 1512.03385, figures 2 and 5), by torchvision's names, and stages of them."""
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
-from ..ops import BatchNormArgs, FoldedConv, PackedResidualBlock, bn_add_relu, pack_residual_block, residual_block
-from ..ops._conv import autocast
-from ._base import FusedModule, Pair, fold, geometry, understood
+from ..ops import BatchNormArgs, FoldedConv, PackedResidualStage, bn_add_relu, pack_residual_block, residual_stage
+from ..ops._conv import autocast, packable
+from ._base import FusedModule, Pair, fold, geometry, has_hooks, understood
 
 Block = TypeVar("Block", bound="_Residual")
 Projection = tuple[nn.Conv2d, nn.BatchNorm2d]
@@ -33,12 +34,15 @@ class _Residual(FusedModule):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        block = self.recall("block", x)
+        if block is not None:
+            return residual_stage(autocast(x)[0], block)
         pairs = self._pairs()
         projection = self._projection() if self.residual else None
         if not self.trains(x, pairs):
-            block = self._packed(x, pairs, projection)
+            block = self.packed(x)
             if block is not None:
-                return residual_block(autocast(x)[0], block)
+                return residual_stage(autocast(x)[0], block)
             y = x
             for pair in pairs[:-1]:
                 y = self.conv_bn(*pair, y)
@@ -50,28 +54,30 @@ class _Residual(FusedModule):
             return bn_add_relu(y, BatchNormArgs.of(last), conv(x), BatchNormArgs.of(bn), backend=self.backend)
         return self.finish(y, last, residual=self._shortcut(x, projection) if self.residual else None)
 
-    def _packed(self, x: Tensor, pairs: list[Pair], projection: Projection | None) -> PackedResidualBlock | None:
-        """The whole block for the one op that computes it, where there is one."""
-        whole = pairs if projection is None else [*pairs, cast(Pair, projection)]
-        modules = [m for pair in whole for m in pair]
+    def packed(self, x: Tensor) -> PackedResidualStage | None:
+        """The whole block for the op that computes it, where it takes inputs such as x."""
+        pairs, projection = self._pairs(), self._projection() if self.residual else None
+        whole = cast(list[Projection], pairs if projection is None else [*pairs, projection])
         adds_x = self.residual and projection is None
+        inner = list(self.modules())[1:]  # the block's own hooks are called
+        (like,) = autocast(x)
         if (
             self.backend == "reference"
-            or (adds_x and self.downsample is not None)
+            or (adds_x and (self.downsample is not None or like.dtype != x.dtype))  # PyTorch promotes the sum
             or not all(understood(conv, bn) for conv, bn in pairs)
-            or not self.folds(x, *modules)
+            or not self.folds(x, *(m for pair in whole for m in pair))
+            or any(conv.groups != 1 for conv, _ in whole)
+            or not packable(like, "conv_bias_relu_fwd", self.backend)
+            or any(map(has_hooks, inner))
         ):
             return None
-        (wide,) = autocast(x)
-        if adds_x and wide.dtype != x.dtype:  # PyTorch promotes the sum
-            return None
 
-        def pack() -> PackedResidualBlock | None:
-            folded = [FoldedConv(*fold(conv, bn), **geometry(conv)) for conv, bn in whole]  # type: ignore[arg-type]
+        def pack() -> PackedResidualStage | None:
+            folded = [FoldedConv(*fold(conv, bn), **geometry(conv)) for conv, bn in whole]
             chain, shortcut = folded[: len(pairs)], folded[-1] if projection else None
-            return pack_residual_block(chain, shortcut, shortcut=self.residual, like=wide, backend=self.backend)
+            return pack_residual_block(chain, shortcut, shortcut=self.residual, like=like, backend=self.backend)
 
-        return self.cached("block", modules, wide, pack)
+        return self.remember("block", x, inner, pack)
 
     def _shortcut(self, x: Tensor, projection: Projection | None) -> Tensor:
         if projection is not None:
@@ -80,7 +86,7 @@ class _Residual(FusedModule):
 
     def _projection(self) -> Projection | None:
         """The shortcut's convolution and BatchNorm, where it is those two and nothing else."""
-        layers = list(self.downsample) if type(self.downsample) is nn.Sequential else []
+        layers = list(self.downsample) if type(self.downsample) is nn.Sequential and not has_hooks(self.downsample) else []
         if len(layers) == 2 and isinstance(layers[1], nn.BatchNorm2d) and understood(*layers):
             return layers[0], layers[1]  # type: ignore[return-value]
         return None
@@ -176,3 +182,36 @@ class Bottleneck(_Residual):
 
     def _pairs(self) -> list[Pair]:
         return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
+
+
+class ResidualStage(FusedModule, nn.Sequential):
+    """Residual blocks one after the other, as nn.Sequential has them; in eval without gradients they are one op where it takes them all.
+
+    Args:
+        blocks: BasicBlock or Bottleneck each.
+        backend: "reference", "native", or None for the best at hand.
+    """
+
+    def __init__(self, *blocks: nn.Module, backend: str | None = None) -> None:
+        super().__init__(*blocks)
+        self.backend = backend
+
+    @classmethod
+    def from_reference(cls, module: nn.Sequential, *, backend: str | None = None) -> ResidualStage:
+        """The same blocks, fused already, as one stage."""
+        return cls.adopt(module, backend=backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stage = self.recall("stage", x)
+        if stage is None:
+            stage = self._packed(x)
+        return super().forward(x) if stage is None else residual_stage(autocast(x)[0], stage)
+
+    def _packed(self, x: Tensor) -> PackedResidualStage | None:
+        blocks = list(self.children())
+        if self.backend == "reference" or not all(isinstance(block, _Residual) and not has_hooks(block) for block in blocks):
+            return None
+        packed = [cast(_Residual, block).packed(x) for block in blocks]
+        if any(block is None or (i > 0 and (block.projects or not block.shortcut)) for i, block in enumerate(packed)):
+            return None
+        return self.remember("stage", x, list(self.modules())[1:], lambda: reduce(PackedResidualStage.then, packed))

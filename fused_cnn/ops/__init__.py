@@ -6,7 +6,7 @@ from .batch_norm.conv import bn_relu_conv
 from .batch_norm.op import bn_add_relu, bn_relu, bn_relu_concat
 from .concat_bias_relu.op import concat_bias_relu
 from .conv1x1_bias_relu.op import conv1x1_bias_relu
-from .conv_bias_relu.block import FoldedConv, PackedResidualBlock, pack_residual_block, residual_block
+from .conv_bias_relu.stage import FoldedConv, PackedResidualStage, pack_residual_block, residual_stage
 from .conv_bias_relu.op import PackedConv, conv_bias_relu, pack_conv
 from .inception.op import PackedInception, inception, pack_inception
 from .max_pool2d.op import max_pool2d
@@ -16,7 +16,7 @@ __all__ = [
     "FoldedConv",
     "PackedConv",
     "PackedInception",
-    "PackedResidualBlock",
+    "PackedResidualStage",
     "add_relu",
     "bn_add_relu",
     "bn_relu",
@@ -30,5 +30,5 @@ __all__ = [
     "pack_conv",
     "pack_inception",
     "pack_residual_block",
-    "residual_block",
+    "residual_stage",
 ]

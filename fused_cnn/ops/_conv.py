@@ -74,12 +74,17 @@ def check_conv(
             raise ValueError(f"{op}: residual must have the result's shape {expected}, got {tuple(residual.shape)}")
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives convolutions on x's device; None where it is off."""
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on for x's device, as PyTorch's own convolutions take them."""
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
+    dtype = autocast_dtype(x)
+    if dtype is None:
         return (x, *others)
-    dtype = torch.get_autocast_dtype(device_type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))
 
 

@@ -1,7 +1,9 @@
-"""residual_block: out = relu(conv_n(... relu(conv_1(x))) + shortcut(x)), ResNet's block in eval form (BatchNorm folded).
+"""residual_stage: ResNet's residual blocks one after the other in eval form (BatchNorm folded), as one op.
 
-The native CPU form of what is otherwise one conv_bias_relu after the other. A few images at a time go through all the convolutions, so
-that what lies between them stays in the processor's cache: memory sees x and the result alone.
+    block(x) = relu(conv_n(... relu(conv_1(x))) + shortcut(x))
+
+The native CPU form of what is otherwise one conv_bias_relu after the other. A few images at a time go through all the blocks, so that what
+lies between the convolutions stays in the processor's cache: memory sees x and the result alone.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from .op import pack_conv
 _GEOMETRY = 10  # in and out channels; kernel, stride, padding and dilation, (h, w) each
 
 
-def _fake_packed_fwd(x: Tensor, packed: Sequence[Tensor], geometry: Sequence[int], shortcut: bool, projects: bool) -> Tensor:
+def _fake_packed_fwd(
+    x: Tensor, packed: Sequence[Tensor], geometry: Sequence[int], lengths: Sequence[int], shortcut: bool, projects: bool
+) -> Tensor:
     channels, height, width = x.shape[1:]
     for i in range(len(packed) - projects):
         _, channels, kh, kw, sh, sw, ph, pw, dh, dw = geometry[_GEOMETRY * i : _GEOMETRY * (i + 1)]
@@ -28,7 +32,7 @@ def _fake_packed_fwd(x: Tensor, packed: Sequence[Tensor], geometry: Sequence[int
 
 
 define(
-    "residual_block_packed_fwd(Tensor x, Tensor[] packed, SymInt[] geometry, bool shortcut, bool projects) -> Tensor",
+    "residual_stage_packed_fwd(Tensor x, Tensor[] packed, SymInt[] geometry, SymInt[] lengths, bool shortcut, bool projects) -> Tensor",
     _fake_packed_fwd,
 )
 
@@ -44,13 +48,27 @@ class FoldedConv(NamedTuple):
     groups: int = 1
 
 
-class PackedResidualBlock(NamedTuple):
-    """A block's weights in the layout that the native CPU convolution reads, and its shape; good on this machine only."""
+class PackedResidualStage(NamedTuple):
+    """The weights of residual blocks in the layout that the native CPU convolution reads, and their shapes; good on this machine only.
+
+    `data` and `geometry` hold the convolutions in order, then the first block's projection; `lengths` counts each block's convolutions.
+    """
 
     data: list[Tensor]
     geometry: list[int]
+    lengths: list[int]
     shortcut: bool
     projects: bool
+
+    def then(self, block: PackedResidualStage) -> PackedResidualStage:
+        """This, with one more block behind it, which must add its own input."""
+        assert len(block.lengths) == 1 and block.shortcut and not block.projects
+        split, ints = len(self.data) - self.projects, len(self.geometry) - _GEOMETRY * self.projects
+        return self._replace(
+            data=[*self.data[:split], *block.data, *self.data[split:]],
+            geometry=[*self.geometry[:ints], *block.geometry, *self.geometry[ints:]],
+            lengths=[*self.lengths, *block.lengths],
+        )
 
 
 def pack_residual_block(
@@ -60,8 +78,8 @@ def pack_residual_block(
     shortcut: bool,
     like: Tensor,
     backend: str | None = None,
-) -> PackedResidualBlock | None:
-    """The block to call residual_block with many times, without gradients, on inputs of `like`'s dtype and device.
+) -> PackedResidualStage | None:
+    """A stage of one block, to call residual_stage with many times, without gradients, on inputs of `like`'s dtype and device.
 
     None where the native CPU convolution does not take it (another device or dtype, groups): then run one conv_bias_relu after the other.
     `shortcut` adds x, or its `projection` where that is given, before the last ReLU.
@@ -75,15 +93,15 @@ def pack_residual_block(
         for u in units
         for n in (u.weight.size(1), u.weight.size(0), *u.weight.shape[2:], *pair(u.stride), *pair(u.padding), *pair(u.dilation))
     ]
-    return PackedResidualBlock([p.data for p in packed], geometry, shortcut, projection is not None)
+    return PackedResidualStage([p.data for p in packed], geometry, [len(convolutions)], shortcut, projection is not None)
 
 
-def residual_block(x: Tensor, block: PackedResidualBlock) -> Tensor:
-    """A whole residual block (arXiv 1512.03385, figures 2 and 5) in eval form.
+def residual_stage(x: Tensor, stage: PackedResidualStage) -> Tensor:
+    """Whole residual blocks (arXiv 1512.03385, figures 2 and 5), one after the other, in eval form.
 
     Args:
         x: (N, C, H, W), float32 or bfloat16 on the CPU, any strides.
-        block: what pack_residual_block made of the block's convolutions.
+        stage: what pack_residual_block made of a block's convolutions, and `then` of more blocks that keep their input's shape.
 
     Returns:
         (N, out, H', W') of the last convolution, in x's dtype; channels_last where x's channels are adjacent. No gradients; nothing is
@@ -92,4 +110,4 @@ def residual_block(x: Tensor, block: PackedResidualBlock) -> Tensor:
     Raises:
         RuntimeError: shapes, dtypes or the packed weights do not agree.
     """
-    return kernel("residual_block_packed_fwd", "native")(x, *block)
+    return kernel("residual_stage_packed_fwd", "native")(x, *stage)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fused_cnn
 from fused_cnn import _library
-from fused_cnn.ops import FoldedConv, pack_residual_block, residual_block
+from fused_cnn.ops import FoldedConv, pack_residual_block, residual_stage
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's form of the block"),
@@ -77,7 +77,7 @@ def test_a_block_agrees_with_its_convolutions(name: str, dtype: torch.dtype, lay
     block = pack_residual_block(chain, projection, shortcut=shortcut is not None, like=x)
     if block is None:
         pytest.skip(f"{dtype} convolutions are the library's here")
-    out = residual_block(x, block)
+    out = residual_stage(x, block)
     truth = in_turn(x, chain, projection, shortcut is not None, torch.float64)
     eager = in_turn(x, chain, projection, shortcut is not None, dtype)
     assert out.dtype == dtype and out.shape == truth.shape
@@ -93,9 +93,9 @@ def test_every_image_gets_the_same_result_alone_and_in_a_batch() -> None:
     chain, projection = folded(shape, convolutions, shortcut)
     x = torch.randn(7, *shape[1:]).contiguous(memory_format=torch.channels_last)
     block = pack_residual_block(chain, projection, shortcut=True, like=x)
-    together = residual_block(x, block)
+    together = residual_stage(x, block)
     for i in range(7):
-        torch.testing.assert_close(residual_block(x[i : i + 1], block), together[i : i + 1], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(residual_stage(x[i : i + 1], block), together[i : i + 1], rtol=1e-6, atol=1e-6)
 
 
 def test_groups_and_other_dtypes_are_left_to_single_convolutions() -> None:
@@ -112,20 +112,20 @@ def test_blocks_that_do_not_fit_are_refused() -> None:
     same = FoldedConv(torch.randn(8, 8, 3, 3), None, padding=1)
     shrinks = FoldedConv(torch.randn(8, 8, 3, 3), None)
     with pytest.raises(RuntimeError, match=r"shortcut gives \(8, 6, 6\), but the convolutions give \(8, 4, 4\)"):
-        residual_block(x, pack_residual_block([shrinks], None, shortcut=True, like=x))
+        residual_stage(x, pack_residual_block([shrinks], None, shortcut=True, like=x))
     with pytest.raises(RuntimeError, match=r"shortcut gives \(8, 4, 4\), but the convolutions give \(8, 6, 6\)"):
-        residual_block(x, pack_residual_block([same], shrinks, shortcut=True, like=x))
+        residual_stage(x, pack_residual_block([same], shrinks, shortcut=True, like=x))
     with pytest.raises(RuntimeError, match="a convolution of 8 channels meets an input of 7"):
-        residual_block(x[:, :7], pack_residual_block([same], None, shortcut=False, like=x))
+        residual_stage(x[:, :7], pack_residual_block([same], None, shortcut=False, like=x))
     with pytest.raises(RuntimeError, match="larger than the padded input"):
-        residual_block(x[:, :, :2, :2], pack_residual_block([shrinks], None, shortcut=False, like=x))
+        residual_stage(x[:, :, :2, :2], pack_residual_block([shrinks], None, shortcut=False, like=x))
     with pytest.raises(RuntimeError, match="x must be float32 or bfloat16"):
-        residual_block(x.double(), pack_residual_block([same], None, shortcut=True, like=x))
+        residual_stage(x.double(), pack_residual_block([same], None, shortcut=True, like=x))
     block = pack_residual_block([same], None, shortcut=True, like=x)
     with pytest.raises(RuntimeError, match="10 values of geometry per packed weight"):
-        residual_block(x, block._replace(geometry=block.geometry[:-1]))
+        residual_stage(x, block._replace(geometry=block.geometry[:-1]))
     with pytest.raises(RuntimeError, match="10 values of geometry per packed weight"):
-        residual_block(x, block._replace(projects=True))
+        residual_stage(x, block._replace(projects=True))
 
 
 def test_nan_stays_in_its_own_image() -> None:
@@ -134,14 +134,14 @@ def test_nan_stays_in_its_own_image() -> None:
     x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
     x[2] = float("nan")
     block = pack_residual_block(chain, None, shortcut=True, like=x)
-    out = residual_block(x, block)
+    out = residual_stage(x, block)
     assert out[2].isnan().all() and not out[[0, 1, 3, 4]].isnan().any()
 
 
 def test_the_modules_use_it_in_eval_and_only_there() -> None:
     block = fused_cnn.nn.BasicBlock(8, 8).eval()
     x = torch.randn(2, 8, 6, 6)
-    counted = _library.kernel("residual_block_packed_fwd", "native")
+    counted = _library.kernel("residual_stage_packed_fwd", "native")
     for grad, expected in ((False, 1), (True, 0)):
         with torch.set_grad_enabled(grad), torch.profiler.profile() as profile:
             block(x)
