@@ -100,6 +100,8 @@ class _Walk:
     def visit(self, module: nn.Module, prefix: str = "") -> None:
         if full_name(module) in self.networks and self._wanted(prefix, module):
             self._swap(prefix, module)
+        elif isinstance(module, ResidualStage) and module.backend == "reference":  # its blocks are what is asked for and reported
+            module.backend = self.backend
         elif isinstance(module, FusedModule) and module.backend == "reference" and self._wanted(prefix, module):
             module.backend = self.backend
             self.report.fused.append(Entry(prefix, type(module).__name__, f"backend {self.backend or 'auto'}"))
@@ -110,7 +112,7 @@ class _Walk:
             made = self._build(name, child)
             if made is None:
                 self.visit(child, name)
-                made = self._stage(name, child)
+                made = self._stage(child)
             if made is not None:
                 module._modules[child_name] = made
 
@@ -137,17 +139,14 @@ class _Walk:
         self.report.fused.append(Entry(name, type(module).__name__, type(made).__name__))
         return made
 
-    def _stage(self, name: str, module: nn.Module) -> nn.Module | None:
-        if module in self.made:
-            return self.made[module]
-        blocks = list(module.children())
-        if type(module) is not nn.Sequential or len(blocks) < 2 or not all(isinstance(b, (BasicBlock, Bottleneck)) for b in blocks):
-            return None
-        if not self._wanted(name, module):
-            return None
-        made = self.made[module] = ResidualStage.from_reference(module, backend=self.backend)
-        self.report.fused.append(Entry(name, "Sequential", "ResidualStage"))
-        return made
+    def _stage(self, module: nn.Module) -> nn.Module | None:
+        """Fused blocks in a row, which are more than their sum: no entry of their own in the report."""
+        if module not in self.made:
+            blocks = list(module.children())
+            if type(module) is not nn.Sequential or len(blocks) < 2 or not all(isinstance(b, (BasicBlock, Bottleneck)) for b in blocks):
+                return None
+            self.made[module] = ResidualStage.from_reference(module, backend=self.backend)
+        return self.made[module]
 
     def _note_subclass(self, name: str, module: nn.Module) -> None:
         for parent in type(module).__mro__[1:]:

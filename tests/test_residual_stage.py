@@ -1,11 +1,14 @@
-"""The residual block that runs as one op, against its convolutions in float64."""
+"""Residual blocks that run as one op, against their convolutions in float64."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_cnn
 from fused_cnn import _library
@@ -88,6 +91,38 @@ def test_a_block_agrees_with_its_convolutions(name: str, dtype: torch.dtype, lay
         assert (out - truth).abs().max() <= 2 * (eager - truth).abs().max() + floor
 
 
+# name: x's shape, the first block's convolutions and shortcut, how many more blocks follow it, and their convolutions
+POINTWISE_LAST, SQUARE_LAST = [(16, 1, 1, 0, 1), (16, 3, 1, 1, 1), (64, 1, 1, 0, 1)], [(24, 3, 1, 1, 1), (24, 3, 1, 1, 1)]
+STAGES = {
+    "bottlenecks": ((3, 64, 14, 14), POINTWISE_LAST, "x", 3, POINTWISE_LAST),
+    "bottlenecks, projected": ((2, 32, 15, 13), [(8, 1, 1, 0, 1), (8, 3, 2, 1, 1), (64, 1, 1, 0, 1)], (64, 1, 2), 2, POINTWISE_LAST),
+    "basic, two": ((5, 24, 7, 7), SQUARE_LAST, "x", 1, SQUARE_LAST),
+    "basic, three, projected": ((2, 17, 9, 9), [(24, 3, 2, 1, 1), (24, 3, 1, 1, 1)], (24, 1, 2), 2, SQUARE_LAST),
+    "a single 1x1 each": ((2, 40, 6, 6), [(40, 1, 1, 0, 1)], "x", 2, [(40, 1, 1, 0, 1)]),
+    "no shortcut at first": ((2, 16, 8, 8), SQUARE_LAST, None, 1, SQUARE_LAST),
+    "empty batch": ((0, 24, 7, 7), SQUARE_LAST, "x", 2, SQUARE_LAST),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_agrees_with_its_blocks_one_by_one(name: str, dtype: torch.dtype, layout: str) -> None:
+    shape, convolutions, shortcut, more, later = STAGES[name]
+    x = LAYOUTS[layout](torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype))
+    chain, projection = folded(shape, convolutions, shortcut)
+    rest, _ = folded((0, convolutions[-1][0]), later, "x")
+    stage = pack_residual_block(chain, projection, shortcut=shortcut is not None, like=x)
+    block = pack_residual_block(rest, None, shortcut=True, like=x)
+    if stage is None or block is None:
+        pytest.skip(f"{dtype} convolutions are the library's here")
+    before, expected = x.clone(), residual_stage(x, stage)
+    for _ in range(more):
+        expected, stage = residual_stage(expected, block), stage.then(block)
+    torch.testing.assert_close(residual_stage(x, stage), expected, rtol=0, atol=0)  # the same sums in the same order
+    assert torch.equal(x, before)
+
+
 def test_every_image_gets_the_same_result_alone_and_in_a_batch() -> None:
     shape, convolutions, shortcut = BLOCKS["bottleneck, projected"]
     chain, projection = folded(shape, convolutions, shortcut)
@@ -124,8 +159,13 @@ def test_blocks_that_do_not_fit_are_refused() -> None:
     block = pack_residual_block([same], None, shortcut=True, like=x)
     with pytest.raises(RuntimeError, match="10 values of geometry per packed weight"):
         residual_stage(x, block._replace(geometry=block.geometry[:-1]))
-    with pytest.raises(RuntimeError, match="10 values of geometry per packed weight"):
+    with pytest.raises(RuntimeError, match=r"blocks of 2 convolutions in all, .* need as many packed weights, got 1"):
         residual_stage(x, block._replace(projects=True))
+    with pytest.raises(RuntimeError, match="at least 1 convolution, got 0"):
+        residual_stage(x, block._replace(lengths=[0, 1]))
+    narrows = pack_residual_block([FoldedConv(torch.randn(4, 8, 3, 3), None, padding=1)], None, shortcut=True, like=x)
+    with pytest.raises(RuntimeError, match=r"shortcut gives \(8, 6, 6\), but the convolutions give \(4, 6, 6\)"):
+        residual_stage(x, block.then(narrows))
 
 
 def test_nan_stays_in_its_own_image() -> None:
@@ -138,11 +178,86 @@ def test_nan_stays_in_its_own_image() -> None:
     assert out[2].isnan().all() and not out[[0, 1, 3, 4]].isnan().any()
 
 
+def blocks_run(module: torch.nn.Module, x: Tensor) -> list[int]:
+    """The number of blocks in each call of the op that module(x) makes."""
+    found = []
+    kernel = _library.kernel("residual_stage_packed_fwd", "native")
+
+    class Listen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func is kernel:
+                found.append(len(args[3]))
+            return func(*args, **(kwargs or {}))
+
+    with Listen():
+        module(x)
+    return found
+
+
+def stage_of_three() -> fused_cnn.nn.ResidualStage:
+    torch.manual_seed(0)
+    down = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+    first = fused_cnn.nn.Bottleneck(8, 4, 2, down)
+    return fused_cnn.nn.ResidualStage(first, fused_cnn.nn.Bottleneck(16, 4), fused_cnn.nn.Bottleneck(16, 4)).eval()
+
+
 def test_the_modules_use_it_in_eval_and_only_there() -> None:
-    block = fused_cnn.nn.BasicBlock(8, 8).eval()
-    x = torch.randn(2, 8, 6, 6)
-    counted = _library.kernel("residual_stage_packed_fwd", "native")
-    for grad, expected in ((False, 1), (True, 0)):
-        with torch.set_grad_enabled(grad), torch.profiler.profile() as profile:
-            block(x)
-        assert sum(event.name == counted.name() for event in profile.events()) == expected
+    block, stage, x = fused_cnn.nn.BasicBlock(8, 8).eval(), stage_of_three(), torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        assert blocks_run(block, x) == [1] and blocks_run(stage, x) == [3] and blocks_run(stage, x) == [3]
+        stage.train()
+        assert blocks_run(stage, x) == []
+    assert blocks_run(block, x) == [] and blocks_run(stage.eval(), x) == []
+
+
+@torch.no_grad()
+def test_a_stage_steps_back_where_somebody_watches() -> None:
+    stage, x = stage_of_three(), torch.randn(2, 8, 6, 6)
+    expected = stage(x)
+    assert blocks_run(stage, x) == [3]
+    inner = {
+        stage[1]: [1, 1, 1],  # a block: each block by itself
+        stage[1].conv2: [1, 1],  # a convolution: its block falls apart
+        stage[1].relu: [1, 1],
+        stage[0].downsample: [1, 1],
+        stage[0].downsample[0]: [1, 1],
+    }
+    for module, runs in inner.items():
+        seen: list[object] = []
+        handle = module.register_forward_hook(lambda m, *args, seen=seen: seen.append(m))
+        assert blocks_run(stage, x) == runs, module
+        assert seen or module is stage[1].relu
+        torch.testing.assert_close(stage(x), expected, rtol=1e-4, atol=1e-5)
+        handle.remove()
+        assert blocks_run(stage, x) == [3]
+
+
+@torch.no_grad()
+def test_a_stage_sees_every_change_of_its_blocks() -> None:
+    stage, x = stage_of_three(), torch.randn(2, 8, 6, 6)
+
+    def changes(change) -> None:  # type: ignore[no-untyped-def]
+        before = stage(x)
+        change()
+        after = stage(x)
+        torch.testing.assert_close(after, copy.deepcopy(stage)(x))  # a copy has no caches
+        assert not torch.equal(before, after)
+
+    changes(lambda: stage[2].conv3.weight.mul_(2))
+    changes(lambda: stage[1].bn1.running_var.fill_(3))
+    changes(lambda: setattr(stage[1].bn1, "eps", 0.5))
+    changes(lambda: setattr(stage[0].downsample[0].weight, "data", stage[0].downsample[0].weight * -3))
+    changes(lambda: setattr(stage[0], "conv1", nn.Conv2d(8, 4, 1, bias=False)))
+    changes(lambda: setattr(stage[2].bn2, "bias", nn.Parameter(torch.ones(4))))
+    changes(lambda: stage.append(fused_cnn.nn.Bottleneck(16, 4).eval()))
+    changes(lambda: stage.__delitem__(1))
+    changes(lambda: stage[1].bn2.train())
+
+
+@torch.no_grad()
+def test_a_stage_goes_back_to_plain_blocks() -> None:
+    stage, x = stage_of_three(), torch.randn(2, 8, 6, 6)
+    plain = stage.to_reference()
+    assert all(block.backend == "reference" for block in plain) and list(plain.state_dict()) == list(stage.state_dict())
+    assert blocks_run(plain, x) == []
+    torch.testing.assert_close(stage(x), plain(x), rtol=1e-4, atol=1e-5)

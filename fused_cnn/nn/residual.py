@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import TypeVar, cast
 
 from torch import Tensor, nn
@@ -34,15 +33,12 @@ class _Residual(FusedModule):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        block = self.recall("block", x)
+        block = self.packed(x)
         if block is not None:
             return residual_stage(autocast(x)[0], block)
         pairs = self._pairs()
         projection = self._projection() if self.residual else None
         if not self.trains(x, pairs):
-            block = self.packed(x)
-            if block is not None:
-                return residual_stage(autocast(x)[0], block)
             y = x
             for pair in pairs[:-1]:
                 y = self.conv_bn(*pair, y)
@@ -56,8 +52,11 @@ class _Residual(FusedModule):
 
     def packed(self, x: Tensor) -> PackedResidualStage | None:
         """The whole block for the op that computes it, where it takes inputs such as x."""
+        found: PackedResidualStage | None = self.recall("block", x)
+        if found is not None:
+            return found
         pairs, projection = self._pairs(), self._projection() if self.residual else None
-        whole = cast(list[Projection], pairs if projection is None else [*pairs, projection])
+        whole = cast("list[Projection]", pairs if projection is None else [*pairs, projection])
         adds_x = self.residual and projection is None
         inner = list(self.modules())[1:]  # the block's own hooks are called
         (like,) = autocast(x)
@@ -201,6 +200,13 @@ class ResidualStage(FusedModule, nn.Sequential):
         """The same blocks, fused already, as one stage."""
         return cls.adopt(module, backend=backend)
 
+    def to_reference(self) -> nn.Module:
+        """The unfused blocks in their nn.Sequential (one made here: on plain PyTorch)."""
+        plain = super().to_reference()
+        for name, block in self._modules.items():
+            plain._modules[name] = block.to_reference() if isinstance(block, FusedModule) else block
+        return plain
+
     def forward(self, x: Tensor) -> Tensor:
         stage = self.recall("stage", x)
         if stage is None:
@@ -208,10 +214,10 @@ class ResidualStage(FusedModule, nn.Sequential):
         return super().forward(x) if stage is None else residual_stage(autocast(x)[0], stage)
 
     def _packed(self, x: Tensor) -> PackedResidualStage | None:
-        blocks = list(self.children())
-        if self.backend == "reference" or not all(isinstance(block, _Residual) and not has_hooks(block) for block in blocks):
-            return None
-        packed = [cast(_Residual, block).packed(x) for block in blocks]
-        if any(block is None or (i > 0 and (block.projects or not block.shortcut)) for i, block in enumerate(packed)):
-            return None
-        return self.remember("stage", x, list(self.modules())[1:], lambda: reduce(PackedResidualStage.then, packed))
+        stage: PackedResidualStage | None = None
+        for block in self.children():
+            packed = block.packed(x) if isinstance(block, _Residual) and not has_hooks(block) else None
+            if packed is None or (stage is not None and (packed.projects or not packed.shortcut)):
+                return None
+            stage = packed if stage is None else stage.then(packed)
+        return self.remember("stage", x, list(self.modules())[1:], lambda: stage)

@@ -77,7 +77,9 @@ def check_conv(
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives convolutions on x's device; None where it is off."""
     device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
