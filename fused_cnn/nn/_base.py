@@ -207,7 +207,8 @@ class FusedModule(nn.Module):
         if packed is None and self.folds(x, conv, bn):
             packed = self.remember((conv, bn), x, [conv] if bn is None else [conv, bn], lambda: self._pack_conv(conv, bn, x))
         if packed is not None:
-            return conv_bias_relu(autocast(x)[0], *packed, residual, **geometry(conv), relu=relu, backend=self.backend)
+            weight, bias = packed
+            return conv_bias_relu(autocast(x)[0], weight, bias, residual, **geometry(conv), relu=relu, backend=self.backend)
         if bn is None:
             return conv_bias_relu(x, conv.weight, conv.bias, residual, **geometry(conv), relu=relu, backend=self.backend)
         return self.finish(conv(x), bn, relu=relu, residual=residual)
