@@ -4,6 +4,7 @@
 #include <optional>
 #include <tuple>
 #include "batch_norm/cpu_kernels.h"
+#include "common/cpu_memory.h"
 #include "common/cpu_parallel.h"
 #include "common/rows.h"
 

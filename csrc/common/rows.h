@@ -35,24 +35,6 @@ inline RowView rows_of(const Tensor& t) {
   return {tensor, tensor.data_ptr(), stride};
 }
 
-// An uninitialised result, (N, channels, H, W) as `like`, written in rows; finish() gives it the layout that
-// callers see.
-struct RowResult {
-  MemoryFormat format;
-  bool in_place;
-  Tensor tensor;
-  void* data;
-
-  RowResult(const Tensor& like, int64_t channels, MemoryFormat format)
-      : format(format),
-        // With one channel or one pixel both layouts are the same bytes; the strides must still be the
-        // format's own.
-        in_place(format == MemoryFormat::ChannelsLast || channels == 1 || like.size(2) * like.size(3) == 1),
-        tensor(empty_nchw(like, channels, like.size(2), like.size(3), in_place ? format : MemoryFormat::ChannelsLast)),
-        data(tensor.data_ptr()) {}
-  Tensor finish() const { return in_place ? tensor : dense(tensor, format); }
-};
-
 inline int64_t row_count(const Tensor& t) {
   return t.size(0) * t.size(2) * t.size(3);
 }

@@ -3,6 +3,7 @@
 // written while it is in the cache.
 #include <optional>
 #include <tuple>
+#include "common/cpu_memory.h"
 #include "common/cpu_parallel.h"
 #include "common/rows.h"
 #include "concat_bias_relu/cpu_kernels.h"
