@@ -64,12 +64,6 @@ __global__ void __launch_bounds__(kThreads)
   if (i < n) out[i] = apply(a[i], b[i], op);
 }
 
-unsigned blocks(int64_t work, int64_t per_block) {
-  const int64_t count = (work + per_block - 1) / per_block;
-  FUSED_CNN_CHECK(count <= 0x7fffffff, "add_relu: ", work, " elements are more than one launch can take");
-  return static_cast<unsigned>(count);
-}
-
 template <typename T, typename Op>
 void run(const Launch& launch, const Tensor& a, const Tensor& b, Tensor& out, Op op) {
   const T* pa = static_cast<const T*>(a.data_ptr());
@@ -81,15 +75,14 @@ void run(const Launch& launch, const Tensor& a, const Tensor& b, Tensor& out, Op
     const int64_t vectors = n / Vec<T>::size;
     done = vectors * Vec<T>::size;
     if (vectors > 0) {
-      add_relu_vector_kernel<T><<<blocks(vectors, kThreads * kUnroll), kThreads, 0, launch.stream()>>>(
-          reinterpret_cast<const Vec<T>*>(pa), reinterpret_cast<const Vec<T>*>(pb), reinterpret_cast<Vec<T>*>(po),
-          vectors, op);
-      launch.check("add_relu_vector_kernel");
+      launch.run("add_relu_vector_kernel", add_relu_vector_kernel<T, Op>,
+                 ceil_div<int64_t>(vectors, kThreads * kUnroll), 1, kThreads, reinterpret_cast<const Vec<T>*>(pa),
+                 reinterpret_cast<const Vec<T>*>(pb), reinterpret_cast<Vec<T>*>(po), vectors, op);
     }
   }
   if (done < n) {
-    add_relu_scalar_kernel<T><<<blocks(n - done, kThreads), kThreads, 0, launch.stream()>>>(pa, pb, po, done, n, op);
-    launch.check("add_relu_scalar_kernel");
+    launch.run("add_relu_scalar_kernel", add_relu_scalar_kernel<T, Op>, ceil_div<int64_t>(n - done, kThreads), 1,
+               kThreads, pa, pb, po, done, n, op);
   }
 }
 
@@ -133,7 +126,7 @@ Tensor add_relu_bwd(const Tensor& grad_out, const Tensor& out) {
 }  // namespace
 }  // namespace fused_cnn
 
-STABLE_TORCH_LIBRARY_IMPL(fused_cnn, CUDA, m) {
+FUSED_CNN_CUDA_IMPL(m) {
   m.impl("add_relu_fwd", TORCH_BOX(&fused_cnn::add_relu_fwd));
   m.impl("add_relu_bwd", TORCH_BOX(&fused_cnn::add_relu_bwd));
 }

@@ -112,7 +112,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> bn_relu_concat_bwd(const Tensor&
     }
   });
   std::vector<RowResult> grad_xs;
-  for (const Tensor& x : xs) grad_xs.emplace_back(x, x.size(1), result_format(x));
+  for (const Tensor& x : xs) grad_xs.emplace_back(x, x.size(1), result_format(x), empty_result);
   parallel_row_blocks(in.rows, in.total, [&](int64_t row, int64_t rows) {
     for (size_t i = 0; i < xs.size(); ++i) {
       const BnInput branch = in.from_row(i, row);
@@ -151,7 +151,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_bwd(const Tensor& grad_ou
     bits_tensor = torch::stable::contiguous(*mask);
   }
   const RowView grad = rows_of(grad_out);
-  const RowResult grad_x(x, channels, result_format(x)), grad_residual(x, channels, result_format(x));
+  const RowResult grad_x(x, channels, result_format(x), empty_result),
+      grad_residual(x, channels, result_format(x), empty_result);
   const auto gradient_rows = [&](int64_t row) {
     uint8_t* bits = plain ? static_cast<uint8_t*>(bits_tensor.data_ptr()) + row * bytes : nullptr;
     return BnRows{at(grad.data, row * grad.stride, in.element_size), grad.stride, bits};

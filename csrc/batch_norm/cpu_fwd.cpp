@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_stats(const std::vector<Tensor>& xs, const
 Tensor bn_relu_concat_fwd(const std::vector<Tensor>& xs, const Tensor& mean, const Tensor& rstd,
                           const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, bool relu) {
   const Inputs in("bn_relu_concat_fwd", xs, mean, rstd, weights, biases);
-  const RowResult out(xs[0], in.total, result_format(xs[0]));
+  const RowResult out(xs[0], in.total, result_format(xs[0]), empty_result);
   parallel_row_blocks(in.rows, in.total, [&](int64_t row, int64_t rows) {
     for (size_t i = 0; i < xs.size(); ++i) {
       const BnInput branch = in.from_row(i, row);
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor> bn_add_relu_fwd(const Tensor& x, const Tensor& residu
   const Inputs in(op, xs, mean, rstd, weights, biases);
   const int64_t channels = x.size(1), count = xs.size(), bytes = (channels + 7) / 8;
   const bool plain = count == 1;  // the residual is added as it is
-  const RowResult out(x, channels, result_format(x));
+  const RowResult out(x, channels, result_format(x), empty_result);
   const RowView addend = rows_of(residual);
   const int64_t mask_sizes[] = {plain && save_mask ? in.rows : 0, bytes};
   Tensor mask = torch::stable::empty(mask_sizes, ScalarType::Byte, torch::headeronly::Layout::Strided, x.device());

@@ -1,4 +1,5 @@
-// What every CUDA launch shares: the device guard, PyTorch's current stream, the launch check, and 16-byte vectors.
+// What every CUDA launch shares: the device guard, PyTorch's current stream, the launch and its check, 16-byte vectors,
+// and the registration.
 #pragma once
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -16,10 +17,20 @@ class Launch {
                     "no current CUDA stream for device ", on.get_device_index());
     stream_ = static_cast<cudaStream_t>(stream);
   }
-  cudaStream_t stream() const { return stream_; }
-  void check(const char* kernel) const {
-    const cudaError_t error = cudaGetLastError();
-    FUSED_CNN_CHECK(error == cudaSuccess, kernel, ": launch failed: ", cudaGetErrorString(error));
+
+  // kernel(arguments...) on columns x rows blocks of `threads` threads.
+  template <typename... Parameters, typename... Arguments>
+  void run(const char* name, void (*kernel)(Parameters...), int64_t columns, int64_t rows, int threads,
+           const Arguments&... arguments) const {
+    FUSED_CNN_CHECK(columns <= 0x7fffffff && rows <= 0xffff, name, ": ", columns, " x ", rows,
+                    " blocks are more than one launch can take");
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(columns), static_cast<unsigned>(rows));
+    config.blockDim = dim3(threads);
+    config.stream = stream_;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    if (error != cudaSuccess) cudaGetLastError();  // or PyTorch's next check would report it once more
+    FUSED_CNN_CHECK(error == cudaSuccess, name, ": launch failed: ", cudaGetErrorString(error));
   }
 
  private:
@@ -38,4 +49,14 @@ inline bool aligned16(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
+template <typename T>
+constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
 }  // namespace fused_cnn
+
+// The tests compile the same files for the CPU (tests/simt) and register them elsewhere.
+#ifndef FUSED_CNN_CUDA_IMPL
+#define FUSED_CNN_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fused_cnn, CUDA, m)
+#endif

@@ -35,6 +35,31 @@ inline RowView rows_of(const Tensor& t) {
   return {tensor, tensor.data_ptr(), stride};
 }
 
+inline Tensor empty_rows(const Tensor& like, int64_t channels, int64_t height, int64_t width) {
+  return empty_nchw(like, channels, height, width, MemoryFormat::ChannelsLast);
+}
+
+// An uninitialised result, (N, channels, H, W) as `like`, written in rows; finish() gives it the layout that
+// callers see. `empty` allocates it.
+struct RowResult {
+  MemoryFormat format;
+  bool in_place;
+  Tensor tensor;
+  void* data;
+
+  RowResult(const Tensor& like, int64_t channels, MemoryFormat format,
+            Tensor (*empty)(const Tensor&, int64_t, int64_t, int64_t) = empty_rows)
+      : format(format),
+        // With one channel or one pixel both layouts are the same bytes; the strides must still be the
+        // format's own.
+        in_place(format == MemoryFormat::ChannelsLast || channels == 1 || like.size(2) * like.size(3) == 1),
+        tensor(in_place && format == MemoryFormat::Contiguous
+                   ? empty_nchw(like, channels, like.size(2), like.size(3), format)
+                   : empty(like, channels, like.size(2), like.size(3))),
+        data(tensor.data_ptr()) {}
+  Tensor finish() const { return in_place ? tensor : dense(tensor, format); }
+};
+
 inline int64_t row_count(const Tensor& t) {
   return t.size(0) * t.size(2) * t.size(3);
 }

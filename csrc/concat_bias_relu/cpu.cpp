@@ -24,7 +24,7 @@ Tensor concat_bias_relu_fwd(const std::vector<Tensor>& branches, const std::opti
   }
   std::vector<RowView> views;
   for (const Tensor& branch : branches) views.push_back(rows_of(branch));
-  const RowResult out(branches[0], total, result_format(branches[0]));
+  const RowResult out(branches[0], total, result_format(branches[0]), empty_result);
   parallel_row_blocks(rows, total, [&](int64_t row, int64_t n) {
     int64_t first = 0;
     for (size_t i = 0; i < branches.size(); ++i) {
@@ -59,7 +59,8 @@ std::tuple<std::vector<Tensor>, Tensor> concat_bias_relu_bwd(const Tensor& grad_
   RowView outs = grad;
   if (out) outs = rows_of(*out);
   std::vector<RowResult> results;
-  for (const int64_t c : channels) results.emplace_back(grad_out, c, result_format(out ? *out : grad_out));
+  for (const int64_t c : channels)
+    results.emplace_back(grad_out, c, result_format(out ? *out : grad_out), empty_result);
   const ScalarType type = vector_dtype(dtype);
   Tensor grad_bias = empty_vector(grad_out, bias ? total : 0, type);
   const int64_t vector_size = grad_bias.element_size();

@@ -1,0 +1,56 @@
+// A stand-in for CUDA's runtime header under which the host compiler takes csrc/*/cuda.cu as it is: a launch runs every
+// block on this processor, its threads as fibres that take turns at barriers (simt.cpp). Threads run in ascending order
+// in even blocks and in descending order in odd ones, so that a missing barrier shows; a block's shared memory is what
+// the block before left there. With -fsanitize=kernel-address the compiler announces every access, and one that lies
+// outside every tensor ends the launch with an error that says where.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+extern dim3 gridDim, blockDim, blockIdx, threadIdx;
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorIllegalAddress };
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+namespace simt {
+void barrier();
+cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*), const void* arguments);
+const char* last_error();
+}  // namespace simt
+
+inline void __syncthreads() {
+  simt::barrier();
+}
+
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+
+inline const char* cudaGetErrorString(cudaError_t) {
+  return simt::last_error();
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
+  const auto thread = [&] { kernel(static_cast<Parameters>(arguments)...); };
+  return simt::launch(*config, [](const void* call) { (*static_cast<decltype(thread)*>(call))(); }, &thread);
+}

@@ -1,0 +1,199 @@
+// The machine behind cuda_runtime.h: fibres, and a table of the memory that kernels may touch. While install() is in
+// force, PyTorch's CPU tensors come from an allocator that enters each one in the table, to the byte, and fills it with
+// NaN. This file is compiled without instrumentation.
+#include "cuda_runtime.h"
+#include <c10/core/CPUAllocator.h>
+#include <link.h>
+#include <ucontext.h>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+dim3 gridDim, blockDim, blockIdx, threadIdx;
+
+namespace {
+
+struct Region {
+  uintptr_t begin, end;
+  bool holds(uintptr_t at, size_t bytes) const { return begin <= at && at + bytes <= end; }
+};
+
+std::mutex mutex;
+std::map<uintptr_t, uintptr_t> tensors;  // begin -> end
+Region recent;                           // of the tensors, until the launch ends
+std::vector<Region> ours;                // this library's own data: __shared__ arrays, constants
+
+constexpr size_t kStack = 64 << 10;
+struct Fibre {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(kStack);
+  bool done;
+};
+std::vector<Fibre> fibres;
+ucontext_t scheduler;
+size_t current;
+bool running;  // inside a kernel
+void (*body)(const void*);
+const void* body_arguments;
+uintptr_t launcher;  // an address on the launching thread's stack, where the arguments are
+std::string error;
+
+void enter() {
+  body(body_arguments);
+  fibres[current].done = true;
+  swapcontext(&fibres[current].context, &scheduler);
+}
+
+bool allowed(uintptr_t at, size_t bytes) {
+  if (recent.holds(at, bytes)) return true;
+  const auto stack = reinterpret_cast<uintptr_t>(fibres[current].stack.data());
+  if (Region{stack, stack + kStack}.holds(at, bytes)) return true;
+  if (Region{launcher - (64 << 10), launcher + (64 << 10)}.holds(at, bytes)) return true;
+  for (const Region& region : ours) {
+    if (region.holds(at, bytes)) return true;
+  }
+  const std::lock_guard lock(mutex);
+  const auto next = tensors.upper_bound(at);
+  if (next == tensors.begin()) return false;
+  const Region found{std::prev(next)->first, std::prev(next)->second};
+  if (!found.holds(at, bytes)) return false;
+  recent = found;
+  return true;
+}
+
+void check(const char* what, const void* at, size_t bytes) {
+  if (!running || allowed(reinterpret_cast<uintptr_t>(at), bytes)) return;
+  if (error.empty()) {
+    char text[160];
+    std::snprintf(text, sizeof text, "%s of %zu bytes outside of every tensor, block (%u, %u), thread %u", what, bytes,
+                  blockIdx.x, blockIdx.y, threadIdx.x);
+    error = text;
+  }
+  fibres[current].done = true;  // never resumed: the access does not happen
+  running = false;
+  swapcontext(&fibres[current].context, &scheduler);
+}
+
+int note_data(dl_phdr_info* info, size_t, void* inside) {
+  std::vector<Region> found;
+  bool this_library = false;
+  for (int i = 0; i < info->dlpi_phnum; ++i) {
+    const ElfW(Phdr) & part = info->dlpi_phdr[i];
+    if (part.p_type != PT_LOAD) continue;
+    const uintptr_t begin = info->dlpi_addr + part.p_vaddr;
+    found.push_back({begin, begin + part.p_memsz});
+    this_library |= found.back().holds(reinterpret_cast<uintptr_t>(inside), 1);
+  }
+  if (this_library) ours = found;
+  return this_library;
+}
+
+void forget(void* memory) {
+  {
+    const std::lock_guard lock(mutex);
+    tensors.erase(reinterpret_cast<uintptr_t>(memory));
+  }
+  std::free(memory);
+}
+
+struct Allocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    void* memory = std::aligned_alloc(64, (bytes + 127) / 64 * 64);  // an empty tensor has an address, too
+    std::memset(memory, 0xff, bytes);
+    const std::lock_guard lock(mutex);
+    const auto begin = reinterpret_cast<uintptr_t>(memory);
+    tensors[begin] = begin + bytes;
+    return {memory, memory, &forget, c10::DeviceType::CPU};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &forget; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
+
+}  // namespace
+
+namespace simt {
+
+void barrier() {
+  swapcontext(&fibres[current].context, &scheduler);
+}
+
+const char* last_error() {
+  return error.c_str();
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*), const void* arguments) {
+  if (ours.empty()) dl_iterate_phdr(note_data, &error);
+  gridDim = config.gridDim, blockDim = config.blockDim, body = thread, body_arguments = arguments;
+  launcher = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
+  error.clear(), recent = {};
+  const size_t threads = blockDim.x;
+  if (fibres.size() < threads) fibres.resize(threads);
+  for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z) {
+    for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
+      for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+        for (size_t t = 0; t < threads; ++t) {
+          Fibre& fibre = fibres[t];
+          fibre.done = false;
+          getcontext(&fibre.context);
+          fibre.context.uc_stack.ss_sp = fibre.stack.data(), fibre.context.uc_stack.ss_size = kStack;
+          makecontext(&fibre.context, enter, 0);
+        }
+        for (bool some = true; some;) {  // a turn takes every thread to its next barrier or its end
+          some = false;
+          for (size_t turn = 0; turn < threads; ++turn) {
+            current = (blockIdx.x + blockIdx.y) % 2 == 0 ? turn : threads - 1 - turn;
+            if (fibres[current].done) continue;
+            some = true;
+            threadIdx.x = static_cast<unsigned>(current);
+            running = true;
+            swapcontext(&scheduler, &fibres[current].context);
+            running = false;
+            if (!error.empty()) return cudaErrorIllegalAddress;
+          }
+        }
+      }
+    }
+  }
+  return cudaSuccess;
+}
+
+}  // namespace simt
+
+// What -fsanitize=kernel-address calls before each access.
+extern "C" {
+#define SIMT_SIZED(bytes)                              \
+  void __asan_load##bytes##_noabort(const void* at) {  \
+    check("read", at, bytes);                          \
+  }                                                    \
+  void __asan_store##bytes##_noabort(const void* at) { \
+    check("write", at, bytes);                         \
+  }
+SIMT_SIZED(1)
+SIMT_SIZED(2)
+SIMT_SIZED(4)
+SIMT_SIZED(8)
+SIMT_SIZED(16)
+void __asan_loadN_noabort(const void* at, size_t bytes) {
+  check("read", at, bytes);
+}
+void __asan_storeN_noabort(const void* at, size_t bytes) {
+  check("write", at, bytes);
+}
+void __asan_handle_no_return() {}
+void __asan_before_dynamic_init(const char*) {}
+void __asan_after_dynamic_init() {}
+
+int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+
+__attribute__((visibility("default"))) void simt_install(bool on) {
+  static Allocator allocator;
+  static c10::Allocator* const before = c10::GetCPUAllocator();
+  c10::SetCPUAllocator(on ? &allocator : before);
+}
+}

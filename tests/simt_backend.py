@@ -1,0 +1,109 @@
+"""The CUDA kernels on this processor: csrc/*/cuda.cu, unchanged, compiled by the host compiler against tests/simt, as a backend "simt".
+
+`install()` builds the library, once for its sources, and registers it; it changes nothing but the tables of fused_cnn._library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from fused_cnn import _backends, _library
+from fused_cnn.testing import all_cases, compare
+
+ROOT = Path(__file__).resolve().parents[1]
+SIMT = ROOT / "tests" / "simt"
+NAMESPACE = "fused_cnn_simt"
+ROOMS = ("add_relu", "concat_bias_relu")  # those whose kernels use no matrix units
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-w"]
+STABLE = ["-x", "c++", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
+CALLS = "--param=asan-instrumentation-with-call-threshold=0"
+CHECKED = ["-fsanitize=kernel-address", CALLS, "--param=asan-stack=0", "--param=asan-globals=0"]
+
+
+_kept: list[torch.library.Library] = []
+
+
+def compiler() -> str | None:
+    """g++: clang spells the options of CHECKED otherwise."""
+    return shutil.which("g++")
+
+
+def build(csrc: Path, rooms: Sequence[str], folder: Path) -> Path:
+    """The library of these rooms' kernels, built where it is not there yet."""
+    torch_root = Path(torch.__file__).parent
+    includes = [f"-I{SIMT}", f"-I{csrc}", f"-isystem{torch_root / 'include'}"]
+    register = f"-DFUSED_CNN_CUDA_IMPL(m)=STABLE_TORCH_LIBRARY_IMPL({NAMESPACE}, CPU, m)"
+    digest = hashlib.sha256(repr((torch.__version__, FLAGS, STABLE, CHECKED, rooms)).encode())
+    for path in sorted([*SIMT.rglob("*"), *csrc.rglob("*")]):
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"{digest.hexdigest()[:16]}.so"
+    with FileLock(folder / "lock"):
+        if not library.exists():
+            jobs = {"simt": [SIMT / "simt.cpp"], **{room: [*STABLE, *CHECKED, register, csrc / room / "cuda.cu"] for room in rooms}}
+            objects = [library.with_suffix(f".{name}.o") for name in jobs]
+            base = [compiler(), *FLAGS, *includes, "-c"]
+            running = [subprocess.Popen([*base, *job, "-o", made]) for job, made in zip(jobs.values(), objects, strict=True)]
+            assert not any([process.wait() for process in running]), "the CUDA sources do not compile for the CPU"
+            partial = library.with_suffix(".partial")
+            subprocess.run([compiler(), "-shared", *objects, "-o", partial, f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"], check=True)
+            partial.rename(library)
+    return library
+
+
+@cache
+def install(csrc: Path = ROOT / "csrc", rooms: Sequence[str] = ROOMS, folder: Path = ROOT / "build" / "simt") -> ctypes.CDLL:
+    """Register the backend, and return its library: `simt_install(True)` makes tensors come from checked memory."""
+    definitions = torch.library.Library(NAMESPACE, "DEF")
+    _kept.append(definitions)
+    for name in _library.op_names():
+        definitions.define(str(_library.kernel(name, "native")._schema).split("::", 1)[1])
+    loaded = ctypes.CDLL(os.fspath(build(csrc, rooms, folder)))
+    for name in _library.op_names():
+        _library._kernels[name, "simt"] = getattr(getattr(torch.ops, NAMESPACE), name).default
+        found = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
+        _library._implemented[name, "simt", "cpu"] = found
+    _backends.BACKENDS = (*_backends.BACKENDS, "simt")
+    return loaded
+
+
+def run_broken(file: str, right: str, wrong: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a copy of csrc in which `right`, once in this file, is `wrong`, in a process of its own; see main()."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    path = folder / "csrc" / file
+    text = path.read_text()
+    assert text.count(right) == 1, f"{file} has {text.count(right)} times: {right}"
+    path.write_text(text.replace(right, wrong))
+    command = [sys.executable, __file__, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def main(folder: Path) -> None:
+    """Compare the kernels in folder/csrc with float64, and say "passed", or "caught" and what was."""
+    install(folder / "csrc", ROOMS, folder).simt_install(True)
+    for cases in all_cases():
+        for case in cases.cases if cases.name in ROOMS else ():
+            for dtype, layout in ((torch.float32, "channels_last"), (torch.float16, "offset")):
+                try:
+                    wrong = [found for found in compare(cases, case, "simt", dtype, layout) if not found.ok]
+                except (AssertionError, RuntimeError) as error:
+                    wrong = [error]
+                if wrong:
+                    print("caught", cases.name, case.name, wrong[0])
+                    return
+    print("passed")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

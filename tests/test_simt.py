@@ -1,0 +1,107 @@
+"""The CUDA kernels that use no matrix units, run on this processor over the cases of every other backend, with checked pointers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import simt_backend
+import torch
+from conftest import DEVICE
+
+from fused_cnn import _library
+from fused_cnn.ops import add_relu, concat_bias_relu
+from fused_cnn.ops._cases import LAYOUTS, Case, OpCases
+from fused_cnn.testing import all_cases, compare
+
+pytestmark = [
+    pytest.mark.skipif(DEVICE == "cuda", reason="the kernels themselves run here"),
+    pytest.mark.skipif(simt_backend.compiler() is None, reason="g++ is not installed"),
+    pytest.mark.usefixtures("checked_memory"),
+]
+COVERED = [c for c in all_cases() if c.name in simt_backend.ROOMS]
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture
+def checked_memory() -> Iterator[None]:
+    """Tensors lie in memory whose bounds the kernels are held to, filled with NaN before anybody writes."""
+    library = simt_backend.install()
+    library.simt_install(True)
+    yield
+    library.simt_install(False)
+
+
+def affordable(case: Case) -> Case:
+    n, c, h, w = case.shape
+    return Case(case.name, (n, c, min(h, 7), min(w, 7)) if case.real else case.shape, case.options, case.real)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op_cases", "case"), [(o, affordable(c)) for o in COVERED for c in o.cases], ids=lambda v: v.name)
+def test_forward_and_backward_agree_with_float64(op_cases: OpCases, case: Case, dtype: torch.dtype, layout: str) -> None:
+    for comparison in compare(op_cases, case, "simt", dtype, layout):
+        assert comparison.ok, comparison
+
+
+def test_the_rooms_without_matrix_units_are_all_here() -> None:
+    simt_backend.install()
+    rooms = {p.parent.name for p in (simt_backend.ROOT / "csrc").glob("*/cuda.cu")}
+    assert rooms == set(simt_backend.ROOMS)
+    for room in rooms:
+        for op in (name for name in _library.op_names() if name.startswith(room)):
+            assert _library.has_kernel(op, "simt", "cpu"), op
+
+
+def last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 40, 31), (2, 200, 17, 19), (1, 3, 97, 61)], ids=str)
+def test_sums_over_many_chunks_of_rows(shape: tuple[int, ...]) -> None:
+    x, grad = last(torch.randn(shape)).requires_grad_(), last(torch.randn(shape))
+    bias = torch.randn(shape[1], requires_grad=True)
+    out = concat_bias_relu([x], bias, backend="simt")
+    grads = torch.autograd.grad(out, (x, bias), grad)
+    expected = concat_bias_relu([x.double()], bias.double(), backend="reference")
+    torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
+    for actual, true in zip(grads, torch.autograd.grad(expected, (x, bias), grad.double()), strict=True):
+        torch.testing.assert_close(actual, true, rtol=1e-5, atol=1e-4)
+
+
+def test_more_branches_than_one_launch_takes() -> None:
+    xs = [last(torch.randn(2, c, 3, 5)) for c in (8, 4, 0, 16, 4, 8, 12, 4, 24, 8)]
+    torch.testing.assert_close(concat_bias_relu(xs, backend="simt"), torch.relu(torch.cat(xs, 1)), rtol=0, atol=0)
+
+
+def test_results_are_bitwise_equal_in_reruns() -> None:
+    x, bias = last(torch.randn(2, 24, 33, 9)), torch.randn(24, requires_grad=True)
+
+    def run() -> torch.Tensor:
+        return torch.autograd.grad(concat_bias_relu([x], bias, backend="simt").square().sum(), bias)[0]
+
+    first = run()
+    assert all(torch.equal(first, run()) for _ in range(3))
+
+
+# Mistakes that the checks must notice: a file, a piece of it, and what stands there instead.
+BREAKS = {
+    "an index too far": ("add_relu/cuda.cu", "if (i < n) out[i] =", "if (i <= n) out[i] ="),
+    "a tail left out": ("add_relu/cuda.cu", "if (done < n) {", "if (done + 1 < n) {"),
+    "a row too many": ("concat_bias_relu/cuda.cu", "if (r < place.end) {\n          g[u]", "if (r <= place.end) {\n          g[u]"),
+    "a missing barrier": ("common/columns.cuh", "= sums[j];\n  __syncthreads();", "= sums[j];"),
+}
+
+
+@pytest.mark.parametrize("name", [*BREAKS, "no mistake"])
+def test_a_broken_kernel_is_caught(name: str, tmp_path: Path) -> None:
+    found = simt_backend.run_broken(*BREAKS.get(name, ("add_relu/math.h", "#pragma once", "#pragma once")), tmp_path)
+    assert found.returncode == 0 and found.stdout.split()[0] == ("caught" if name in BREAKS else "passed"), found.stdout + found.stderr
+
+
+def test_add_relu_says_where_it_went_wrong() -> None:
+    with pytest.raises(RuntimeError, match="must have the shape of x"):
+        _library.kernel("add_relu_fwd", "simt")(torch.randn(1, 2, 3, 3), torch.randn(1, 2, 3, 4))
+    assert add_relu(torch.empty(0, 3, 2, 2), torch.empty(0, 3, 2, 2), backend="simt").numel() == 0
