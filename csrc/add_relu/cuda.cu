@@ -93,20 +93,7 @@ Tensor elementwise(DType dtype, const Tensor& a, const Tensor& b, Op op) {
   const Tensor dense_a = dense(a, format), dense_b = dense(b, format);
   Tensor out = empty_like_4d(a, format);
   if (a.numel() == 0) return out;
-  switch (dtype) {
-    case DType::f64:
-      run<double>(launch, dense_a, dense_b, out, op);
-      break;
-    case DType::f32:
-      run<float>(launch, dense_a, dense_b, out, op);
-      break;
-    case DType::f16:
-      run<f16_t>(launch, dense_a, dense_b, out, op);
-      break;
-    case DType::bf16:
-      run<bf16_t>(launch, dense_a, dense_b, out, op);
-      break;
-  }
+  with_type(dtype, [&](auto element) { run<decltype(element)>(launch, dense_a, dense_b, out, op); });
   return out;
 }
 

@@ -3,6 +3,7 @@
 // checks that lists of branches share.
 #pragma once
 #include <memory>
+#include <optional>
 #include <vector>
 #include "common/checks.h"
 
@@ -108,6 +109,25 @@ inline int64_t check_branches(const char* op, const std::vector<Tensor>& branche
     channels += branch.size(1);
   }
   return channels;
+}
+
+// The gradient of a concatenation of branches with these channels, and its result where there is one. Returns the
+// channels' sum.
+inline int64_t check_concatenation(const char* op, const Tensor& grad_out, const std::optional<Tensor>& out,
+                                   const std::vector<int64_t>& channels) {
+  check_4d(op, "grad_out", grad_out);
+  if (out) {
+    check_4d(op, "out", *out);
+    check_like(op, "grad_out", grad_out, "out", *out);
+  }
+  int64_t total = 0;
+  for (const int64_t c : channels) {
+    FUSED_CNN_CHECK(c >= 0, op, ": channels must not be negative, got ", c);
+    total += c;
+  }
+  FUSED_CNN_CHECK(total == grad_out.size(1), op, ": channels must add up to grad_out's ", grad_out.size(1), ", got ",
+                  total);
+  return total;
 }
 
 }  // namespace fused_cnn

@@ -41,18 +41,7 @@ Tensor concat_bias_relu_fwd(const std::vector<Tensor>& branches, const std::opti
 std::tuple<std::vector<Tensor>, Tensor> concat_bias_relu_bwd(const Tensor& grad_out, const std::optional<Tensor>& out,
                                                              const std::vector<int64_t>& channels, bool bias) {
   const char* op = "concat_bias_relu_bwd";
-  check_4d(op, "grad_out", grad_out);
-  if (out) {
-    check_4d(op, "out", *out);
-    check_like(op, "grad_out", grad_out, "out", *out);
-  }
-  int64_t total = 0;
-  for (const int64_t c : channels) {
-    FUSED_CNN_CHECK(c >= 0, op, ": channels must not be negative, got ", c);
-    total += c;
-  }
-  FUSED_CNN_CHECK(total == grad_out.size(1), op, ": channels must add up to grad_out's ", grad_out.size(1), ", got ",
-                  total);
+  const int64_t total = check_concatenation(op, grad_out, out, channels);
   const DType dtype = dtype_of(op, "grad_out", grad_out);
   const int64_t size = grad_out.element_size(), rows = row_count(grad_out);
   const RowView grad = rows_of(grad_out);

@@ -122,21 +122,6 @@ void forward(const Launch& launch, const std::vector<Branch<T>>& branches, const
   }
 }
 
-// body(T{}) for the element type.
-template <typename Body>
-void with_type(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::f64:
-      return body(double{});
-    case DType::f32:
-      return body(float{});
-    case DType::f16:
-      return body(f16_t{});
-    case DType::bf16:
-      return body(bf16_t{});
-  }
-}
-
 Tensor concat_bias_relu_fwd(const std::vector<Tensor>& branches, const std::optional<Tensor>& bias, bool relu) {
   const char* op = "concat_bias_relu_fwd";
   const int64_t total = check_branches(op, branches), rows = row_count(branches[0]);
@@ -190,18 +175,7 @@ void backward(const Launch& launch, const RowView& grad, const RowView* out, int
 std::tuple<std::vector<Tensor>, Tensor> concat_bias_relu_bwd(const Tensor& grad_out, const std::optional<Tensor>& out,
                                                              const std::vector<int64_t>& channels, bool bias) {
   const char* op = "concat_bias_relu_bwd";
-  check_4d(op, "grad_out", grad_out);
-  if (out) {
-    check_4d(op, "out", *out);
-    check_like(op, "grad_out", grad_out, "out", *out);
-  }
-  int64_t total = 0;
-  for (const int64_t c : channels) {
-    FUSED_CNN_CHECK(c >= 0, op, ": channels must not be negative, got ", c);
-    total += c;
-  }
-  FUSED_CNN_CHECK(total == grad_out.size(1), op, ": channels must add up to grad_out's ", grad_out.size(1), ", got ",
-                  total);
+  const int64_t total = check_concatenation(op, grad_out, out, channels);
   const DType dtype = dtype_of(op, "grad_out", grad_out);
   const Launch launch(grad_out);
   const int64_t rows = row_count(grad_out);
