@@ -142,8 +142,7 @@ class _Walk:
     def _stage(self, module: nn.Module) -> nn.Module | None:
         """Fused blocks in a row, which are more than their sum: no entry of their own in the report."""
         if module not in self.made:
-            blocks = list(module.children())
-            if type(module) is not nn.Sequential or len(blocks) < 2 or not all(isinstance(b, (BasicBlock, Bottleneck)) for b in blocks):
+            if type(module) is not nn.Sequential or len(module) < 2 or any(type(b) not in (BasicBlock, Bottleneck) for b in module):
                 return None
             self.made[module] = ResidualStage.from_reference(module, backend=self.backend)
         return self.made[module]

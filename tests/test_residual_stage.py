@@ -261,3 +261,24 @@ def test_a_stage_goes_back_to_plain_blocks() -> None:
     assert all(block.backend == "reference" for block in plain) and list(plain.state_dict()) == list(stage.state_dict())
     assert blocks_run(plain, x) == []
     torch.testing.assert_close(stage(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_stage_means_what_a_sequential_means() -> None:
+    first, second, x = fused_cnn.nn.BasicBlock(8, 8), fused_cnn.nn.BasicBlock(8, 8), torch.randn(2, 8, 6, 6)
+
+    class Doubled(fused_cnn.nn.BasicBlock):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    twice = fused_cnn.nn.ResidualStage(first, second, second).eval()
+    torch.testing.assert_close(twice(x), second(second(first(x))))
+    subclass = Doubled(8, 8)
+    torch.testing.assert_close(fused_cnn.nn.ResidualStage(first, subclass).eval()(x), subclass(first(x)))
+    with torch.inference_mode():  # parameters that do not count their changes
+        assert fused_cnn.nn.ResidualStage(fused_cnn.nn.BasicBlock(8, 8)).eval()(x).shape == x.shape
+    stage = fused_cnn.nn.ResidualStage(first, second).eval()
+    for module, name, value in ((first.conv1, "padding_mode", "reflect"), (second, "residual", False), (second, "backend", "reference")):
+        stage(x)
+        setattr(module, name, value)
+        torch.testing.assert_close(stage(x), copy.deepcopy(stage)(x))

@@ -25,6 +25,7 @@ Self = TypeVar("Self", bound="FusedModule")
 
 _VERSION = attrgetter("_version")
 _NORM_STATE = attrgetter("training", "eps")
+_CONV_STATE = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
 
 
 class _Cached:
@@ -44,6 +45,10 @@ class _Cached:
         self.aliases = [t.detach() for t in self.tensors]
         self.norms = [m for m in modules if isinstance(m, nn.BatchNorm2d)]
         self.norm_states = list(map(_NORM_STATE, self.norms))
+        self.convs = [m for m in modules if isinstance(m, nn.Conv2d)]
+        self.conv_states = list(map(_CONV_STATE, self.convs))
+        self.blocks = [m for m in (owner, *modules) if isinstance(m, FusedModule)]
+        self.block_states = list(map(_block_state, self.blocks))
         self.hooks = [hooks for m in modules for hooks in _hooks(m)]
 
     def _members(self) -> list[Any]:
@@ -64,8 +69,14 @@ class _Cached:
             and self._versions() == self.versions
             and self._addresses() == self.addresses
             and list(map(_NORM_STATE, self.norms)) == self.norm_states
+            and list(map(_CONV_STATE, self.convs)) == self.conv_states
+            and list(map(_block_state, self.blocks)) == self.block_states
             and not any(self.hooks)
         )
+
+
+def _block_state(block: nn.Module) -> tuple[Any, ...]:
+    return block.backend, getattr(block, "residual", None)
 
 
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
@@ -184,7 +195,8 @@ class FusedModule(nn.Module):
         Only for what holds without gradients and hooks: `modules` are all those whose forward is skipped.
         """
         value = make()
-        if not torch.compiler.is_compiling():
+        tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        if not torch.compiler.is_compiling() and not any(t.is_inference() for t in tensors):  # whose changes cannot be seen
             if self._cache is None:
                 self._cache = {}
             self._cache[name] = _Cached(self, self._key(x), modules, value)

@@ -215,9 +215,10 @@ class ResidualStage(FusedModule, nn.Sequential):
 
     def _packed(self, x: Tensor) -> PackedResidualStage | None:
         stage: PackedResidualStage | None = None
-        for block in self.children():
-            packed = block.packed(x) if isinstance(block, _Residual) and not has_hooks(block) else None
+        for block in () if self.backend == "reference" else self:  # a block that occurs twice runs twice
+            plain = isinstance(block, _Residual) and type(block) in (BasicBlock, Bottleneck)  # a subclass has a forward of its own
+            packed = block.packed(x) if plain and not has_hooks(block) else None
             if packed is None or (stage is not None and (packed.projects or not packed.shortcut)):
                 return None
             stage = packed if stage is None else stage.then(packed)
-        return self.remember("stage", x, list(self.modules())[1:], lambda: stage)
+        return None if stage is None else self.remember("stage", x, list(self.modules())[1:], lambda: stage)
