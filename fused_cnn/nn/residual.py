@@ -216,8 +216,9 @@ class ResidualStage(FusedModule, nn.Sequential):
     def _packed(self, x: Tensor) -> PackedResidualStage | None:
         stage: PackedResidualStage | None = None
         for block in () if self.backend == "reference" else self:  # a block that occurs twice runs twice
-            plain = isinstance(block, _Residual) and type(block) in (BasicBlock, Bottleneck)  # a subclass has a forward of its own
-            packed = block.packed(x) if plain and not has_hooks(block) else None
+            if type(block) not in (BasicBlock, Bottleneck) or has_hooks(block):  # a subclass has a forward of its own
+                return None
+            packed = cast(_Residual, block).packed(x)
             if packed is None or (stage is not None and (packed.projects or not packed.shortcut)):
                 return None
             stage = packed if stage is None else stage.then(packed)
