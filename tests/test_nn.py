@@ -116,6 +116,18 @@ def test_to_reference_of_an_own_module_is_plain_pytorch(name: str) -> None:
         torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_changed_setting_is_seen_at_the_next_forward() -> None:
+    x = torch.randn(2, 16, 9, 9, device=DEVICE)
+    block = lively(MODULES["inception"](None)).eval()
+    for layer, settings in ((block.branch2[1], {"relu": False}), (block.branch4[0], {"kernel_size": 5, "padding": 2})):
+        before = block(x)
+        layer.__dict__.update(settings)
+        after = block(x)
+        assert not torch.equal(after, before)
+        torch.testing.assert_close(after, copy.deepcopy(block)(x))  # a copy has no folded weights
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_branches_of_different_sizes_are_named(train: bool) -> None:
     block = Inception(16, *WIDTHS).train(train)

@@ -257,8 +257,10 @@ def test_a_stage_sees_every_change_of_its_blocks() -> None:
 @torch.no_grad()
 def test_a_stage_goes_back_to_plain_blocks() -> None:
     stage, x = stage_of_three(), torch.randn(2, 8, 6, 6)
+    stage(x)
     plain = stage.to_reference()
     assert all(block.backend == "reference" for block in plain) and list(plain.state_dict()) == list(stage.state_dict())
+    assert plain._cache is None and stage._cache
     assert blocks_run(plain, x) == []
     torch.testing.assert_close(stage(x), plain(x), rtol=1e-4, atol=1e-5)
 
@@ -282,3 +284,18 @@ def test_a_stage_means_what_a_sequential_means() -> None:
         stage(x)
         setattr(module, name, value)
         torch.testing.assert_close(stage(x), copy.deepcopy(stage)(x))
+
+
+@torch.no_grad()
+def test_unfusing_keeps_what_was_done_to_a_stage_since() -> None:
+    blocks = [fused_cnn.nn.BasicBlock(8, 8, backend="reference") for _ in range(4)]
+    model = nn.Sequential(nn.Sequential(*blocks[:3])).eval()
+    fused_cnn.fuse_(model)
+    assert isinstance(model[0], fused_cnn.nn.ResidualStage)
+    del model[0][1]
+    model[0].append(blocks[3])
+    x = torch.randn(2, 8, 6, 6)
+    expected = model(x)
+    fused_cnn.unfuse_(model)
+    assert type(model[0]) is nn.Sequential and [b is blocks[i] for b, i in zip(model[0], (0, 2, 3), strict=True)] == [True] * 3
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)

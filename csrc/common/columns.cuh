@@ -2,7 +2,8 @@
 // gradients are added up without atomics. A block takes a strip of channels and a chunk of the rows. Its threads are
 // kLanes neighbouring vectors of channels by kThreads / kLanes rows, so that a warp reads whole lines; each adds up its
 // own rows, the block adds its threads up through shared memory, and a second kernel adds the chunks up in order.
-// Which rows belong together follows from the shape alone.
+// Which rows belong together follows from the shape and from V, so from the dtype and from whether all lies on 16
+// bytes.
 #pragma once
 #include "common/launch.cuh"
 #include "common/rows.h"

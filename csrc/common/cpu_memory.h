@@ -6,7 +6,8 @@
 
 namespace fused_cnn {
 
-// An uninitialised channels-last tensor for like's images. Its memory returns to the pool with its last reference.
+// An uninitialised channels-last tensor for like's images. Its memory returns to the pool with its last reference; it
+// cannot grow: resize_() raises on it, as on every tensor over memory that PyTorch did not allocate.
 Tensor empty_result(const Tensor& like, int64_t channels, int64_t height, int64_t width);
 
 }  // namespace fused_cnn

@@ -2,7 +2,8 @@
 
 In training (and in eval with gradients) the convolution is the library's and BatchNorm, the addition and the ReLU are one fused op. In
 eval without gradients BatchNorm is folded into the convolution: weight' = weight * gamma / sqrt(var + eps), bias' = beta + (bias - mean) *
-gamma / sqrt(var + eps). The folded weight is a cache: it is checked against its sources at every call and never saved.
+gamma / sqrt(var + eps). The folded weight is a cache, never saved. At every call it is checked against its sources: which tensors and
+modules they are, where the tensors lie and how often PyTorch saw them change, the modules' settings, and that no hook was set.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class _Cached:
         self.convs = [m for m in modules if isinstance(m, nn.Conv2d)]
         self.conv_states = list(map(_CONV_STATE, self.convs))
         self.blocks = [m for m in (owner, *modules) if isinstance(m, FusedModule)]
-        self.block_states = list(map(_block_state, self.blocks))
+        self.block_states = list(map(_settings, self.blocks))
         self.hooks = [hooks for m in modules for hooks in _hooks(m)]
 
     def _members(self) -> list[Any]:
@@ -70,13 +71,13 @@ class _Cached:
             and self._addresses() == self.addresses
             and list(map(_NORM_STATE, self.norms)) == self.norm_states
             and list(map(_CONV_STATE, self.convs)) == self.conv_states
-            and list(map(_block_state, self.blocks)) == self.block_states
+            and list(map(_settings, self.blocks)) == self.block_states
             and not any(self.hooks)
         )
 
 
-def _block_state(block: nn.Module) -> tuple[Any, ...]:
-    return block.backend, getattr(block, "residual", None)
+def _settings(block: FusedModule) -> Any:
+    return block.settings(block)
 
 
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
@@ -125,6 +126,7 @@ class FusedModule(nn.Module):
     """
 
     backend: str | None = None
+    settings = attrgetter("backend")  # what forward depends on beside the children; cached weights are checked against it
     _cache: dict[Any, _Cached] | None = None
     _original: tuple[nn.Module, ...] = ()  # in a tuple, so that it is not registered as a child
 
@@ -149,10 +151,11 @@ class FusedModule(nn.Module):
         """The unfused module: the one that this was made from, over today's children; else the same class on plain PyTorch."""
         if not self._original:
             plain = type(self).adopt(self, backend="reference")
-            kept = {k: v for k, v in self.__dict__.items() if k not in plain.__dict__}
+            kept = {k: v for k, v in self.__getstate__().items() if k not in plain.__dict__}
             plain.__dict__.update(kept, _original=())
             return plain
         (module,) = self._original
+        module._modules.clear()
         module._modules.update(self._modules)
         module.training = self.training
         return module
@@ -213,7 +216,7 @@ class FusedModule(nn.Module):
         if packed is None and (self.backend == "reference" or not understood(conv, bn)):
             return _eager(conv, bn, x, relu, residual)
         assert isinstance(conv, nn.Conv2d) and (bn is None or isinstance(bn, nn.BatchNorm2d))
-        if residual is not None and residual.dtype != autocast(x)[0].dtype:  # PyTorch promotes the sum
+        if residual is not None and residual.dtype != autocast(x[:0])[0].dtype:  # PyTorch promotes the sum
             y = self.conv_bn(conv, bn, x, relu=False) + residual
             return torch.relu(y) if relu else y
         if packed is None and self.folds(x, conv, bn):
@@ -226,7 +229,7 @@ class FusedModule(nn.Module):
         return self.finish(conv(x), bn, relu=relu, residual=residual)
 
     def _pack_conv(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: Tensor) -> Any:
-        (like,) = autocast(x)
+        (like,) = autocast(x[:0])
         return pack_conv(
             *fold(conv, bn), like=like, stride=conv.stride, dilation=conv.dilation, groups=conv.groups, backend=self.backend
         )

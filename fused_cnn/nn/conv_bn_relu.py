@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from torch import Tensor, nn
 
 from ..ops._conv import IntPair
@@ -20,6 +22,8 @@ class ConvBNReLU(FusedModule):
 
     Input (N, in_channels, H, W) -> output (N, out_channels, H', W').
     """
+
+    settings = attrgetter("backend", "relu")
 
     def __init__(
         self,

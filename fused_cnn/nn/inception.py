@@ -120,7 +120,7 @@ class Inception(FusedModule):
         return self._train(x)
 
     def _pack(self, units: list[Unit], x: Tensor) -> Any:
-        (like,) = autocast(x)
+        (like,) = autocast(x[:0])
         folded = [fold(*unit) for unit in units]
         biases = [w.new_zeros(w.size(0)) if b is None else b for w, b in folded]
         return pack_inception([w for w, _ in folded], biases, like=like, backend=self.backend)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +21,8 @@ class MaxPool2d(FusedModule):
 
     Input (N, C, H, W) -> output (N, C, H', W').
     """
+
+    settings = attrgetter("backend", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
 
     def __init__(
         self,

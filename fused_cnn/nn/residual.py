@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TypeVar, cast
 
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ class _Residual(FusedModule):
 
     downsample: nn.Module | None
     residual: bool
+    settings = attrgetter("backend", "residual")
 
     @classmethod
     def from_reference(cls: type[Block], module: nn.Module, *, backend: str | None = None) -> Block:
@@ -58,17 +60,18 @@ class _Residual(FusedModule):
         pairs, projection = self._pairs(), self._projection() if self.residual else None
         whole = cast("list[Projection]", pairs if projection is None else [*pairs, projection])
         adds_x = self.residual and projection is None
-        inner = list(self.modules())[1:]  # the block's own hooks are called
-        (like,) = autocast(x)
+        if self.backend == "reference" or not self.folds(x, *(m for pair in whole for m in pair)):
+            return None
+        (like,) = autocast(x[:0])  # empty, of the convolutions' dtype
         if (
-            self.backend == "reference"
-            or (adds_x and (self.downsample is not None or like.dtype != x.dtype))  # PyTorch promotes the sum
+            (adds_x and (self.downsample is not None or like.dtype != x.dtype))  # PyTorch promotes the sum
             or not all(understood(conv, bn) for conv, bn in pairs)
-            or not self.folds(x, *(m for pair in whole for m in pair))
             or any(conv.groups != 1 for conv, _ in whole)
             or not packable(like, "conv_bias_relu_fwd", self.backend)
-            or any(map(has_hooks, inner))
         ):
+            return None
+        inner = list(self.modules())[1:]  # the block's own hooks are called
+        if any(map(has_hooks, inner)):
             return None
 
         def pack() -> PackedResidualStage | None:
@@ -201,10 +204,11 @@ class ResidualStage(FusedModule, nn.Sequential):
         return cls.adopt(module, backend=backend)
 
     def to_reference(self) -> nn.Module:
-        """The unfused blocks in their nn.Sequential (one made here: on plain PyTorch)."""
+        """The nn.Sequential that it was made from, and in it the blocks that theirs were made from; a stage made here: on plain PyTorch."""
         plain = super().to_reference()
         for name, block in self._modules.items():
-            plain._modules[name] = block.to_reference() if isinstance(block, FusedModule) else block
+            if isinstance(block, FusedModule) and (block._original or not self._original):
+                plain._modules[name] = block.to_reference()
         return plain
 
     def forward(self, x: Tensor) -> Tensor:
