@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -24,7 +25,11 @@ from fused_cnn.testing import all_cases, compare
 ROOT = Path(__file__).resolve().parents[1]
 SIMT = ROOT / "tests" / "simt"
 NAMESPACE = "fused_cnn_simt"
-ROOMS = ("add_relu", "concat_bias_relu")  # those whose kernels use no matrix units
+ROOMS = {  # those whose kernels use no matrix units, and their ops
+    "add_relu": ("add_relu",),
+    "batch_norm": ("bn_relu", "bn_add_relu", "bn_relu_concat"),
+    "concat_bias_relu": ("concat_bias_relu",),
+}
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-w"]
 STABLE = ["-x", "c++", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
 CALLS = "--param=asan-instrumentation-with-call-threshold=0"
@@ -51,11 +56,15 @@ def build(csrc: Path, rooms: Sequence[str], folder: Path) -> Path:
     library = folder / f"{digest.hexdigest()[:16]}.so"
     with FileLock(folder / "lock"):
         if not library.exists():
-            jobs = {"simt": [SIMT / "simt.cpp"], **{room: [*STABLE, *CHECKED, register, csrc / room / "cuda.cu"] for room in rooms}}
+            sources = sorted(path for room in rooms for path in (csrc / room).glob("*.cu"))
+            kernels = {f"{path.parent.name}_{path.stem}": [*STABLE, *CHECKED, register, path] for path in sources}
+            jobs = {"simt": [SIMT / "simt.cpp"], **kernels}
             objects = [library.with_suffix(f".{name}.o") for name in jobs]
             base = [compiler(), *FLAGS, *includes, "-c"]
-            running = [subprocess.Popen([*base, *job, "-o", made]) for job, made in zip(jobs.values(), objects, strict=True)]
-            assert not any([process.wait() for process in running]), "the CUDA sources do not compile for the CPU"
+            commands = [[*base, *job, "-o", made] for job, made in zip(jobs.values(), objects, strict=True)]
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                failed = list(pool.map(subprocess.call, commands))
+            assert not any(failed), "the CUDA sources do not compile for the CPU"
             partial = library.with_suffix(".partial")
             subprocess.run([compiler(), "-shared", *objects, "-o", partial, f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"], check=True)
             partial.rename(library)
@@ -63,7 +72,7 @@ def build(csrc: Path, rooms: Sequence[str], folder: Path) -> Path:
 
 
 @cache
-def install(csrc: Path = ROOT / "csrc", rooms: Sequence[str] = ROOMS, folder: Path = ROOT / "build" / "simt") -> ctypes.CDLL:
+def install(csrc: Path = ROOT / "csrc", rooms: Sequence[str] = tuple(ROOMS), folder: Path = ROOT / "build" / "simt") -> ctypes.CDLL:
     """Register the backend, and return its library: `simt_install(True)` makes tensors come from checked memory."""
     definitions = torch.library.Library(NAMESPACE, "DEF")
     _kept.append(definitions)
@@ -78,22 +87,22 @@ def install(csrc: Path = ROOT / "csrc", rooms: Sequence[str] = ROOMS, folder: Pa
     return loaded
 
 
-def run_broken(file: str, right: str, wrong: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a copy of csrc in which `right`, once in this file, is `wrong`, in a process of its own; see main()."""
+def run_broken(room: str, file: str, right: str, wrong: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a room of a copy of csrc in which `right`, once in this file, is `wrong`, in a process of its own; see main()."""
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     path = folder / "csrc" / file
     text = path.read_text()
     assert text.count(right) == 1, f"{file} has {text.count(right)} times: {right}"
     path.write_text(text.replace(right, wrong))
-    command = [sys.executable, __file__, str(folder)]
+    command = [sys.executable, __file__, str(folder), room]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-def main(folder: Path) -> None:
-    """Compare the kernels in folder/csrc with float64, and say "passed", or "caught" and what was."""
-    install(folder / "csrc", ROOMS, folder).simt_install(True)
+def main(folder: Path, room: str) -> None:
+    """Compare a room's kernels in folder/csrc with float64, and say "passed", or "caught" and what was."""
+    install(folder / "csrc", (room,), folder).simt_install(True)
     for cases in all_cases():
-        for case in cases.cases if cases.name in ROOMS else ():
+        for case in cases.cases if cases.name in ROOMS[room] else ():
             for dtype, layout in ((torch.float32, "channels_last"), (torch.float16, "offset")):
                 try:
                     wrong = [found for found in compare(cases, case, "simt", dtype, layout) if not found.ok]
@@ -106,4 +115,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(simt_backend.compiler() is None, reason="g++ is not installed"),
     pytest.mark.usefixtures("checked_memory"),
 ]
-COVERED = [c for c in all_cases() if c.name in simt_backend.ROOMS]
+COVERED = [c for c in all_cases() if c.name in sum(simt_backend.ROOMS.values(), ())]
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -48,11 +48,9 @@ def test_forward_and_backward_agree_with_float64(op_cases: OpCases, case: Case, 
 
 def test_the_rooms_without_matrix_units_are_all_here() -> None:
     simt_backend.install()
-    rooms = {p.parent.name for p in (simt_backend.ROOT / "csrc").glob("*/cuda.cu")}
-    assert rooms == set(simt_backend.ROOMS)
-    for room in rooms:
-        for op in (name for name in _library.op_names() if name.startswith(room)):
-            assert _library.has_kernel(op, "simt", "cpu"), op
+    assert {p.parent.name for p in (simt_backend.ROOT / "csrc").glob("*/*.cu")} == set(simt_backend.ROOMS)
+    for op in _library.op_names():
+        assert _library.has_kernel(op, "simt", "cpu") == op.startswith(("add_relu", "bn_", "concat_bias_relu")), op
 
 
 def last(x: torch.Tensor) -> torch.Tensor:
@@ -86,18 +84,20 @@ def test_results_are_bitwise_equal_in_reruns() -> None:
     assert all(torch.equal(first, run()) for _ in range(3))
 
 
-# Mistakes that the checks must notice: a file, a piece of it, and what stands there instead.
+# Mistakes that the checks must notice: a room that is run, a file, a piece of it, and what stands there instead.
 BREAKS = {
-    "an index too far": ("add_relu/cuda.cu", "if (i < n) out[i] =", "if (i <= n) out[i] ="),
-    "a tail left out": ("add_relu/cuda.cu", "if (done < n) {", "if (done + 1 < n) {"),
-    "a row too many": ("concat_bias_relu/cuda.cu", "if (r < place.end) {\n          g[u]", "if (r <= place.end) {\n          g[u]"),
-    "a missing barrier": ("common/columns.cuh", "= sums[j];\n  __syncthreads();", "= sums[j];"),
+    "an index too far": ("add_relu", "add_relu/cuda.cu", "if (i < n) out[i] =", "if (i <= n) out[i] ="),
+    "a tail left out": ("add_relu", "add_relu/cuda.cu", "if (done < n) {", "if (done + 1 < n) {"),
+    "a row too many": ("concat_bias_relu", "common/columns.cuh", "if (r < place.end) load(u, r);", "if (r <= place.end) load(u, r);"),
+    "a channel too many": ("concat_bias_relu", "common/columns.cuh", "if (j < n) at[j] =", "if (j <= n) at[j] ="),
+    "a missing barrier": ("concat_bias_relu", "common/columns.cuh", "= values[j];\n  __syncthreads();", "= values[j];"),
+    "a channel of the mask left out": ("batch_norm", "batch_norm/cuda_fwd.cu", "j < place.n) byte |=", "j < place.n - 1) byte |="),
 }
 
 
 @pytest.mark.parametrize("name", [*BREAKS, "no mistake"])
 def test_a_broken_kernel_is_caught(name: str, tmp_path: Path) -> None:
-    found = simt_backend.run_broken(*BREAKS.get(name, ("add_relu/math.h", "#pragma once", "#pragma once")), tmp_path)
+    found = simt_backend.run_broken(*BREAKS.get(name, ("add_relu", "add_relu/math.h", "#pragma once", "#pragma once")), tmp_path)
     assert found.returncode == 0 and found.stdout.split()[0] == ("caught" if name in BREAKS else "passed"), found.stdout + found.stderr
 
 

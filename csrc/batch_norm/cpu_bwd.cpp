@@ -5,8 +5,6 @@
 namespace fused_cnn {
 namespace {
 
-using torch::headeronly::toString;
-
 // Per-channel sums over all rows become the parameters' gradients and grad_input's vectors. A task's partial
 // sums are those of g for every channel of `grad_channels`, then those of g * (x - mean) for every channel of
 // the inputs.
@@ -74,20 +72,6 @@ struct Gradients {
   }
 };
 
-void check_training(const char* op, const std::vector<bool>& training, size_t inputs) {
-  FUSED_CNN_CHECK(training.size() == inputs, op, ": expected one training flag for each of ", inputs, " inputs, got ",
-                  training.size());
-}
-
-void check_gradient(const char* op, const Tensor& grad_out, const Tensor& x, int64_t channels) {
-  check_4d(op, "grad_out", grad_out);
-  check_like(op, "x", x, "grad_out", grad_out, /*same_shape=*/false);
-  FUSED_CNN_CHECK(grad_out.size(0) == x.size(0) && grad_out.size(1) == channels && grad_out.size(2) == x.size(2) &&
-                      grad_out.size(3) == x.size(3),
-                  op, ": grad_out must have shape (", x.size(0), ", ", channels, ", ", x.size(2), ", ", x.size(3),
-                  "), got ", shape_of(grad_out));
-}
-
 std::tuple<std::vector<Tensor>, Tensor, Tensor> bn_relu_concat_bwd(const Tensor& grad_out,
                                                                    const std::vector<Tensor>& xs, const Tensor& mean,
                                                                    const Tensor& rstd,
@@ -137,19 +121,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_bwd(const Tensor& grad_ou
   if (residual) check_like(op, "x", x, "residual", *residual);
   const Inputs in(op, xs, mean, rstd, weights, biases);
   check_training(op, training, xs.size());
-  const int64_t channels = x.size(1), bytes = (channels + 7) / 8;
+  const int64_t channels = x.size(1), bytes = mask_bytes(channels);
   const int count = static_cast<int>(xs.size());
   check_gradient(op, grad_out, x, channels);
   const bool plain = count == 1;
   Tensor bits_tensor;
-  if (plain) {
-    FUSED_CNN_CHECK(mask.has_value(), op, ": the forward's mask is needed, got none");
-    FUSED_CNN_CHECK(mask->scalar_type() == ScalarType::Byte && mask->dim() == 2 && mask->size(0) == in.rows &&
-                        mask->size(1) == bytes && mask->is_cuda() == x.is_cuda(),
-                    op, ": mask must be uint8 of shape (", in.rows, ", ", bytes, ") on the device of x, got ",
-                    toString(mask->scalar_type()), " ", shape_of(*mask));
-    bits_tensor = torch::stable::contiguous(*mask);
-  }
+  if (plain) bits_tensor = checked_mask(op, mask, x);
   const RowView grad = rows_of(grad_out);
   const RowResult grad_x(x, channels, result_format(x), empty_result),
       grad_residual(x, channels, result_format(x), empty_result);

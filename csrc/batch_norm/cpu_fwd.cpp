@@ -30,10 +30,7 @@ void finish_stats(const RowTasks& tasks, const C* partial, int64_t total, const 
 
 std::tuple<Tensor, Tensor, Tensor> bn_stats(const std::vector<Tensor>& xs, const std::vector<double>& eps) {
   const char* op = "bn_stats";
-  const int64_t total = check_branches(op, xs), rows = row_count(xs[0]);
-  FUSED_CNN_CHECK(eps.size() == xs.size(), op, ": expected one eps for each of ", xs.size(), " inputs, got ",
-                  eps.size());
-  FUSED_CNN_CHECK(rows > 0, op, ": an empty batch has no statistics, got ", shape_of(xs[0]));
+  const int64_t total = check_statistics(op, xs, eps), rows = row_count(xs[0]);
   const DType dtype = dtype_of(op, "x", xs[0]);
   const ScalarType type = vector_dtype(dtype);
   Tensor mean = empty_vector(xs[0], total, type), rstd = empty_vector(xs[0], total, type),
@@ -89,12 +86,11 @@ std::tuple<Tensor, Tensor> bn_add_relu_fwd(const Tensor& x, const Tensor& residu
   check_like(op, "x", x, "residual", residual);
   const std::vector<Tensor> xs = normalized_inputs(op, x, residual, weights.size());
   const Inputs in(op, xs, mean, rstd, weights, biases);
-  const int64_t channels = x.size(1), count = xs.size(), bytes = (channels + 7) / 8;
+  const int64_t channels = x.size(1), count = xs.size(), bytes = mask_bytes(channels);
   const bool plain = count == 1;  // the residual is added as it is
   const RowResult out(x, channels, result_format(x), empty_result);
   const RowView addend = rows_of(residual);
-  const int64_t mask_sizes[] = {plain && save_mask ? in.rows : 0, bytes};
-  Tensor mask = torch::stable::empty(mask_sizes, ScalarType::Byte, torch::headeronly::Layout::Strided, x.device());
+  Tensor mask = empty_mask(x, plain && save_mask ? in.rows : 0);
   parallel_row_blocks(in.rows, in.total, [&](int64_t row, int64_t rows) {
     const BnInput inputs[] = {in.from_row(0, row), in.from_row(count - 1, row)};
     uint8_t* bits = plain && save_mask ? static_cast<uint8_t*>(mask.data_ptr()) + row * bytes : nullptr;

@@ -3,10 +3,10 @@
 #pragma once
 #include <optional>
 #include <tuple>
+#include "batch_norm/checks.h"
 #include "batch_norm/cpu_kernels.h"
 #include "common/cpu_memory.h"
 #include "common/cpu_parallel.h"
-#include "common/rows.h"
 
 namespace fused_cnn {
 
@@ -31,9 +31,7 @@ struct Inputs {
     vector_type = vector_dtype(dtype);
     element_size = x.element_size();
     rows = row_count(x);
-    FUSED_CNN_CHECK(weights.size() == xs.size() && biases_.size() == xs.size(), op,
-                    ": expected one weight and one bias for each of ", xs.size(), " inputs, got ", weights.size(),
-                    " and ", biases_.size());
+    check_parameters(op, xs.size(), weights.size(), biases_.size());
     mean = checked_vector(op, "mean", mean_, total, x, vector_type);
     rstd = checked_vector(op, "rstd", rstd_, total, x, vector_type);
     vector_size = mean.element_size();
@@ -67,15 +65,6 @@ struct Inputs {
     return in;
   }
 };
-
-// The inputs of bn_add_relu that are normalised, by the number of weights: x, or x and the residual.
-inline std::vector<Tensor> normalized_inputs(const char* op, const Tensor& x, const std::optional<Tensor>& residual,
-                                             size_t count) {
-  FUSED_CNN_CHECK(count == 1 || count == 2, op, ": expected one weight (for x) or two (for x and residual), got ",
-                  count);
-  FUSED_CNN_CHECK(count == 1 || residual.has_value(), op, ": a normalised residual is needed, got none");
-  return count == 1 ? std::vector<Tensor>{x} : std::vector<Tensor>{x, *residual};
-}
 
 constexpr int64_t kFinishChannels = 256;
 

@@ -1,5 +1,6 @@
 // The element types that kernels read and write, and their conversions to the type that they compute in (float, or
-// double for double). No torch header: this file is compiled once per instruction set (cpu_level.h) and by nvcc.
+// double for double); a GPU has instructions for them. No torch header: this file is compiled once per instruction set
+// (cpu_level.h) and by nvcc.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -54,11 +55,17 @@ FUSED_CNN_HD float to_compute(bf16_t v) {
 // Branch-free, so that compilers vectorise it: the exponent is rebased by one multiplication, which makes subnormals
 // right too.
 FUSED_CNN_HD float to_compute(f16_t v) {
+#ifdef __CUDA_ARCH__
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(v.bits));
+  return wide;
+#else
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;
   const float scaled = detail::bit_cast<float>(magnitude) * 0x1p112f;
   const uint32_t special = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : detail::bit_cast<uint32_t>(scaled);
   return detail::bit_cast<float>(sign | special);
+#endif
 }
 
 FUSED_CNN_HD void from_compute(double v, double* out) {
@@ -69,11 +76,18 @@ FUSED_CNN_HD void from_compute(float v, float* out) {
 }
 // Round to nearest even; a NaN stays a (quiet) NaN.
 FUSED_CNN_HD void from_compute(float v, bf16_t* out) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out->bits) : "f"(v));
+#else
   const uint32_t u = detail::bit_cast<uint32_t>(v);
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   out->bits = static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+#endif
 }
 FUSED_CNN_HD void from_compute(float v, f16_t* out) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out->bits) : "f"(v));
+#else
   const uint32_t u = detail::bit_cast<uint32_t>(v);
   const uint32_t sign = (u >> 16) & 0x8000u;
   const uint32_t magnitude = u & 0x7fffffffu;
@@ -83,6 +97,7 @@ FUSED_CNN_HD void from_compute(float v, f16_t* out) {
   const uint32_t finite = magnitude < 0x38800000u ? small : normal;
   const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   out->bits = static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? large : finite));
+#endif
 }
 
 }  // namespace fused_cnn

@@ -18,10 +18,11 @@ class Launch {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
-  // kernel(arguments...) on columns x rows blocks of `threads` threads.
+  // kernel(arguments...) on columns x rows blocks of `threads` threads; nothing where there are no blocks.
   template <typename... Parameters, typename... Arguments>
   void run(const char* name, void (*kernel)(Parameters...), int64_t columns, int64_t rows, int threads,
            const Arguments&... arguments) const {
+    if (columns == 0 || rows == 0) return;
     FUSED_CNN_CHECK(columns <= 0x7fffffff && rows <= 0xffff, name, ": ", columns, " x ", rows,
                     " blocks are more than one launch can take");
     cudaLaunchConfig_t config{};

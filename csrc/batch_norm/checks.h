@@ -1,0 +1,67 @@
+// What batch_norm's backends check alike before any memory is touched.
+#pragma once
+#include <optional>
+#include <vector>
+#include "common/rows.h"
+
+namespace fused_cnn {
+
+// The inputs of bn_add_relu that are normalised, by the number of weights: x, or x and the residual.
+inline std::vector<Tensor> normalized_inputs(const char* op, const Tensor& x, const std::optional<Tensor>& residual,
+                                             size_t count) {
+  FUSED_CNN_CHECK(count == 1 || count == 2, op, ": expected one weight (for x) or two (for x and residual), got ",
+                  count);
+  FUSED_CNN_CHECK(count == 1 || residual.has_value(), op, ": a normalised residual is needed, got none");
+  return count == 1 ? std::vector<Tensor>{x} : std::vector<Tensor>{x, *residual};
+}
+
+inline void check_parameters(const char* op, size_t inputs, size_t weights, size_t biases) {
+  FUSED_CNN_CHECK(weights == inputs && biases == inputs, op, ": expected one weight and one bias for each of ", inputs,
+                  " inputs, got ", weights, " and ", biases);
+}
+
+// Statistics need rows. Returns the number of channels.
+inline int64_t check_statistics(const char* op, const std::vector<Tensor>& xs, const std::vector<double>& eps) {
+  const int64_t total = check_branches(op, xs);
+  FUSED_CNN_CHECK(eps.size() == xs.size(), op, ": expected one eps for each of ", xs.size(), " inputs, got ",
+                  eps.size());
+  FUSED_CNN_CHECK(row_count(xs[0]) > 0, op, ": an empty batch has no statistics, got ", shape_of(xs[0]));
+  return total;
+}
+
+inline void check_training(const char* op, const std::vector<bool>& training, size_t inputs) {
+  FUSED_CNN_CHECK(training.size() == inputs, op, ": expected one training flag for each of ", inputs, " inputs, got ",
+                  training.size());
+}
+
+inline void check_gradient(const char* op, const Tensor& grad_out, const Tensor& x, int64_t channels) {
+  check_4d(op, "grad_out", grad_out);
+  check_like(op, "x", x, "grad_out", grad_out, /*same_shape=*/false);
+  FUSED_CNN_CHECK(grad_out.size(0) == x.size(0) && grad_out.size(1) == channels && grad_out.size(2) == x.size(2) &&
+                      grad_out.size(3) == x.size(3),
+                  op, ": grad_out must have shape (", x.size(0), ", ", channels, ", ", x.size(2), ", ", x.size(3),
+                  "), got ", shape_of(grad_out));
+}
+
+// Bytes of a row of ReLU's mask: one bit a channel.
+inline int64_t mask_bytes(int64_t channels) {
+  return (channels + 7) / 8;
+}
+
+inline Tensor empty_mask(const Tensor& x, int64_t rows) {
+  const int64_t sizes[] = {rows, mask_bytes(x.size(1))};
+  return torch::stable::empty(sizes, ScalarType::Byte, torch::headeronly::Layout::Strided, x.device());
+}
+
+inline Tensor checked_mask(const char* op, const std::optional<Tensor>& mask, const Tensor& x) {
+  const int64_t rows = row_count(x), bytes = mask_bytes(x.size(1));
+  FUSED_CNN_CHECK(mask.has_value(), op, ": the forward's mask is needed, got none");
+  FUSED_CNN_CHECK(mask->scalar_type() == ScalarType::Byte && mask->dim() == 2 && mask->size(0) == rows &&
+                      mask->size(1) == bytes && mask->is_cuda() == x.is_cuda() &&
+                      mask->get_device_index() == x.get_device_index(),
+                  op, ": mask must be uint8 of shape (", rows, ", ", bytes, ") on the device of x, got ",
+                  torch::headeronly::toString(mask->scalar_type()), " ", shape_of(*mask));
+  return torch::stable::contiguous(*mask);
+}
+
+}  // namespace fused_cnn
