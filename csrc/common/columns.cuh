@@ -10,12 +10,12 @@
 #include <algorithm>
 #include <type_traits>
 #include "common/launch.cuh"
+#include "common/octet.cuh"
 #include "common/rows.h"
 
 namespace fused_cnn {
 
 constexpr int kColumnThreads = 256;
-constexpr int kOctet = 8;
 constexpr int kStripOctets = 8;
 constexpr int kStrip = kOctet * kStripOctets;
 
@@ -25,34 +25,6 @@ template <typename T, int kTensors>
 constexpr int kInFlight = std::max<int>(1, 8 / sizeof(T) >> (kTensors - 1));
 template <typename T, bool kVectors>
 constexpr int kBlocks = kVectors && sizeof(T) < 8 ? 2 : 1;
-
-template <typename T>
-struct alignas(16) Octet {
-  T v[kOctet];
-};
-
-// The first n channels at `at`, the others zero. With kVectors all 8 are there, on 16 bytes, and move 16 bytes at a
-// time.
-template <bool kVectors, typename T>
-__device__ Octet<T> load_octet(const T* at, int n) {
-  if constexpr (kVectors) return *reinterpret_cast<const Octet<T>*>(at);
-  Octet<T> octet;
-#pragma unroll
-  for (int j = 0; j < kOctet; ++j) octet.v[j] = j < n ? at[j] : T{};
-  return octet;
-}
-
-template <bool kVectors, typename T>
-__device__ void store_octet(T* at, const Octet<T>& octet, int n) {
-  if constexpr (kVectors) {
-    *reinterpret_cast<Octet<T>*>(at) = octet;
-  } else {
-#pragma unroll
-    for (int j = 0; j < kOctet; ++j) {
-      if (j < n) at[j] = octet.v[j];
-    }
-  }
-}
 
 // Whether rows of octets at `data` can move 16 bytes at a time.
 inline bool on_vectors(const void* data, int64_t pitch, int64_t element_size) {
