@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 10)
 DEFAULT_ARCHS = "8.0;8.9;9.0a;10.0;12.0+PTX"
 GIB_PER_JOB = 2.0  # the largest translation unit's peak, with room to spare
+CUTLASS = "nvidia-cutlass==4.2.0.0"  # whose headers the matrix products are built from
+GEMM_FOLDERS = ("common/gemm", "conv1x1_bias_relu", "inception")  # where CUDA sources need them
 
 # One instruction set per compilation of every csrc/*/cpu_kernels.cpp; chosen at run time (csrc/common/cpu_level.h).
 CPU_LEVELS = {"generic": []}
@@ -41,10 +43,14 @@ def fail(message: str) -> None:
     sys.exit(f"fused_cnn: {message}")
 
 
+def search_paths() -> list[str]:
+    """Where this environment's packages are; pip's build isolation hides some from sys.path only."""
+    return [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path, site.getusersitepackages()]
+
+
 def find_torch() -> tuple[Path, str]:
-    """The folder and version of the torch that this environment has; pip's build isolation hides it from sys.path only."""
-    roots = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path, site.getusersitepackages()]
-    for root in roots:
+    """The folder and version of the torch that this environment has."""
+    for root in search_paths():
         torch = Path(root) / "torch"
         if (torch / "version.py").is_file() and (torch / "include").is_dir():
             version = re.search(r"__version__ = '([^']+)'", (torch / "version.py").read_text())[1]
@@ -66,9 +72,31 @@ def find_nvcc() -> str | None:
     return nvcc
 
 
+def find_cutlass() -> tuple[Path, str] | None:
+    """The headers' folder and version, where the wheel that carries them is installed."""
+    for root in search_paths():
+        include = Path(root) / "cutlass_library" / "source" / "include"
+        header = include / "cutlass" / "version.h"
+        if header.is_file():
+            text = header.read_text()
+            return include, ".".join(re.search(rf"#define CUTLASS_{part} (\d+)", text)[1] for part in ("MAJOR", "MINOR", "PATCH"))
+    return None
+
+
+def arch_entries(arch_list: str) -> list[str]:
+    return re.split(r"[;\s]+", arch_list.strip())
+
+
+def archs_for(source: Path, arch_list: str) -> str:
+    """The entries that a file is compiled for: products on Hopper's own instructions have files of their own."""
+    keep = {"sm90a": lambda arch: arch.startswith("9.0a"), "sm80": lambda arch: not arch.startswith("9.0a")}
+    wanted = keep.get(source.stem.partition("_")[0], lambda arch: True)
+    return ";".join(filter(wanted, arch_entries(arch_list)))
+
+
 def gencode(arch_list: str) -> list[str]:
     flags = []
-    for item in re.split(r"[;\s]+", arch_list.strip()):
+    for item in arch_entries(arch_list):
         match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", item)
         if match is None:
             fail(f"TORCH_CUDA_ARCH_LIST has {item!r}; expected entries such as 8.0, 9.0a or 12.0+PTX")
@@ -164,6 +192,7 @@ class Build(build_ext):
             "CPU_LEVELS": ";".join(CPU_LEVELS),
             "SOURCES": source_hash(),
             "CUDA": cuda_version(nvcc) if nvcc else "",
+            "CUTLASS": (find_cutlass() or ("", ""))[1] if nvcc else "",
             "CUDA_ARCHS": os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS) if nvcc else "",
         }
         base = [compiler, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi",
@@ -182,11 +211,22 @@ class Build(build_ext):
 
     def cuda_jobs(self) -> tuple[list, list[str], str]:
         nvcc = find_nvcc()
-        archs = gencode(os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS))
-        base = [nvcc, *archs, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xptxas=-v",
-                "--expt-relaxed-constexpr", "--extended-lambda", "-lineinfo"]
-        jobs = [(str(s.relative_to(ROOT)), f"{s.parent.name}_{s.stem}.o", base) for s in sorted(ROOT.glob("csrc/*/*.cu"))]
-        return jobs, [nvcc, *archs], ("check that nvcc supports every entry of TORCH_CUDA_ARCH_LIST and your host compiler, "
+        arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+        sources = {path: archs_for(path, arch_list) for path in sorted(ROOT.glob("csrc/**/*.cu"))}
+        cutlass = find_cutlass()
+        if cutlass is None:
+            print(f"[fused_cnn] CUTLASS's headers were not found: conv1x1_bias_relu and inception get no CUDA kernels; "
+                  f"`pip install {CUTLASS}` and build again for these", flush=True)
+            sources = {path: archs for path, archs in sources.items() if not str(path.parent).endswith(GEMM_FOLDERS)}
+        base = [nvcc, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xptxas=-v",
+                "--expt-relaxed-constexpr", "--extended-lambda", "-lineinfo",
+                *(["-isystem", str(cutlass[0])] if cutlass else []),
+                *(f"-DFUSED_CNN_GEMM_{name.upper()}={int(any(p.stem.startswith(name) and a for p, a in sources.items()))}"
+                  for name in ("sm80", "sm90a"))]
+        jobs = [(str(path.relative_to(ROOT)), "_".join(path.relative_to(ROOT / "csrc").with_suffix("").parts) + ".o",
+                 [*base, *gencode(archs)]) for path, archs in sources.items() if archs]
+        jobs.sort(key=lambda job: "gemm" not in job[0])  # the slowest first
+        return jobs, [nvcc, *gencode(arch_list)], ("check that nvcc supports every entry of TORCH_CUDA_ARCH_LIST and your host compiler, "
                                       "or set FORCE_CUDA=0 to install the CPU part alone")
 
 

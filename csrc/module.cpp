@@ -29,6 +29,7 @@ PYBIND11_MODULE(_C, m) {
   info["cpu_levels"] = FUSED_CNN_BUILD_CPU_LEVELS;
   info["cpu_level"] = fused_cnn::cpu_level_name();
   info["cuda"] = FUSED_CNN_BUILD_CUDA;
+  info["cutlass"] = FUSED_CNN_BUILD_CUTLASS;
   info["cuda_archs"] = FUSED_CNN_BUILD_CUDA_ARCHS;
   m.attr("build_info") = info;
   m.def("set_cpu_level", &fused_cnn::set_cpu_level, py::arg("name"),

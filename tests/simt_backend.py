@@ -1,4 +1,6 @@
-"""The CUDA kernels on this processor: csrc/*/cuda.cu, unchanged, compiled by the host compiler against tests/simt, as a backend "simt".
+"""The CUDA kernels on this processor: csrc/*/*.cu, unchanged, compiled by the host compiler against tests/simt, as a backend "simt".
+
+CUTLASS's main loops need tensor cores: plain loops stand in for them, and the epilogue behind them is the real one.
 
 `install()` builds the library, once for its sources, and registers it; it changes nothing but the tables of fused_cnn._library.
 """
@@ -25,13 +27,16 @@ from fused_cnn.testing import all_cases, compare
 ROOT = Path(__file__).resolve().parents[1]
 SIMT = ROOT / "tests" / "simt"
 NAMESPACE = "fused_cnn_simt"
-ROOMS = {  # those whose kernels use no matrix units, and their ops
+ROOMS = {  # and their ops
     "add_relu": ("add_relu",),
     "batch_norm": ("bn_relu", "bn_add_relu", "bn_relu_concat"),
     "concat_bias_relu": ("concat_bias_relu",),
+    "conv1x1_bias_relu": ("conv1x1_bias_relu",),
+    "conv_bias_relu": ("conv_bias_relu",),
+    "inception": ("inception",),
 }
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-w"]
-STABLE = ["-x", "c++", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
+STABLE = ["-x", "c++", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA", "-DFUSED_CNN_GEMM_SM80=1"]
 CALLS = "--param=asan-instrumentation-with-call-threshold=0"
 CHECKED = ["-fsanitize=kernel-address", CALLS, "--param=asan-stack=0", "--param=asan-globals=0"]
 
@@ -58,7 +63,8 @@ def build(csrc: Path, rooms: Sequence[str], folder: Path) -> Path:
         if not library.exists():
             sources = sorted(path for room in rooms for path in (csrc / room).glob("*.cu"))
             kernels = {f"{path.parent.name}_{path.stem}": [*STABLE, *CHECKED, register, path] for path in sources}
-            jobs = {"simt": [SIMT / "simt.cpp"], **kernels}
+            products = [*STABLE, *CHECKED, SIMT / "gemm.cpp"]
+            jobs = {"simt": [SIMT / "simt.cpp"], "gemm": products, **kernels}
             objects = [library.with_suffix(f".{name}.o") for name in jobs]
             base = [compiler(), *FLAGS, *includes, "-c"]
             commands = [[*base, *job, "-o", made] for job, made in zip(jobs.values(), objects, strict=True)]

@@ -38,19 +38,27 @@ def affordable(case: Case) -> Case:
     return Case(case.name, (n, c, min(h, 7), min(w, 7)) if case.real else case.shape, case.options, case.real)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("op_cases", "case"), [(o, affordable(c)) for o in COVERED for c in o.cases], ids=lambda v: v.name)
+# Layers of the real nets in the layout that they run in, and the awkward shapes in every one.
+RUNS = [
+    pytest.param(op_cases, affordable(case), dtype, layout, id=f"{op_cases.name}-{case.name}-{str(dtype)[6:]}-{layout}")
+    for op_cases in COVERED
+    for case in op_cases.cases
+    for dtype in DTYPES
+    for layout in (LAYOUTS if not case.real else ["channels_last"])
+]
+
+
+@pytest.mark.parametrize(("op_cases", "case", "dtype", "layout"), RUNS)
 def test_forward_and_backward_agree_with_float64(op_cases: OpCases, case: Case, dtype: torch.dtype, layout: str) -> None:
     for comparison in compare(op_cases, case, "simt", dtype, layout):
         assert comparison.ok, comparison
 
 
-def test_the_rooms_without_matrix_units_are_all_here() -> None:
+def test_the_rooms_are_all_here() -> None:
     simt_backend.install()
     assert {p.parent.name for p in (simt_backend.ROOT / "csrc").glob("*/*.cu")} == set(simt_backend.ROOMS)
-    for op in _library.op_names():
-        assert _library.has_kernel(op, "simt", "cpu") == op.startswith(("add_relu", "bn_", "concat_bias_relu")), op
+    missing = [op for op in _library.op_names() if "pack" not in op and not _library.has_kernel(op, "simt", "cpu")]
+    assert all(op.startswith("max_pool2d") for op in missing), missing
 
 
 def last(x: torch.Tensor) -> torch.Tensor:

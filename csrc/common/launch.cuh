@@ -18,6 +18,8 @@ class Launch {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
+  cudaStream_t stream() const { return stream_; }
+
   // kernel(arguments...) on columns x rows blocks of `threads` threads; nothing where there are no blocks.
   template <typename... Parameters, typename... Arguments>
   void run(const char* name, void (*kernel)(Parameters...), int64_t columns, int64_t rows, int threads,

@@ -4,7 +4,7 @@
 #include "concat_bias_relu/cpu_kernels.h"
 #include "common/cpu_chunk.h"
 #include "common/cpu_vec.h"
-#include "concat_bias_relu/math.h"
+#include "common/relu.h"
 
 namespace fused_cnn::FUSED_CNN_LEVEL {
 namespace {
@@ -18,7 +18,7 @@ void forward(const T* x, int64_t x_stride, const compute_t<T>* bias, T* out, int
       const Vec<C> b = bias ? load(bias + c, used) : Vec<C>{};
       for (int64_t k = r; k < r + decltype(group)::n; ++k) {
         const Vec<C> v = load(x + k * x_stride + c, used);
-        if constexpr (Relu) store(concat_bias_relu::forward(v, b), out + k * out_stride + c, used);
+        if constexpr (Relu) store(relu(v + b), out + k * out_stride + c, used);
         if constexpr (!Relu) store(v + b, out + k * out_stride + c, used);
       }
     });
@@ -34,7 +34,7 @@ void backward(const T* grad_out, int64_t grad_stride, const T* out, int64_t out_
       Vec<C> total{};
       for (int64_t k = r; k < r + decltype(group)::n; ++k) {
         Vec<C> g = load(grad_out + k * grad_stride + c, used);
-        if constexpr (Relu) g = concat_bias_relu::backward(g, load(out + k * out_stride + c, used));
+        if constexpr (Relu) g = relu_grad(g, load(out + k * out_stride + c, used));
         store(g, grad_x + k * channels + c, used);
         total = total + g;
       }

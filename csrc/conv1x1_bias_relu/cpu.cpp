@@ -1,31 +1,22 @@
 // fused_cnn::conv1x1_bias_relu_fwd and conv1x1_bias_relu_bwd on the CPU; see common/cpu_conv.h.
 #include "common/cpu_conv.h"
+#include "conv1x1_bias_relu/checks.h"
 
 namespace fused_cnn {
 namespace {
 
-ConvParams pointwise(const Ints& stride) {
-  return {stride, {0, 0}, {1, 1}, 1};
-}
-
-void check_1x1(const char* op, const Tensor& weight) {
-  check_4d(op, "weight", weight);
-  FUSED_CNN_CHECK(weight.size(2) == 1 && weight.size(3) == 1, op, ": weight must have a 1x1 kernel, got ",
-                  shape_of(weight));
-}
-
 Tensor conv1x1_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                              std::optional<Tensor> residual, Ints stride, bool relu) {
   check_1x1("conv1x1_bias_relu_fwd", weight);
-  return cpu_conv_forward("conv1x1_bias_relu_fwd", x, weight, bias, residual, pointwise(stride), relu);
+  return cpu_conv_forward("conv1x1_bias_relu_fwd", x, weight, bias, residual, pointwise_params(stride), relu);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_bias_relu_bwd(const Tensor& grad_out, std::optional<Tensor> out,
                                                                  const Tensor& x, const Tensor& weight, Ints stride,
                                                                  bool needs_x, bool needs_weight, bool needs_bias) {
   check_1x1("conv1x1_bias_relu_bwd", weight);
-  return cpu_conv_backward("conv1x1_bias_relu_bwd", grad_out, out, x, weight, pointwise(stride), needs_x, needs_weight,
-                           needs_bias);
+  return cpu_conv_backward("conv1x1_bias_relu_bwd", grad_out, out, x, weight, pointwise_params(stride), needs_x,
+                           needs_weight, needs_bias);
 }
 
 }  // namespace

@@ -5,20 +5,14 @@
 // 1's slice of the output and the two reduction buffers; the others and the projection write straight into their
 // slices. Other dtypes go through the library and copy each branch into its slice.
 #include "common/cpu_conv.h"
+#include "inception/checks.h"
 
 namespace fused_cnn {
 namespace {
 
-// The convolutions, by position in weights, biases and channels.
-enum { kBranch1, kReduce3, kConv3, kReduce5, kConv5, kPoolProj, kConvolutions };
-
 constexpr int64_t kWorthPacking = 512;  // pixels; on fewer, packing plain weights costs more than it saves
 
 const ConvParams kPointwise{{1, 1}, {0, 0}, {1, 1}, 1};
-
-ConvParams same_padding(int64_t kernel) {
-  return {{1, 1}, {kernel / 2, kernel / 2}, {1, 1}, 1};
-}
 
 Tensor max_pool_3x3(const Tensor& x, const Pixels& in) {
   Tensor out = empty_like_4d(x, MemoryFormat::ChannelsLast);
@@ -87,20 +81,11 @@ Tensor inception_packed_fwd(const Tensor& x, std::vector<Tensor> packed, Ints ch
 
 Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
   const char* op = "inception_fwd";
-  FUSED_CNN_CHECK(weights.size() == kConvolutions && biases.size() == kConvolutions, op,
-                  ": weights and biases must be six each, got ", weights.size(), " and ", biases.size());
-  check_4d(op, "x", x);
-  for (const Tensor& w : weights) check_4d(op, "weight", w);
+  check_inception(op, x, weights, biases);
   const auto conv = [&](const Tensor& from, int i) {
     return cpu_conv_forward(op, from, weights[i], biases[i], std::nullopt, same_padding(weights[i].size(2)), true);
   };
   if (engine_takes(x, 1) && x.numel() >= kWorthPacking * x.size(1)) {
-    for (int i = 0; i < kConvolutions; ++i) {
-      const int64_t in = i == kConv3 ? weights[kReduce3].size(0) : i == kConv5 ? weights[kReduce5].size(0) : x.size(1);
-      FUSED_CNN_CHECK(weights[i].size(1) == in && weights[i].size(2) == weights[i].size(3), op, ": weight ", i,
-                      " must have shape (out, ", in, ", k, k), got ", shape_of(weights[i]));
-      check_like(op, "x", x, "weight", weights[i], /*same_shape=*/false);
-    }
     Ints channels;
     for (const Tensor& w : weights) channels.push_back(w.size(0));
     return inception_packed_fwd(x, inception_pack(weights, biases), channels,

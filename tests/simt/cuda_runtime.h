@@ -35,10 +35,22 @@ namespace simt {
 void barrier();
 cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*), const void* arguments);
 const char* last_error();
+
+float shuffle_xor(float value, int lanes);
 }  // namespace simt
+
+inline float __shfl_xor_sync(unsigned, float value, int lanes) {
+  return simt::shuffle_xor(value, lanes);
+}
 
 inline void __syncthreads() {
   simt::barrier();
+}
+
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 8 : 4;
+  return cudaSuccess;
 }
 
 inline cudaError_t cudaGetLastError() {

@@ -5,6 +5,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <link.h>
 #include <ucontext.h>
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -118,6 +119,17 @@ namespace simt {
 
 void barrier() {
   swapcontext(&fibres[current].context, &scheduler);
+}
+
+// Every thread of the warp calls this the same number of times.
+float shuffle_xor(float value, int lanes) {
+  static std::vector<float> of_thread;
+  of_thread.resize(std::max<size_t>(of_thread.size(), blockDim.x));
+  of_thread[current] = value;
+  barrier();
+  const float other = of_thread[current ^ lanes];
+  barrier();
+  return other;
 }
 
 const char* last_error() {

@@ -86,12 +86,13 @@ class _Inception(torch.autograd.Function):
         grad_biases: list[Tensor] = [x] * 6
 
         def again(i: int) -> Tensor:
-            return kernel("conv_bias_relu_fwd", ctx.backend)(x, weights[i], biases[i], None, [1, 1], [0, 0], [1, 1], 1, True)
+            return kernel("conv1x1_bias_relu_fwd", ctx.backend)(x, weights[i], biases[i], None, [1, 1], True)
 
         def backward(i: int, grad: Tensor, result: Tensor, read: Tensor, needs_read: bool) -> Tensor:
             pad = weights[i].size(2) // 2
-            grad_read, grad_weights[i], grad_biases[i], _ = kernel("conv_bias_relu_bwd", ctx.backend)(
-                grad, result, read, weights[i], [1, 1], [pad, pad], [1, 1], 1, needs_read, True, True
+            name, window = ("conv_bias_relu_bwd", ([pad, pad], [1, 1], 1)) if pad else ("conv1x1_bias_relu_bwd", ())
+            grad_read, grad_weights[i], grad_biases[i], _ = kernel(name, ctx.backend)(
+                grad, result, read, weights[i], [1, 1], *window, needs_read, True, True
             )
             return grad_read
 

@@ -1,0 +1,62 @@
+// fused_cnn::conv_bias_relu_fwd and _bwd on CUDA, for kernels of any size: the library's convolution and its gradients,
+// with one pass for bias, residual and ReLU, and one for the mask and the bias's gradient.
+#include <optional>
+#include <tuple>
+#include "common/finish_rows.cuh"
+#include "common/library_conv.h"
+#include "common/mask_rows.cuh"
+
+namespace fused_cnn {
+namespace {
+
+Tensor conv_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                          std::optional<Tensor> residual, Ints stride, Ints padding, Ints dilation, int64_t groups,
+                          bool relu) {
+  const char* op = "conv_bias_relu_fwd";
+  const ConvParams params{stride, padding, dilation, groups};
+  check_conv(op, x, weight, bias, residual, params);
+  const Launch launch(x);
+  const Tensor y = library_conv(x, weight, std::nullopt, params);
+  const RowView rows = rows_of(y);
+  const int64_t channels = weight.size(0);
+  const RowResult out(y, channels, result_format(x));
+  std::optional<RowView> addend;
+  if (residual) addend = rows_of(*residual);
+  if (bias) bias = torch::stable::contiguous(*bias);
+  with_type(dtype_of(op, "x", x), [&](auto element) {
+    using T = decltype(element);
+    const std::vector<FinishBranch<T, T>> branch{
+        {static_cast<const T*>(rows.data), rows.stride, bias ? static_cast<const T*>(bias->data_ptr()) : nullptr,
+         addend ? static_cast<const T*>(addend->data) : nullptr, addend ? addend->stride : 0, static_cast<T*>(out.data),
+         channels, channels}};
+    finish_rows(launch, branch, relu, row_count(y));
+  });
+  return out.finish();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bias_relu_bwd(const Tensor& grad_out, std::optional<Tensor> out,
+                                                              const Tensor& x, const Tensor& weight, Ints stride,
+                                                              Ints padding, Ints dilation, int64_t groups, bool needs_x,
+                                                              bool needs_weight, bool needs_bias) {
+  const char* op = "conv_bias_relu_bwd";
+  const ConvParams params{stride, padding, dilation, groups};
+  check_conv(op, x, weight, std::nullopt, grad_out, params);
+  if (out) check_like(op, "grad_out", grad_out, "out", *out);
+  const Launch launch(x);
+  const MaskedGradient masked(launch, grad_out, out, needs_bias);
+  Tensor grad_x = nothing(grad_out), grad_weight = nothing(grad_out);
+  if (needs_x || needs_weight) {
+    auto [of_x, of_weight] = library_conv_backward(masked.rows.tensor, x, weight, params, needs_x, needs_weight);
+    if (needs_x) grad_x = dense(of_x, result_format(x));
+    if (needs_weight) grad_weight = dense(of_weight, result_format(weight));
+  }
+  return {grad_x, grad_weight, masked.bias, masked.residual(grad_out)};
+}
+
+}  // namespace
+}  // namespace fused_cnn
+
+FUSED_CNN_CUDA_IMPL(m) {
+  m.impl("conv_bias_relu_fwd", TORCH_BOX(&fused_cnn::conv_bias_relu_fwd));
+  m.impl("conv_bias_relu_bwd", TORCH_BOX(&fused_cnn::conv_bias_relu_bwd));
+}
