@@ -6,7 +6,7 @@ JOBS ?= auto
 SOURCES = $(shell find csrc -type f) setup.py
 CPP = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo venv test lint format bench compile-check gpu-evidence
+.PHONY: demo venv test lint format bench compile-check cuda-check triton-check gpu-evidence
 
 demo: venv
 	$(BIN)/fused-cnn verify
@@ -37,11 +37,16 @@ format: venv
 bench: venv
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=out/benchmarks.json
 
+compile-check: cuda-check triton-check
+
+cuda-check: venv
+	$(BIN)/python scripts/compile_check.py --only cuda
+
 # With the newest Triton, and with the oldest that boxes with CUDA 13 have (torch 2.11 brings it).
 OLD_TRITON = 3.6.0
-compile-check: venv $(VENV)/triton-$(OLD_TRITON)
-	$(BIN)/python scripts/compile_check.py
-	PYTHONPATH=$(abspath $(VENV)/triton-$(OLD_TRITON)) $(BIN)/python scripts/compile_check.py --triton-only
+triton-check: venv $(VENV)/triton-$(OLD_TRITON)
+	$(BIN)/python scripts/compile_check.py --only triton
+	PYTHONPATH=$(abspath $(VENV)/triton-$(OLD_TRITON)) $(BIN)/python scripts/compile_check.py --only triton
 
 $(VENV)/triton-$(OLD_TRITON): | venv
 	rm -rf $@.partial

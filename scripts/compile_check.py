@@ -1,12 +1,11 @@
-"""`make compile-check`: what every GPU kernel costs in registers, spills and shared memory, on a machine with
-or without a GPU.
+"""`make compile-check` and its halves, `make cuda-check` and `make triton-check`: what every GPU kernel costs in registers, spills, stack
+and shared memory, and the instructions that matter, on a machine with or without a GPU.
 
-CUDA kernels are built by the ordinary build where nvcc is found, and ptxas's own report of that build is
-read. Triton kernels, those that each room lists in SHIPPED, are compiled offline by the Triton wheel that is
-first on PYTHONPATH and read with its cuobjdump. A kernel fails the check if it spills to local memory, if a
-block wants more shared memory than the chip has, if it multiplies matrices on sm_90 without wgmma, or if it
-only streams activations and does not load them 16 bytes at a time. What cannot be checked here is said, with
-the reason.
+CUDA kernels are built by the ordinary build where nvcc is found; ptxas's report of that build and the disassembly of its objects are read.
+Triton kernels, those that each room lists in SHIPPED, are compiled offline by the Triton wheel that is first on PYTHONPATH and read with
+its cuobjdump. The check fails where the compiler warned, where an op that a CUDA source registers is not registered, and for a kernel that
+spills to local memory, whose block wants more shared memory than the chip has, that multiplies matrices on sm_90 without wgmma, or that
+only streams activations and does not load and store them 16 bytes at a time. What cannot be checked here is said, with the reason.
 """
 
 from __future__ import annotations
@@ -33,20 +32,26 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from fused_cnn import ops
+from fused_cnn import _library, ops
 
 ROOT = Path(__file__).resolve().parents[1]
-CUDA_ARCHS = ("sm_80", "sm_90a")
 TRITON_TARGETS = (80, 90, 100)
 PTXAS = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\w+)'.*?"
-    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
 )
 # Bytes of shared memory that one block may have (CUDA C++ Programming Guide, technical specifications per compute capability).
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10}
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
 MATRIX_UNITS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}  # as PTX writes them
 WIDE_LOAD = re.compile(r"ld\.global[\w.:]*\.v4\.b32")
+# What the disassembly of a CUDA kernel must show, by the table's names.
+INSTRUCTIONS = {
+    "wgmma": re.compile(r"\bHGMMA\."),
+    "mma": re.compile(r"\bHMMA\."),
+    "load 16": re.compile(r"\bLDG\.E\S*\.128\b"),
+    "store 16": re.compile(r"\bSTG\.E\S*\.128\b"),
+}
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -62,8 +67,9 @@ class Kernel:
     registers: int
     spilled: int
     shared: int
+    stack: int = 0
     matrix: str = ""
-    narrow: bool = False  # streams activations without 16-byte loads
+    missing: tuple[str, ...] = ()  # of INSTRUCTIONS
 
     @property
     def faults(self) -> list[str]:
@@ -72,7 +78,7 @@ class Kernel:
             found.append(f"{self.shared} bytes of shared memory, {self.arch} has {SHARED_LIMIT[self.arch]}")
         if self.matrix and self.arch == "sm_90" and self.matrix not in ("wgmma", "fma"):
             found.append(f"products by {self.matrix}, not wgmma")
-        return [*found, "no 16-byte loads"] if self.narrow else found
+        return found + [f"no {instruction}" for instruction in self.missing]
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -83,31 +89,84 @@ def demangled(names: list[str]) -> list[str]:
     return [re.sub(r"fused_cnn::|\(anonymous namespace\)::", "", line) for line in lines]
 
 
-def cuda_kernels(skipped: list[str]) -> list[Kernel]:
-    """Every CUDA kernel on CUDA_ARCHS, from the log of the ordinary build."""
+def cuobjdump() -> str | None:
+    """The CUDA toolkit's, or the one that Triton's wheel carries."""
+    spec = importlib.util.find_spec("triton")
+    carried = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if spec and spec.origin else None
+    return str(carried) if carried and carried.exists() else shutil.which("cuobjdump")
+
+
+def readable(name: str) -> str:
+    """A kernel's name without its parameters; of CUTLASS's kernels what tells them apart."""
+    if "cutlass::" in name:
+        types = re.search(r"SliceEpilogue<(\w+), (\w+)>", name)
+        tile = re.search(r"tuple<cute::C<(\d+)>, cute::C<(\d+)>, cute::C<64> ?>", name)
+        return f"product of {types[1]} to {types[2]} in tiles of {tile[1]} x {tile[2]}" if types and tile else name
+    return re.sub(r"^void |(?<=>)\(.*", "", name)
+
+
+def wanted(name: str, arch: str) -> tuple[str, ...]:
+    """The instructions that a kernel is nothing without."""
+    if name.startswith("product"):
+        return ("wgmma" if arch == "sm_90a" else "mma", "store 16")
+    if "true" not in name and "vector" not in name:  # the path for what does not lie on 16 bytes
+        return ()
+    sums_only = name.startswith("bn_moments") or (name.startswith("bn_reduce") and "(Residual)1" not in name)
+    return ("load 16",) if sums_only else ("load 16", "store 16")
+
+
+def disassembled(tool: str, file: Path) -> dict[tuple[str, str], str]:
+    """The machine code of every kernel in an object file, by architecture and mangled name."""
+    path = os.pathsep.join((str(Path(tool).parent), os.environ.get("PATH", "")))  # it calls nvdisasm
+    text = subprocess.run([tool, "-sass", file], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}).stdout
+    found, arch = {}, ""
+    for part in re.split(r"(?m)^(?=\s*Function : |arch = )", text):
+        head, _, body = part.partition("\n")
+        if head.startswith("arch = "):
+            arch = head.removeprefix("arch = ").strip()
+        elif "Function : " in head:
+            found[arch, head.split(" : ")[1].strip()] = body
+    return found
+
+
+def cuda_kernels(skipped: list[str], broken: list[str]) -> list[Kernel]:
+    """Every CUDA kernel of the ordinary build; `broken` receives what is wrong with no kernel in particular."""
     if os.environ.get("FORCE_CUDA") == "0":
         skipped.append("CUDA kernels: FORCE_CUDA=0")
         return []
     build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     if subprocess.run(build, cwd=ROOT).returncode != 0:
         sys.exit("compile-check: the build failed")
-    logs = sorted((ROOT / "build" / "_C_cuda").glob("*.log"))
-    if not (ROOT / "fused_cnn" / "_C_cuda.so").exists() or not logs:
+    objects = sorted(p for p in (ROOT / "build" / "_C_cuda").glob("*.o") if p.with_suffix(".log").exists())
+    if not (ROOT / "fused_cnn" / "_C_cuda.so").exists() or not objects:
         skipped.append("CUDA kernels: nvcc was not found; install the CUDA toolkit or set CUDA_HOME")
         return []
+    tool = cuobjdump()
+    if tool is None:
+        skipped.append("CUDA kernels' instructions: no cuobjdump on PATH and no Triton that carries one")
     found = []
-    for log in logs:
-        text = log.read_text()
-        for arch in CUDA_ARCHS:
-            if f"for '{arch}'" not in text:
-                skipped.append(f"{log.stem} on {arch}: not in TORCH_CUDA_ARCH_LIST")
-        for m in PTXAS.finditer(text):
-            if m["arch"] in CUDA_ARCHS:
-                shared = re.search(r"(\d+) bytes smem", m["rest"])
-                spilled = int(m["stores"]) + int(m["loads"])
-                found.append(Kernel(log.stem, m["name"], m["arch"], int(m["registers"]), spilled, int(shared[1]) if shared else 0))
-    for kernel, name in zip(found, demangled([k.name for k in found]), strict=True):
-        kernel.name = name
+    for file in objects:
+        text = file.with_suffix(".log").read_text()
+        broken += [f"{file.stem}: {line}" for line in text.splitlines() if "warning" in line]
+        matches = list(PTXAS.finditer(text))
+        code = disassembled(tool, file) if tool else {}
+        for m, demangled_name in zip(matches, demangled([m["name"] for m in matches]), strict=True):
+            shared = re.search(r"(\d+) bytes smem", m["rest"])
+            kernel = Kernel(
+                source=file.stem, name=readable(demangled_name), arch=m["arch"], registers=int(m["registers"]),
+                spilled=int(m["stores"]) + int(m["loads"]), shared=int(shared[1]) if shared else 0, stack=int(m["stack"]),
+            )  # fmt: skip
+            if tool:
+                body = code[m["arch"], m["name"]]
+                has = [name for name, pattern in INSTRUCTIONS.items() if pattern.search(body)]
+                kernel.matrix = next((name for name in ("wgmma", "mma") if name in has), "")
+                kernel.missing = tuple(name for name in wanted(kernel.name, kernel.arch) if name not in has)
+            found.append(kernel)
+    _library.load_cuda()
+    sources = "\n".join(path.read_text() for path in (ROOT / "csrc").rglob("*.cu"))
+    for op in re.findall(r'm\.impl\("(\w+)"', sources):
+        if not _library.has_kernel(op, "native", "cuda"):
+            broken.append(f"{op} has no CUDA registration")
     return found
 
 
@@ -118,8 +177,7 @@ def triton_kernels(skipped: list[str]) -> list[Kernel]:
     except ImportError as error:
         skipped.append(f"Triton kernels: {error}; `pip install triton`")
         return []
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    tool = str(cuobjdump) if cuobjdump.exists() else shutil.which("cuobjdump")
+    tool = cuobjdump()
     if tool is None:
         skipped.append("Triton kernels: this Triton carries no cuobjdump, and none is on PATH")
         return []
@@ -173,21 +231,23 @@ def compiled(room: str, index: int, target: int, dtype: str, tool: str) -> Kerne
     if matrix == "none" and shipped.constants.get("PRECISION") == "ieee":
         matrix = "fma"  # as asked for: no matrix unit multiplies float32 exactly
     narrow = bool(shipped.pointers) and not matrix and WIDE_LOAD.search(kernel.asm["ptx"]) is None
+    missing = ("load 16",) if narrow else ()
     shared = max(shared, kernel.metadata.shared)
-    return Kernel(f"{room}/triton.py", shipped.label(dtype), f"sm_{target}", registers, stack + local, shared, matrix, narrow)
+    return Kernel(f"{room}/triton.py", shipped.label(dtype), f"sm_{target}", registers, stack + local, shared, stack, matrix, missing)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every GPU kernel and table what it costs.")
     parser.add_argument("--json", type=Path, help="also save the table here")
-    parser.add_argument("--triton-only", action="store_true", help="leave the CUDA kernels out")
+    parser.add_argument("--only", choices=("cuda", "triton"), help="leave the other's kernels out")
     arguments = parser.parse_args()
     skipped: list[str] = []
-    kernels = [] if arguments.triton_only else cuda_kernels(skipped)
-    kernels += triton_kernels(skipped)
-    table = Table("source", "kernel", "arch", "registers", "spilled", "shared", "matrix units", box=SIMPLE)
+    broken: list[str] = []
+    kernels = [] if arguments.only == "triton" else cuda_kernels(skipped, broken)
+    kernels += [] if arguments.only == "cuda" else triton_kernels(skipped)
+    table = Table("source", "kernel", "arch", "registers", "spilled", "stack", "shared", "matrix units", box=SIMPLE)
     for k in kernels:
-        row = (k.source, k.name, k.arch, str(k.registers), str(k.spilled), str(k.shared), k.matrix)
+        row = (k.source, k.name, k.arch, str(k.registers), str(k.spilled), str(k.stack), str(k.shared), k.matrix)
         table.add_row(*row, style="red" if k.faults else None)
     console = Console()
     console.width = max(console.width, 170)
@@ -197,13 +257,15 @@ def main() -> int:
     failed = [k for k in kernels if k.faults]
     for k in failed:
         console.print(f"fails: {k.source}, {k.name} on {k.arch}: {'; '.join(k.faults)}", highlight=False, soft_wrap=True)
+    for line in broken:
+        console.print(f"fails: {line}", highlight=False, soft_wrap=True)
     triton = version("triton") if importlib.util.find_spec("triton") else None
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {"triton": triton, "kernels": [asdict(k) for k in kernels], "skipped": skipped}
+        document = {"triton": triton, "kernels": [asdict(k) for k in kernels], "broken": broken, "skipped": skipped}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"compile-check: {len(kernels)} kernels compiled (Triton {triton}), {len(failed)} fail, {len(skipped)} skipped")
-    return 1 if failed else 0
+    print(f"compile-check: {len(kernels)} kernels compiled (Triton {triton}), {len(failed) + len(broken)} fail, {len(skipped)} skipped")
+    return 1 if failed or broken else 0
 
 
 if __name__ == "__main__":

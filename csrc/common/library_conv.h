@@ -64,6 +64,17 @@ inline void check_conv(const char* op, const Tensor& x, const Tensor& weight, co
   }
 }
 
+// A 1x1 convolution's.
+inline ConvParams pointwise_params(const Ints& stride) {
+  return {stride, {0, 0}, {1, 1}, 1};
+}
+
+inline void check_1x1(const char* op, const Tensor& weight) {
+  check_4d(op, "weight", weight);
+  FUSED_CNN_CHECK(weight.size(2) == 1 && weight.size(3) == 1, op, ": weight must have a 1x1 kernel, got ",
+                  shape_of(weight));
+}
+
 inline Tensor library_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                            const ConvParams& p) {
   using torch::stable::detail::from;

@@ -1,5 +1,6 @@
 // Eight adjacent channels, the unit in which CUDA kernels move activations: 16 bytes of a 16-bit type.
 #pragma once
+#include <cuda_runtime.h>
 #include "common/dtype.h"
 
 namespace fused_cnn {
@@ -28,7 +29,11 @@ __device__ Octet<T> load_octet(const T* at, int n) {
 template <bool kVectors, typename T>
 __device__ void store_octet(T* at, const Octet<T>& octet, int n) {
   if constexpr (kVectors) {
-    *reinterpret_cast<Octet<T>*>(at) = octet;
+    // By intrinsic: the compiler stores elements that were computed one by one each by itself.
+    uint4 words[sizeof(octet) / 16];
+    memcpy(words, &octet, sizeof(octet));
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(octet) / 16); ++i) __stwb(reinterpret_cast<uint4*>(at) + i, words[i]);
   } else {
 #pragma unroll
     for (int j = 0; j < kOctet; ++j) {

@@ -1,6 +1,5 @@
 // fused_cnn::conv1x1_bias_relu_fwd and conv1x1_bias_relu_bwd on the CPU; see common/cpu_conv.h.
 #include "common/cpu_conv.h"
-#include "conv1x1_bias_relu/checks.h"
 
 namespace fused_cnn {
 namespace {

@@ -1,19 +1,22 @@
-// fused_cnn::conv_bias_relu_fwd and _bwd on CUDA, for kernels of any size: the library's convolution and its gradients,
-// with one pass for bias, residual and ReLU, and one for the mask and the bias's gradient.
-#include <optional>
-#include <tuple>
-#include "common/finish_rows.cuh"
-#include "common/library_conv.h"
-#include "common/mask_rows.cuh"
+// fused_cnn::conv_bias_relu_fwd and _bwd on CUDA, for kernels of any size: 1x1 as a product of our own
+// (common/gemm/pointwise_conv.cuh), else the library's convolution and its gradients, with one pass for bias, residual
+// and ReLU, and one for the mask and the bias's gradient.
+#include "common/gemm/pointwise_conv.cuh"
 
 namespace fused_cnn {
 namespace {
+
+bool is_pointwise(const Tensor& weight, const ConvParams& params) {
+  return weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1 && params.groups == 1 &&
+         params.padding == Ints{0, 0};
+}
 
 Tensor conv_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                           std::optional<Tensor> residual, Ints stride, Ints padding, Ints dilation, int64_t groups,
                           bool relu) {
   const char* op = "conv_bias_relu_fwd";
   const ConvParams params{stride, padding, dilation, groups};
+  if (is_pointwise(weight, params)) return pointwise_conv_forward(op, x, weight, bias, residual, stride, relu);
   check_conv(op, x, weight, bias, residual, params);
   const Launch launch(x);
   const Tensor y = library_conv(x, weight, std::nullopt, params);
@@ -40,6 +43,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bias_relu_bwd(const Tensor& grad
                                                               bool needs_weight, bool needs_bias) {
   const char* op = "conv_bias_relu_bwd";
   const ConvParams params{stride, padding, dilation, groups};
+  if (is_pointwise(weight, params)) {
+    return pointwise_conv_backward(op, grad_out, out, x, weight, stride, needs_x, needs_weight, needs_bias);
+  }
   check_conv(op, x, weight, std::nullopt, grad_out, params);
   if (out) check_like(op, "grad_out", grad_out, "out", *out);
   const Launch launch(x);

@@ -22,6 +22,13 @@ struct dim3 {
 };
 extern dim3 gridDim, blockDim, blockIdx, threadIdx;
 
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline void __stwb(uint4* to, uint4 value) {
+  *to = value;
+}
+
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorIllegalAddress };
 

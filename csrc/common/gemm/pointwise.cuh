@@ -86,7 +86,7 @@ inline void pointwise(const Launch& launch, const Tensor& x, const RowView& in, 
     }
   }
   const void* vector = bias ? bias->data_ptr() : nullptr;
-  const RowView y = rows_of(library_conv(x, weight, std::nullopt, {{1, 1}, {0, 0}, {1, 1}, 1}));
+  const RowView y = rows_of(library_conv(x, weight, std::nullopt, pointwise_params({1, 1})));
   with_type(dtype, [&](auto element) {
     using T = decltype(element);
     std::vector<FinishBranch<T, T>> branches;
