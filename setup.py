@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 10)
 DEFAULT_ARCHS = "8.0;8.9;9.0a;10.0;12.0+PTX"
 GIB_PER_JOB = 2.0  # the largest translation unit's peak, with room to spare
-CUTLASS = "nvidia-cutlass==4.2.0.0"  # whose headers the matrix products are built from
+CUTLASS = "nvidia-cutlass==4.2.0.0"  # the wheel whose headers the matrix products are made of; its Python dependencies are not needed
 
 # One instruction set per compilation of every csrc/*/cpu_kernels.cpp; chosen at run time (csrc/common/cpu_level.h).
 CPU_LEVELS = {"generic": []}
@@ -215,15 +215,15 @@ class Build(build_ext):
         cutlass = find_cutlass()
         if cutlass is None:
             print(f"[fused_cnn] CUTLASS's headers were not found: on CUDA 1x1 convolutions will be PyTorch's own with their "
-                  f"epilogue behind them; for ours `pip install {CUTLASS}` and build again", flush=True)
+                  f"epilogue behind them; for ours `pip install --no-deps {CUTLASS}` and build again", flush=True)
             sources = {path: archs for path, archs in sources.items() if path.parent.name != "gemm"}
         base = [nvcc, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xptxas=-v",
                 "--expt-relaxed-constexpr", "--extended-lambda", "-lineinfo",
-                *(["-isystem", str(cutlass[0])] if cutlass else []),
                 *(f"-DFUSED_CNN_GEMM_{name.upper()}={int(any(p.stem.startswith(name) and a for p, a in sources.items()))}"
                   for name in ("sm80", "sm90a"))]
         jobs = [(str(path.relative_to(ROOT)), "_".join(path.relative_to(ROOT / "csrc").with_suffix("").parts) + ".o",
-                 [*base, *gencode(archs)]) for path, archs in sources.items() if archs]
+                 [*base, *(["-isystem", str(cutlass[0])] if path.parent.name == "gemm" else []), *gencode(archs)])
+                for path, archs in sources.items() if archs]
         jobs.sort(key=lambda job: "gemm" not in job[0])  # the slowest first
         return jobs, [nvcc, *gencode(arch_list)], ("check that nvcc supports every entry of TORCH_CUDA_ARCH_LIST and your host compiler, "
                                       "or set FORCE_CUDA=0 to install the CPU part alone")

@@ -56,9 +56,34 @@ def status(backend: str, device_type: str) -> Status:
         return Status(backend, "cuda", False, "built without nvcc", f"install the CUDA toolkit, then {REBUILD}")
     if not torch.backends.cuda.is_built():
         return Status(backend, "cuda", False, "this torch is a CPU build", "install a CUDA build of torch")
+    if _library.cuda_error:
+        return Status(backend, "cuda", False, f"fused_cnn/_C_cuda.so does not load: {_library.cuda_error}", REBUILD)
     if not torch.cuda.is_available():
         return Status(backend, "cuda", False, "torch sees no CUDA device", "check the driver with nvidia-smi")
-    return Status(backend, "cuda", True, "CUDA kernels")
+    built = {} if _library.cpu_module is None else _library.cpu_module.build_info
+    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    mismatch = cuda_mismatch(built, driver, torch.cuda.get_device_capability())
+    return Status(backend, "cuda", not mismatch, mismatch or "CUDA kernels", REBUILD if mismatch else "")
+
+
+def cuda_mismatch(built: dict[str, str], driver: int, capability: tuple[int, int]) -> str:
+    """Why CUDA kernels of a build (fused_cnn._C.build_info) cannot run under a driver (13000 is CUDA 13.0) on a GPU; "" where they can."""
+    cuda, archs = built.get("cuda", ""), built.get("cuda_archs", "")
+    if cuda and int(cuda.split(".")[0]) > driver // 1000:
+        return f"built with CUDA {cuda}, but the driver supports CUDA {driver // 1000}.{driver % 1000 // 10}: update it, or set CUDA_HOME"
+    if not archs or any(_covers(arch, capability) for arch in archs.replace(" ", ";").split(";")):
+        return ""
+    name = ".".join(map(str, capability))
+    return f"built for compute capability {archs}, but the GPU has {name}: set TORCH_CUDA_ARCH_LIST={name}"
+
+
+def _covers(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an entry of TORCH_CUDA_ARCH_LIST runs on a GPU: its own major version from its minor on; PTX, all later ones."""
+    number, ptx = arch.removesuffix("+PTX"), arch.endswith("+PTX")
+    major, minor = (int(part.rstrip("af")) for part in number.split("."))
+    if number[-1] in "af":
+        return (major, minor) == capability
+    return (major == capability[0] and minor <= capability[1]) or (ptx and (major, minor) <= capability)
 
 
 def _triton_status(device_type: str) -> Status:

@@ -74,12 +74,16 @@ def op_names() -> list[str]:
     return sorted({name for name, _ in _kernels})
 
 
-def load_cuda() -> None:
-    """Load the CUDA library, if it was built. Safe without a GPU: symbols bind when a kernel is first called."""
+def load_cuda() -> str:
+    """Load the CUDA library, if it was built; returns why it does not load. Safe without a GPU: symbols bind at a kernel's first call."""
     if CUDA_LIBRARY.exists():
-        ctypes.CDLL(str(CUDA_LIBRARY), mode=os.RTLD_LAZY)
+        try:
+            ctypes.CDLL(str(CUDA_LIBRARY), mode=os.RTLD_LAZY)
+        except OSError as error:  # built for another torch or system
+            return str(error)
         for name in op_names():
             _look_up(name)
+    return ""
 
 
 def _load_cpu() -> tuple[ModuleType | None, str]:
@@ -90,5 +94,4 @@ def _load_cpu() -> tuple[ModuleType | None, str]:
 
 
 cpu_module, cpu_error = _load_cpu()
-if torch.backends.cuda.is_built():
-    load_cuda()
+cuda_error = load_cuda() if torch.backends.cuda.is_built() else ""

@@ -38,11 +38,13 @@ ROOT = Path(__file__).resolve().parents[1]
 TRITON_TARGETS = (80, 90, 100)
 PTXAS = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\w+)'.*?"
-    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
 )
-# Bytes of shared memory that one block may have (CUDA C++ Programming Guide, technical specifications per compute capability).
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
+# Shared memory that one block may have (CUDA C++ Programming Guide, technical specifications per compute capability).
+KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_90a": 227, "sm_100": 227, "sm_120": 99}
+SHARED_LIMIT = {arch: kib << 10 for arch, kib in KIB.items()}
 MATRIX_UNITS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}  # as PTX writes them
 WIDE_LOAD = re.compile(r"ld\.global[\w.:]*\.v4\.b32")
 # What the disassembly of a CUDA kernel must show, by the table's names.
@@ -172,10 +174,8 @@ def cuda_kernels(skipped: list[str], broken: list[str]) -> list[Kernel]:
 
 def triton_kernels(skipped: list[str]) -> list[Kernel]:
     """Every kernel that a room ships, for every target and dtype; a process a core."""
-    try:
-        import triton
-    except ImportError as error:
-        skipped.append(f"Triton kernels: {error}; `pip install triton`")
+    if importlib.util.find_spec("triton") is None:
+        skipped.append("Triton kernels: Triton is not installed; `pip install triton`")
         return []
     tool = cuobjdump()
     if tool is None:

@@ -2,8 +2,8 @@
 # Evidence from a machine without network, one stage at a time:
 #   scripts/gpu.sh STAGE OUTDIR [--wheels DIR] [-- ARGUMENTS]
 # STAGE is build (compile everything, table every kernel's registers), test (the test suite), or bench-ops (time every op).
-# Writes OUTDIR/STAGE.log and one compact OUTDIR/STAGE.json. Missing packages come from DIR; ARGUMENTS go to the stage's command (pytest, or
-# fused-cnn bench). On a machine without a GPU the same stages run on the CPU.
+# Writes OUTDIR/STAGE.log and one compact OUTDIR/STAGE.json. Missing packages, nvidia-cutlass among them, come from DIR; ARGUMENTS go to the
+# stage's command (pytest, or fused-cnn bench). On a machine without a GPU the same stages run on the CPU.
 set -euo pipefail
 
 usage() { sed -n '3,3s/^# *//p' "$0" >&2; exit 2; }
@@ -25,6 +25,10 @@ outdir=$(cd "$outdir" && pwd)
 [[ -z $wheels ]] || wheels=$(cd "$wheels" && pwd)
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD
+if [[ -z ${TORCH_CUDA_ARCH_LIST:-} ]] && command -v nvidia-smi >/dev/null; then # for the GPU at hand alone: a stage has ten minutes
+  TORCH_CUDA_ARCH_LIST=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | sed 's/^9\.0$/9.0a/' | paste -sd ';')
+  export TORCH_CUDA_ARCH_LIST
+fi
 log=$outdir/$stage.log
 part=$(mktemp -d)
 trap 'rm -rf "$part"' EXIT

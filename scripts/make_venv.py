@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,11 @@ def main(folder: Path) -> None:
         subprocess.run([python, "-m", "pip", "install", "-qq", *packages], check=True)
 
     pip("setuptools>=70", "wheel")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc and version_of(python, "nvidia-cutlass") is None:
+        step("installing CUTLASS's headers")
+        wheel = re.search(r"nvidia-cutlass==[\d.]+", Path("setup.py").read_text())
+        pip("--no-deps", *([wheel[0]] if wheel else []))
     if version_of(python, "torch") is None:
         step(f"installing torch {TORCH} (the largest download)")
         pip(f"torch=={TORCH}")

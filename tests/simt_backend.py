@@ -79,7 +79,7 @@ def build(csrc: Path, rooms: Sequence[str], folder: Path) -> Path:
 
 @cache
 def install(csrc: Path = ROOT / "csrc", rooms: Sequence[str] = tuple(ROOMS), folder: Path = ROOT / "build" / "simt") -> ctypes.CDLL:
-    """Register the backend, and return its library: `simt_install(True)` makes tensors come from checked memory."""
+    """Register the kernels, and return their library: `simt_install(True)` makes tensors come from checked memory."""
     definitions = torch.library.Library(NAMESPACE, "DEF")
     _kept.append(definitions)
     for name in _library.op_names():
@@ -89,7 +89,6 @@ def install(csrc: Path = ROOT / "csrc", rooms: Sequence[str] = tuple(ROOMS), fol
         _library._kernels[name, "simt"] = getattr(getattr(torch.ops, NAMESPACE), name).default
         found = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
         _library._implemented[name, "simt", "cpu"] = found
-    _backends.BACKENDS = (*_backends.BACKENDS, "simt")
     return loaded
 
 
@@ -107,6 +106,7 @@ def run_broken(room: str, file: str, right: str, wrong: str, folder: Path) -> su
 def main(folder: Path, room: str) -> None:
     """Compare a room's kernels in folder/csrc with float64, and say "passed", or "caught" and what was."""
     install(folder / "csrc", (room,), folder).simt_install(True)
+    _backends.BACKENDS = (*_backends.BACKENDS, "simt")
     for cases in all_cases():
         for case in cases.cases if cases.name in ROOMS[room] else ():
             for dtype, layout in ((torch.float32, "channels_last"), (torch.float16, "offset")):
