@@ -63,8 +63,9 @@ def build(csrc: Path, rooms: Sequence[str], folder: Path) -> Path:
         if not library.exists():
             sources = sorted(path for room in rooms for path in (csrc / room).glob("*.cu"))
             kernels = {f"{path.parent.name}_{path.stem}": [*STABLE, *CHECKED, register, path] for path in sources}
-            products = [*STABLE, *CHECKED, SIMT / "gemm.cpp"]
-            jobs = {"simt": [SIMT / "simt.cpp"], "gemm": products, **kernels}
+            if any("gemm/" in path.read_text() for path in sources):
+                kernels["products"] = [*STABLE, *CHECKED, SIMT / "gemm.cpp"]
+            jobs = {"simt": [SIMT / "simt.cpp"], **kernels}
             objects = [library.with_suffix(f".{name}.o") for name in jobs]
             base = [compiler(), *FLAGS, *includes, "-c"]
             commands = [[*base, *job, "-o", made] for job, made in zip(jobs.values(), objects, strict=True)]
