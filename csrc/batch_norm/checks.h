@@ -6,9 +6,11 @@
 
 namespace fused_cnn {
 
-// The inputs of bn_add_relu that are normalised, by the number of weights: x, or x and the residual.
+// x and the residual of bn_add_relu, checked. Returns those that are normalised, by the number of weights: x, or both.
 inline std::vector<Tensor> normalized_inputs(const char* op, const Tensor& x, const std::optional<Tensor>& residual,
                                              size_t count) {
+  check_4d(op, "x", x);
+  if (residual) check_like(op, "x", x, "residual", *residual);
   FUSED_CNN_CHECK(count == 1 || count == 2, op, ": expected one weight (for x) or two (for x and residual), got ",
                   count);
   FUSED_CNN_CHECK(count == 1 || residual.has_value(), op, ": a normalised residual is needed, got none");
@@ -29,12 +31,11 @@ inline int64_t check_statistics(const char* op, const std::vector<Tensor>& xs, c
   return total;
 }
 
-inline void check_training(const char* op, const std::vector<bool>& training, size_t inputs) {
+// The backward's own arguments, for `channels` of the result and so many normalised inputs.
+inline void check_gradient(const char* op, const Tensor& grad_out, const Tensor& x, int64_t channels,
+                           const std::vector<bool>& training, size_t inputs) {
   FUSED_CNN_CHECK(training.size() == inputs, op, ": expected one training flag for each of ", inputs, " inputs, got ",
                   training.size());
-}
-
-inline void check_gradient(const char* op, const Tensor& grad_out, const Tensor& x, int64_t channels) {
   check_4d(op, "grad_out", grad_out);
   check_like(op, "x", x, "grad_out", grad_out, /*same_shape=*/false);
   FUSED_CNN_CHECK(grad_out.size(0) == x.size(0) && grad_out.size(1) == channels && grad_out.size(2) == x.size(2) &&
@@ -44,7 +45,7 @@ inline void check_gradient(const char* op, const Tensor& grad_out, const Tensor&
 }
 
 // Bytes of a row of ReLU's mask: one bit a channel.
-inline int64_t mask_bytes(int64_t channels) {
+FUSED_CNN_HD int64_t mask_bytes(int64_t channels) {
   return (channels + 7) / 8;
 }
 

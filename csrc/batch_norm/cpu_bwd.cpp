@@ -80,8 +80,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> bn_relu_concat_bwd(const Tensor&
                                                                    const std::vector<bool>& training, bool relu) {
   const char* op = "bn_relu_concat_bwd";
   const Inputs in(op, xs, mean, rstd, weights, biases);
-  check_training(op, training, xs.size());
-  check_gradient(op, grad_out, xs[0], in.total);
+  check_gradient(op, grad_out, xs[0], in.total, training, xs.size());
   const RowView grad = rows_of(grad_out);
   const auto slice = [&](size_t i, int64_t row) {
     return BnRows{at(grad.data, row * grad.stride + in.first[i], in.element_size), grad.stride, nullptr};
@@ -116,14 +115,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_bwd(const Tensor& grad_ou
                                                            const std::vector<Tensor>& biases,
                                                            const std::vector<bool>& training) {
   const char* op = "bn_add_relu_bwd";
-  check_4d(op, "x", x);
   const std::vector<Tensor> xs = normalized_inputs(op, x, residual, weights.size());
-  if (residual) check_like(op, "x", x, "residual", *residual);
   const Inputs in(op, xs, mean, rstd, weights, biases);
-  check_training(op, training, xs.size());
   const int64_t channels = x.size(1), bytes = mask_bytes(channels);
   const int count = static_cast<int>(xs.size());
-  check_gradient(op, grad_out, x, channels);
+  check_gradient(op, grad_out, x, channels, training, xs.size());
   const bool plain = count == 1;
   Tensor bits_tensor;
   if (plain) bits_tensor = checked_mask(op, mask, x);

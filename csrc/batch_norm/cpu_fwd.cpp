@@ -82,8 +82,6 @@ std::tuple<Tensor, Tensor> bn_add_relu_fwd(const Tensor& x, const Tensor& residu
                                            const Tensor& rstd, const std::vector<Tensor>& weights,
                                            const std::vector<Tensor>& biases, bool save_mask) {
   const char* op = "bn_add_relu_fwd";
-  check_4d(op, "x", x);
-  check_like(op, "x", x, "residual", residual);
   const std::vector<Tensor> xs = normalized_inputs(op, x, residual, weights.size());
   const Inputs in(op, xs, mean, rstd, weights, biases);
   const int64_t channels = x.size(1), count = xs.size(), bytes = mask_bytes(channels);

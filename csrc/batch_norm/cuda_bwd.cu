@@ -8,30 +8,35 @@
 namespace fused_cnn {
 namespace {
 
-constexpr int inputs_of(Residual residual) {
-  return residual == Residual::normalized ? 2 : 1;
-}
-
-// The vectors of the normalised inputs, and the gradient under ReLU's mask, which they give again.
-template <typename T, Residual kResidual>
-struct MaskedGradient {
+// What both kernels do with a thread's rows: the octets of grad_out and of the normalised inputs, the inputs' vectors,
+// and with these the gradient under ReLU's mask, as the forward computed it.
+template <typename T, bool kVectors, Residual kResidual>
+struct GradientRows {
   using C = compute_t<T>;
-  BnVectors<T> v, w;  // w: with a normalised residual
+  static constexpr int kInputs = kResidual == Residual::normalized ? 2 : 1, kRows = kInFlight<T, 1 + kInputs>;
+  const BnBranch<T>& branch;
+  const Place& place;
+  BnVectors<T> vectors[kInputs];
+  Octet<T> g[kRows], x[kInputs][kRows];
 
-  template <bool kVectors>
-  __device__ void load(const BnBranch<T>& branch, const Place& place) {
-    v = BnVectors<T>::template load<kVectors>(branch.in[0], place);
-    if constexpr (kResidual == Residual::normalized) {
-      w = BnVectors<T>::template load<kVectors>(branch.in[1], place);
+  __device__ GradientRows(const BnBranch<T>& branch, const Place& place) : branch(branch), place(place) {
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) vectors[k] = BnVectors<T>::template load<kVectors>(branch.in[k], place);
+  }
+
+  __device__ void load(int u, int64_t row) {
+    g[u] = load_octet<kVectors>(branch.y + row * branch.y_pitch + place.channel, place.n);
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) {
+      x[k][u] = load_octet<kVectors>(branch.in[k].x + row * branch.in[k].pitch + place.channel, place.n);
     }
   }
 
-  __device__ const BnVectors<T>& of(int input) const { return input == 0 ? v : w; }
-
-  // grad where ReLU let the output through, as the forward computed it.
-  __device__ C recompute(C grad, T x, T residual, int j) const {
-    C y = v.normalize(x, j);
-    if constexpr (kResidual == Residual::normalized) y += w.normalize(residual, j);
+  __device__ C masked(int u, int j, bool use_relu) const {
+    const C grad = to_compute(g[u].v[j]);
+    if (!use_relu) return grad;
+    C y = vectors[0].normalize(x[0][u].v[j], j);
+    if constexpr (kInputs == 2) y += vectors[1].normalize(x[1][u].v[j], j);
     return relu_grad(grad, y);
   }
 };
@@ -44,41 +49,37 @@ __global__ void __launch_bounds__(kColumnThreads, kBlocks<T, kVectors>)
                      const uint8_t* __restrict__ bits, Chunks chunks, compute_t<T>* __restrict__ partial,
                      int64_t total) {
   using C = compute_t<T>;
-  constexpr int kInputs = inputs_of(kResidual), kRows = kInFlight<T, 1 + kInputs>;
+  using Rows = GradientRows<T, kVectors, kResidual>;
+  constexpr int kInputs = Rows::kInputs;
   const BranchPlace place(list, chunks);
   const BnBranch<T>& branch = place.branch;
-  const int64_t mask_pitch = (branch.channels + 7) / 8;
-  MaskedGradient<T, kResidual> masked;
-  masked.template load<kVectors>(branch, place);
+  const int64_t mask_pitch = mask_bytes(branch.channels);
+  Rows rows(branch, place);
   C sum[kOctet] = {}, sum_x[kInputs][kOctet] = {};
-  Octet<T> g[kRows], x[kInputs][kRows];
-  uint32_t byte[kRows];
-  for_rows<kRows>(
+  uint32_t byte[Rows::kRows];
+  for_rows<Rows::kRows>(
       place,
       [&](int u, int64_t row) {
-        g[u] = load_octet<kVectors>(branch.y + row * branch.y_pitch + place.channel, place.n);
-#pragma unroll
-        for (int k = 0; k < kInputs; ++k) {
-          x[k][u] = load_octet<kVectors>(branch.in[k].x + row * branch.in[k].pitch + place.channel, place.n);
-        }
+        rows.load(u, row);
         if constexpr (kResidual == Residual::plain) byte[u] = bits[row * mask_pitch + place.channel / 8];
       },
       [&](int u, int64_t row) {
 #pragma unroll
         for (int j = 0; j < kOctet; ++j) {
-          C v = to_compute(g[u].v[j]);
+          C v;
           if constexpr (kResidual == Residual::plain) {
-            v = byte[u] >> j & 1 ? v : C(0);
-            from_compute(v, &g[u].v[j]);
-          } else if (use_relu) {
-            v = masked.recompute(v, x[0][u].v[j], x[kInputs - 1][u].v[j], j);
+            v = byte[u] >> j & 1 ? to_compute(rows.g[u].v[j]) : C(0);
+            from_compute(v, &rows.g[u].v[j]);
+          } else {
+            v = rows.masked(u, j, use_relu);
           }
           sum[j] += v;
 #pragma unroll
-          for (int k = 0; k < kInputs; ++k) sum_x[k][j] += v * (to_compute(x[k][u].v[j]) - masked.of(k).mean.v[j]);
+          for (int k = 0; k < kInputs; ++k)
+            sum_x[k][j] += v * (to_compute(rows.x[k][u].v[j]) - rows.vectors[k].mean.v[j]);
         }
         if constexpr (kResidual == Residual::plain) {
-          store_octet<kVectors>(branch.grad[1] + row * branch.channels + place.channel, g[u], place.n);
+          store_octet<kVectors>(branch.grad[1] + row * branch.channels + place.channel, rows.g[u], place.n);
         }
       });
   C* to = partial + blockIdx.y * (kInputs + 1) * total + branch.first;
@@ -125,11 +126,11 @@ __global__ void __launch_bounds__(kColumnThreads, kBlocks<T, kVectors>)
                          const compute_t<T>* __restrict__ offset, const compute_t<T>* __restrict__ slope,
                          int64_t total) {
   using C = compute_t<T>;
-  constexpr int kInputs = inputs_of(kResidual), kRows = kInFlight<T, 1 + kInputs>;
+  using Rows = GradientRows<T, kVectors, kResidual>;
+  constexpr int kInputs = Rows::kInputs;
   const BranchPlace place(list, chunks);
   const BnBranch<T>& branch = place.branch;
-  MaskedGradient<T, kResidual> masked;
-  masked.template load<kVectors>(branch, place);
+  Rows rows(branch, place);
   Octet<C> offsets[kInputs], slopes[kInputs];
 #pragma unroll
   for (int k = 0; k < kInputs; ++k) {
@@ -137,45 +138,35 @@ __global__ void __launch_bounds__(kColumnThreads, kBlocks<T, kVectors>)
     offsets[k] = load_octet<kVectors>(offset + from, place.n);
     slopes[k] = load_octet<kVectors>(slope + from, place.n);
   }
-  Octet<T> g[kRows], x[kInputs][kRows];
-  for_rows<kRows>(
-      place,
-      [&](int u, int64_t row) {
-        g[u] = load_octet<kVectors>(branch.y + row * branch.y_pitch + place.channel, place.n);
-#pragma unroll
-        for (int k = 0; k < kInputs; ++k) {
-          x[k][u] = load_octet<kVectors>(branch.in[k].x + row * branch.in[k].pitch + place.channel, place.n);
-        }
-      },
+  for_rows<Rows::kRows>(
+      place, [&](int u, int64_t row) { rows.load(u, row); },
       [&](int u, int64_t row) {
         C v[kOctet];
 #pragma unroll
-        for (int j = 0; j < kOctet; ++j) {
-          v[j] = to_compute(g[u].v[j]);
-          if (use_relu) v[j] = masked.recompute(v[j], x[0][u].v[j], x[kInputs - 1][u].v[j], j);
-        }
+        for (int j = 0; j < kOctet; ++j) v[j] = rows.masked(u, j, use_relu);
 #pragma unroll
         for (int k = 0; k < kInputs; ++k) {
-          const BnVectors<T>& of = masked.of(k);
+          Octet<T>& x = rows.x[k][u];
+          const BnVectors<T>& of = rows.vectors[k];
 #pragma unroll
           for (int j = 0; j < kOctet; ++j) {
             const C scale = of.scale.v[j];
-            from_compute(branch.training[k] ? batch_norm::grad_input(v[j], to_compute(x[k][u].v[j]), of.mean.v[j],
-                                                                     scale, offsets[k].v[j], slopes[k].v[j])
+            from_compute(branch.training[k] ? batch_norm::grad_input(v[j], to_compute(x.v[j]), of.mean.v[j], scale,
+                                                                     offsets[k].v[j], slopes[k].v[j])
                                             : v[j] * scale,
-                         &x[k][u].v[j]);
+                         &x.v[j]);
           }
-          store_octet<kVectors>(branch.grad[k] + row * branch.channels + place.channel, x[k][u], place.n);
+          store_octet<kVectors>(branch.grad[k] + row * branch.channels + place.channel, x, place.n);
         }
       });
 }
 
 // Both passes over branches whose y is grad_out and whose grad are the results.
 template <typename T, Residual kResidual>
-void backward(const Launch& launch, const BnInputs& in, std::vector<BnBranch<T>> branches, bool relu,
-              const uint8_t* bits, const Tensor& grad_weight, const Tensor& grad_bias) {
+void backward(const BnInputs& in, std::vector<BnBranch<T>> branches, bool relu, const uint8_t* bits,
+              const Tensor& grad_weight, const Tensor& grad_bias) {
   using C = compute_t<T>;
-  constexpr int kInputs = inputs_of(kResidual);
+  constexpr int kInputs = GradientRows<T, true, kResidual>::kInputs;
   const int64_t total = in.total / kInputs;
   const Chunks chunks = Chunks::of(in.rows, branches);
   const auto vector = [&](int64_t size) { return empty_vector(grad_weight, size, in.vector_type); };
@@ -186,20 +177,20 @@ void backward(const Launch& launch, const BnInputs& in, std::vector<BnBranch<T>>
   const bool vectors = on_vectors(branches);
   const auto reduce = vectors ? bn_reduce_kernel<T, true, kResidual> : bn_reduce_kernel<T, false, kResidual>;
   in_lists(branches, [&](const BranchList<BnBranch<T>>& list, int64_t strips) {
-    launch.run("bn_reduce_kernel", reduce, strips, chunks.count, kColumnThreads, list, relu, bits, chunks, of(partial),
-               total);
+    in.launch.run("bn_reduce_kernel", reduce, strips, chunks.count, kColumnThreads, list, relu, bits, chunks,
+                  of(partial), total);
   });
-  launch.run("bn_finish_sums_kernel", bn_finish_sums_kernel<C>, ceil_div<int64_t>(total, 32), 1, kChunkThreads,
-             of(partial), chunks.count, in.rows, total, kInputs, static_cast<const C*>(in.rstd()), of(grad_weight),
-             of(grad_bias), of(offset), of(slope));
+  in.launch.run("bn_finish_sums_kernel", bn_finish_sums_kernel<C>, ceil_div<int64_t>(total, 32), 1, kChunkThreads,
+                of(partial), chunks.count, in.rows, total, kInputs, static_cast<const C*>(in.rstd()), of(grad_weight),
+                of(grad_bias), of(offset), of(slope));
 
   constexpr bool kPlain = kResidual == Residual::plain;
   constexpr Residual kLeft = kPlain ? Residual::none : kResidual;  // the plain residual has its gradient already
   if (kPlain) branches[0].y = branches[0].grad[1], branches[0].y_pitch = branches[0].channels;
   const auto grad = vectors ? bn_grad_input_kernel<T, true, kLeft> : bn_grad_input_kernel<T, false, kLeft>;
   in_lists(branches, [&](const BranchList<BnBranch<T>>& list, int64_t strips) {
-    launch.run("bn_grad_input_kernel", grad, strips, chunks.count, kColumnThreads, list, relu && !kPlain, chunks,
-               of(offset), of(slope), total);
+    in.launch.run("bn_grad_input_kernel", grad, strips, chunks.count, kColumnThreads, list, relu && !kPlain, chunks,
+                  of(offset), of(slope), total);
   });
 }
 
@@ -210,11 +201,8 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> bn_relu_concat_bwd(const Tensor&
                                                                    const std::vector<Tensor>& biases,
                                                                    const std::vector<bool>& training, bool relu) {
   const char* op = "bn_relu_concat_bwd";
-  check_branches(op, xs);
-  const Launch launch(xs[0]);
   const BnInputs in(op, xs, mean, rstd, weights, biases);
-  check_training(op, training, xs.size());
-  check_gradient(op, grad_out, xs[0], in.total);
+  check_gradient(op, grad_out, xs[0], in.total, training, xs.size());
   const RowView grad = rows_of(grad_out);
   Tensor grad_weight = empty_vector(xs[0], in.total, in.vector_type),
          grad_bias = empty_vector(xs[0], in.total, in.vector_type);
@@ -227,7 +215,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> bn_relu_concat_bwd(const Tensor&
       branches[i].y = static_cast<T*>(grad.data) + branches[i].first, branches[i].y_pitch = grad.stride;
       branches[i].grad[0] = static_cast<T*>(results[i].data), branches[i].training[0] = training[i];
     }
-    backward<T, Residual::none>(launch, in, branches, relu, nullptr, grad_weight, grad_bias);
+    backward<T, Residual::none>(in, branches, relu, nullptr, grad_weight, grad_bias);
   });
   std::vector<Tensor> grads;
   for (const RowResult& result : results) grads.push_back(result.finish());
@@ -241,13 +229,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_bwd(const Tensor& grad_ou
                                                            const std::vector<Tensor>& biases,
                                                            const std::vector<bool>& training) {
   const char* op = "bn_add_relu_bwd";
-  check_4d(op, "x", x);
   const std::vector<Tensor> xs = normalized_inputs(op, x, residual, weights.size());
-  if (residual) check_like(op, "x", x, "residual", *residual);
-  const Launch launch(x);
   const BnInputs in(op, xs, mean, rstd, weights, biases);
-  check_training(op, training, xs.size());
-  check_gradient(op, grad_out, x, x.size(1));
+  check_gradient(op, grad_out, x, x.size(1), training, xs.size());
   const bool plain = xs.size() == 1;
   Tensor kept;
   if (plain) kept = checked_mask(op, mask, x);
@@ -262,8 +246,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_bwd(const Tensor& grad_ou
     branch.grad[0] = static_cast<T*>(grad_x.data), branch.grad[1] = static_cast<T*>(grad_residual.data);
     branch.training[0] = training[0], branch.training[1] = training.back();
     const auto run = plain ? backward<T, Residual::plain> : backward<T, Residual::normalized>;
-    run(launch, in, branches, true, plain ? static_cast<const uint8_t*>(kept.data_ptr()) : nullptr, grad_weight,
-        grad_bias);
+    run(in, branches, true, plain ? static_cast<const uint8_t*>(kept.data_ptr()) : nullptr, grad_weight, grad_bias);
   });
   return {grad_x.finish(), grad_residual.finish(), grad_weight, grad_bias};
 }

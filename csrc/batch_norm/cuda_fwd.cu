@@ -108,10 +108,10 @@ __global__ void __launch_bounds__(kColumnThreads, kBlocks<T, kVectors>)
     bn_apply_kernel(const __grid_constant__ BranchList<BnBranch<T>> list, bool use_relu, uint8_t* __restrict__ bits,
                     Chunks chunks) {
   using C = compute_t<T>;
-  constexpr int kRows = kInFlight < T, kResidual == Residual::none ? 1 : 2 > ;
+  constexpr int kTensors = kResidual == Residual::none ? 1 : 2, kRows = kInFlight<T, kTensors>;
   const BranchPlace place(list, chunks);
   const BnBranch<T>& branch = place.branch;
-  const int64_t mask_pitch = (branch.channels + 7) / 8;
+  const int64_t mask_pitch = mask_bytes(branch.channels);
   const auto v = BnVectors<T>::template load<kVectors>(branch.in[0], place);
   BnVectors<T> w;
   if constexpr (kResidual == Residual::normalized) w = BnVectors<T>::template load<kVectors>(branch.in[1], place);
@@ -140,8 +140,7 @@ __global__ void __launch_bounds__(kColumnThreads, kBlocks<T, kVectors>)
 }
 
 template <typename T>
-void apply(const Launch& launch, const std::vector<BnBranch<T>>& branches, Residual residual, bool relu, uint8_t* bits,
-           int64_t rows) {
+void apply(const BnInputs& in, const std::vector<BnBranch<T>>& branches, Residual residual, bool relu, uint8_t* bits) {
   const auto pick = [&](auto vectors) {
     constexpr bool kVectors = decltype(vectors)::value;
     return residual == Residual::none    ? bn_apply_kernel<T, kVectors, Residual::none>
@@ -149,9 +148,9 @@ void apply(const Launch& launch, const std::vector<BnBranch<T>>& branches, Resid
                                          : bn_apply_kernel<T, kVectors, Residual::normalized>;
   };
   const auto kernel = on_vectors(branches) ? pick(std::true_type{}) : pick(std::false_type{});
-  const Chunks chunks = Chunks::of(rows, branches);
+  const Chunks chunks = Chunks::of(in.rows, branches);
   in_lists(branches, [&](const BranchList<BnBranch<T>>& list, int64_t strips) {
-    launch.run("bn_apply_kernel", kernel, strips, chunks.count, kColumnThreads, list, relu, bits, chunks);
+    in.launch.run("bn_apply_kernel", kernel, strips, chunks.count, kColumnThreads, list, relu, bits, chunks);
   });
 }
 
@@ -194,8 +193,6 @@ std::tuple<Tensor, Tensor, Tensor> bn_stats(const std::vector<Tensor>& xs, const
 Tensor bn_relu_concat_fwd(const std::vector<Tensor>& xs, const Tensor& mean, const Tensor& rstd,
                           const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, bool relu) {
   const char* op = "bn_relu_concat_fwd";
-  check_branches(op, xs);
-  const Launch launch(xs[0]);
   const BnInputs in(op, xs, mean, rstd, weights, biases);
   const RowResult out(xs[0], in.total, result_format(xs[0]));
   with_type(in.dtype, [&](auto element) {
@@ -204,7 +201,7 @@ Tensor bn_relu_concat_fwd(const std::vector<Tensor>& xs, const Tensor& mean, con
     for (BnBranch<T>& branch : branches) {
       branch.y = static_cast<T*>(out.data) + branch.first, branch.y_pitch = in.total;
     }
-    apply(launch, branches, Residual::none, relu, nullptr, in.rows);
+    apply(in, branches, Residual::none, relu, nullptr);
   });
   return out.finish();
 }
@@ -213,9 +210,6 @@ std::tuple<Tensor, Tensor> bn_add_relu_fwd(const Tensor& x, const Tensor& residu
                                            const Tensor& rstd, const std::vector<Tensor>& weights,
                                            const std::vector<Tensor>& biases, bool save_mask) {
   const char* op = "bn_add_relu_fwd";
-  check_4d(op, "x", x);
-  check_like(op, "x", x, "residual", residual);
-  const Launch launch(x);
   const BnInputs in(op, normalized_inputs(op, x, residual, weights.size()), mean, rstd, weights, biases);
   const bool plain = weights.size() == 1;
   const RowView addend = rows_of(residual);
@@ -226,7 +220,7 @@ std::tuple<Tensor, Tensor> bn_add_relu_fwd(const Tensor& x, const Tensor& residu
     using T = decltype(element);
     std::vector<BnBranch<T>> branches = in.branch_with<T>(plain ? &addend : nullptr);
     branches[0].y = static_cast<T*>(out.data), branches[0].y_pitch = x.size(1);
-    apply(launch, branches, plain ? Residual::plain : Residual::normalized, true, bits, in.rows);
+    apply(in, branches, plain ? Residual::plain : Residual::normalized, true, bits);
   });
   return {out.finish(), mask};
 }

@@ -48,19 +48,23 @@ struct BnVectors {
   }
 };
 
-// Normalised inputs and their per-channel vectors, checked; they keep the memory alive that branches point to.
+// Normalised inputs and their per-channel vectors, checked, on their device and stream; they keep the memory alive that
+// branches point to.
 class BnInputs {
  public:
+  int64_t total;
+  Launch launch;
   DType dtype;
   ScalarType vector_type;
-  int64_t rows, total;
+  int64_t rows;
 
   BnInputs(const char* op, const std::vector<Tensor>& xs, const Tensor& mean, const Tensor& rstd,
            const std::vector<Tensor>& weights, const std::vector<Tensor>& biases)
-      : dtype(dtype_of(op, "x", xs[0])),
+      : total(check_branches(op, xs)),
+        launch(xs[0]),
+        dtype(dtype_of(op, "x", xs[0])),
         vector_type(vector_dtype(dtype)),
         rows(row_count(xs[0])),
-        total(check_branches(op, xs)),
         mean_(checked_vector(op, "mean", mean, total, xs[0], vector_type)),
         rstd_(checked_vector(op, "rstd", rstd, total, xs[0], vector_type)) {
     check_parameters(op, xs.size(), weights.size(), biases.size());

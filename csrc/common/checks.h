@@ -91,6 +91,12 @@ inline Tensor empty_nchw(const Tensor& like, int64_t channels, int64_t height, i
                               std::nullopt, format);
 }
 
+// What an op returns for a gradient that nobody asked for.
+inline Tensor nothing(const Tensor& like) {
+  const int64_t sizes[] = {0};
+  return torch::stable::new_empty(like, sizes);
+}
+
 inline Tensor empty_like_4d(const Tensor& like, MemoryFormat format) {
   return empty_nchw(like, like.size(1), like.size(2), like.size(3), format);
 }

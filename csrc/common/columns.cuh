@@ -31,18 +31,6 @@ inline bool on_vectors(const void* data, int64_t pitch, int64_t element_size) {
   return aligned16(data) && pitch * element_size % 16 == 0;
 }
 
-// body(T{}, std::bool_constant<vectors>{}).
-template <typename Body>
-void with_octets(DType dtype, bool vectors, const Body& body) {
-  with_type(dtype, [&](auto element) {
-    if (vectors) {
-      body(element, std::true_type{});
-    } else {
-      body(element, std::false_type{});
-    }
-  });
-}
-
 // What one launch works on: branches of a concatenation, which share their rows. B has `channels`.
 constexpr int kBranches = 8;
 template <typename B>

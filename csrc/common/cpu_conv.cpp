@@ -230,18 +230,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_conv_backward(const char* op, con
       for (int64_t c = 0; c < channels; ++c) sums[c] += partial[p * channels + c];
     }
   }
-  const auto none = [&] {
-    const int64_t sizes[] = {0};
-    return torch::stable::new_empty(grad_out, sizes);
-  };
-  Tensor grad_x = none(), grad_weight = none();
+  Tensor grad_x = nothing(grad_out), grad_weight = nothing(grad_out);
   if (needs_x || needs_weight) {
     auto [gx, gw] = library_conv_backward(grad, x, weight, params, needs_x, needs_weight);
     if (needs_x) grad_x = dense(gx, result_format(x));
     if (needs_weight) grad_weight = dense(gw, result_format(weight));
   }
-  return {grad_x, grad_weight, needs_bias ? as_float_vector(grad_out, sums) : none(),
-          out ? dense(grad, result_format(*out)) : none()};
+  return {grad_x, grad_weight, needs_bias ? as_float_vector(grad_out, sums) : nothing(grad_out),
+          out ? dense(grad, result_format(*out)) : nothing(grad_out)};
 }
 
 }  // namespace fused_cnn

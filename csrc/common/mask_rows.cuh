@@ -61,9 +61,9 @@ __global__ void __launch_bounds__(kChunkThreads)
   if (place.first && place.channel < channels) from_compute(static_cast<C>(sum), &out[place.channel]);
 }
 
-// grad_bias, of type Out, is null where it is not wanted. `like` is a tensor on the device.
+// grad_bias, of type Out, is null where it is not wanted.
 template <typename T, typename Out>
-void mask_rows(const Launch& launch, const Tensor& like, const RowView& grad, const RowView* out,
+void mask_rows(const Launch& launch, const RowView& grad, const RowView* out,
                const std::vector<MaskBranch<T>>& branches, int64_t total, Out* grad_bias, int64_t rows) {
   using C = compute_t<T>;
   bool vectors =
@@ -76,8 +76,7 @@ void mask_rows(const Launch& launch, const Tensor& like, const RowView& grad, co
   Tensor partial;
   C* sums = nullptr;
   if (grad_bias) {
-    partial =
-        empty_vector(like, chunks.count * total, std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float);
+    partial = empty_vector(grad.tensor, chunks.count * total, vector_dtype(dtype_of("mask_rows", "grad", grad.tensor)));
     sums = static_cast<C*>(partial.data_ptr());
   }
   in_lists(branches, [&](const BranchList<MaskBranch<T>>& list, int64_t strips) {
@@ -89,11 +88,6 @@ void mask_rows(const Launch& launch, const Tensor& like, const RowView& grad, co
     launch.run("add_up_chunks_kernel", add_up_chunks_kernel<C, Out>, ceil_div<int64_t>(total, 32), 1, kChunkThreads,
                sums, chunks.count, total, grad_bias);
   }
-}
-
-inline Tensor nothing(const Tensor& like) {
-  const int64_t sizes[] = {0};
-  return torch::stable::new_empty(like, sizes);
 }
 
 // A convolution's grad_out under the mask of `out`, where there is one, as rows; `own` holds them where they are new.
@@ -113,7 +107,7 @@ struct MaskedGradient {
     with_type(dtype_of("masked gradient", "grad_out", grad_out), [&](auto element) {
       using T = decltype(element);
       const std::vector<MaskBranch<T>> branch{{own ? static_cast<T*>(own->data) : nullptr, channels, 0}};
-      mask_rows(launch, grad_out, rows, result ? &*result : nullptr, branch, channels,
+      mask_rows(launch, rows, result ? &*result : nullptr, branch, channels,
                 needs_bias ? static_cast<T*>(bias.data_ptr()) : nullptr, row_count(grad_out));
     });
     if (own) rows = {own->tensor, own->data, channels};

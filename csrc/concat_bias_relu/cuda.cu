@@ -55,7 +55,7 @@ std::tuple<std::vector<Tensor>, Tensor> concat_bias_relu_bwd(const Tensor& grad_
       list.push_back({static_cast<T*>(results[i].data), channels[i], first});
       first += channels[i];
     }
-    mask_rows(launch, grad_out, grad, outs ? &*outs : nullptr, list, total,
+    mask_rows(launch, grad, outs ? &*outs : nullptr, list, total,
               bias ? static_cast<compute_t<T>*>(grad_bias.data_ptr()) : nullptr, row_count(grad_out));
   });
   std::vector<Tensor> grads;

@@ -20,20 +20,13 @@ Tensor conv_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<T
   check_conv(op, x, weight, bias, residual, params);
   const Launch launch(x);
   const Tensor y = library_conv(x, weight, std::nullopt, params);
-  const RowView rows = rows_of(y);
   const int64_t channels = weight.size(0);
   const RowResult out(y, channels, result_format(x));
   std::optional<RowView> addend;
   if (residual) addend = rows_of(*residual);
   if (bias) bias = torch::stable::contiguous(*bias);
-  with_type(dtype_of(op, "x", x), [&](auto element) {
-    using T = decltype(element);
-    const std::vector<FinishBranch<T, T>> branch{
-        {static_cast<const T*>(rows.data), rows.stride, bias ? static_cast<const T*>(bias->data_ptr()) : nullptr,
-         addend ? static_cast<const T*>(addend->data) : nullptr, addend ? addend->stride : 0, static_cast<T*>(out.data),
-         channels, channels}};
-    finish_rows(launch, branch, relu, row_count(y));
-  });
+  finish_convolution(launch, y, bias, addend ? &*addend : nullptr, relu,
+                     {{out.data, channels, static_cast<int>(channels)}});
   return out.finish();
 }
 

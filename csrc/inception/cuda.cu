@@ -18,7 +18,7 @@ Tensor concatenated(const std::vector<Tensor>& tensors) {
 Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
   const char* op = "inception_fwd";
   check_inception(op, x, weights, biases);
-  const DType dtype = dtype_of(op, "x", x);
+  dtype_of(op, "x", x);  // refuses others
   const Launch launch(x);
   const int64_t rows = row_count(x), size = x.element_size();
   const auto channels = [&](int i) { return weights[i].size(0); };
@@ -41,16 +41,8 @@ Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<T
   const auto convolve = [&](const Tensor& from, int i) {
     const GemmSlice to = next(i);
     if (rows == 0) return;
-    const RowView y = rows_of(library_conv(from, weights[i], std::nullopt, same_padding(weights[i].size(2))));
-    const Tensor bias = torch::stable::contiguous(biases[i]);
-    with_type(dtype, [&](auto element) {
-      using T = decltype(element);
-      finish_rows(launch,
-                  std::vector<FinishBranch<T, T>>{{static_cast<const T*>(y.data), y.stride,
-                                                   static_cast<const T*>(bias.data_ptr()), nullptr, 0,
-                                                   static_cast<T*>(to.data), to.pitch, to.columns}},
-                  true, rows);
-    });
+    finish_convolution(launch, library_conv(from, weights[i], std::nullopt, same_padding(weights[i].size(2))),
+                       torch::stable::contiguous(biases[i]), nullptr, true, {to});
   };
   convolve(reduced3, kConv3);
   convolve(reduced5, kConv5);

@@ -61,6 +61,26 @@ struct GemmKernels {
   }
 };
 
+// relu(convolution + bias + residual) of what the library's convolution gave, its channels into the slices in order.
+// bias is contiguous.
+inline void finish_convolution(const Launch& launch, const Tensor& convolution, const std::optional<Tensor>& bias,
+                               const RowView* residual, bool relu, const std::vector<GemmSlice>& slices) {
+  const RowView y = rows_of(convolution);
+  with_type(dtype_of("finish_convolution", "its result", convolution), [&](auto element) {
+    using T = decltype(element);
+    std::vector<FinishBranch<T, T>> branches;
+    int64_t first = 0;
+    for (const GemmSlice& slice : slices) {
+      branches.push_back({static_cast<const T*>(y.data) + first, y.stride,
+                          bias ? static_cast<const T*>(bias->data_ptr()) + first : nullptr,
+                          residual ? static_cast<const T*>(residual->data) + first : nullptr,
+                          residual ? residual->stride : 0, static_cast<T*>(slice.data), slice.pitch, slice.columns});
+      first += slice.columns;
+    }
+    finish_rows(launch, branches, relu, row_count(convolution));
+  });
+}
+
 // relu(x weight^T + bias + residual), its columns into the slices in order. x has (N, C, H, W), `in` its rows; weight
 // is (out, C, 1, 1) and bias (out,), both contiguous and of x's type.
 inline void pointwise(const Launch& launch, const Tensor& x, const RowView& in, const Tensor& weight,
@@ -85,21 +105,8 @@ inline void pointwise(const Launch& launch, const Tensor& x, const RowView& in, 
       return kernels.run(launch, gemm);
     }
   }
-  const void* vector = bias ? bias->data_ptr() : nullptr;
-  const RowView y = rows_of(library_conv(x, weight, std::nullopt, pointwise_params({1, 1})));
-  with_type(dtype, [&](auto element) {
-    using T = decltype(element);
-    std::vector<FinishBranch<T, T>> branches;
-    int64_t first = 0;
-    for (const GemmSlice& slice : slices) {
-      branches.push_back({static_cast<const T*>(y.data) + first, y.stride,
-                          vector ? static_cast<const T*>(vector) + first : nullptr,
-                          residual ? static_cast<const T*>(residual->data) + first : nullptr,
-                          residual ? residual->stride : 0, static_cast<T*>(slice.data), slice.pitch, slice.columns});
-      first += slice.columns;
-    }
-    finish_rows(launch, branches, relu, rows);
-  });
+  finish_convolution(launch, library_conv(x, weight, std::nullopt, pointwise_params({1, 1})), bias, residual, relu,
+                     slices);
 }
 
 }  // namespace fused_cnn

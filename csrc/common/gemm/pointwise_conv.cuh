@@ -58,11 +58,19 @@ __global__ void __launch_bounds__(kSumThreads)
   store_octet<true>(out + at, result, kOctet);
 }
 
-// grad^T x, (out, C): the rows are cut into chunks, as many as fill a large chip, whose products are added up in order.
-inline Tensor weight_gradient(const Launch& launch, const GemmKernels& kernels, DType dtype, const RowView& grad,
-                              const RowView& in, const Tensor& weight, int64_t rows) {
+// grad^T x, (out, C, 1, 1), of grad and x as rows: the rows are cut into chunks, as many as fill a large chip, whose
+// products are added up in order. What tensor cores do not take is the library's.
+inline Tensor weight_gradient(const Launch& launch, const RowView& any_grad, const RowView& any_in,
+                              const Tensor& weight) {
+  const DType dtype = dtype_of("weight_gradient", "weight", weight);
+  const int64_t rows = row_count(any_grad.tensor), outputs = weight.size(0), inputs = weight.size(1);
+  const GemmKernels kernels(weight.get_device_index());
+  if (!kernels || !gemm_takes(dtype, rows, inputs, outputs)) {
+    return std::get<1>(
+        library_conv_backward(any_grad.tensor, any_in.tensor, weight, pointwise_params({1, 1}), false, true));
+  }
+  const RowView grad = on_16_bytes(any_grad), in = on_16_bytes(any_in);
   constexpr int64_t kBlocks = 256, kLeast = 512;
-  const int64_t outputs = weight.size(0), inputs = weight.size(1);
   const int64_t tiles = ceil_div<int64_t>(outputs, 128) * ceil_div<int64_t>(inputs, 128);
   const int64_t size = std::max(kLeast, ceil_div(rows, ceil_div(kBlocks, tiles)) + 63 & ~int64_t{63});
   const int64_t whole = rows / size, rest = rows % size, count = whole + (rest > 0);
@@ -109,15 +117,13 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> pointwise_conv_backward(const 
   check_conv(op, x, weight, std::nullopt, grad_out, pointwise_params(stride));
   if (out) check_like(op, "grad_out", grad_out, "out", *out);
   const Launch launch(x);
-  const DType dtype = dtype_of(op, "grad_out", grad_out);
-  const int64_t channels = weight.size(0), rows = row_count(grad_out);
   const MaskedGradient masked(launch, grad_out, out, needs_bias);
   const RowView& grad = masked.rows;
   const Tensor read = every(x, stride);
   Tensor grad_x = nothing(grad_out), grad_weight = nothing(grad_out);
   if (needs_x) {
     const RowResult at_read(read, x.size(1), MemoryFormat::ChannelsLast);
-    if (channels > 0) {
+    if (weight.size(0) > 0) {
       pointwise(launch, grad.tensor, grad, torch::stable::contiguous(torch::stable::transpose(weight, 0, 1)),
                 std::nullopt, nullptr, false, {{at_read.data, x.size(1), static_cast<int>(x.size(1))}});
     } else {
@@ -133,19 +139,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> pointwise_conv_backward(const 
       torch::stable::copy_(view, at_read.tensor);
     }
   }
-  if (needs_weight) {
-    const RowView in = rows_of(read);
-    if (gemm_takes(dtype, rows, x.size(1), channels)) {
-      if (const GemmKernels kernels(x.get_device_index()); kernels) {
-        grad_weight = weight_gradient(launch, kernels, dtype, on_16_bytes(grad), on_16_bytes(in), weight, rows);
-      }
-    }
-    if (grad_weight.dim() != 4) {
-      grad_weight =
-          std::get<1>(library_conv_backward(grad.tensor, read, weight, pointwise_params({1, 1}), false, true));
-    }
-    grad_weight = dense(grad_weight, result_format(weight));
-  }
+  if (needs_weight) grad_weight = dense(weight_gradient(launch, grad, rows_of(read), weight), result_format(weight));
   return {grad_x, grad_weight, masked.bias, masked.residual(grad_out)};
 }
 
