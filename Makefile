@@ -6,7 +6,7 @@ JOBS ?= auto
 SOURCES = $(shell find csrc -type f) setup.py
 CPP = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo venv test lint format bench compile-check cuda-check triton-check gpu-evidence
+.PHONY: demo venv test lint format bench compile-check cuda-check triton-check install-matrix gpu-evidence
 
 demo: venv
 	$(BIN)/fused-cnn verify
@@ -52,6 +52,9 @@ $(VENV)/triton-$(OLD_TRITON): | venv
 	rm -rf $@.partial
 	$(BIN)/python -m pip install -qq --no-deps --target $@.partial triton==$(OLD_TRITON)
 	mv $@.partial $@
+
+install-matrix: venv
+	$(BIN)/python scripts/install_matrix.py
 
 gpu-evidence: venv
 	for stage in build test bench-ops; do PATH="$(abspath $(BIN)):$$PATH" bash scripts/gpu.sh $$stage out/gpu || exit 1; done

@@ -7,7 +7,6 @@ Reads MAX_JOBS, TORCH_CUDA_ARCH_LIST, FORCE_CUDA (1: required, 0: skipped), CUDA
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import re
@@ -18,6 +17,7 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -25,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 10)
 DEFAULT_ARCHS = "8.0;8.9;9.0a;10.0;12.0+PTX"
-GIB_PER_JOB = 2.0  # the largest translation unit's peak, with room to spare
+GIB_PER_JOB = {"_C": 1.5, "_C_cuda": 4.5}  # the largest translation unit's peak, with room to spare
 CUTLASS = "nvidia-cutlass==4.2.0.0"  # the wheel whose headers the matrix products are made of; its Python dependencies are not needed
 
 # One instruction set per compilation of every csrc/*/cpu_kernels.cpp; chosen at run time (csrc/common/cpu_level.h).
@@ -106,22 +106,14 @@ def gencode(arch_list: str) -> list[str]:
     return flags
 
 
-def source_hash() -> str:
-    """A hash of csrc/, by which a measurement of its kernels is known to be of these."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file()):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def max_jobs() -> int:
+def max_jobs(gib_per_job: float) -> int:
     if "MAX_JOBS" in os.environ:
         return max(1, int(os.environ["MAX_JOBS"]))
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     except (ValueError, OSError):
-        free = GIB_PER_JOB
-    return max(1, min(len(os.sched_getaffinity(0)), int(free / GIB_PER_JOB)))
+        free = gib_per_job
+    return max(1, min(len(os.sched_getaffinity(0)), int(free / gib_per_job)))
 
 
 def run(command: list[str], what: str, remedy: str) -> str:
@@ -151,9 +143,10 @@ class Build(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         torch, torch_version = find_torch()
-        objects_dir = ROOT / "build" / ext.name.rpartition(".")[2]  # kept between builds, which makes later ones quick
+        library = ext.name.rpartition(".")[2]
+        objects_dir = ROOT / "build" / library  # kept between builds, which makes later ones quick
         objects_dir.mkdir(parents=True, exist_ok=True)
-        jobs, link, remedy = self.cuda_jobs() if ext.name.endswith("_C_cuda") else self.cpu_jobs(torch_version)
+        jobs, link, remedy = self.cuda_jobs() if library == "_C_cuda" else self.cpu_jobs(torch_version)
         common = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Icsrc",
                   "-isystem", f"{torch}/include", "-isystem", sysconfig.get_path("include"), "-MMD"]
         objects = []
@@ -170,7 +163,7 @@ class Build(build_ext):
                 target.with_suffix(".log").write_text(log)
                 stamp.write_text(str(line))
 
-        with ThreadPoolExecutor(max_jobs()) as pool:
+        with ThreadPoolExecutor(max_jobs(GIB_PER_JOB[library])) as pool:
             list(pool.map(compile_one, jobs))
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +182,7 @@ class Build(build_ext):
             "COMPILER": version,
             "TORCH": torch_version,
             "CPU_LEVELS": ";".join(CPU_LEVELS),
-            "SOURCES": source_hash(),
+            "SOURCES": run_path(str(ROOT / "fused_cnn" / "_sources.py"))["csrc_hash"](),
             "CUDA": cuda_version(nvcc) if nvcc else "",
             "CUTLASS": (find_cutlass() or ("", ""))[1] if nvcc else "",
             "CUDA_ARCHS": os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS) if nvcc else "",
@@ -221,8 +214,10 @@ class Build(build_ext):
                 "--expt-relaxed-constexpr", "--extended-lambda", "-lineinfo",
                 *(f"-DFUSED_CNN_GEMM_{name.upper()}={int(any(p.stem.startswith(name) and a for p, a in sources.items()))}"
                   for name in ("sm80", "sm90a"))]
+        # CUTLASS's assertions in device code are calls, beside which wgmma instructions run one after the other.
+        products = ["-isystem", str(cutlass[0]), "-DNDEBUG"] if cutlass else []
         jobs = [(str(path.relative_to(ROOT)), "_".join(path.relative_to(ROOT / "csrc").with_suffix("").parts) + ".o",
-                 [*base, *(["-isystem", str(cutlass[0])] if path.parent.name == "gemm" else []), *gencode(archs)])
+                 [*base, *(products if path.parent.name == "gemm" else []), *gencode(archs)])
                 for path, archs in sources.items() if archs]
         jobs.sort(key=lambda job: "gemm" not in job[0])  # the slowest first
         return jobs, [nvcc, *gencode(arch_list)], ("check that nvcc supports every entry of TORCH_CUDA_ARCH_LIST and your host compiler, "

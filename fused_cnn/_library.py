@@ -75,10 +75,11 @@ def op_names() -> list[str]:
 
 
 def load_cuda() -> str:
-    """Load the CUDA library, if it was built; returns why it does not load. Safe without a GPU: symbols bind at a kernel's first call."""
+    """Load the CUDA library, if it was built; returns why it does not load. Safe without a GPU and without a CUDA build of torch: what
+    it needs of these it looks up at a kernel's first call. Every other symbol must be there now, not when a call would end the process."""
     if CUDA_LIBRARY.exists():
         try:
-            ctypes.CDLL(str(CUDA_LIBRARY), mode=os.RTLD_LAZY)
+            ctypes.CDLL(str(CUDA_LIBRARY), mode=os.RTLD_NOW)
         except OSError as error:  # built for another torch or system
             return str(error)
         for name in op_names():

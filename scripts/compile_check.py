@@ -149,7 +149,7 @@ def cuda_kernels(skipped: list[str], broken: list[str]) -> list[Kernel]:
     found = []
     for file in objects:
         text = file.with_suffix(".log").read_text()
-        broken += [f"{file.stem}: {line}" for line in text.splitlines() if "warning" in line]
+        broken += [f"{file.stem}: {line}" for line in text.splitlines() if "warning" in line or "Performance Loss" in line]
         matches = list(PTXAS.finditer(text))
         code = disassembled(tool, file) if tool else {}
         for m, demangled_name in zip(matches, demangled([m["name"] for m in matches]), strict=True):
@@ -164,7 +164,9 @@ def cuda_kernels(skipped: list[str], broken: list[str]) -> list[Kernel]:
                 kernel.matrix = next((name for name in ("wgmma", "mma") if name in has), "")
                 kernel.missing = tuple(name for name in wanted(kernel.name, kernel.arch) if name not in has)
             found.append(kernel)
-    _library.load_cuda()
+    error = _library.load_cuda()
+    if error:
+        broken.append(f"_C_cuda.so does not load: {error}")
     sources = "\n".join(path.read_text() for path in (ROOT / "csrc").rglob("*.cu"))
     for op in re.findall(r'm\.impl\("(\w+)"', sources):
         if not _library.has_kernel(op, "native", "cuda"):

@@ -27,6 +27,7 @@ def tree(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "fused_cnn").mkdir()
     (tmp_path / "fused_cnn" / "__init__.py").write_text("")
+    shutil.copy(ROOT / "fused_cnn" / "_sources.py", tmp_path / "fused_cnn")
     return tmp_path
 
 
@@ -150,6 +151,11 @@ def test_a_cuda_library_that_does_not_load_is_one_line(monkeypatch: pytest.Monke
     broken.write_text("not a library")
     monkeypatch.setattr(_library, "CUDA_LIBRARY", broken)
     assert "invalid ELF header" in _library.load_cuda() or "file too short" in _library.load_cuda()
+
+
+@pytest.mark.skipif(not _library.CUDA_LIBRARY.exists(), reason="no nvcc at build time")
+def test_the_cuda_library_needs_nothing_that_a_cpu_build_of_torch_lacks() -> None:
+    assert _library.load_cuda() == ""
 
 
 IMPORT = """

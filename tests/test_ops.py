@@ -131,6 +131,28 @@ def test_gradcheck_in_float64(op_cases: OpCases) -> None:
 
 
 @each_op
+def test_backward_runs_without_an_autocast_that_its_forward_did_not_have(op_cases: OpCases, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA such an autocast would reach into the kernels' own convolutions."""
+    args, kwargs = op_cases.make(smallest(op_cases), Maker(torch.float32, device=DEVICE))
+    leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+    out = op_cases.op(*args, **kwargs)
+    seen = []
+
+    def watched(kernel: object) -> object:
+        def call(*given: object) -> object:
+            seen.append(torch.is_autocast_enabled(DEVICE))
+            return kernel(*given)  # type: ignore[operator]
+
+        return call
+
+    for key, kernel in list(_library._kernels.items()):
+        monkeypatch.setitem(_library._kernels, key, watched(kernel))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert seen and not any(seen)
+
+
+@each_op
 def test_compiles_without_graph_breaks(op_cases: OpCases) -> None:
     def make() -> tuple[tuple, dict]:
         return op_cases.make(smallest(op_cases), Maker(torch.float32, device=DEVICE))

@@ -4,19 +4,13 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include "common/checks.h"
-
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#include "common/stream.cuh"
 
 namespace fused_cnn {
 
 class Launch {
  public:
-  explicit Launch(const Tensor& on) : guard_(on.get_device_index()) {
-    void* stream = nullptr;
-    FUSED_CNN_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream) == 0,
-                    "no current CUDA stream for device ", on.get_device_index());
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
+  explicit Launch(const Tensor& on) : guard_(on.get_device_index()), stream_(current_stream(on.get_device_index())) {}
 
   cudaStream_t stream() const { return stream_; }
 
@@ -32,13 +26,13 @@ class Launch {
     config.blockDim = dim3(threads);
     config.stream = stream_;
     const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-    if (error != cudaSuccess) cudaGetLastError();  // or PyTorch's next check would report it once more
+    if (error != cudaSuccess) cudaGetLastError();  // or this library's next check would report it once more
     FUSED_CNN_CHECK(error == cudaSuccess, name, ": launch failed: ", cudaGetErrorString(error));
   }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
+  cudaStream_t stream_;
 };
 
 // 16 bytes of T, moved by one load or store instruction.

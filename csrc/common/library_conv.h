@@ -81,7 +81,11 @@ inline Tensor library_conv(const Tensor& x, const Tensor& weight, const std::opt
   std::array<StableIValue, 9> stack{from(x),          from(weight), from(bias),       from(p.stride), from(p.padding),
                                     from(p.dilation), from(false),  from(Ints{0, 0}), from(p.groups)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  Tensor y = torch::stable::detail::to<Tensor>(stack[0]);
+  FUSED_CNN_CHECK(y.scalar_type() == x.scalar_type(), "the library's convolution of ",
+                  torch::headeronly::toString(x.scalar_type()), " gave ", torch::headeronly::toString(y.scalar_type()),
+                  ": autocast must be off around this op");
+  return y;
 }
 
 // (grad_x, grad_weight); one that is not needed is undefined.

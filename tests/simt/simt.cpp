@@ -198,11 +198,6 @@ void __asan_handle_no_return() {}
 void __asan_before_dynamic_init(const char*) {}
 void __asan_after_dynamic_init() {}
 
-int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
-  *stream = nullptr;
-  return 0;
-}
-
 __attribute__((visibility("default"))) void simt_install(bool on) {
   static Allocator allocator;
   static c10::Allocator* const before = c10::GetCPUAllocator();

@@ -5,6 +5,7 @@
 #include <cutlass/device_kernel.h>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 #include <cutlass/half.h>
+#include <cstring>
 #include <type_traits>
 #include "common/gemm/epilogue.cuh"
 
@@ -105,6 +106,14 @@ cudaError_t launch_cutlass(const Gemm& gemm, typename Kernel::StrideA a, typenam
   arguments.epilogue = gemm.epilogue;
   arguments.hw_info.sm_count = multiprocessors;
   const auto parameters = Kernel::to_underlying_arguments(arguments, nullptr);
+  // CUTLASS leaves a descriptor empty that the driver refuses.
+  if constexpr (requires { parameters.mainloop.tma_load_a; }) {
+    constexpr cute::TmaDescriptor empty{};
+    for (const auto* made :
+         {parameters.mainloop.tma_load_a.get_tma_descriptor(), parameters.mainloop.tma_load_b.get_tma_descriptor()}) {
+      if (std::memcmp(made, &empty, sizeof empty) == 0) return cudaErrorInvalidValue;
+    }
+  }
   const auto kernel = cutlass::device_kernel<Kernel>;
   if (Kernel::SharedStorageSize >= 48 << 10) {
     const cudaError_t error =

@@ -1,6 +1,6 @@
 // The end of every product: bias, residual, ReLU and the store, from the accumulators of a warp. Tensor cores leave a
 // row's eight columns in four threads, a pair each. The four exchange pairs of four such octets, so that each holds one
-// octet whole, and reads and writes 16 bytes of a 16-bit type: a row's four threads move 64 bytes.
+// octet whole, and reads and writes 16 bytes of a 16-bit type.
 #pragma once
 #include "common/gemm/gemm.h"
 #include "common/octet.cuh"

@@ -20,8 +20,9 @@ inline Tensor on_16_bytes(const Tensor& t) {
 }
 
 inline RowView on_16_bytes(const RowView& rows) {
-  if (aligned16(rows.data) && rows.stride % 8 == 0) return rows;
   const Tensor& t = rows.tensor;
+  // Rows that overlap, as an expanded tensor's do, are none to TMA.
+  if (aligned16(rows.data) && rows.stride % 8 == 0 && rows.stride >= t.size(1)) return rows;
   Tensor copy = empty_rows(t, t.size(1), t.size(2), t.size(3));
   torch::stable::copy_(copy, t);
   return {copy, copy.data_ptr(), t.size(1)};
@@ -55,7 +56,7 @@ struct GemmKernels {
   void run(const Launch& launch, const Gemm& gemm) const {
     const auto kernel = gemm.dtype == DType::f16 ? f16 : bf16;
     const cudaError_t error = kernel(gemm, multiprocessors, launch.stream());
-    if (error != cudaSuccess) cudaGetLastError();  // or PyTorch's next check would report it once more
+    if (error != cudaSuccess) cudaGetLastError();  // or this library's next check would report it once more
     FUSED_CNN_CHECK(error == cudaSuccess, "product of ", gemm.m, " x ", gemm.k, " and ", gemm.k, " x ", gemm.n,
                     ": launch failed: ", cudaGetErrorString(error));
   }

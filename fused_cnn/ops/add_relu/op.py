@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._backends import resolve
 from ..._checks import check_nchw, check_same
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
 from ...tuning import tunable
+from .._autograd import differentiable_once
 from . import reference
 
 
@@ -42,7 +42,7 @@ class _AddReLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
         (out,) = ctx.saved_tensors
         grad = kernel("add_relu_bwd", ctx.backend)(grad_out, out)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._backends import resolve
 from ..._checks import check_nchw
 from ..._library import kernel
 from ...tuning import tunable
+from .._autograd import differentiable_once
 from .._conv import IntPair, check_conv, pair
 from . import reference
 from .args import BatchNormArgs
@@ -37,7 +37,7 @@ class _BNReLUConv(torch.autograd.Function):
         return F.conv2d(y, weight, bias, *geometry)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         mean, rstd, x, w, b, weight = ctx.saved_tensors
         y = kernel("bn_relu_concat_fwd", ctx.backend)([x], mean, rstd, [w], [b], True)

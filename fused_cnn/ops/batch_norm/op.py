@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._backends import resolve
 from ..._checks import check_branches, check_nchw, check_parameter, check_same, check_vector, vector_dtype
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
 from ...tuning import tunable
+from .._autograd import differentiable_once
 from . import reference
 from .args import BatchNormArgs
 from .statistics import split_channels, statistics
@@ -116,7 +116,7 @@ class _BNReLUConcat(torch.autograd.Function):
         return kernel("bn_relu_concat_fwd", backend)(xs, mean, rstd, w, b, relu)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         n = len(ctx.training)
         mean, rstd, *tensors = ctx.saved_tensors
@@ -146,7 +146,7 @@ class _BNAddReLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         n = len(ctx.training)
         mean, rstd, x, other, *vectors = ctx.saved_tensors

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._backends import resolve
 from ..._checks import check_branches, check_parameter, vector_dtype
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
 from ...tuning import tunable
+from .._autograd import differentiable_once
 from . import reference
 
 
@@ -52,7 +52,7 @@ class _ConcatBiasReLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (out,) = ctx.saved_tensors
         has_bias = ctx.bias_dtype is not None

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._backends import resolve
 from ..._library import define, define_triton, kernel
 from ...tuning import tunable
+from .._autograd import differentiable_once
 from .._conv import IntPair, autocast, check_conv, empty_gradients, empty_result, packable, pair
 from . import reference
 
@@ -99,7 +99,7 @@ class _ConvBiasReLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, out = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._backends import resolve
 from ..._checks import check_nchw, check_same, check_vector
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
 from ...tuning import tunable
+from .._autograd import differentiable_once
 from .._conv import autocast, packable
 from . import reference
 
@@ -77,7 +77,7 @@ class _Inception(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, out, *parameters = ctx.saved_tensors
         weights, biases = parameters[:6], parameters[6:]

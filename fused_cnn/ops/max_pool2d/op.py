@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._backends import resolve
 from ..._checks import check_nchw
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
 from ...tuning import tunable
+from .._autograd import differentiable_once
 from .._conv import IntPair, pair
 from . import reference
 
@@ -58,7 +58,7 @@ class _MaxPool2d(torch.autograd.Function):
         return kernel("max_pool2d_fwd", backend)(x, *window)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         taps = ctx.window[0][0] * ctx.window[0][1]  # Triton keeps an index as one byte

@@ -1,0 +1,63 @@
+"""Hashes of the kernels' sources, by which a measurement is known to be of these kernels or of older ones.
+
+The build reads this file too, so it imports nothing that is not Python's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+CSRC = PACKAGE.parent / "csrc"
+CUDA_FILES = (".cu", ".cuh")
+
+
+def digest(paths: Iterable[Path], root: Path) -> str:
+    """16 hexadecimal digits of the files' names and contents, whatever order they come in."""
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        found.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def files_under(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+
+
+def csrc_hash() -> str:
+    """Of everything that the build compiles."""
+    return digest(files_under(CSRC), CSRC.parent)
+
+
+def kernel_hash(room: str, backend: str, device: str) -> str | None:
+    """Of the files that one room's kernels are made of.
+
+    Args:
+        room: a folder of fused_cnn/ops.
+        backend: "native" or "triton".
+        device: "cpu" or "cuda", whose native kernels have files of their own.
+
+    Returns:
+        The hash; None for native kernels where csrc/ is not at hand (a package without its checkout).
+    """
+    if backend == "triton":
+        return digest([*(PACKAGE / "ops").glob("_triton*.py"), PACKAGE / "ops" / room / "triton.py"], PACKAGE)
+    if not CSRC.is_dir():
+        return None
+    paths = [*files_under(CSRC / "common"), *files_under(CSRC / room)]
+    of_cuda = {p for p in paths if p.suffix in CUDA_FILES}
+    if device == "cpu":
+        return digest(set(paths) - of_cuda, CSRC)
+    headers = {p for p in paths if p.suffix == ".h" and not p.name.startswith("cpu_") and "engine" not in p.parts}
+    return digest(of_cuda | headers, CSRC)
+
+
+def hashes(device: str) -> dict[str, dict[str, str | None]]:
+    """Every room's, by backend, of the kernels that run on a device."""
+    rooms = sorted(p.name for p in (PACKAGE / "ops").iterdir() if (p / "op.py").is_file())
+    found: dict[str, dict[str, str | None]] = {"native": {room: kernel_hash(room, "native", device) for room in rooms}}
+    if device == "cuda":
+        found["triton"] = {r: kernel_hash(r, "triton", device) for r in rooms if (PACKAGE / "ops" / r / "triton.py").is_file()}
+    return found

@@ -1,0 +1,29 @@
+"""What every autograd.Function's backward is wrapped in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a backward in its forward's dtypes, whatever autocast is on around it, and makes a second one raise.
+
+    A forward's tensors have been cast once. Where `loss.backward()` is called under an autocast that the forward was not, that autocast
+    would reach into the kernels, whose convolutions of float32 would come back in 16 bits.
+    """
+
+    @wraps(backward)
+    def in_the_forwards_dtypes(ctx: Any, grad_out: Tensor) -> Any:
+        device = grad_out.device.type
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, grad_out)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, grad_out)
+
+    return once_differentiable(in_the_forwards_dtypes)
