@@ -12,11 +12,16 @@ from typing import Any
 import pytest
 import torch
 
+from fused_cnn.cli import _ceilings
 from fused_cnn.cli._benches import Bench
+from fused_cnn.cli._ceilings import Ceilings
+from fused_cnn.cli.bench import BATCHES as DEFAULT_BATCHES
 from fused_cnn.cli.info import facts_of_run
-from fused_cnn.measure import Interleaved, synchronize
+from fused_cnn.measure import synchronize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16) if DEVICE == "cpu" else (torch.float16, torch.bfloat16)
+BATCHES = DEFAULT_BATCHES[DEVICE]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,26 +30,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def facts() -> dict[str, Any]:
-    return {"backend": "auto", **facts_of_run(DEVICE)}
+def ceilings() -> Ceilings:
+    return _ceilings.measure(DEVICE, DTYPES)
+
+
+@pytest.fixture(scope="session")
+def facts(ceilings: Ceilings) -> dict[str, Any]:
+    return {"backend": "auto", **facts_of_run(DEVICE), "ceilings": ceilings.to_dict()}
 
 
 @pytest.fixture
-def measure(benchmark: Any, facts: dict[str, Any], request: pytest.FixtureRequest) -> Callable[[Bench], None]:
+def measure(benchmark: Any, facts: dict[str, Any], ceilings: Ceilings, request: pytest.FixtureRequest) -> Callable[[Bench], None]:
     def run(bench: Bench) -> None:
-        bench.compiled = bench.compiled and not request.config.getoption("--no-compile")
-        bench.check()
-        variants, least_bytes = bench.make(bench.compiled)
-        interleaved = Interleaved(variants, bench.device)
-        row = bench.row(interleaved.run(request.config.getoption("--seconds")), least_bytes)
-        fused = variants["fused"]
+        bench.compiled = not request.config.getoption("--no-compile")
+        work, interleaved = bench.prepare()
+        row = bench.row(interleaved.run(request.config.getoption("--seconds")), work, ceilings)
+        fused = work.variants["fused"]
 
         def synchronized() -> None:
             fused()
             synchronize(bench.device)
 
         benchmark.group = bench.labels.get("op") or bench.labels["model"]
-        benchmark.extra_info.update(row=row, facts=facts, bytes=least_bytes, gb_per_s=row["gb_per_s"]["fused"])
+        benchmark.extra_info.update(row=row, facts=facts, gb_per_s=row["gb_per_s"]["fused"], share_of_limit=row["share_of_limit"]["fused"])
         benchmark.pedantic(synchronized, rounds=5, iterations=interleaved.calls["fused"])
 
     return run

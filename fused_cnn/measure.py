@@ -2,8 +2,8 @@
 drift hits all alike.
 
 A round takes one sample of every variant, in an order that rotates. A sample is as many calls as fill
-MIN_SAMPLE seconds, with one device synchronisation at its end; a synchronisation per call would add tens of
-microseconds to each. On a GPU the sample is timed by events on the device.
+MIN_SAMPLE seconds. On a GPU it is timed by events on the device, with one synchronisation at the round's end;
+one per call would add tens of microseconds to each.
 """
 
 from __future__ import annotations
@@ -60,17 +60,21 @@ class Interleaved:
 
     def _calls(self, work: Work) -> int:
         self._sample(work, 2)
-        return max(1, round(MIN_SAMPLE / max(self._sample(work, 1), 1e-9)))
+        sample = self._sample(work, 1)
+        synchronize(self.device)
+        return max(1, round(MIN_SAMPLE / max(sample(), 1e-9)))
 
-    def _sample(self, work: Work, calls: int) -> float:
+    def _sample(self, work: Work, calls: int) -> Callable[[], float]:
+        """Run the work so often; what it returns gives the seconds per call once the device has been waited for."""
         if self.device.type == "cuda":
             return self._sample_events(work, calls)
         start = time.perf_counter()
         for _ in range(calls):
             work()
-        return (time.perf_counter() - start) / calls
+        seconds = (time.perf_counter() - start) / calls
+        return lambda: seconds
 
-    def _sample_events(self, work: Work, calls: int) -> float:
+    def _sample_events(self, work: Work, calls: int) -> Callable[[], float]:
         with torch.cuda.device(self.device):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             if self.flush is not None:
@@ -79,15 +83,16 @@ class Interleaved:
             for _ in range(calls):
                 work()
             end.record()
-            end.synchronize()
-            return start.elapsed_time(end) * 1e-3 / calls
+        return lambda: start.elapsed_time(end) * 1e-3 / calls
 
     def round(self) -> None:
         """Take one sample of every variant."""
         names = list(self.variants)
-        for i in range(len(names)):
-            name = names[(i + self.turn) % len(names)]
-            self.seconds[name].append(self._sample(self.variants[name], self.calls[name]))
+        order = [names[(i + self.turn) % len(names)] for i in range(len(names))]
+        samples = {name: self._sample(self.variants[name], self.calls[name]) for name in order}
+        synchronize(self.device)
+        for name, sample in samples.items():
+            self.seconds[name].append(sample())
         self.turn += 1
 
     def run(self, seconds: float, at_least: int = 5) -> dict[str, Timing]:

@@ -1,73 +1,112 @@
 #!/usr/bin/env bash
-# Evidence from a machine without network, one stage at a time:
-#   scripts/gpu.sh STAGE OUTDIR [--wheels DIR] [-- ARGUMENTS]
-# STAGE is build (compile everything, table every kernel's registers), test (the test suite), or bench-ops (time every op).
-# Writes OUTDIR/STAGE.log and one compact OUTDIR/STAGE.json. Missing packages, nvidia-cutlass among them, come from DIR; ARGUMENTS go to the
-# stage's command (pytest, or fused-cnn bench). On a machine without a GPU the same stages run on the CPU.
+# Evidence from a machine without network, one stage at a time, each within ten minutes:
+#   scripts/gpu.sh STAGE OUTDIR [--wheels DIR] [--dry] [-- ARGUMENTS]
+# STAGE: build         compile everything, table every kernel's registers
+#        test          the whole test suite; notes which kernels ran
+#        sanitize      compute-sanitizer's four tools over the ops' small cases
+#        tune          measure backends and tiles for GoogLeNet and ResNet-50
+#        bench-ops, bench-models, bench-train    time ops, inference, training steps
+#        all           all of these, one after the other, whatever fails
+# Writes OUTDIR/STAGE.log and one compact OUTDIR/STAGE.json, with what failed by name. Missing packages, nvidia-cutlass among them, come from DIR;
+# ARGUMENTS go to the stage's command (pytest, or fused-cnn). Without a GPU the same stages run on the CPU; --dry runs each on a small piece.
 set -euo pipefail
 
-usage() { sed -n '3,3s/^# *//p' "$0" >&2; exit 2; }
+usage() { sed -n '3,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+stages=(build test sanitize tune bench-ops bench-models bench-train)
 (($# >= 2)) || usage
 stage=$1 outdir=$2
 shift 2
-wheels=
+wheels='' dry='' options=()
 while (($#)); do
   case $1 in
-    --wheels) wheels=${2:?--wheels needs a folder}; shift 2 ;;
+    --wheels) wheels=$(cd "${2:?--wheels needs a folder}" && pwd); options+=(--wheels "$wheels"); shift 2 ;;
+    --dry) dry=1; options+=(--dry); shift ;;
     --) shift; break ;;
     *) usage ;;
   esac
 done
-[[ $stage == build || $stage == test || $stage == bench-ops ]] || usage
-
 mkdir -p "$outdir"
 outdir=$(cd "$outdir" && pwd)
-[[ -z $wheels ]] || wheels=$(cd "$wheels" && pwd)
 cd "$(dirname "$0")/.."
-export PYTHONPATH=$PWD
-if [[ -z ${TORCH_CUDA_ARCH_LIST:-} ]] && command -v nvidia-smi >/dev/null; then # for the GPU at hand alone: a stage has ten minutes
-  TORCH_CUDA_ARCH_LIST=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | sed 's/^9\.0$/9.0a/' | paste -sd ';')
-  export TORCH_CUDA_ARCH_LIST
+if [[ $stage == all ]]; then
+  worst=0
+  for each in "${stages[@]}"; do
+    bash scripts/gpu.sh "$each" "$outdir" "${options[@]}" || worst=$?
+  done
+  exit "$worst"
 fi
-log=$outdir/$stage.log
-part=$(mktemp -d)
+[[ " ${stages[*]} " == *" $stage "* ]] || usage
+
+export PYTHONPATH=$PWD
+gpu=$(command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | sed 's/^9\.0$/9.0a/' | paste -sd ';' || true)
+if [[ -n $gpu && -z ${TORCH_CUDA_ARCH_LIST:-} ]]; then # for the GPU at hand alone
+  export TORCH_CUDA_ARCH_LIST=$gpu
+fi
+log=$outdir/$stage.log part=$(mktemp -d)
 trap 'rm -rf "$part"' EXIT
+if [[ -n $dry ]]; then export FUSED_CNN_CACHE_DIR=$part/cache; fi # what a dry run measures decides nothing
+start=$SECONDS
+
+within() { timeout --signal=INT --kill-after=15 $((585 - SECONDS + start)) "$@"; } # a stage has ten minutes
+fused_cnn() { within python3 -m fused_cnn.cli "$@"; }
+bench() {
+  local small=(--minutes 8)
+  [[ -z $dry ]] || small=(--seconds 0 --batch 2 --size 64 --model resnet18 --dtype float32)
+  fused_cnn bench "$@" "${small[@]}" --out "$part/result.json"
+}
+
+sanitize() { # a line for each tool and backend: what it was, its exit code, its summary
+  local tool backend code failed=0
+  for backend in native triton; do
+    [[ $backend == native || -n $gpu ]] || continue # Triton's interpreter launches no kernel to look at
+    for tool in memcheck racecheck initcheck synccheck; do
+      local run=(python3 scripts/small_cases.py --backend "$backend")
+      if [[ -n $gpu ]]; then run=(compute-sanitizer --tool "$tool" --error-exitcode 9 "${run[@]}"); fi
+      code=0
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 within "${run[@]}" "$@" >"$part/out" 2>&1 || code=$?
+      cat "$part/out"
+      printf '%s %s\t%s\t%s\n' "$tool" "$backend" "$code" "$(grep -E 'ERROR SUMMARY|small_cases:' "$part/out" | tail -n 1)" >>"$part/sanitize"
+      ((code == 0)) || failed=1
+      [[ -n $gpu ]] || break # the same calls again would show nothing new
+    done
+  done
+  return "$failed"
+}
+
+tune() {
+  local model train
+  for model in $([[ -n $dry ]] && echo resnet18 || echo googlenet resnet50); do
+    for train in '' --train; do
+      [[ -z $dry || -z $train ]] || continue
+      local size=(--batch 32 --dtype bfloat16)
+      [[ -z $dry ]] || size=(--batch 1 --size 64)
+      fused_cnn tune "$model" $train "${size[@]}" --out "$part/tune-$model$train.json" "$@"
+    done
+  done
+}
 
 run_stage() {
   if [[ -n $wheels ]]; then
     python3 -m pip install --quiet --no-index --no-deps --find-links "$wheels" "$wheels"/*.whl
   fi
-  python3 setup.py --quiet build_ext --inplace
+  within python3 setup.py --quiet build_ext --inplace
   case $stage in
-    build) python3 scripts/compile_check.py --json "$part/result.json" ;;
-    test) python3 -m pytest -q -n auto --junit-xml "$part/junit.xml" "$@" ;;
-    bench-ops) python3 -m fused_cnn.cli bench ops --seconds 0.3 --out "$part/result.json" "$@" ;;
+    build) within python3 scripts/compile_check.py --json "$part/result.json" ${dry:+--only cuda} "$@" ;;
+    test) within python3 -m pytest -q -n auto --junit-xml "$part/junit.xml" --ran "$part/result.json" \
+      ${dry:+tests/test_ops.py -k "test_forward and add_relu-native-resnet50"} "$@" ;;
+    sanitize) sanitize "$@" ;;
+    tune) tune "$@" ;;
+    bench-ops) bench ops --seconds 0.2 ${dry:+--op add_relu} "$@" ;;
+    bench-models) bench inference --seconds 3 ${gpu:+--compile} "$@" ;;
+    bench-train) bench training --seconds 5 ${gpu:+--compile} "$@" ;;
   esac
 }
 
-start=$SECONDS
 set +e # `|| rc=$?` would switch -e off inside the stage as well
 (set -e; run_stage "$@") >"$log" 2>&1
 rc=$?
 set -e
 python3 -m fused_cnn.cli info --json >"$part/info.json" 2>>"$log" || true
-python3 - "$part" "$outdir/$stage.json" "$stage" "$rc" $((SECONDS - start)) <<'EOF'
-import json, pathlib, sys
-import xml.etree.ElementTree as xml
-
-part, target, stage, rc, seconds = pathlib.Path(sys.argv[1]), *sys.argv[2:]
-found = {"stage": stage, "exit_code": int(rc), "seconds": int(seconds)}
-for name in ("info", "result"):
-    file = part / f"{name}.json"
-    if file.exists() and file.stat().st_size:
-        found[name] = json.loads(file.read_text())
-if (part / "junit.xml").exists():
-    suite = xml.parse(part / "junit.xml").getroot()[0]
-    found["result"] = {k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")}
-    failed = [c for c in suite if c.find("failure") is not None or c.find("error") is not None]
-    found["result"]["failed"] = [f"{c.get('classname')}::{c.get('name')}" for c in failed][:200]
-pathlib.Path(target).write_text(json.dumps(found, separators=(",", ":")) + "\n")
-EOF
+python3 scripts/stage_result.py "$part" "$outdir/$stage.json" "$stage" "$rc" $((SECONDS - start))
 tail -n 3 "$log"
-echo "gpu.sh: $stage exit code $rc, $outdir/$stage.json"
 exit "$rc"

@@ -61,7 +61,8 @@ def main() -> int:
                 if not wrong:
                     facts = json.loads(info.stdout)
                     build, native = facts["build"], {b["device"]: b for b in facts["backends"] if b["backend"] == "native"}
-                    built = f"{build['cuda']} for {build['cuda_archs']}, CUTLASS {build['cutlass']}" if cuda else "none"
+                    products = f"CUTLASS {build['cutlass']}" if headers else "no CUTLASS"
+                    built = f"{build['cuda']} for {build['cuda_archs']}, {products}" if cuda else "none"
                     expected = {
                         "the CPU backend is on": native["cpu"]["on"],
                         "the CUDA library is there or not, as asked": build["cuda_library"].endswith(".so") == cuda,

@@ -1,8 +1,10 @@
 """Shared set-up: Triton's interpreter where there is no GPU, torchvision beside a CPU build of torch, NaN-filled memory."""
 
 import importlib.util
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +31,37 @@ def _define_torchvision_ops() -> None:
 
 
 _define_torchvision_ops()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ran", type=Path, help="save here which op, backend and dtype the tests ran, and whether they passed (scripts/gpu.sh)")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests that compare an op's backend with float64 say so in their report, which reaches the process that writes the file."""
+    params = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
+    if params and {"op_cases", "backend", "dtype"} <= params.keys():
+        item.user_properties.append(("ran", (params["op_cases"].name, params["backend"], str(params["dtype"]).removeprefix("torch."))))
+
+
+_ran: dict[tuple[str, str, str], bool] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    for name, value in report.user_properties:
+        if name == "ran" and not report.skipped and (report.when == "call" or report.failed):
+            key = tuple(value)
+            _ran[key] = _ran.get(key, True) and report.passed  # type: ignore[index, arg-type]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--ran")
+    if path is None or hasattr(session.config, "workerinput"):
+        return
+    from fused_cnn.cli.info import facts_of_run
+
+    ran = [{"op": op, "backend": backend, "dtype": dtype, "passed": passed} for (op, backend, dtype), passed in sorted(_ran.items())]
+    path.write_text(json.dumps({"kind": "tests", **facts_of_run(DEVICE), "ran": ran}))
 
 
 def backends() -> list[str]:

@@ -7,6 +7,7 @@ makes the exit code 1.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,75 +16,88 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from .. import _backends
+from . import _ceilings
 from ._benches import Bench, model_benches, op_benches
+from ._ceilings import Ceilings
 from ._common import DISAGREE, CommandError, Json, backend_of, dtype_of, emit, out, progress, write_json
 from .info import facts_of_run
 
 MODELS = ("googlenet", "resnet50")
 DTYPES = ("float32", "bfloat16")
-BATCHES = (1, 8)
+BATCHES = {"cpu": (1, 8), "cuda": (1, 32, 256)}
+PASSES = {"ops": (), "inference": ("inference",), "training": ("training step",), "models": ("inference", "training step")}
+PASSES["all"] = PASSES["models"]
 
 
 def bench(
-    what: Annotated[str, typer.Argument(help="ops, models or all.")] = "all",
+    what: Annotated[str, typer.Argument(help="ops, models (or of these inference or training alone), or all.")] = "all",
     op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given again.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="A torchvision network; may be given again.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="May be given again.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="May be given again.")] = None,
     size: Annotated[int, typer.Option(min=32, help="Height and width of a network's images.")] = 224,
     backend: Annotated[str, typer.Option(help="auto, reference, native or triton.")] = "auto",
-    compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile too: minutes of compilation.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile, default and max-autotune: takes minutes.")] = False,
     seconds: Annotated[float, typer.Option(min=0, help="How long to time each row.")] = 1.0,
+    minutes: Annotated[float, typer.Option(min=0, help="Start no row after so long; those left out are counted.")] = float("inf"),
     file: Annotated[Path, typer.Option("--out", help="Where to save the JSON.")] = Path("out/bench.json"),
     json: Json = False,
 ) -> None:
-    """Time ops and networks against eager PyTorch; save JSON that `fused-cnn report` turns into tables."""
-    if what not in ("ops", "models", "all"):
-        raise CommandError(f"bench takes ops, models or all, got {what!r}")
+    """Time ops and networks against eager PyTorch and its peers; save JSON that `fused-cnn report` turns into tables."""
+    if what not in PASSES:
+        raise CommandError(f"bench takes {', '.join(PASSES)}, got {what!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = backend_of(backend)
     dtypes = [dtype_of(name) for name in dtype or DTYPES]
-    batches = batch or BATCHES
+    batches = batch or BATCHES[device]
     benches: list[Bench] = []
-    if what != "models":
-        ops = op_benches(dtypes, device=device, batch=min(batches), backend=chosen, compiled=compiled, only=op or ())
-        benches += ops
-    if what != "ops" and not op:
-        names = model or MODELS
-        benches += model_benches(names, dtypes, batches, device=device, backend=chosen, compiled=compiled, size=size)
+    if what in ("ops", "all"):
+        benches += op_benches(dtypes, batches, device=device, backend=chosen, compiled=compiled, only=op or ())
+    if PASSES[what] and not op:
+        options: dict[str, Any] = {"device": device, "passes": PASSES[what], "backend": chosen, "compiled": compiled, "size": size}
+        benches += model_benches(model or MODELS, dtypes, batches, **options)
     if not benches:
         raise CommandError(f"--op {', '.join(op or ())}: no such op; see fused_cnn.ops")
-    result: dict[str, Any] = {"kind": "bench", "backend": backend, **facts_of_run(device), "rows": []}
+    end = time.monotonic() + 60 * minutes
+    result: dict[str, Any] = {"kind": "bench", "backend": backend, **facts_of_run(device)}
     with progress("bench") as say:
+        say("the device's ceilings: a copy, a matrix product")
+        ceilings = _ceilings.measure(device, dtypes)
+        result |= {"ceilings": ceilings.to_dict(), "rows": [], "left_out": len(benches)}
         for i, entry in enumerate(benches, 1):
+            if time.monotonic() > end:
+                break
             say(f"{i} of {len(benches)}: {entry.name}")
-            result["rows"].append(_measured(entry, seconds))
+            result["rows"].append(_measured(entry, seconds, ceilings))
+            result["left_out"] = len(benches) - i
             write_json(file, result)  # an interrupted run keeps what it measured
     failed = [row for row in result["rows"] if "error" in row]
     if json:
         emit(result)
     else:
         _show(result["rows"], file)
+        if result["left_out"]:
+            out().print(f"{result['left_out']} of {len(benches)} rows were left out: {minutes:g} minutes were over")
     if failed:
         raise typer.Exit(DISAGREE)
 
 
-def _measured(entry: Bench, seconds: float) -> dict[str, Any]:
+def _measured(entry: Bench, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
     try:
-        return entry.run(seconds)
-    except (AssertionError, _backends.BackendUnavailable) as error:
-        return {"kind": entry.kind, **entry.labels, "error": " ".join(str(error).split())}
+        return entry.run(seconds, ceilings)
+    except (AssertionError, RuntimeError) as error:  # BackendUnavailable, out of memory, a peer that fails: the other rows still count
+        return {"kind": entry.kind, **entry.labels, "error": " ".join(str(error).split())[:500]}
 
 
 def _show(rows: list[dict[str, Any]], file: Path) -> None:
-    table = Table("what", "eager", "fused", "fused is", "GB/s", box=SIMPLE, title="Medians of interleaved rounds")
+    table = Table("what", "eager", "fused", "fused is", "GB/s", "of the limit", box=SIMPLE, title="Medians of interleaved rounds")
     for row in rows:
         name = ", ".join(str(row[k]) for k in ("op", "model", "case", "batch", "dtype", "pass") if k in row)
         if "error" in row:
-            table.add_row(name, "", "", f"[red]wrong: {row['error']}[/]", "")
+            table.add_row(name, "", "", f"[red]wrong: {row['error']}[/]", "", "")
             continue
         eager, fused = (f"{row['times'][v]['median'] * 1e3:.3f} ms" for v in ("eager", "fused"))
-        table.add_row(name, eager, fused, f"{row['ratios']['fused']:.2f}x", f"{row['gb_per_s']['fused']:.1f}")
+        ratio, speed, share = (row[k]["fused"] for k in ("ratios", "gb_per_s", "share_of_limit"))
+        table.add_row(name, eager, fused, f"{ratio:.2f}x", f"{speed:.1f}", f"{share:.0%}")
     out().print(table)
     out().print(f"saved: {file}", highlight=False, soft_wrap=True)

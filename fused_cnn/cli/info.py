@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from .. import _backends, _library, _tables
+from .. import _backends, _library, _sources, _tables
 from ._common import Json, commit, emit, out
 
-PACKAGES = ("fused_cnn", "torch", "torchvision", "timm", "triton", "numpy", "scikit-image", "matplotlib")
+PACKAGES = ("fused_cnn", "torch", "torchvision", "timm", "triton", "numpy", "scikit-image", "matplotlib", "onnxruntime", "openvino")
 
 
 def info(json: Json = False) -> None:
@@ -53,11 +54,37 @@ def collect() -> dict[str, Any]:
 
 def facts_of_run(device: str) -> dict[str, Any]:
     """Where and with what a measurement was taken; every saved result carries it."""
-    name = devices()["cuda:0" if device == "cuda" else "cpu"]
-    kept = ("python", "fused_cnn", "torch", "triton")
-    versions_then = {k: v for k, v in versions().items() if k in kept}
-    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"device": device, "device_name": name, "versions": versions_then, "commit": commit(), "date": when}
+    kept = ("python", "fused_cnn", "torch", "triton", "onnxruntime", "openvino")
+    return {
+        "device": device,
+        "device_name": devices()["cuda:0" if device == "cuda" else "cpu"],
+        "arch": architecture(device),
+        "driver": _tables.driver(torch.device(device)),
+        "clocks": clocks(device),
+        "versions": {k: v for k, v in versions().items() if k in kept},
+        "commit": commit(),
+        "sources": _sources.hashes(device),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def architecture(device: str) -> str:
+    """sm_90 and the like of a GPU; the instruction set that the kernels use on a CPU."""
+    if device == "cuda":
+        return "sm_{}{}".format(*torch.cuda.get_device_capability())
+    return "none" if _library.cpu_module is None else str(_library.cpu_module.build_info["cpu_level"])
+
+
+def clocks(device: str) -> str:
+    """The clocks at this moment, as the driver or Linux states them; empty where neither does."""
+    if device == "cuda":
+        what = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+        asked = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader", "--id=0"]
+        try:
+            return subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return ""
+    return f"{cpuinfo('cpu MHz')} MHz" if cpuinfo("cpu MHz") else ""
 
 
 def build_facts() -> dict[str, Any]:
@@ -81,12 +108,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def cpuinfo(field: str) -> str:
+    """The first processor's, as Linux states it; empty where it does not."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+
+
 def cpu_name() -> str:
-    """The CPU's model name as Linux states it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def devices() -> dict[str, str]:

@@ -1,129 +1,105 @@
-"""`fused-cnn report FILE...`: turns saved results (verify, bench, pytest-benchmark) into Markdown tables and
+"""`fused-cnn report [FILE | FOLDER]...`: turns saved results (verify, bench, pytest-benchmark, scripts/gpu.sh) into Markdown tables and
 PNG plots.
 
-`--update README.md` rewrites the text between `<!-- table:NAME -->` and `<!-- /table -->`. Tables are named
-ops, models, and verify, with `-cuda` added where a GPU made them.
+`--update README.md` rewrites the text between `<!-- table:NAME -->` and `<!-- /table -->`. Tables are named verify, models, memory and ops,
+with `-cuda` added where a GPU made them, and `ran`: which kernels have run on which GPU. Of two results for one table the later one counts.
 """
 
 from __future__ import annotations
 
 import json as json_module
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from . import _ran, _result_tables
 from ._common import CommandError, Json, emit, out
+from ._result_tables import markdown, source
 
+RESULTS = Path("benchmarks/results")
+KINDS = ("bench", "verify", "tests")
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-Row = list[str]
 
 
 def report(
-    files: Annotated[list[Path], typer.Argument(help="JSON files that verify, bench or pytest-benchmark saved.")],
-    update: Annotated[Path | None, typer.Option(help="Rewrite the marked tables of this Markdown file.")] = None,
+    places: Annotated[list[Path] | None, typer.Argument(help="JSON files or folders of them; benchmarks/results without any.")] = None,
+    update: Annotated[list[Path] | None, typer.Option(help="Rewrite the marked tables of this Markdown file; may be given again.")] = None,
     folder: Annotated[Path | None, typer.Option("--out", help="Folder for PNG plots; none without it.")] = None,
     json: Json = False,
 ) -> None:
     """Make Markdown tables, and with --out plots, from saved results."""
-    results = [load(file) for file in files]
-    tables: dict[str, str] = {}
-    for result in results:
-        tables |= tables_of(result)
-    plots = [str(path) for result in results for path in _plots(result, folder)] if folder else []
-    updated = rewrite(update, tables) if update else []
+    results = load_all(places or [RESULTS])
+    tables = tables_of(results)
+    plots = [str(path) for result in newest(results) for path in _plots(result, folder)] if folder else []
+    updated = {str(file): rewrite(file, tables) for file in update or ()}
     if json:
         emit({"tables": tables, "plots": plots, "updated": updated})
         return
-    for name, text in tables.items():
-        if not update:
-            out().print(f"## {name}\n\n{text}", highlight=False, markup=False, soft_wrap=True)
+    for name, text in tables.items() if not update else ():
+        out().print(f"## {name}\n\n{text}", highlight=False, markup=False, soft_wrap=True)
     for path in plots:
         out().print(f"plot: {path}", highlight=False, soft_wrap=True)
-    if update:
-        out().print(f"{update}: {', '.join(updated)}", highlight=False, soft_wrap=True)
+    for file, names in updated.items():
+        out().print(f"{file}: {', '.join(names)}", highlight=False, soft_wrap=True)
 
 
-def load(file: Path) -> dict[str, Any]:
-    """A saved result in the form of `bench` or `verify`; pytest-benchmark's file becomes one."""
+def load_all(places: Iterable[Path]) -> list[dict[str, Any]]:
+    """Every result in files and folders; a stage of scripts/gpu.sh without one (a build, the sanitizer) is passed over."""
+    files = [f for place in places for f in (sorted(place.rglob("*.json")) if place.is_dir() else [place])]
+    if not files:
+        raise CommandError(f"no results in {', '.join(map(str, places))}: `fused-cnn bench` and `fused-cnn verify` make some")
+    return [result for file in files for result in [load(file)] if result is not None]
+
+
+def load(file: Path) -> dict[str, Any] | None:
+    """A saved result in the form of `bench` or `verify`; pytest-benchmark's file becomes one, a stage's result is taken out of it."""
     try:
         document = json_module.loads(file.read_text())
+        if "stage" in document:
+            document = document.get("result") or {}
+            return document if document.get("kind") in KINDS else None
         if "benchmarks" in document:
             rows = [b["extra_info"]["row"] for b in document["benchmarks"] if "row" in b["extra_info"]]
             return {"kind": "bench", **document["benchmarks"][0]["extra_info"]["facts"], "rows": rows}
-        if document["kind"] not in ("bench", "verify"):
+        if document["kind"] not in KINDS:
             raise KeyError(document["kind"])
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise CommandError(f"{file} is not a result of verify, bench or pytest-benchmark: {error!r}") from error
-    return document
-
-
-def tables_of(result: dict[str, Any]) -> dict[str, str]:
-    """Every table that a result has, by name."""
-    suffix = "-cuda" if result["device"] == "cuda" else ""
-    if result["kind"] == "verify":
-        return {f"verify{suffix}": markdown(*_verify(result)) + _source(result)}
-    found = {}
-    for kind, subject in (("op", "op"), ("model", "model")):
-        rows = [row for row in result["rows"] if row["kind"] == kind]
-        if rows:
-            found[f"{kind}s{suffix}"] = markdown(*_bench(rows, subject)) + _source(result)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise CommandError(f"{file} is not a result of verify, bench, pytest-benchmark or scripts/gpu.sh: {error!r}") from error
+    found: dict[str, Any] = document
     return found
 
 
-def markdown(headings: Row, rows: list[Row]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def newest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The latest result of each kind of rows for each kind of device, each with that kind of rows alone."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for result in sorted(results, key=lambda r: r["date"]):
+        if result["kind"] == "verify":
+            found["verify", result["device"]] = result
+        for kind in ("op", "model"):
+            rows = [row for row in result.get("rows", ()) if row["kind"] == kind]
+            if rows:
+                found[kind, result["device"]] = {**result, "kind": kind, "rows": rows}
+    return list(found.values())
 
 
-def _source(result: dict[str, Any]) -> str:
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v != "not installed")
-    return f"\n{result['device_name']}; {versions}; commit {result['commit'] or 'unknown'}; {result['date'][:10]}.\n"
-
-
-def _bench(rows: list[dict[str, Any]], subject: str) -> tuple[Row, list[Row]]:
-    compiled = any("compile" in row.get("times", {}) for row in rows)
-    case = ["case"] if subject == "op" else []
-    headings = [subject, *case, "pass", "dtype", "batch", "eager ms", *(["compile ms"] if compiled else []), "fused ms"]
-    headings += ["fused / eager", *(["fused / compile"] if compiled else []), "GB/s"]
-    return headings, [_bench_row(row, [subject, *case, "pass", "dtype", "batch"], compiled) for row in rows]
-
-
-def _bench_row(row: dict[str, Any], labels: Row, compiled: bool) -> Row:
-    cells = [str(row[label]) for label in labels]
-    if "error" in row:
-        return [*cells, f"wrong: {row['error']}", *[""] * (5 if compiled else 3)]
-    times = {name: t["median"] * 1e3 for name, t in row["times"].items()}
-    variants = ("eager", "compile", "fused") if compiled else ("eager", "fused")
-    cells += [f"{times[v]:.3g}" if v in times else "" for v in variants]
-    cells.append(f"{row['ratios']['fused']:.2f}x")
-    if compiled:
-        cells.append(f"{times['compile'] / times['fused']:.2f}x" if "compile" in times else "")
-    return [*cells, f"{row['gb_per_s']['fused']:.1f}"]
-
-
-def _verify(result: dict[str, Any]) -> tuple[Row, list[Row]]:
-    headings = ["model", "blocks fused", "eager ms", "fused ms", "fused / eager", "launches", "traffic MB (minimum)"]
-    headings += ["scores - float64: fused (eager)", "numbers agree"]
-    rows = []
-    for name, found in result["models"].items():
-        time, traffic, scores = found["time"]["eval"], found["traffic"]["eval"], found["scores"]
-        eager, fused = (traffic[v] for v in ("eager", "fused"))
-        megabytes = [f"{v['bytes'] / 1e6:.0f}" for v in (eager, fused, traffic["minimum"])]
-        rows.append(
-            [
-                name,
-                f"{len(found['fused'])} of {len(found['fused']) + len(found['skipped'])}",
-                *(f"{time[v]['median'] * 1e3:.1f}" for v in ("eager", "fused")),
-                f"{time['ratio']:.2f}x",
-                f"{eager['launches']} -> {fused['launches']}",
-                f"{megabytes[0]} -> {megabytes[1]} ({megabytes[2]})",
-                f"{scores['error']:.1e} ({scores['eager_error']:.1e})",
-                "yes" if found["ok"] else "**no**",
-            ]
-        )
-    return headings, rows
+def tables_of(results: list[dict[str, Any]]) -> dict[str, str]:
+    """Every table that results have, by name."""
+    found = {}
+    for result in newest(results):
+        suffix = "-cuda" if result["device"] == "cuda" else ""
+        if result["kind"] == "verify":
+            found[f"verify{suffix}"] = markdown(*_result_tables.verify(result)) + source(result)
+            continue
+        rows = result["rows"]
+        text = markdown(*_result_tables.bench(rows, result["kind"])) + _result_tables.losses(rows) + source(result)
+        found[f"{result['kind']}s{suffix}"] = text
+        if result["kind"] == "model":
+            found[f"memory{suffix}"] = markdown(*_result_tables.memory(rows)) + source(result)
+    found["ran"] = markdown(*_ran.table(results))
+    return found
 
 
 def _plots(result: dict[str, Any], folder: Path) -> list[Path]:
@@ -132,22 +108,25 @@ def _plots(result: dict[str, Any], folder: Path) -> list[Path]:
     suffix = "-cuda" if result["device"] == "cuda" else ""
     if result["kind"] == "verify":
         return [_picture.stages(result, folder / f"verify{suffix}.png")]
-    made = []
-    for kind in ("op", "model"):
-        rows = [row for row in result["rows"] if row["kind"] == kind and "error" not in row]
-        keys = (kind, "case", "pass", "dtype", "batch")
-        bars = [{"label": " ".join(str(row[k]) for k in keys if k in row), "ratios": row["ratios"]} for row in rows]
-        if bars:
-            made.append(_picture.speedups(bars, result["device_name"], folder / f"{kind}s{suffix}.png"))
-    return made
+    if result["kind"] == "op":
+        return [_picture.roofline(result, folder / f"roofline{suffix}.png")]
+    return [
+        _picture.images_per_second(result, folder / f"images{suffix}.png"),
+        _picture.memory(result, folder / f"memory{suffix}.png"),
+        _picture.traffic(result, folder / f"traffic{suffix}.png"),
+    ]
+
+
+def rewritten(text: str, tables: dict[str, str]) -> tuple[str, list[str]]:
+    """The text with tables between their markers, and the names of those that were."""
+    names = {m["name"] for m in MARKED.finditer(text)} & tables.keys()
+    return MARKED.sub(lambda m: m[1] + tables[m["name"]] + m[3] if m["name"] in tables else m[0], text), sorted(names)
 
 
 def rewrite(file: Path, tables: dict[str, str]) -> list[str]:
-    """Put tables between their markers; returns the names of those that were."""
-    text = file.read_text()
-    marked = {m["name"] for m in MARKED.finditer(text)}
-    if not marked & tables.keys():
+    """Put tables between their markers in a file; returns the names of those that were."""
+    new, names = rewritten(file.read_text(), tables)
+    if not names:
         raise CommandError(f"{file} has no marker for {', '.join(tables)}: add `<!-- table:NAME -->` and `<!-- /table -->`")
-    new = MARKED.sub(lambda m: m[1] + tables[m["name"]] + m[3] if m["name"] in tables else m[0], text)
     file.write_text(new)
-    return sorted(marked & tables.keys())
+    return names

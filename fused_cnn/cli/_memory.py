@@ -1,0 +1,61 @@
+"""The most memory that a variant of a network needs beyond its weights and images, in bytes.
+
+On a GPU PyTorch's allocator knows. A CPU's allocators do not keep that number (nor does oneDNN), so each variant runs in a process of its
+own, whose largest resident size the kernel keeps (Linux, proc(5): VmHWM); folded and packed weights count.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from ..measure import Work
+
+
+def peaks_on_gpu(variants: Mapping[str, Work]) -> dict[str, int]:
+    """For each variant that allocates when it runs: a graph's memory was allocated at its capture."""
+    found = {}
+    for name, work in variants.items():
+        if "graph" in name:
+            continue
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        found[name] = torch.cuda.max_memory_allocated() - before
+    return found
+
+
+def peaks_in_children(makers: Mapping[str, Callable[[], Work]]) -> dict[str, int]:
+    """For each variant, made and run once in a process of its own; empty where there is no /proc."""
+    if not Path("/proc/self/clear_refs").exists():
+        return {}
+    found = {}
+    for name, make in makers.items():
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            found[name] = pool.submit(_peak, make, torch.get_num_threads()).result()
+    return found
+
+
+def _peak(make: Callable[[], Work], threads: int) -> int:
+    torch.set_num_threads(threads)
+    work = make()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+    before = _resident("VmRSS")
+    work()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) << 10 if found else 0

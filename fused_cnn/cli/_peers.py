@@ -1,0 +1,132 @@
+"""Who else does the work: torch.compile, CUDA graphs, the libraries' own fused calls, ONNX Runtime and OpenVINO.
+
+Each function makes one peer's variant of a piece of work at its best: weights frozen where the peer can, its own memory layout, all of
+PyTorch's threads. ONNX Runtime and OpenVINO are optional (`pip install fused_cnn[peers]`) and take the unfused network as ONNX.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..measure import Work
+from ..ops._conv import pair
+from ._common import require
+
+INSTALL = "`pip install fused_cnn[peers]`"
+OURS = ("fused", "fused graph", "native", "triton")  # every other variant is a peer
+
+
+def compiled(model: nn.Module, mode: str | None) -> nn.Module:
+    """torch.compile, which works at the first call: the caller makes it under `freezing`."""
+    torch._dynamo.reset()
+    return torch.compile(copy.deepcopy(model), mode=mode)  # type: ignore[return-value]
+
+
+def freezing() -> Any:
+    """Where Inductor makes weights part of the program."""
+    import torch._inductor.config as config
+
+    return config.patch(freezing=True)
+
+
+def graphed(work: Work) -> Work:
+    """The work captured as a CUDA graph; its tensors stay where they are, so each replay does it again."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = work()
+
+    def replay(_graph: torch.cuda.CUDAGraph = graph) -> object:
+        _graph.replay()
+        return out
+
+    return replay
+
+
+def library_call(op: str, device: str) -> Callable[..., Tensor] | None:
+    """The library's own fused convolution with the arguments of ours, weights as they are: oneDNN's on a CPU, cuDNN's on a GPU."""
+    return {"cpu": _onednn, "cuda": _cudnn}[device] if op in ("conv1x1_bias_relu", "conv_bias_relu") else None
+
+
+def _geometry(given: dict[str, Any]) -> tuple[list[int], list[int], list[int], int]:
+    stride, padding, dilation = (list(pair(given.get(k, d))) for k, d in (("stride", 1), ("padding", 0), ("dilation", 1)))
+    return padding, stride, dilation, given.get("groups", 1)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, *, relu: bool = True, **given: Any) -> Tensor:
+    padding, stride, dilation, groups = _geometry(given)
+    after = "relu" if relu else "none"
+    op = torch.ops.mkldnn._convolution_pointwise
+    if residual is None:
+        return op(x, weight, bias, padding, stride, dilation, groups, after, [], "")
+    return op.binary(x, residual, weight, bias, padding, stride, dilation, groups, "add", 1.0, after if relu else None, [], "")
+
+
+def _cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, *, relu: bool = True, **given: Any) -> Tensor:
+    padding, stride, dilation, groups = _geometry(given)
+    if not relu:
+        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if residual is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
+    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride, padding, dilation, groups)
+
+
+class Exported:
+    """An unfused network in eval as ONNX, float32, and the runtimes for CPUs that take it."""
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        self.images = images.float().contiguous()
+        plain = copy.deepcopy(model).float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(plain, (self.images,), dynamo=True, verbose=False)
+        assert program is not None
+        self.bytes = program.model_proto.SerializeToString()
+
+    def onnxruntime(self) -> Work:
+        onnxruntime = require("onnxruntime", INSTALL)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(self.bytes, options, providers=["CPUExecutionProvider"])
+        feed = {session.get_inputs()[0].name: self.images.numpy()}
+        return lambda: torch.from_numpy(session.run(None, feed)[0])
+
+    def openvino(self, dtype: torch.dtype) -> Work:
+        core = require("openvino", INSTALL).Core()
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype],
+        }
+        request = core.compile_model(core.read_model(io.BytesIO(self.bytes)), "CPU", settings).create_infer_request()
+        feed = [self.images.numpy()]
+
+        def work() -> Tensor:
+            request.infer(feed)
+            return torch.from_numpy(request.get_output_tensor(0).data)
+
+        return work
+
+
+def runtimes(model: nn.Module, images: Tensor) -> dict[str, Work]:
+    """ONNX Runtime (float32 alone: its CPU kernels know no bfloat16) and OpenVINO, where they are installed."""
+    at_hand = {name for name in ("onnxruntime", "openvino", "onnxscript") if importlib.util.find_spec(name)}
+    wanted = at_hand & ({"onnxruntime", "openvino"} if images.dtype == torch.float32 else {"openvino"})
+    if "onnxscript" not in at_hand or not wanted or images.device.type != "cpu":
+        return {}
+    exported = Exported(model, images)
+    works = {"onnxruntime": exported.onnxruntime, "openvino": lambda: exported.openvino(images.dtype)}
+    return {name: works[name]() for name in sorted(wanted)}

@@ -1,0 +1,92 @@
+"""What has run on a GPU: for each op, backend, dtype and architecture which GPU, when, and whether the kernels' sources are still those.
+
+Evidence is a test run on a GPU (tests/conftest.py writes what passed and what failed) or a benchmark, which checks its numbers first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .. import _library, _sources
+from ..testing import all_cases
+from ._result_tables import Row, Table
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+DTYPES = {"native": ("float64", "float32", "float16", "bfloat16"), "triton": ("float32", "float16", "bfloat16")}
+NEVER = "never run on a GPU"
+Key = tuple[str, str, str, str]  # op, backend, dtype, architecture
+
+
+@dataclass(frozen=True)
+class Run:
+    """One kernel's latest evidence."""
+
+    device: str
+    date: str
+    source: str
+    passed: bool
+
+
+def room_of(op: str) -> str:
+    """The folder that an op's kernels are in."""
+    return {cases.name: cases.op.__module__.split(".")[2] for cases in all_cases()}[op]
+
+
+def evidence(results: Iterable[Mapping[str, Any]]) -> dict[Key, Run]:
+    """The latest run of each kernel among saved results."""
+    found: dict[Key, Run] = {}
+    for result in sorted(results, key=lambda r: r["date"]):
+        if result["device"] != "cuda":
+            continue
+        for op, backend, dtype, passed in _kernels(result):
+            device = result["device_name"].partition(",")[0]
+            source = result["sources"][backend][room_of(op)]
+            found[op, backend, dtype, result["arch"]] = Run(device, result["date"][:10], source, passed)
+    return found
+
+
+def _kernels(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, bool]]:
+    if result["kind"] == "tests":
+        yield from ((r["op"], r["backend"], r["dtype"], r["passed"]) for r in result["ran"])
+    elif result["kind"] == "bench":
+        for row in result["rows"]:
+            if row["kind"] == "op":
+                yield from ((row["op"], b, row["dtype"], True) for b in ("native", "triton") if b in row.get("times", {}))
+
+
+def table(results: Iterable[Mapping[str, Any]], current: Mapping[str, Mapping[str, str | None]] | None = None) -> Table:
+    """A row for each op, backend and group of dtypes in one state; architectures without evidence share a column. `current` are the
+    sources' hashes now."""
+    runs = evidence(results)
+    seen = sorted({architecture for *_, architecture in runs})
+    others = [a for a in ARCHITECTURES if a not in seen]
+    now = _sources.hashes("cuda") if current is None else current
+    rows: list[Row] = []
+    for cases in all_cases():
+        registered = cases.registered or f"{cases.name}_fwd"
+        for backend, dtypes in DTYPES.items():
+            if not _exists(registered, backend, room_of(cases.name)):
+                continue
+            states: dict[tuple[str, ...], list[str]] = {}
+            for dtype in dtypes:
+                of_dtype = [_state(runs.get((cases.name, backend, dtype, a)), now[backend][room_of(cases.name)]) for a in seen]
+                states.setdefault((*of_dtype, NEVER), []).append(dtype)
+            rows += [[cases.name, backend, ", ".join(of), *cells] for cells, of in states.items()]
+    return ["op", "backend", "dtypes", *seen, ", ".join(others)], rows
+
+
+def _exists(registered: str, backend: str, room: str) -> bool:
+    if backend == "triton":
+        return _library.has_kernel(registered, "triton", "cuda")
+    return (_sources.CSRC / room / "cuda.cu").exists() or any((_sources.CSRC / room).glob("cuda_*.cu"))
+
+
+def _state(run: Run | None, now: str | None) -> str:
+    if run is None:
+        return NEVER
+    text = f"{run.device}, {run.date}, `{run.source[:8]}`"
+    if not run.passed:
+        return f"**fails**: {text}"
+    return text if run.source == now else f"*stale*: {text}"
