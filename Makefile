@@ -6,7 +6,7 @@ JOBS ?= auto
 SOURCES = $(shell find csrc -type f) setup.py
 CPP = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo venv test lint format bench compile-check cuda-check triton-check install-matrix gpu-evidence
+.PHONY: demo venv test lint format bench compile-check cuda-check triton-check guard guard-update report install-matrix gpu-evidence
 
 demo: venv
 	$(BIN)/fused-cnn verify
@@ -39,14 +39,25 @@ bench: venv
 
 compile-check: cuda-check triton-check
 
+# What may not become worse without being asked: launches, traffic, kernels' registers (benchmarks/guard.json).
+CHECKS = out/compile-check
+guard: compile-check
+	$(BIN)/python scripts/guard.py $(CHECKS)/*.json
+
+guard-update: compile-check
+	$(BIN)/python scripts/guard.py --update $(CHECKS)/*.json
+
+report: venv
+	$(BIN)/fused-cnn report --update README.md --update benchmarks/OPS.md --out benchmarks/plots
+
 cuda-check: venv
-	$(BIN)/python scripts/compile_check.py --only cuda
+	$(BIN)/python scripts/compile_check.py --only cuda --json $(CHECKS)/cuda.json
 
 # With the newest Triton, and with the oldest that boxes with CUDA 13 have (torch 2.11 brings it).
 OLD_TRITON = 3.6.0
 triton-check: venv $(VENV)/triton-$(OLD_TRITON)
-	$(BIN)/python scripts/compile_check.py --only triton
-	PYTHONPATH=$(abspath $(VENV)/triton-$(OLD_TRITON)) $(BIN)/python scripts/compile_check.py --only triton
+	$(BIN)/python scripts/compile_check.py --only triton --json $(CHECKS)/triton.json
+	PYTHONPATH=$(abspath $(VENV)/triton-$(OLD_TRITON)) $(BIN)/python scripts/compile_check.py --only triton --json $(CHECKS)/triton-$(OLD_TRITON).json
 
 $(VENV)/triton-$(OLD_TRITON): | venv
 	rm -rf $@.partial
@@ -57,4 +68,4 @@ install-matrix: venv
 	$(BIN)/python scripts/install_matrix.py
 
 gpu-evidence: venv
-	for stage in build test bench-ops; do PATH="$(abspath $(BIN)):$$PATH" bash scripts/gpu.sh $$stage out/gpu || exit 1; done
+	PATH="$(abspath $(BIN)):$$PATH" bash scripts/gpu.sh all out/gpu

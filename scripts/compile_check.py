@@ -264,7 +264,9 @@ def main() -> int:
     triton = version("triton") if importlib.util.find_spec("triton") else None
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {"triton": triton, "kernels": [asdict(k) | {"faults": k.faults} for k in kernels], "broken": broken, "skipped": skipped}
+        nvcc = _library.cpu_module.build_info["cuda"] if _library.cpu_module else ""
+        rows = [asdict(k) | {"faults": k.faults} for k in kernels]
+        document = {"triton": triton, "nvcc": nvcc, "kernels": rows, "broken": broken, "skipped": skipped}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     print(f"compile-check: {len(kernels)} kernels compiled (Triton {triton}), {len(failed) + len(broken)} fail, {len(skipped)} skipped")
     return 1 if failed or broken else 0

@@ -34,7 +34,7 @@ _define_torchvision_ops()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--ran", type=Path, help="save here which op, backend and dtype the tests ran, and whether they passed (scripts/gpu.sh)")
+    parser.addoption("--ran", type=Path, help="save here which op, backend and dtype ran, and whether it passed")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

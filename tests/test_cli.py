@@ -146,11 +146,11 @@ def test_report_makes_tables_and_plots_and_updates_marked_text(
     verified: tuple[int, Path], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- table:verify -->\nold\n<!-- /table -->\nafter\n")
+    page.write_text("before\n<!-- table:verify -->\nold\n<!-- /table -->\n<!-- table:ran -->\n<!-- /table -->\nafter\n")
     result = str(verified[1] / "verify.json")
     code, text, _ = run(capfd, "report", result, "--update", str(page), "--out", str(tmp_path), "--json")
     found = json.loads(text)
-    assert code == 0 and found["updated"] == ["verify"] and Path(found["plots"][0]).exists()
+    assert code == 0 and found["updated"] == {str(page): ["ran", "verify"]} and Path(found["plots"][0]).exists()
     assert "| resnet18 |" in page.read_text() and "old" not in page.read_text()
     assert page.read_text().startswith("before\n") and page.read_text().endswith("<!-- /table -->\nafter\n")
 
@@ -181,10 +181,39 @@ def test_verify_notices_wrong_numbers(capfd: pytest.CaptureFixture[str], monkeyp
 
 def test_bench_saves_rows_that_report_reads(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
-    options = ("--op", "add_relu", "--dtype", "float32", "--seconds", "0", "--out", str(file))
+    options = ("--op", "add_relu", "--dtype", "float32", "--batch", "1", "--seconds", "0", "--out", str(file))
     code, _, errors = run(capfd, "bench", "ops", *options)
-    rows = json.loads(file.read_text())["rows"]
+    found = json.loads(file.read_text())
     assert code == 0 and "add_relu" in errors  # progress
-    assert len(rows) == 8 and all(row["bytes"] > 0 and row["ratios"]["fused"] > 0 for row in rows)
-    code, text, _ = run(capfd, "report", str(file))
-    assert code == 0 and text.count("| add_relu |") == 8
+    assert len(found["rows"]) == 8 and found["left_out"] == 0
+    for row in found["rows"]:
+        assert row["limit"] == max(row["bytes"] / found["ceilings"]["copy"], row["flops"] / found["ceilings"]["product"]["float32"])
+        assert row["share_of_limit"]["fused"] == pytest.approx(row["limit"] / row["times"]["fused"]["median"])
+    assert set(found["sources"]["native"]) >= {"add_relu", "batch_norm"}
+    code, text, _ = run(capfd, "report", str(file), "--out", str(tmp_path))
+    assert code == 0 and text.count("| add_relu |") >= 8 and "rows." in text
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_says_how_many_rows_its_minutes_left_out(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    options = ("--op", "add_relu", "--dtype", "float32", "--batch", "1", "--minutes", "0", "--out", str(file))
+    code, text, _ = run(capfd, "bench", "ops", *options)
+    assert code == 0 and "8 of 8 rows were left out" in text
+    assert json.loads(file.read_text())["left_out"] == 8
+
+
+@needs_pictures
+def test_bench_times_a_network_and_counts_its_memory(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "models.json"
+    options = ("--model", "resnet18", "--dtype", "bfloat16", "--batch", "2", "--size", "64", "--seconds", "0", "--out", str(file))
+    code, _, _ = run(capfd, "bench", "models", *options)
+    inference, training = json.loads(file.read_text())["rows"]
+    assert code == 0 and inference["pass"] == "inference" and training["pass"] == "training step"
+    for row in (inference, training):
+        assert row["launches"]["fused"] < row["launches"]["eager"] and row["flops"] > 1e8
+        assert 0 < row["bytes"] < row["traffic"]["fused"] and row["peak"]["fused"] > 0
+    assert training["saved"]["fused"] < training["saved"]["eager"]
+    code, text, _ = run(capfd, "report", str(file), "--out", str(tmp_path))
+    assert code == 0 and text.count("| resnet18 |") == 4
+    assert all((tmp_path / f"{name}.png").exists() for name in ("images", "memory", "traffic"))

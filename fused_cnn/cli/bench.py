@@ -64,6 +64,7 @@ def bench(
         say("the device's ceilings: a copy, a matrix product")
         ceilings = _ceilings.measure(device, dtypes)
         result |= {"ceilings": ceilings.to_dict(), "rows": [], "left_out": len(benches)}
+        write_json(file, result)
         for i, entry in enumerate(benches, 1):
             if time.monotonic() > end:
                 break
