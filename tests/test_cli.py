@@ -216,4 +216,4 @@ def test_bench_times_a_network_and_counts_its_memory(capfd: pytest.CaptureFixtur
     assert training["saved"]["fused"] < training["saved"]["eager"]
     code, text, _ = run(capfd, "report", str(file), "--out", str(tmp_path))
     assert code == 0 and text.count("| resnet18 |") == 4
-    assert all((tmp_path / f"{name}.png").exists() for name in ("images", "memory", "traffic"))
+    assert all((tmp_path / f"{name}.png").exists() for name in ("images", "memory", "traffic-inference", "traffic-training"))

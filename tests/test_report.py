@@ -81,6 +81,14 @@ def test_a_kernels_hash_follows_its_own_files(tmp_path: Path, monkeypatch: pytes
 
 
 def test_of_two_results_the_later_counts() -> None:
-    row = {"kind": "op"}
+    row = {"kind": "op", "pass": "forward"}
     old, new = ({"kind": "bench", "device": "cpu", "date": f"2026-11-{day}", "rows": [row]} for day in (24, 25))
     assert [r["date"] for r in newest([new, old])] == ["2026-11-25"]
+
+
+def test_inference_and_training_may_come_from_two_results() -> None:
+    rows = [{"kind": "model", "pass": what} for what in ("inference", "training step")]
+    both, training = ({"kind": "bench", "device": "cuda", "date": d, "rows": r} for d, r in (("2026-11-24", rows), ("2026-11-25", rows[1:])))
+    assert [(r["table"], r["date"], len(r["rows"])) for r in newest([both, training])] == [
+        ("inference", "2026-11-24", 1), ("training", "2026-11-25", 1)
+    ]  # fmt: skip

@@ -52,8 +52,8 @@ def stages(result: dict[str, Any], path: Path) -> Path:
     return _save(figure, path)
 
 
-def _rows(result: dict[str, Any], direction: str) -> list[dict[str, Any]]:
-    return [row for row in result["rows"] if row["pass"] == direction and "error" not in row]
+def _timed(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in result["rows"] if "error" not in row]
 
 
 def roofline(result: dict[str, Any], path: Path) -> Path:
@@ -61,7 +61,7 @@ def roofline(result: dict[str, Any], path: Path) -> Path:
     Communications of the ACM 52(4), 2009). Returns the file.
     """
     plt = _pyplot()
-    rows = [row for row in result["rows"] if "error" not in row]
+    rows = _timed(result)
     dtypes = sorted({row["dtype"] for row in rows})
     figure, panels = plt.subplots(1, len(dtypes), figsize=(6.2 * len(dtypes), 4.8), squeeze=False, layout="constrained", sharey=True)
     for dtype, axes in zip(dtypes, panels[0], strict=True):
@@ -87,7 +87,7 @@ def roofline(result: dict[str, Any], path: Path) -> Path:
 def images_per_second(result: dict[str, Any], path: Path) -> Path:
     """Inference, images a second by batch: every variant and the limit, a panel for each network and dtype. Returns the file."""
     plt = _pyplot()
-    rows = _rows(result, "inference")
+    rows = _timed(result)
     places = sorted({(row["model"], row["dtype"]) for row in rows})
     figure, panels = plt.subplots(1, len(places), figsize=(4.4 * len(places), 4.2), squeeze=False, layout="constrained")
     for (model, dtype), axes in zip(places, panels[0], strict=True):
@@ -112,16 +112,16 @@ def images_per_second(result: dict[str, Any], path: Path) -> Path:
 def memory(result: dict[str, Any], path: Path) -> Path:
     """A training step's memory, eager beside fused: what is kept for backward, and the peak. Returns the file."""
     bars = {"kept for backward": "saved", "peak": "peak"}
-    rows = _rows(result, "training step")
+    rows = _timed(result)
     groups = {title: [row.get(key) or {"eager": 0, "fused": 0} for row in rows] for title, key in bars.items()}
     return _pairs(rows, groups, f"Memory of a training step, {result['device_name']}", path)
 
 
 def traffic(result: dict[str, Any], path: Path) -> Path:
-    """Bytes that each pass moves, eager, fused and at least. Returns the file."""
-    rows = [row for row in result["rows"] if "error" not in row]
+    """Bytes that inference or a training step moves, eager, fused and at least. Returns the file."""
+    rows = _timed(result)
     groups = {"read and written": [{**row["traffic"], "minimum": row["bytes"]} for row in rows]}
-    return _pairs(rows, groups, f"Memory traffic, {result['device_name']}", path)
+    return _pairs(rows, groups, f"Memory traffic, {rows[0]['pass'] if rows else ''}, {result['device_name']}", path)
 
 
 def _pairs(rows: list[dict[str, Any]], groups: dict[str, list[dict[str, int]]], title: str, path: Path) -> Path:

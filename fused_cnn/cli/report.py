@@ -1,8 +1,9 @@
 """`fused-cnn report [FILE | FOLDER]...`: turns saved results (verify, bench, pytest-benchmark, scripts/gpu.sh) into Markdown tables and
 PNG plots.
 
-`--update README.md` rewrites the text between `<!-- table:NAME -->` and `<!-- /table -->`. Tables are named verify, models, memory and ops,
-with `-cuda` added where a GPU made them, and `ran`: which kernels have run on which GPU. Of two results for one table the later one counts.
+`--update README.md` rewrites the text between `<!-- table:NAME -->` and `<!-- /table -->`. Tables are named verify, inference, training,
+memory-inference, memory-training and ops, with `-cuda` added where a GPU made them, and `ran`: which kernels have run on which GPU. Of two results for
+one table the later one counts.
 """
 
 from __future__ import annotations
@@ -72,16 +73,19 @@ def load(file: Path) -> dict[str, Any] | None:
     return found
 
 
+TABLES = {"op": "ops", "inference": "inference", "training step": "training", "verify": "verify"}  # by what a row is
+
+
 def newest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The latest result of each kind of rows for each kind of device, each with that kind of rows alone."""
+    """The latest result for each table and kind of device, with that table's rows alone; `table` names it."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for result in sorted(results, key=lambda r: r["date"]):
         if result["kind"] == "verify":
-            found["verify", result["device"]] = result
-        for kind in ("op", "model"):
-            rows = [row for row in result.get("rows", ()) if row["kind"] == kind]
+            found["verify", result["device"]] = {**result, "table": "verify"}
+        for what in ("op", "inference", "training step"):
+            rows = [row for row in result.get("rows", ()) if what in (row["kind"], row["pass"] if row["kind"] == "model" else "")]
             if rows:
-                found[kind, result["device"]] = {**result, "kind": kind, "rows": rows}
+                found[what, result["device"]] = {**result, "table": TABLES[what], "rows": rows}
     return list(found.values())
 
 
@@ -90,14 +94,15 @@ def tables_of(results: list[dict[str, Any]]) -> dict[str, str]:
     found = {}
     for result in newest(results):
         suffix = "-cuda" if result["device"] == "cuda" else ""
+        name = result["table"] + suffix
         if result["kind"] == "verify":
-            found[f"verify{suffix}"] = markdown(*_result_tables.verify(result)) + source(result)
+            found[name] = markdown(*_result_tables.verify(result)) + source(result)
             continue
         rows = result["rows"]
-        text = markdown(*_result_tables.bench(rows, result["kind"])) + _result_tables.losses(rows) + source(result)
-        found[f"{result['kind']}s{suffix}"] = text
-        if result["kind"] == "model":
-            found[f"memory{suffix}"] = markdown(*_result_tables.memory(rows)) + source(result)
+        subject = rows[0]["kind"]
+        found[name] = markdown(*_result_tables.bench(rows, subject)) + _result_tables.losses(rows) + source(result)
+        if subject == "model":
+            found[f"memory-{name}"] = markdown(*_result_tables.memory(rows))
     found["ran"] = markdown(*_ran.table(results))
     return found
 
@@ -106,15 +111,15 @@ def _plots(result: dict[str, Any], folder: Path) -> list[Path]:
     from . import _picture
 
     suffix = "-cuda" if result["device"] == "cuda" else ""
-    if result["kind"] == "verify":
+    table = result["table"]
+    if table == "verify":
         return [_picture.stages(result, folder / f"verify{suffix}.png")]
-    if result["kind"] == "op":
+    if table == "ops":
         return [_picture.roofline(result, folder / f"roofline{suffix}.png")]
-    return [
-        _picture.images_per_second(result, folder / f"images{suffix}.png"),
-        _picture.memory(result, folder / f"memory{suffix}.png"),
-        _picture.traffic(result, folder / f"traffic{suffix}.png"),
-    ]
+    made = [_picture.traffic(result, folder / f"traffic-{table}{suffix}.png")]
+    if table == "inference":
+        return [*made, _picture.images_per_second(result, folder / f"images{suffix}.png")]
+    return [*made, _picture.memory(result, folder / f"memory{suffix}.png")]
 
 
 def rewritten(text: str, tables: dict[str, str]) -> tuple[str, list[str]]:

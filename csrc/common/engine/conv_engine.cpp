@@ -333,13 +333,24 @@ struct PoolBackwardWork {
   int64_t x_pitch;
   const void* grad_out;
   void* grad_x;
+  int64_t vectors, groups, bands;  // of channels in a group; groups of channels, bands of output rows
 };
+
+int64_t ring_pixels(const PoolShape& s) {
+  return (s.dilation_h * (s.kernel_h - 1) + 1) * s.W;
+}
 
 void pool_backward_items(int64_t begin, int64_t end, void* context) {
   const PoolBackwardWork& w = *static_cast<const PoolBackwardWork*>(context);
-  void* sums = scratch_buffer.at_least(w.shape.H * w.shape.W * w.level.lanes * sizeof(float));
+  const PoolShape& s = w.shape;
+  const int64_t channels = w.vectors * w.level.lanes;
+  float* ring = static_cast<float*>(scratch_buffer.at_least(ring_pixels(s) * channels * sizeof(float)));
   for (int64_t item = begin; item < end; item++) {
-    w.level.max_pool_backward(w.shape, w.dtype, w.x, w.x_pitch, w.grad_out, w.grad_x, item, static_cast<float*>(sums));
+    const int64_t part = item / w.groups, band = part % w.bands;
+    w.level.max_pool_backward(s, w.dtype, w.x, w.x_pitch, w.grad_out, w.grad_x,
+                              {part / w.bands, band * s.out_h / w.bands, (band + 1) * s.out_h / w.bands,
+                               item % w.groups * channels, w.vectors},
+                              ring);
   }
 }
 
@@ -347,8 +358,17 @@ void pool_backward_items(int64_t begin, int64_t end, void* context) {
 
 void max_pool_backward(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, const void* grad_out,
                        void* grad_x, const ThreadPool& pool) {
-  PoolBackwardWork work{shape, *current(), dtype, x, x_pitch, grad_out, grad_x};
-  const int64_t items = shape.N * ceil_div(shape.C, work.level.lanes);
+  constexpr int64_t kItemsPerThread = 4, kBandRows = 4, kRingBytes = 192 << 10;  // a ring lies in L2
+  const Level& level = *current();
+  const int64_t pixel_bytes = ring_pixels(shape) * level.lanes * sizeof(float);
+  const int64_t vectors =
+      std::clamp<int64_t>(kRingBytes / std::max<int64_t>(1, pixel_bytes), 1, ceil_div(shape.C, level.lanes));
+  const int64_t groups = ceil_div(shape.C, vectors * level.lanes), parts = shape.N * groups;
+  const int64_t bands = pool.threads <= 1 ? 1
+                                          : std::clamp<int64_t>(ceil_div(kItemsPerThread * pool.threads, parts), 1,
+                                                                std::max<int64_t>(1, shape.out_h / kBandRows));
+  PoolBackwardWork work{shape, level, dtype, x, x_pitch, grad_out, grad_x, vectors, groups, bands};
+  const int64_t items = parts * bands;
   if (pool.threads <= 1 || items <= 1)
     pool_backward_items(0, items, &work);
   else

@@ -68,6 +68,12 @@ struct Scratch {
   int64_t block;
 };
 
+// A part of a max pool's backward: the input rows of image n from the top of output row `first`'s windows to that of
+// `last`'s, and `vectors` of channels from c on, as far as there are so many.
+struct PoolBand {
+  int64_t n, first, last, c, vectors;
+};
+
 struct Level {
   int lanes;        // floats per vector; a panel is two vectors
   int tile_pixels;  // output pixels per microkernel call, at most
@@ -77,9 +83,9 @@ struct Level {
   void (*run_item_winograd)(const Plan& plan, int64_t item, Scratch& scratch);
   void (*max_pool_row)(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, void* out,
                        int64_t out_pitch, int64_t row);
-  // Item i is lanes (i % vectors) of image (i / vectors); sums has room for H * W vectors.
+  // `ring` has room for the band's vectors of each pixel of as many rows as a window reaches over.
   void (*max_pool_backward)(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, const void* grad_out,
-                            void* grad_x, int64_t item, float* sums);
+                            void* grad_x, const PoolBand& band, float* ring);
 };
 
 }  // namespace fused_cnn::engine

@@ -286,13 +286,12 @@ void max_pool_row(const PoolShape& shape, DType dtype, const void* x, int64_t x_
     max_pool_row_as(shape, (const bfloat16*)x, x_pitch, (bfloat16*)out, out_pitch, row);
 }
 
-void max_pool_backward_item(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, const void* grad_out,
-                            void* grad_x, int64_t item, float* sums) {
-  const int64_t vectors = (shape.C + kLanes - 1) / kLanes, n = item / vectors, c = item % vectors * kLanes;
+void max_pool_backward_band(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, const void* grad_out,
+                            void* grad_x, const PoolBand& band, float* ring) {
   if (dtype == DType::f32)
-    max_pool_backward_as(shape, (const float*)x, x_pitch, (const float*)grad_out, (float*)grad_x, n, c, sums);
+    max_pool_backward_as(shape, (const float*)x, x_pitch, (const float*)grad_out, (float*)grad_x, band, ring);
   else
-    max_pool_backward_as(shape, (const bfloat16*)x, x_pitch, (const bfloat16*)grad_out, (bfloat16*)grad_x, n, c, sums);
+    max_pool_backward_as(shape, (const bfloat16*)x, x_pitch, (const bfloat16*)grad_out, (bfloat16*)grad_x, band, ring);
 }
 
 }  // namespace
@@ -302,5 +301,5 @@ void max_pool_backward_item(const PoolShape& shape, DType dtype, const void* x, 
 namespace fused_cnn::FUSED_CNN_LEVEL {
 extern const engine::Level engine_level = {
     engine::kLanes,   engine::kTilePixels,  engine::kBf16Step,    engine::pack,
-    engine::run_item, engine::run_winograd, engine::max_pool_row, engine::max_pool_backward_item};
+    engine::run_item, engine::run_winograd, engine::max_pool_row, engine::max_pool_backward_band};
 }  // namespace fused_cnn::FUSED_CNN_LEVEL
