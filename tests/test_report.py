@@ -88,7 +88,6 @@ def test_of_two_results_the_later_counts() -> None:
 
 def test_inference_and_training_may_come_from_two_results() -> None:
     rows = [{"kind": "model", "pass": what} for what in ("inference", "training step")]
-    both, training = ({"kind": "bench", "device": "cuda", "date": d, "rows": r} for d, r in (("2026-11-24", rows), ("2026-11-25", rows[1:])))
-    assert [(r["table"], r["date"], len(r["rows"])) for r in newest([both, training])] == [
-        ("inference", "2026-11-24", 1), ("training", "2026-11-25", 1)
-    ]  # fmt: skip
+    dated = (("2026-11-24", rows), ("2026-11-25", rows[1:]))
+    found = newest([{"kind": "bench", "device": "cuda", "date": date, "rows": of} for date, of in dated])
+    assert [(r["table"], r["date"], len(r["rows"])) for r in found] == [("inference", "2026-11-24", 1), ("training", "2026-11-25", 1)]

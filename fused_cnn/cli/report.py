@@ -2,8 +2,8 @@
 PNG plots.
 
 `--update README.md` rewrites the text between `<!-- table:NAME -->` and `<!-- /table -->`. Tables are named verify, inference, training,
-memory-inference, memory-training and ops, with `-cuda` added where a GPU made them, and `ran`: which kernels have run on which GPU. Of two results for
-one table the later one counts.
+memory-inference, memory-training and ops, with `-cuda` added where a GPU made them, and `ran`: which kernels have run on which GPU. Of two
+results for one table the later one counts.
 """
 
 from __future__ import annotations
