@@ -241,9 +241,10 @@ def _model_bench(
         if device == "cuda":
             variants |= {"graph": _peers.graphed(variants["eager"]), "fused graph": _peers.graphed(variants["fused"])}
         if compiled:
-            variants["compile"] = _compiled(pair.eager, images, None, training)
-            if device == "cuda" or not training:  # on a CPU only frozen weights have templates to choose from, and it takes minutes
-                variants["autotune"] = _compiled(pair.eager, images, "max-autotune", training)
+            # On a CPU only frozen weights have templates to choose from, and choosing takes minutes.
+            modes = {"compile": None, "autotune": "max-autotune"} if device == "cuda" or not training else {"compile": None}
+            made = _peers.compiled(pair.eager, lambda m: _work(m, images, training)(), *modes.values(), frozen=not training)
+            variants |= {peer: _work(m, images, training) for peer, m in zip(modes, made, strict=True)}
         _agree(variants, LARGEST[dtype], f"{name}, {short(dtype)}, {direction}")
         plain = pair.eager.model if isinstance(pair.eager, _Autocast) else pair.eager
         least = minimum_traffic(copy.deepcopy(plain).to(dtype), images.to(dtype), backward=training).bytes
@@ -263,17 +264,6 @@ def _work(model: nn.Module, images: Tensor, training: bool) -> Work:
     if training:
         return lambda: scores(training_step(model, images))
     return torch.no_grad()(lambda: model(images))
-
-
-def _compiled(model: nn.Module, images: Tensor, mode: str | None, training: bool) -> Work:
-    """torch.compile at its best: for inference with weights frozen into the program. Compiles."""
-    work = _work(_peers.compiled(model, mode), images, training)
-    if training:
-        work()
-    else:
-        with _peers.freezing():
-            work()
-    return work
 
 
 def _agree(variants: dict[str, Work], bound: float, what: str) -> None:

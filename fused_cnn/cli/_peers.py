@@ -24,17 +24,18 @@ INSTALL = "`pip install fused_cnn[peers]`"
 OURS = ("fused", "fused graph", "native", "triton")  # every other variant is a peer
 
 
-def compiled(model: nn.Module, mode: str | None) -> nn.Module:
-    """torch.compile, which works at the first call: the caller makes it under `freezing`."""
-    torch._dynamo.reset()
-    return torch.compile(copy.deepcopy(model), mode=mode)  # type: ignore[return-value]
-
-
-def freezing() -> Any:
-    """Where Inductor makes weights part of the program."""
+def compiled(model: nn.Module, run: Callable[[nn.Module], object], *modes: str | None, frozen: bool) -> list[nn.Module]:
+    """torch.compile in each mode, each of a copy that `run` has made it compile; frozen: with weights made part of the program. What it
+    had compiled before is forgotten first, and never in between: a forgotten one would compile itself again, unfrozen, when it is timed.
+    """
     import torch._inductor.config as config
 
-    return config.patch(freezing=True)
+    torch._dynamo.reset()
+    made: list[nn.Module] = [torch.compile(copy.deepcopy(model), mode=mode) for mode in modes]  # type: ignore[misc]
+    with config.patch(freezing=frozen):
+        for each in made:
+            run(each)
+    return made
 
 
 def graphed(work: Work) -> Work:
