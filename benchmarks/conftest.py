@@ -15,13 +15,16 @@ import torch
 from fused_cnn.cli import _ceilings
 from fused_cnn.cli._benches import Bench
 from fused_cnn.cli._ceilings import Ceilings
+from fused_cnn.cli._common import dtype_of
 from fused_cnn.cli.bench import BATCHES as DEFAULT_BATCHES
+from fused_cnn.cli.bench import DTYPES as DEFAULT_DTYPES
 from fused_cnn.cli.info import facts_of_run
 from fused_cnn.measure import synchronize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = (torch.float32, torch.bfloat16) if DEVICE == "cpu" else (torch.float16, torch.bfloat16)
+DTYPES = [dtype_of(name) for name in DEFAULT_DTYPES[DEVICE]]
 BATCHES = DEFAULT_BATCHES[DEVICE]
+torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in `fused-cnn bench`
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,7 +45,7 @@ def facts(ceilings: Ceilings) -> dict[str, Any]:
 @pytest.fixture
 def measure(benchmark: Any, facts: dict[str, Any], ceilings: Ceilings, request: pytest.FixtureRequest) -> Callable[[Bench], None]:
     def run(bench: Bench) -> None:
-        bench.compiled = not request.config.getoption("--no-compile")
+        bench.compilers = () if request.config.getoption("--no-compile") else ("compile",)
         work, interleaved = bench.prepare()
         row = bench.row(interleaved.run(request.config.getoption("--seconds")), work, ceilings)
         fused = work.variants["fused"]

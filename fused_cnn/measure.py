@@ -18,6 +18,7 @@ import torch
 
 MIN_SAMPLE = 1e-3
 CACHE_BYTES = 256 << 20  # more than any device's last-level cache
+HEAD_START = 1_000_000  # cycles, half a millisecond: the host queues the work meanwhile, so that its own time is not measured
 Work = Callable[[], object]
 
 
@@ -50,12 +51,14 @@ class Interleaved:
 
     def __init__(self, variants: Mapping[str, Work], device: torch.device | str = "cpu", *, cold: bool = False) -> None:
         """Runs every variant a few times, to warm it up and to find how many calls make a sample. `cold` takes samples of one call each,
-        of variants that ran before, on a GPU with the caches overwritten first: 256 MiB of writes, which also let the host run ahead."""
+        on a GPU with the caches overwritten first and the host ahead of the device."""
         self.variants, self.device = dict(variants), torch.device(device)
         on_gpu = self.device.type == "cuda"
         self.flush = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=device) if cold and on_gpu else None
         self.seconds: dict[str, list[float]] = {name: [] for name in self.variants}
-        self.calls = {name: 1 if cold else self._calls(work) for name, work in self.variants.items()}
+        self.calls = {name: self._calls(work) for name, work in self.variants.items()}
+        if cold:
+            self.calls = dict.fromkeys(self.calls, 1)
         self.turn = 0
 
     def _calls(self, work: Work) -> int:
@@ -79,6 +82,7 @@ class Interleaved:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             if self.flush is not None:
                 self.flush.zero_()
+                torch.cuda._sleep(HEAD_START)
             start.record()
             for _ in range(calls):
                 work()

@@ -38,7 +38,7 @@ fi
 [[ " ${stages[*]} " == *" $stage "* ]] || usage
 
 export PYTHONPATH=$PWD
-gpu=$(command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | sed 's/^9\.0$/9.0a/' | paste -sd ';' || true)
+gpu=$(command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]+$' | sort -u | sed 's/^9\.0$/9.0a/' | paste -sd ';' || true)
 if [[ -n $gpu && -z ${TORCH_CUDA_ARCH_LIST:-} ]]; then # for the GPU at hand alone
   export TORCH_CUDA_ARCH_LIST=$gpu
 fi
@@ -47,7 +47,11 @@ trap 'rm -rf "$part"' EXIT
 if [[ -n $dry ]]; then export FUSED_CNN_CACHE_DIR=$part/cache; fi # what a dry run measures decides nothing
 start=$SECONDS
 
-within() { timeout --signal=INT --kill-after=15 $((585 - SECONDS + start)) "$@"; } # a stage has ten minutes
+within() { # a stage has ten minutes, its start and its end included
+  local left=$((540 - SECONDS + start))
+  ((left > 0)) || return 124
+  timeout --signal=INT --kill-after=15 "$left" "$@"
+}
 fused_cnn() { within python3 -m fused_cnn.cli "$@"; }
 bench() {
   local small=(--minutes 8)
@@ -57,10 +61,15 @@ bench() {
 
 sanitize() { # a line for each tool and backend: what it was, its exit code, its summary
   local tool backend code failed=0
+  if [[ -n $gpu ]] && ! compute-sanitizer --error-exitcode 9 python3 -c 'import torch; torch.ones(1).cuda()' >"$part/out" 2>&1; then
+    cat "$part/out"
+    printf 'compute-sanitizer does not work here\t1\t%s\n' "$(grep -m 1 -iE 'error|not' "$part/out")" >>"$part/sanitize"
+    return 1
+  fi
   for backend in native triton; do
     [[ $backend == native || -n $gpu ]] || continue # Triton's interpreter launches no kernel to look at
     for tool in memcheck racecheck initcheck synccheck; do
-      local run=(python3 scripts/small_cases.py --backend "$backend")
+      local run=(python3 scripts/small_cases.py --backend "$backend" ${dry:+--op add_relu})
       if [[ -n $gpu ]]; then run=(compute-sanitizer --tool "$tool" --error-exitcode 9 "${run[@]}"); fi
       code=0
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 within "${run[@]}" "$@" >"$part/out" 2>&1 || code=$?
@@ -74,18 +83,20 @@ sanitize() { # a line for each tool and backend: what it was, its exit code, its
 }
 
 tune() {
-  local model train
+  local model train failed=0
   for model in $([[ -n $dry ]] && echo resnet18 || echo googlenet resnet50); do
     for train in '' --train; do
       [[ -z $dry || -z $train ]] || continue
       local size=(--batch 32 --dtype bfloat16)
       [[ -z $dry ]] || size=(--batch 1 --size 64)
-      fused_cnn tune "$model" $train "${size[@]}" --out "$part/tune-$model$train.json" "$@"
+      fused_cnn tune "$model" $train "${size[@]}" --out "$part/tune-$model$train.json" "$@" || failed=$?
     done
   done
+  return "$failed"
 }
 
 run_stage() {
+  echo "gpu.sh: ${gpu:-no GPU}, TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-not set}"
   if [[ -n $wheels ]]; then
     python3 -m pip install --quiet --no-index --no-deps --find-links "$wheels" "$wheels"/*.whl
   fi
@@ -97,7 +108,7 @@ run_stage() {
     sanitize) sanitize "$@" ;;
     tune) tune "$@" ;;
     bench-ops) bench ops --seconds 0.2 ${dry:+--op add_relu} "$@" ;;
-    bench-models) bench inference --seconds 3 ${gpu:+--compile} "$@" ;;
+    bench-models) bench inference --seconds 3 ${gpu:+--autotune} "$@" ;;
     bench-train) bench training --seconds 5 ${gpu:+--compile} "$@" ;;
   esac
 }
@@ -107,6 +118,6 @@ set +e # `|| rc=$?` would switch -e off inside the stage as well
 rc=$?
 set -e
 python3 -m fused_cnn.cli info --json >"$part/info.json" 2>>"$log" || true
-python3 scripts/stage_result.py "$part" "$outdir/$stage.json" "$stage" "$rc" $((SECONDS - start))
+python3 scripts/stage_result.py "$part" "$outdir/$stage.json" "$stage" "$rc" $((SECONDS - start)) "$dry"
 tail -n 3 "$log"
 exit "$rc"

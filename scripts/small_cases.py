@@ -23,14 +23,16 @@ LARGEST = 1 << 16  # elements of x: a sanitizer makes kernels a hundred times sl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--backend", choices=("native", "triton"), default="native")
-    backend = parser.parse_args().backend
+    parser.add_argument("--op", help="this op alone")
+    arguments = parser.parse_args()
+    backend = arguments.backend
     device = "cuda" if torch.cuda.is_available() else "cpu"
     status = _backends.status(backend, device)
     if not status.on:
         raise SystemExit(f"small_cases: {backend} is off on {device}: {status.reason}; {status.hint}")
     calls = 0
     for cases in all_cases():
-        if not _library.has_kernel(cases.registered or f"{cases.name}_fwd", backend, device):
+        if arguments.op not in (None, cases.name) or not _library.has_kernel(cases.registered or f"{cases.name}_fwd", backend, device):
             continue
         for case in cases.cases:
             if torch.Size(case.shape).numel() > LARGEST:

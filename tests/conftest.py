@@ -16,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker a core; tests that are about threads ask for more
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+torch.backends.cudnn.allow_tf32 = False  # float32's bounds are those of float32
 
 
 def _define_torchvision_ops() -> None:

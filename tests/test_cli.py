@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fused_cnn import cli
 from fused_cnn.cli import _numbers
+from fused_cnn.cli._benches import Prepared
 from fused_cnn.cli.report import rewrite
+from fused_cnn.measure import Work
 
 needs_pictures = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("torchvision", "skimage", "matplotlib")),
@@ -201,6 +204,16 @@ def test_bench_says_how_many_rows_its_minutes_left_out(capfd: pytest.CaptureFixt
     code, text, _ = run(capfd, "bench", "ops", *options)
     assert code == 0 and "8 of 8 rows were left out" in text
     assert json.loads(file.read_text())["left_out"] == 8
+
+
+def test_a_peer_that_fails_or_computes_something_else_is_left_out_with_the_reason() -> None:
+    def fails() -> Work:
+        raise RuntimeError("no engine")
+
+    work = Prepared({"eager": lambda: torch.ones(3)}, bytes=1, flops=1)
+    work.add_peers({"broken": fails, "other": lambda: lambda: torch.zeros(3), "same": lambda: lambda: torch.ones(3)}, bound=0.1)
+    assert set(work.variants) == {"eager", "same"}
+    assert work.counted["absent"]["broken"] == "RuntimeError: no engine" and "1.0e+00 off eager's" in work.counted["absent"]["other"]
 
 
 @needs_pictures

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import DEVICE
 
 from fused_cnn.cli.report import load_all
 
@@ -23,6 +24,7 @@ def gpu_sh(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=kept | {"PATH": path}, timeout=900)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="there the stages themselves run, this test in one of them")
 def test_every_stage_runs_and_leaves_one_log_and_one_json(tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
     done = gpu_sh("all", str(tmp_path), "--dry")
@@ -33,7 +35,8 @@ def test_every_stage_runs_and_leaves_one_log_and_one_json(tmp_path: Path) -> Non
     assert found["test"]["tests"]["tests"] > 0
     ran = found["test"]["result"]["ran"]
     assert {"op": "add_relu", "backend": "native", "dtype": "float32", "passed": True} in ran
-    assert [result["kind"] for result in load_all([tmp_path])].count("bench") == 3  # what `fused-cnn report` takes
+    assert all(found[stage]["result"]["rows"] for stage in STAGES if stage.startswith("bench"))
+    assert load_all([tmp_path]) == []  # a dry run is no evidence
 
 
 def test_a_stage_that_fails_names_what_failed(tmp_path: Path) -> None:

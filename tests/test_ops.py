@@ -149,7 +149,8 @@ def test_backward_runs_without_an_autocast_that_its_forward_did_not_have(op_case
         monkeypatch.setitem(_library._kernels, key, watched(kernel))
     with torch.autocast(DEVICE, torch.bfloat16):
         torch.autograd.grad(out, leaves, torch.ones_like(out))
-    assert seen and not any(seen)
+    assert not any(seen)
+    assert seen or DEVICE == "cuda"  # where a library runs the op
 
 
 @each_op

@@ -57,6 +57,12 @@ def test_a_failure_is_named_one() -> None:
     assert state(run_of_the_tests("2026-11-25"), run_of_the_tests("2026-11-26", passed=False))[0].startswith("**fails**: ")
 
 
+def test_a_benchmark_does_not_hide_a_failed_test_of_the_same_sources() -> None:
+    row = {"kind": "op", "op": "add_relu", "dtype": "float16", "times": {"native": {}}}
+    bench = {"kind": "bench", **FACTS, "date": "2026-11-26", "rows": [row]}
+    assert state(run_of_the_tests("2026-11-25", passed=False), bench)[0].startswith("**fails**: ")
+
+
 def test_a_benchmark_is_evidence_because_it_checks_first() -> None:
     labels = {"kind": "op", "op": "add_relu", "case": "c", "batch": 1, "pass": "forward"}
     rows = [{**labels, "dtype": "float16", "times": {"native": {}, "eager": {}}}, {**labels, "dtype": "float32", "error": "wrong"}]

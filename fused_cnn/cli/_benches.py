@@ -10,7 +10,7 @@ form that needs fewer products (Winograd's), or a layer that stays in a CPU's ca
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from . import _memory, _networks, _peers
 from ._ceilings import Ceilings
 from ._numbers import LARGEST, Pair, compare_scores, compare_training, relative, scores, training_step
 
+COMPILERS = {"compile": None, "autotune": "max-autotune"}  # torch.compile's modes
 TRAINING_CHECK = (2, 96)  # images and pixels: float64 gradients in full size take minutes
 
 
@@ -42,21 +43,38 @@ class Prepared:
     flops: int
     counted: dict[str, Any] = field(default_factory=dict)
 
+    def add_peers(self, makers: Mapping[str, Callable[[], Work]], bound: float) -> None:
+        """Add the peers that can be made and whose result is eager's within `bound`; of the others the row says why they are not there."""
+        eager = self.variants["eager"]()
+        for name, make in makers.items():
+            try:
+                work = make()
+                off = relative(work(), eager)  # type: ignore[arg-type]
+                if not off <= bound:
+                    raise AssertionError(f"its result is {off:.1e} off eager's, more than {bound:.1e}")
+                self.variants[name] = work
+            except Exception as error:  # whatever a peer raises, ours are still timed
+                self.counted.setdefault("absent", {})[name] = described(error)
+
+
+def described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+
 
 @dataclass
 class Bench:
     """One piece of work: what it is, how to check it, and its variants.
 
-    `check` raises AssertionError where the fused variant's numbers are wrong. `make(compiled)` prepares the
-    work, with torch.compile's variants or without, when it is timed and not before.
+    `check` raises AssertionError where the fused variant's numbers are wrong. `make(compilers)` prepares the
+    work, with these of COMPILERS among its variants, when it is timed and not before.
     """
 
     kind: str
     labels: dict[str, Any]
     check: Callable[[], None]
-    make: Callable[[bool], Prepared]
+    make: Callable[[Sequence[str]], Prepared]
     device: str
-    compiled: bool = False
+    compilers: Sequence[str] = ()
 
     @property
     def name(self) -> str:
@@ -84,7 +102,9 @@ class Bench:
     def prepare(self) -> tuple[Prepared, Interleaved]:
         """Check, then make the work and its timer."""
         self.check()
-        work = self.make(self.compiled)
+        if self.compilers:
+            torch._dynamo.reset()  # forgets the row before; within a row nothing may be forgotten
+        work = self.make(self.compilers)
         cold = self.kind == "op" and self.device == "cuda"  # a layer's tensors would stay in the second-level cache
         return work, Interleaved(work.variants, self.device, cold=cold)
 
@@ -104,7 +124,7 @@ def op_benches(
     *,
     device: str,
     backend: str | None = None,
-    compiled: bool = False,
+    compilers: Sequence[str] = (),
     only: Sequence[str] = (),
 ) -> Iterator[Bench]:
     """Every op x real case x batch x dtype, forward and backward; channels_last."""
@@ -115,7 +135,7 @@ def op_benches(
             for case in (c.batched(batch) for c in op_cases.cases if c.real):
                 for dtype in dtypes:
                     for direction in ("forward", "backward"):
-                        yield _op_bench(op_cases, case, dtype, direction, device, backend, compiled)
+                        yield _op_bench(op_cases, case, dtype, direction, device, backend, compilers)
 
 
 def _by_name(op_cases: OpCases, device: str) -> list[str]:
@@ -126,7 +146,9 @@ def _by_name(op_cases: OpCases, device: str) -> list[str]:
     return [b for b in ("native", "triton") if _backends.status(b, device).on and _library.has_kernel(registered, b, device)]
 
 
-def _op_bench(op_cases: OpCases, case: Case, dtype: torch.dtype, direction: str, device: str, backend: str | None, compiled: bool) -> Bench:
+def _op_bench(
+    op_cases: OpCases, case: Case, dtype: torch.dtype, direction: str, device: str, backend: str | None, compilers: Sequence[str]
+) -> Bench:
     backward = direction == "backward"
     named = _by_name(op_cases, device)
 
@@ -148,24 +170,21 @@ def _op_bench(op_cases: OpCases, case: Case, dtype: torch.dtype, direction: str,
         grad = torch.randn_like(result)
         return lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True)
 
-    def make(compiled: bool) -> Prepared:
+    def make(compilers: Sequence[str]) -> Prepared:
         cost = op_cases.cost(case, dtype.itemsize)
         variants = {"eager": variant(op_cases.op, backend="reference"), "fused": variant(op_cases.op, backend=backend)}
         variants |= {name: variant(op_cases.op, backend=name) for name in named}
-        library = None if backward else _peers.library_call(op_cases.name, device)
-        if library is not None:
-            variants["library"] = variant(library)
-            close = relative(variants["library"](), variants["eager"]())  # type: ignore[arg-type]
-            assert close <= LARGEST[dtype], f"{op_cases.name}, {case.name}: the library's own call is {close:.1e} off"
-        if compiled:
-            torch._dynamo.reset()
-            variants["compile"] = variant(torch.compile(op_cases.op), backend="reference")
-        if backward:
-            return Prepared(variants, cost.backward_bytes, cost.backward_flops)
-        return Prepared(variants, cost.forward_bytes, cost.forward_flops)
+        counts = (cost.backward_bytes, cost.backward_flops) if backward else (cost.forward_bytes, cost.forward_flops)
+        work = Prepared(variants, *counts)
+        library = _peers.library_call(op_cases.name, device)
+        if library is not None and not backward:
+            work.add_peers({"library": lambda: variant(library)}, LARGEST[dtype])
+        for name in compilers:
+            variants[name] = variant(torch.compile(op_cases.op, mode=COMPILERS[name]), backend="reference")
+        return work
 
     labels = {"op": op_cases.name, "case": case.name, "batch": case.shape[0], "dtype": short(dtype), "pass": direction}
-    return Bench("op", labels, check, make, device, compiled)
+    return Bench("op", labels, check, make, device, compilers)
 
 
 def model_benches(
@@ -176,17 +195,17 @@ def model_benches(
     device: str,
     passes: Sequence[str] = ("inference", "training step"),
     backend: str | None = None,
-    compiled: bool = False,
+    compilers: Sequence[str] = (),
     size: int = 224,
 ) -> Iterator[Bench]:
     """torchvision's networks with their BatchNorm statistics made real: inference at every batch, and a
     training step at the largest; a training step in a 16-bit dtype is float32 under autocast.
     """
-    for name in names:
+    for direction in passes:
         for dtype in dtypes:
-            for direction in passes:
-                for batch in batches if direction == "inference" else [max(batches)]:
-                    yield _model_bench(name, dtype, batch, direction, device, backend, compiled, size)
+            for batch in batches if direction == "inference" else [max(batches)]:
+                for name in names:
+                    yield _model_bench(name, dtype, batch, direction, device, backend, compilers, size)
 
 
 def _prepared(
@@ -222,7 +241,7 @@ class _Autocast(nn.Module):
 
 
 def _model_bench(
-    name: str, dtype: torch.dtype, batch: int, direction: str, device: str, backend: str | None, compiled: bool, size: int
+    name: str, dtype: torch.dtype, batch: int, direction: str, device: str, backend: str | None, compilers: Sequence[str], size: int
 ) -> Bench:
     training = direction != "inference"
 
@@ -233,54 +252,61 @@ def _model_bench(
         wrong = [n for n in numbers if not n.ok]
         assert not wrong, f"{name}, {short(dtype)}, {direction}: {wrong[0]}"
 
-    def make(compiled: bool) -> Prepared:
+    def make(compilers: Sequence[str]) -> Prepared:
         pair, images = _prepared(name, dtype, batch, training, device, backend, size)
-        variants = {"eager": _work(pair.eager, images, training), "fused": _work(pair.fused, images, training)}
-        if not training:
-            variants |= _peers.runtimes(pair.eager, images)
-        if device == "cuda":
-            variants |= {"graph": _peers.graphed(variants["eager"]), "fused graph": _peers.graphed(variants["fused"])}
-        if compiled:
-            # On a CPU only frozen weights have templates to choose from, and choosing takes minutes.
-            modes = {"compile": None, "autotune": "max-autotune"} if device == "cuda" or not training else {"compile": None}
-            made = _peers.compiled(pair.eager, lambda m: _work(m, images, training)(), *modes.values(), frozen=not training)
-            variants |= {peer: _work(m, images, training) for peer, m in zip(modes, made, strict=True)}
-        _agree(variants, LARGEST[dtype], f"{name}, {short(dtype)}, {direction}")
+        models = {"eager": pair.eager, "fused": pair.fused}
+        variants = {variant: _work(model, images, training) for variant, model in models.items()}
         plain = pair.eager.model if isinstance(pair.eager, _Autocast) else pair.eager
         least = minimum_traffic(copy.deepcopy(plain).to(dtype), images.to(dtype), backward=training).bytes
-        counted, flops = _counted(pair, images, training)
+        counted, flops = _counted(models, images, training)
+        work = Prepared(variants, least, flops, counted)
+        peers: dict[str, Callable[[], Work]] = {} if training else {**_peers.runtimes(pair.eager, images)}
         if device == "cuda":
-            counted["peak"] = _memory.peaks_on_gpu(variants)
+            peers |= {name: partial(_peers.graphed, variants[of]) for name, of in (("graph", "eager"), ("fused graph", "fused"))}
+        for peer in compilers:
+            make_work = partial(_work, images=images, training=training)
+            peers[peer] = partial(_peers.compiled, pair.eager, COMPILERS[peer], make_work, frozen=not training)
+        work.add_peers(peers, LARGEST[dtype])
+        if device == "cuda":
+            counted["launches"] = {variant: _launches_on_gpu(each) for variant, each in variants.items()}
+            counted["peak"] = _memory.peaks_on_gpu(models, variants)
         else:
             job = (name, dtype, batch, training, device, backend, size)
-            counted["peak"] = _memory.peaks_in_children({v: partial(_variant, v, *job) for v in ("eager", "fused")})
-        return Prepared(variants, least, flops, counted)
+            counted["peak"] = _memory.peaks_in_children({variant: partial(_variant, variant, *job) for variant in models})
+        return work
 
     labels = {"model": name, "batch": batch, "dtype": short(dtype), "pass": direction}
-    return Bench("model", labels, check, make, device, compiled)
+    return Bench("model", labels, check, make, device, compilers)
 
 
 def _work(model: nn.Module, images: Tensor, training: bool) -> Work:
     if training:
-        return lambda: scores(training_step(model, images))
+        return lambda: scores(training_step(model, images)).detach()  # nothing is kept of its graph
     return torch.no_grad()(lambda: model(images))
 
 
-def _agree(variants: dict[str, Work], bound: float, what: str) -> None:
-    """No peer is timed that computes something else."""
-    eager = variants["eager"]()
-    for name, work in variants.items():
-        close = relative(work(), eager)  # type: ignore[arg-type]
-        assert close <= bound, f"{what}: {name}'s scores are {close:.1e} off eager's, more than {bound:.1e}"
-
-
-def _counted(pair: Pair, images: Tensor, training: bool) -> tuple[dict[str, Any], int]:
-    """Launches, bytes moved, and for a training step bytes kept for its backward; operations of the eager network."""
-    found: dict[str, Any] = {"launches": {}, "traffic": {}}
-    flops = 0
-    for variant, model in (("fused", pair.fused), ("eager", pair.eager)):
-        counts = count(_work(model, images, training))
-        found["launches"][variant], found["traffic"][variant], flops = counts.launches, counts.bytes, counts.flops
+def _counted(models: Mapping[str, nn.Module], images: Tensor, training: bool) -> tuple[dict[str, Any], int]:
+    """What is counted at the dispatcher, with the CPU kernels' costs: launches, bytes moved, ops that it does not know; for a training step
+    bytes kept for its backward; and the eager network's operations.
+    """
+    works = {variant: _work(model, images, training) for variant, model in models.items()}
+    for work in works.values():
+        work()  # folds and packs
+    counts = {variant: count(work) for variant, work in works.items()}
+    found: dict[str, Any] = {}
+    if images.device.type == "cpu":
+        found["launches"] = {variant: c.launches for variant, c in counts.items()}
+        found["traffic"] = {variant: c.bytes for variant, c in counts.items()}
+        found["unknown"] = {variant: c.unknown for variant, c in counts.items() if c.unknown}
     if training:
-        found["saved"] = {"eager": saved_bytes(pair.eager, images), "fused": saved_bytes(pair.fused, images)}
-    return found, flops
+        found["saved"] = {variant: saved_bytes(model, images) for variant, model in models.items()}
+    return found, counts["eager"].flops
+
+
+def _launches_on_gpu(work: Work) -> int:
+    """Kernels, copies and fills that the device ran, as PyTorch's profiler saw them."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiled:
+        work()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events())

@@ -1,7 +1,7 @@
 """The most memory that a variant of a network needs beyond its weights and images, in bytes.
 
 On a GPU PyTorch's allocator knows. A CPU's allocators do not keep that number (nor does oneDNN), so each variant runs in a process of its
-own, whose largest resident size the kernel keeps (Linux, proc(5): VmHWM); folded and packed weights count.
+own, whose largest resident size the kernel keeps (Linux, proc(5): VmHWM); there the first call's folded and packed weights count.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..measure import Work
 
 
-def peaks_on_gpu(variants: Mapping[str, Work]) -> dict[str, int]:
-    """For each variant that allocates when it runs: a graph's memory was allocated at its capture."""
+def peaks_on_gpu(models: Mapping[str, nn.Module], variants: Mapping[str, Work]) -> dict[str, int]:
+    """Of each model's variant, which has run before: its folded weights are there; its gradients are dropped first."""
     found = {}
-    for name, work in variants.items():
-        if "graph" in name:
-            continue
+    for name, model in models.items():
+        work = variants[name]
+        model.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -7,6 +7,7 @@ PyTorch's threads. ONNX Runtime and OpenVINO are optional (`pip install fused_cn
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import io
 import warnings
@@ -24,18 +25,15 @@ INSTALL = "`pip install fused_cnn[peers]`"
 OURS = ("fused", "fused graph", "native", "triton")  # every other variant is a peer
 
 
-def compiled(model: nn.Module, run: Callable[[nn.Module], object], *modes: str | None, frozen: bool) -> list[nn.Module]:
-    """torch.compile in each mode, each of a copy that `run` has made it compile; frozen: with weights made part of the program. What it
-    had compiled before is forgotten first, and never in between: a forgotten one would compile itself again, unfrozen, when it is timed.
-    """
+def compiled(model: nn.Module, mode: str | None, work_of: Callable[[nn.Module], Work], *, frozen: bool) -> Work:
+    """torch.compile of a copy, compiled; frozen: with weights made part of the program. torch._dynamo.reset() must not follow before its
+    last call, which would compile it again, unfrozen."""
     import torch._inductor.config as config
 
-    torch._dynamo.reset()
-    made: list[nn.Module] = [torch.compile(copy.deepcopy(model), mode=mode) for mode in modes]  # type: ignore[misc]
+    work = work_of(torch.compile(copy.deepcopy(model), mode=mode))  # type: ignore[arg-type]
     with config.patch(freezing=frozen):
-        for each in made:
-            run(each)
-    return made
+        work()
+    return work
 
 
 def graphed(work: Work) -> Work:
@@ -79,7 +77,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
 def _cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, *, relu: bool = True, **given: Any) -> Tensor:
     padding, stride, dilation, groups = _geometry(given)
     if not relu:
-        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        raise NotImplementedError("cuDNN's fused calls end in a ReLU")
     if residual is None:
         return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
     return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride, padding, dilation, groups)
@@ -122,12 +120,12 @@ class Exported:
         return work
 
 
-def runtimes(model: nn.Module, images: Tensor) -> dict[str, Work]:
-    """ONNX Runtime (float32 alone: its CPU kernels know no bfloat16) and OpenVINO, where they are installed."""
+def runtimes(model: nn.Module, images: Tensor) -> dict[str, Callable[[], Work]]:
+    """What makes ONNX Runtime's variant (float32 alone: its CPU kernels know no bfloat16) and OpenVINO's, where they are installed."""
     at_hand = {name for name in ("onnxruntime", "openvino", "onnxscript") if importlib.util.find_spec(name)}
     wanted = at_hand & ({"onnxruntime", "openvino"} if images.dtype == torch.float32 else {"openvino"})
     if "onnxscript" not in at_hand or not wanted or images.device.type != "cpu":
         return {}
-    exported = Exported(model, images)
-    works = {"onnxruntime": exported.onnxruntime, "openvino": lambda: exported.openvino(images.dtype)}
-    return {name: works[name]() for name in sorted(wanted)}
+    export = functools.cache(lambda: Exported(model, images))
+    makers = {"onnxruntime": lambda: export().onnxruntime(), "openvino": lambda: export().openvino(images.dtype)}
+    return {name: makers[name] for name in sorted(wanted)}

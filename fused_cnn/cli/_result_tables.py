@@ -32,6 +32,8 @@ def source(result: dict[str, Any]) -> str:
     if "ceilings" in result:
         products = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in result["ceilings"]["product"].items())
         text += f" Limits, measured in the same run: a copy {result['ceilings']['copy'] / 1e9:.4g} GB/s, a matrix product {products}."
+    if result.get("left_out"):
+        text += f" {result['left_out']} more rows were not run."
     return text + "\n"
 
 
@@ -80,7 +82,7 @@ def memory(rows: list[dict[str, Any]]) -> Table:
         return f"{values['eager'] / unit:.0f} -> {values['fused'] / unit:.0f}" if values else ""
 
     def line(row: dict[str, Any]) -> Row:
-        traffic = f"{arrow(row['traffic'])} ({row['bytes'] / 1e6:.0f})"
+        traffic = f"{arrow(row.get('traffic'))} ({row['bytes'] / 1e6:.0f})"
         labels = (str(row[k]) for k in ("model", "pass", "dtype", "batch"))
         return [*labels, arrow(row["launches"], 1), traffic, arrow(row.get("saved")), arrow(row["peak"])]
 

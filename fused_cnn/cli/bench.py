@@ -7,7 +7,9 @@ makes the exit code 1.
 
 from __future__ import annotations
 
+import gc
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,14 +19,14 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from . import _ceilings
-from ._benches import Bench, model_benches, op_benches
+from ._benches import COMPILERS, Bench, described, model_benches, op_benches
 from ._ceilings import Ceilings
 from ._common import DISAGREE, CommandError, Json, backend_of, dtype_of, emit, out, progress, write_json
 from .info import facts_of_run
 
 MODELS = ("googlenet", "resnet50")
-DTYPES = ("float32", "bfloat16")
-BATCHES = {"cpu": (1, 8), "cuda": (1, 32, 256)}
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16")}
+BATCHES = {"cpu": (1, 8), "cuda": (32, 256, 1)}
 PASSES = {"ops": (), "inference": ("inference",), "training": ("training step",), "models": ("inference", "training step")}
 PASSES["all"] = PASSES["models"]
 
@@ -37,7 +39,8 @@ def bench(
     batch: Annotated[list[int] | None, typer.Option(help="May be given again.")] = None,
     size: Annotated[int, typer.Option(min=32, help="Height and width of a network's images.")] = 224,
     backend: Annotated[str, typer.Option(help="auto, reference, native or triton.")] = "auto",
-    compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile, default and max-autotune: takes minutes.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile too: minutes of compilation.")] = False,
+    autotune: Annotated[bool, typer.Option(help="Time torch.compile's max-autotune too: more minutes.")] = False,
     seconds: Annotated[float, typer.Option(min=0, help="How long to time each row.")] = 1.0,
     minutes: Annotated[float, typer.Option(min=0, help="Start no row after so long; those left out are counted.")] = float("inf"),
     file: Annotated[Path, typer.Option("--out", help="Where to save the JSON.")] = Path("out/bench.json"),
@@ -48,13 +51,15 @@ def bench(
         raise CommandError(f"bench takes {', '.join(PASSES)}, got {what!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = backend_of(backend)
-    dtypes = [dtype_of(name) for name in dtype or DTYPES]
+    dtypes = [dtype_of(name) for name in dtype or DTYPES[device]]
     batches = batch or BATCHES[device]
+    compilers = [name for name, wanted in zip(COMPILERS, (compiled, autotune), strict=True) if wanted]
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, for eager, fused, peers and the ceiling alike
     benches: list[Bench] = []
     if what in ("ops", "all"):
-        benches += op_benches(dtypes, batches, device=device, backend=chosen, compiled=compiled, only=op or ())
+        benches += op_benches(dtypes, batches, device=device, backend=chosen, compilers=compilers, only=op or ())
     if PASSES[what] and not op:
-        options: dict[str, Any] = {"device": device, "passes": PASSES[what], "backend": chosen, "compiled": compiled, "size": size}
+        options: dict[str, Any] = {"device": device, "passes": PASSES[what], "backend": chosen, "compilers": compilers, "size": size}
         benches += model_benches(model or MODELS, dtypes, batches, **options)
     if not benches:
         raise CommandError(f"--op {', '.join(op or ())}: no such op; see fused_cnn.ops")
@@ -86,8 +91,15 @@ def bench(
 def _measured(entry: Bench, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
     try:
         return entry.run(seconds, ceilings)
-    except (AssertionError, RuntimeError) as error:  # BackendUnavailable, out of memory, a peer that fails: the other rows still count
-        return {"kind": entry.kind, **entry.labels, "error": " ".join(str(error).split())[:500]}
+    except Exception as error:  # a kernel that does not compile, memory that is not there: the other rows still count
+        traceback.print_exc()
+        if entry.device == "cuda":
+            torch.cuda.synchronize()  # raises where the device is lost, and with it every other row
+        return {"kind": entry.kind, **entry.labels, "error": described(error)}
+    finally:
+        gc.collect()
+        if entry.device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _show(rows: list[dict[str, Any]], file: Path) -> None:

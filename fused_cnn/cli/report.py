@@ -60,7 +60,7 @@ def load(file: Path) -> dict[str, Any] | None:
     try:
         document = json_module.loads(file.read_text())
         if "stage" in document:
-            document = document.get("result") or {}
+            document = {} if document["dry"] else document.get("result") or {}
             return document if document.get("kind") in KINDS else None
         if "benchmarks" in document:
             rows = [b["extra_info"]["row"] for b in document["benchmarks"] if "row" in b["extra_info"]]
@@ -114,9 +114,12 @@ def _plots(result: dict[str, Any], folder: Path) -> list[Path]:
     table = result["table"]
     if table == "verify":
         return [_picture.stages(result, folder / f"verify{suffix}.png")]
+    if all("error" in row for row in result["rows"]):
+        return []
     if table == "ops":
         return [_picture.roofline(result, folder / f"roofline{suffix}.png")]
-    made = [_picture.traffic(result, folder / f"traffic-{table}{suffix}.png")]
+    counted = [row for row in result["rows"] if "traffic" in row]
+    made = [_picture.traffic({**result, "rows": counted}, folder / f"traffic-{table}{suffix}.png")] if counted else []
     if table == "inference":
         return [*made, _picture.images_per_second(result, folder / f"images{suffix}.png")]
     return [*made, _picture.memory(result, folder / f"memory{suffix}.png")]

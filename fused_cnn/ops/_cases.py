@@ -40,11 +40,11 @@ class Maker:
         self, dtype: torch.dtype, layout: str = "channels_last", device: str = "cpu", seed: int = 0, grad: bool = True
     ) -> None:
         self.dtype, self.layout, self.device, self.grad = dtype, layout, device, grad
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
 
     def _normal(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        values = torch.randn(shape, generator=self.generator, dtype=torch.float32)
-        return values.to(self.device, dtype or self.dtype)
+        values = torch.randn(shape, generator=self.generator, dtype=torch.float32, device=self.device)
+        return values.to(dtype or self.dtype)
 
     def activation(self, *shape: int) -> Tensor:
         """A standard-normal (N, C, H, W) tensor in the maker's layout."""
@@ -76,7 +76,7 @@ class Maker:
     def buffer(self, n: int, *, low: float, high: float) -> Tensor:
         """A per-channel buffer without gradient, uniform in [low, high), float32 (float64 for float64)."""
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return (torch.rand(n, generator=self.generator) * (high - low) + low).to(self.device, dtype)
+        return (torch.rand(n, generator=self.generator, device=self.device) * (high - low) + low).to(dtype)
 
 
 @dataclass(frozen=True)
