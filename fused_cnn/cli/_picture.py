@@ -11,7 +11,16 @@ from typing import Any
 from ._common import require
 from ._result_tables import NAMES, variants_in
 
-COLOURS = {"eager": "#9aa5b1", "fused": "#1f77b4", "compile": "#e39c37"}
+COLOURS = {
+    "eager": "#9aa5b1",
+    "fused": "#1f77b4",
+    "fused graph": "#0b3d66",
+    "compile": "#e39c37",
+    "autotune": "#b5651d",
+    "graph": "#5f6b78",
+    "onnxruntime": "#2a9d5c",
+    "openvino": "#8e5bb5",
+}
 OTHER_COLOUR = "#7a7a7a"
 
 
@@ -94,7 +103,7 @@ def images_per_second(result: dict[str, Any], path: Path) -> Path:
         here = sorted((row for row in rows if (row["model"], row["dtype"]) == (model, dtype)), key=lambda row: row["batch"])
         for variant in variants_in(here):
             points = [(row["batch"], row["batch"] / row["times"][variant]["median"]) for row in here if variant in row["times"]]
-            style = {"color": COLOURS.get(variant), "linewidth": 2.5 if variant == "fused" else 1.2}
+            style = {"color": COLOURS.get(variant, OTHER_COLOUR), "linewidth": 2.5 if variant == "fused" else 1.2}
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=NAMES.get(variant, variant), **style)
         axes.plot([r["batch"] for r in here], [r["batch"] / r["limit"] for r in here], "--", color="black", linewidth=1, label="limit")
         axes.set_xscale("log", base=2)
@@ -104,7 +113,8 @@ def images_per_second(result: dict[str, Any], path: Path) -> Path:
         axes.set_title(f"{model}, {dtype}", loc="left", fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("images per second")
-    panels[0][0].legend(frameon=False, fontsize=8)
+    lines = {label: line for axes in panels[0] for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False)
     figure.suptitle(f"Inference, {result['device_name']}", fontsize=11)
     return _save(figure, path)
 
