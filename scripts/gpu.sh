@@ -87,7 +87,7 @@ tune() {
   for model in $([[ -n $dry ]] && echo resnet18 || echo googlenet resnet50); do
     for train in '' --train; do
       [[ -z $dry || -z $train ]] || continue
-      local size=(--batch 32 --dtype bfloat16)
+      local size=(--batch "$([[ -n $train ]] && echo 256 || echo 32)" --dtype bfloat16) # what the benchmarks run
       [[ -z $dry ]] || size=(--batch 1 --size 64)
       fused_cnn tune "$model" $train "${size[@]}" --out "$part/tune-$model$train.json" "$@" || failed=$?
     done

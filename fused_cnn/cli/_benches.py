@@ -26,7 +26,7 @@ from ..ops._cases import Case, Maker, OpCases
 from ..testing import all_cases, compare
 from . import _memory, _networks, _peers
 from ._ceilings import Ceilings
-from ._numbers import LARGEST, Pair, compare_scores, compare_training, relative, scores, training_step
+from ._numbers import LARGEST, Autocast, Pair, compare_scores, compare_training, relative, scores, training_step
 
 COMPILERS = {"compile": None, "autotune": "max-autotune"}  # torch.compile's modes
 TRAINING_CHECK = (2, 96)  # images and pixels: float64 gradients in full size take minutes
@@ -218,7 +218,7 @@ def _prepared(
         return Pair.of(network.to(dtype), backend), images.to(dtype)
     pair = Pair.of(network, backend).training()
     if dtype != torch.float32:
-        pair = Pair(_Autocast(pair.eager, dtype), _Autocast(pair.fused, dtype), pair.report)
+        pair = Pair(Autocast(pair.eager, dtype), Autocast(pair.fused, dtype), pair.report)
     return pair, images
 
 
@@ -226,18 +226,6 @@ def _variant(variant: str, name: str, dtype: torch.dtype, batch: int, training: 
     """One of a network's two variants by itself."""
     pair, images = _prepared(name, dtype, batch, training, *more)
     return _work(getattr(pair, variant), images, training)
-
-
-class _Autocast(nn.Module):
-    """A network under autocast (AMP), as people train in 16 bits."""
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.model, self.dtype = model, dtype
-
-    def forward(self, images: Tensor) -> Any:
-        with torch.autocast(images.device.type, self.dtype):
-            return self.model(images)
 
 
 def _model_bench(
@@ -256,7 +244,7 @@ def _model_bench(
         pair, images = _prepared(name, dtype, batch, training, device, backend, size)
         models = {"eager": pair.eager, "fused": pair.fused}
         variants = {variant: _work(model, images, training) for variant, model in models.items()}
-        plain = pair.eager.model if isinstance(pair.eager, _Autocast) else pair.eager
+        plain = pair.eager.model if isinstance(pair.eager, Autocast) else pair.eager
         least = minimum_traffic(copy.deepcopy(plain).to(dtype), images.to(dtype), backward=training).bytes
         counted, flops = _counted(models, images, training)
         work = Prepared(variants, least, flops, counted)

@@ -72,6 +72,18 @@ class Pair:
         return Pair(without_dropout(self.eager).train(), without_dropout(self.fused).train(), self.report)
 
 
+class Autocast(nn.Module):
+    """A network under autocast (AMP), as people train in 16 bits."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, images: Tensor) -> Any:
+        with torch.autocast(images.device.type, self.dtype):
+            return self.model(images)
+
+
 def scores(out: Any) -> Tensor:
     """The class scores: torchvision's networks with auxiliary classifiers return a named tuple in training."""
     return out if isinstance(out, Tensor) else out[0]

@@ -15,6 +15,7 @@ from rich.table import Table
 from .. import _tables, fuse_, tuning
 from . import _networks
 from ._common import Json, dtype_of, emit, out, progress, write_json
+from ._numbers import Autocast
 
 
 def tune(
@@ -22,15 +23,20 @@ def tune(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 1,
     size: Annotated[int, typer.Option(min=32, help="Height and width of the images.")] = 224,
-    train: Annotated[bool, typer.Option("--train", help="Tune forward and backward, not inference.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Tune forward and backward, 16 bits by autocast, not inference.")] = False,
     file: Annotated[Path | None, typer.Option("--out", help="Save what was measured here, too, as a table to ship.")] = None,
     json: Json = False,
 ) -> None:
     """Measure which backend and tiles are fastest for each op of a network; backend=None then uses them."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = _networks.photographs(_networks.PHOTOGRAPHS, batch, size).to(device, dtype_of(dtype))
-    network = _networks.network(model, images.float()).to(device, dtype_of(dtype)).train(train)
+    images = _networks.photographs(_networks.PHOTOGRAPHS, batch, size).to(device)
+    network = _networks.network(model, images).train(train)
     fuse_(network)
+    chosen = dtype_of(dtype)
+    if not train:
+        network, images = network.to(chosen), images.to(chosen)
+    elif chosen != torch.float32:
+        network = Autocast(network, chosen)
     with progress("tune") as say:
         measured = tuning.tune(network, images, train=train, say=say)
     saved = _tables.cache_file(images.device)
