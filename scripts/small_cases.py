@@ -32,7 +32,7 @@ def main() -> None:
         raise SystemExit(f"small_cases: {backend} is off on {device}: {status.reason}; {status.hint}")
     calls = 0
     for cases in all_cases():
-        if arguments.op not in (None, cases.name) or not _library.has_kernel(cases.registered or f"{cases.name}_fwd", backend, device):
+        if arguments.op not in (None, cases.name) or not _library.has_kernel(cases.decides, backend, device):
             continue
         for case in cases.cases:
             if torch.Size(case.shape).numel() > LARGEST:

@@ -56,7 +56,7 @@ def every_case() -> list[object]:
     params = []
     for op_cases in ALL_CASES:
         for backend in backends():
-            if not _library.has_kernel(registered(op_cases), backend, DEVICE):
+            if not _library.has_kernel(op_cases.decides, backend, DEVICE):
                 continue
             for case in op_cases.cases:
                 for dtype in DTYPES[backend]:
@@ -66,11 +66,6 @@ def every_case() -> list[object]:
                         if runs is not None:
                             params.append(pytest.param(op_cases, runs, backend, dtype, layout, id=name))
     return params
-
-
-def registered(op_cases: OpCases) -> str:
-    """The registered op that decides whether a backend implements a public one."""
-    return op_cases.registered or f"{op_cases.name}_fwd"
 
 
 @pytest.mark.usefixtures("nan_filled_memory")
@@ -174,7 +169,7 @@ def test_compiles_without_graph_breaks(op_cases: OpCases) -> None:
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("backend", [None, "triton"])
 def test_reruns_are_bitwise_equal(op_cases: OpCases, backend: str | None) -> None:
-    if backend not in (None, *backends()) or not (backend is None or _library.has_kernel(registered(op_cases), backend, DEVICE)):
+    if backend not in (None, *backends()) or not (backend is None or _library.has_kernel(op_cases.decides, backend, DEVICE)):
         pytest.skip(f"no {backend} kernels here")
     interpreted = backend == "triton" and DEVICE == "cpu"
     real = next(c for c in op_cases.cases if c.real)

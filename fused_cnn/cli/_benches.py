@@ -142,8 +142,7 @@ def _by_name(op_cases: OpCases, device: str) -> list[str]:
     """The GPU's backends that implement the op here: each is a variant of its own there."""
     if device == "cpu":
         return []
-    registered = op_cases.registered or f"{op_cases.name}_fwd"
-    return [b for b in ("native", "triton") if _backends.status(b, device).on and _library.has_kernel(registered, b, device)]
+    return [b for b in ("native", "triton") if _backends.status(b, device).on and _library.has_kernel(op_cases.decides, b, device)]
 
 
 def _op_bench(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import _library, _sources
+from ..ops._cases import OpCases
 from ..testing import all_cases
 from ._result_tables import Row, Table
 
@@ -29,20 +30,16 @@ class Run:
     passed: bool
 
 
-def room_of(op: str) -> str:
-    """The folder that an op's kernels are in."""
-    return {cases.name: cases.op.__module__.split(".")[2] for cases in all_cases()}[op]
-
-
 def evidence(results: Iterable[Mapping[str, Any]]) -> dict[Key, Run]:
     """The latest run of each kernel among saved results."""
+    rooms = {cases.name: cases.room for cases in all_cases()}
     found: dict[Key, Run] = {}
     for result in sorted(results, key=lambda r: r["date"]):
         if result["device"] != "cuda":
             continue
         for op, backend, dtype, passed in _kernels(result):
             device = result["device_name"].partition(",")[0]
-            source = result["sources"][backend][room_of(op)]
+            source = result["sources"][backend][rooms[op]]
             key = (op, backend, dtype, result["arch"])
             before = found.get(key)
             if before is not None and before.source == source and result["kind"] != "tests":
@@ -69,22 +66,21 @@ def table(results: Iterable[Mapping[str, Any]], current: Mapping[str, Mapping[st
     now = _sources.hashes("cuda") if current is None else current
     rows: list[Row] = []
     for cases in all_cases():
-        registered = cases.registered or f"{cases.name}_fwd"
         for backend, dtypes in DTYPES.items():
-            if not _exists(registered, backend, room_of(cases.name)):
+            if not _exists(cases, backend):
                 continue
             states: dict[tuple[str, ...], list[str]] = {}
             for dtype in dtypes:
-                of_dtype = [_state(runs.get((cases.name, backend, dtype, a)), now[backend][room_of(cases.name)]) for a in seen]
+                of_dtype = [_state(runs.get((cases.name, backend, dtype, a)), now[backend][cases.room]) for a in seen]
                 states.setdefault((*of_dtype, NEVER), []).append(dtype)
             rows += [[cases.name, backend, ", ".join(of), *cells] for cells, of in states.items()]
     return ["op", "backend", "dtypes", *seen, ", ".join(others)], rows
 
 
-def _exists(registered: str, backend: str, room: str) -> bool:
+def _exists(cases: OpCases, backend: str) -> bool:
     if backend == "triton":
-        return _library.has_kernel(registered, "triton", "cuda")
-    return (_sources.CSRC / room / "cuda.cu").exists() or any((_sources.CSRC / room).glob("cuda_*.cu"))
+        return _library.has_kernel(cases.decides, "triton", "cuda")
+    return any((_sources.CSRC / cases.room).glob("*.cu"))  # whether or not they were built here
 
 
 def _state(run: Run | None, now: str | None) -> str:

@@ -110,6 +110,16 @@ class OpCases:
     registered: str = ""
     summation: float = 0.0
 
+    @property
+    def decides(self) -> str:
+        """The registered op that decides whether a backend implements this one."""
+        return self.registered or f"{self.name}_fwd"
+
+    @property
+    def room(self) -> str:
+        """The folder of fused_cnn/ops that the op's kernels are in."""
+        return self.op.__module__.split(".")[2]
+
 
 AWKWARD_CHANNELS = (1, 3, 17, 65, 112, 480)
 AWKWARD_SIZES = (1, 7, 14, 28, 55)
