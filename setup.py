@@ -1,12 +1,15 @@
 """Builds the two native libraries: `_C` (C++, CPU; always) and `_C_cuda` (CUDA; where nvcc is found).
 
-Both use only PyTorch's stable ABI, so the build reads torch's headers from the environment that it installs into and never
-imports torch: an isolated `pip install -e .` and one with `--no-build-isolation` are the same build.
-Reads MAX_JOBS, TORCH_CUDA_ARCH_LIST, FORCE_CUDA (1: required, 0: skipped), CUDA_HOME and CXX.
+Both use only PyTorch's stable ABI, and no Python: the build reads torch's headers from the environment that it installs into and never
+imports torch, so an isolated `pip install -e .` and one with `--no-build-isolation` are the same build, and a library that was built
+elsewhere, of the same sources, is used as it is.
+Reads MAX_JOBS, TORCH_CUDA_ARCH_LIST ("all" for every architecture), FORCE_CUDA (1: required, 0: skipped), CUDA_HOME and CXX.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import re
@@ -19,14 +22,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from runpy import run_path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 10)
-DEFAULT_ARCHS = "8.0;8.9;9.0a;10.0;12.0+PTX"
+MIN_SETUPTOOLS = 77  # the first that takes pyproject.toml's licence
+ALL_ARCHS = "8.0;8.9;9.0a;10.0;12.0+PTX"
+DEFAULT_ARCHS = "8.0;9.0a;10.0+PTX"  # where no GPU is at hand: one of each generation, which run on all of it
 GIB_PER_JOB = {"_C": 1.5, "_C_cuda": 4.5}  # the largest translation unit's peak, with room to spare
 CUTLASS = "nvidia-cutlass==4.2.0.0"  # the wheel whose headers the matrix products are made of; its Python dependencies are not needed
+
+SOURCES, BUILDS = (run_path(str(ROOT / "fused_cnn" / name)) for name in ("_sources.py", "_builds.py"))
 
 # One instruction set per compilation of every csrc/*/cpu_kernels.cpp; chosen at run time (csrc/common/cpu_level.h).
 CPU_LEVELS = {"generic": []}
@@ -82,23 +90,39 @@ def find_cutlass() -> tuple[Path, str] | None:
     return None
 
 
-def arch_entries(arch_list: str) -> list[str]:
-    return re.split(r"[;\s]+", arch_list.strip())
+def gpus() -> list[tuple[int, int]]:
+    """The compute capabilities of this machine's GPUs."""
+    smi = shutil.which("nvidia-smi")
+    asked = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    text = subprocess.run(asked, capture_output=True, text=True).stdout if smi else ""
+    return sorted({(int(major), int(minor)) for major, minor in re.findall(r"(?m)^(\d+)\.(\d+)$", text)})
+
+
+def wanted_archs(built: Path) -> str:
+    """What to compile for: what TORCH_CUDA_ARCH_LIST asks for; else what the library was built for before, where that runs on the GPUs
+    at hand; else these GPUs; without any, the default."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if asked:
+        return ALL_ARCHS if asked == "all" else asked
+    before, here = BUILDS["facts_in"](built).get("cuda_archs", ""), gpus()
+    if before and all(BUILDS["covers"](before, gpu) for gpu in here):
+        return before
+    return ";".join(map(BUILDS["arch_for"], here)) or DEFAULT_ARCHS
 
 
 def archs_for(source: Path, arch_list: str) -> str:
     """The entries that a file is compiled for: products on Hopper's own instructions have files of their own."""
     keep = {"sm90a": lambda arch: arch.startswith("9.0a"), "sm80": lambda arch: not arch.startswith("9.0a")}
     wanted = keep.get(source.stem.partition("_")[0], lambda arch: True)
-    return ";".join(filter(wanted, arch_entries(arch_list)))
+    return ";".join(filter(wanted, BUILDS["entries"](arch_list)))
 
 
 def gencode(arch_list: str) -> list[str]:
     flags = []
-    for item in arch_entries(arch_list):
+    for item in BUILDS["entries"](arch_list):
         match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", item)
         if match is None:
-            fail(f"TORCH_CUDA_ARCH_LIST has {item!r}; expected entries such as 8.0, 9.0a or 12.0+PTX")
+            fail(f"TORCH_CUDA_ARCH_LIST has {item!r}; expected all, or entries such as 8.0, 9.0a or 12.0+PTX")
         arch = "".join(match.groups("")[:3])
         flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
         if match[4]:
@@ -124,6 +148,13 @@ def run(command: list[str], what: str, remedy: str) -> str:
     return done.stdout + done.stderr
 
 
+def host_compiler() -> str:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        fail("no C++ compiler found: install g++ or clang++ (Debian: apt-get install g++), or set CXX")
+    return compiler
+
+
 def stale(target: Path, depfile: Path) -> bool:
     """True unless target is newer than every file that its compiler-written dependency list names."""
     if not (target.exists() and depfile.exists()):
@@ -137,18 +168,28 @@ class Build(build_ext):
     """Compiles csrc/ without torch.utils.cpp_extension, which would need torch importable and both CUDA versions equal."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname.endswith("_C_cuda"):  # loaded by path, so it carries no Python version
-            return str(Path(*fullname.split(".")).with_suffix(".so"))
-        return super().get_ext_filename(fullname)
+        return str(Path(*fullname.split(".")).with_suffix(".so"))  # loaded by path, so it carries no Python version
 
     def build_extension(self, ext: Extension) -> None:
         torch, torch_version = find_torch()
         library = ext.name.rpartition(".")[2]
+        output = Path(self.get_ext_fullpath(ext.name))
         objects_dir = ROOT / "build" / library  # kept between builds, which makes later ones quick
+        before = ROOT / "fused_cnn" / f"{library}.so"  # of an earlier build, or carried here from another machine
+        facts, jobs, link, remedy = self.cuda_jobs(before) if library == "_C_cuda" else self.cpu_jobs()
+        facts["recipe"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if not any(objects_dir.glob("*.o")) and fits(BUILDS["facts_in"](before), facts):
+            print(f"[fused_cnn] {before.name} was built elsewhere, of these sources: kept", flush=True)
+            shutil.copy2(before, output)
+            return
+        compiler = host_compiler()
+        version = run([compiler, "--version"], compiler, "set CXX to a working compiler").splitlines()[0]
+        facts |= {"torch": torch_version, "compiler": version}
+        text = json.dumps(json.dumps(facts))  # a C++ literal
+        jobs.append(("csrc/build_facts.cpp", "build_facts.o", [compiler, "-fPIC", f"-DFUSED_CNN_BUILD_FACTS={text}"]))
         objects_dir.mkdir(parents=True, exist_ok=True)
-        jobs, link, remedy = self.cuda_jobs() if library == "_C_cuda" else self.cpu_jobs(torch_version)
-        common = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Icsrc",
-                  "-isystem", f"{torch}/include", "-isystem", sysconfig.get_path("include"), "-MMD"]
+        common = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Icsrc", "-isystem", f"{torch}/include", "-MMD"]
         objects = []
 
         def compile_one(job: tuple[str, str, list[str]]) -> None:
@@ -165,28 +206,14 @@ class Build(build_ext):
 
         with ThreadPoolExecutor(max_jobs(GIB_PER_JOB[library])) as pool:
             list(pool.map(compile_one, jobs))
-        output = Path(self.get_ext_fullpath(ext.name))
-        output.parent.mkdir(parents=True, exist_ok=True)
         partial = output.with_suffix(".partial")  # an interrupted link leaves no half-written library behind
         libraries = [f"-L{torch}/lib", "-ltorch_cpu", "-lc10"]
         run([*link, "-shared", *sorted(objects), "-o", str(partial), *libraries], "linking", remedy)
         partial.replace(output)
 
-    def cpu_jobs(self, torch_version: str) -> tuple[list, list[str], str]:
-        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-        if compiler is None:
-            fail("no C++ compiler found: install g++ or clang++ (Debian: apt-get install g++), or set CXX")
-        version = run([compiler, "--version"], compiler, "set CXX to a working compiler").splitlines()[0]
-        nvcc = find_nvcc()
-        facts = {
-            "COMPILER": version,
-            "TORCH": torch_version,
-            "CPU_LEVELS": ";".join(CPU_LEVELS),
-            "SOURCES": run_path(str(ROOT / "fused_cnn" / "_sources.py"))["csrc_hash"](),
-            "CUDA": cuda_version(nvcc) if nvcc else "",
-            "CUTLASS": (find_cutlass() or ("", ""))[1] if nvcc else "",
-            "CUDA_ARCHS": os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS) if nvcc else "",
-        }
+    def cpu_jobs(self) -> tuple[dict[str, str], list, list[str], str]:
+        compiler = host_compiler()
+        facts = {"sources": SOURCES["library_hash"]("cpu"), "ops": registered("*.cpp"), "cpu_levels": ";".join(CPU_LEVELS)}
         base = [compiler, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi",
                 "-ffp-contract=fast", "-fno-math-errno"]  # -std=c++20 would otherwise leave fused multiply-adds out
         jobs = []
@@ -196,14 +223,13 @@ class Build(build_ext):
             if source.name == "cpu_kernels.cpp":
                 jobs += [(relative, f"{name}_{level}.o", [*base, *flags, f"-DFUSED_CNN_LEVEL={level}"])
                          for level, flags in CPU_LEVELS.items()]
-            else:
-                defines = [f'-DFUSED_CNN_BUILD_{k}="{v}"' for k, v in facts.items()] if name == "module" else []
-                jobs.append((relative, f"{name}.o", [*base, *defines]))
-        return jobs, [compiler], "a C++20 compiler (g++ >= 11 or clang++ >= 14) is needed"
+            elif name != "build_facts":
+                jobs.append((relative, f"{name}.o", base))
+        return facts, jobs, [compiler], "a C++20 compiler (g++ >= 11 or clang++ >= 14) is needed"
 
-    def cuda_jobs(self) -> tuple[list, list[str], str]:
+    def cuda_jobs(self, before: Path) -> tuple[dict[str, str], list, list[str], str]:
         nvcc = find_nvcc()
-        arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+        arch_list = wanted_archs(before)
         sources = {path: archs_for(path, arch_list) for path in sorted(ROOT.glob("csrc/**/*.cu"))}
         cutlass = find_cutlass()
         if cutlass is None:
@@ -220,8 +246,23 @@ class Build(build_ext):
                  [*base, *(products if path.parent.name == "gemm" else []), *gencode(archs)])
                 for path, archs in sources.items() if archs]
         jobs.sort(key=lambda job: "gemm" not in job[0])  # the slowest first
-        return jobs, [nvcc, *gencode(arch_list)], ("check that nvcc supports every entry of TORCH_CUDA_ARCH_LIST and your host compiler, "
-                                      "or set FORCE_CUDA=0 to install the CPU part alone")
+        facts = {"sources": SOURCES["library_hash"]("cuda"), "ops": registered("*.cu"), "cuda": cuda_version(nvcc), "cuda_archs": arch_list,
+                 "cutlass": cutlass[1] if cutlass else ""}
+        remedy = ("check that nvcc supports every entry of TORCH_CUDA_ARCH_LIST and your host compiler, "
+                  "or set FORCE_CUDA=0 to install the CPU part alone")
+        return facts, jobs, [nvcc, *gencode(arch_list)], remedy
+
+
+def fits(built: dict[str, str], facts: dict[str, str]) -> bool:
+    """Whether a library is what this build would make; made by another nvcc, or with CUTLASS where there is none here, it is as good."""
+    same = ("sources", "recipe", *(["cuda_archs"] if "cuda_archs" in facts else []), *(["cutlass"] if facts.get("cutlass") else []))
+    return all(built.get(name) == facts[name] for name in same)
+
+
+def registered(pattern: str) -> str:
+    """The ops that these sources register kernels of."""
+    found = (re.findall(r'm\.impl\("(\w+)"', path.read_text()) for path in ROOT.glob(f"csrc/**/{pattern}"))
+    return " ".join(sorted(op for ops in found for op in ops))
 
 
 def cuda_version(nvcc: str) -> str:
@@ -229,6 +270,9 @@ def cuda_version(nvcc: str) -> str:
     return re.search(r"release ([\d.]+)", text)[1]
 
 
+if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
+    fail(f"setuptools {setuptools.__version__} is too old to read pyproject.toml: `pip install 'setuptools>={MIN_SETUPTOOLS}'` and "
+         "run this again, or build without --no-build-isolation")
 extensions = [Extension("fused_cnn._C", sources=[])]
 if find_nvcc():
     extensions.append(Extension("fused_cnn._C_cuda", sources=[]))

@@ -1,22 +1,28 @@
 """Which backend runs an op: "reference" (plain PyTorch), "native" (C++ or CUDA C++), "triton", or "auto" (None), the best at hand.
 
-An explicit backend never falls back: where it cannot run, BackendUnavailable says what is missing and how to get it.
+Whether a backend can run on a device is found out before it is chosen: its build, the GPU, the driver, Triton. "auto" then takes the next
+best; an explicit backend never falls back: where it cannot run, BackendUnavailable says what is missing and how to get it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import importlib.util
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _library, _sources
+from ._builds import mismatch
 
 BACKENDS = ("reference", "native", "triton")
 # Where no measurement says otherwise, "auto" leaves k x k convolutions on a GPU to the library: its kernels have years of tuning.
 LIBRARY_FIRST = ("conv_bias_relu_fwd",)
 REBUILD = "run `pip install -e .` in the project's folder"
+CUTLASS_MISSING = "1x1 convolutions are PyTorch's own, for it was built without CUTLASS"
+GET_CUTLASS = "`pip install --no-deps nvidia-cutlass==4.2.0.0` and build again"
 
 
 class BackendUnavailable(RuntimeError):
@@ -25,7 +31,7 @@ class BackendUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Status:
-    """Whether a backend can run on a device type, and if not why, and what turns it on."""
+    """Whether a backend can run on a device, why or why not, and what turns it on or makes it better."""
 
     backend: str
     device: str
@@ -41,61 +47,84 @@ def triton_interprets() -> bool:
     return _triton.interpreting()
 
 
-def status(backend: str, device_type: str) -> Status:
-    """What `fused-cnn info` shows: one backend on one device type."""
+def driver_version() -> int | None:
+    """CUDA's version that the driver supports, such as 13000; None where there is no driver."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return version.value
+
+
+def status(backend: str, device: torch.device | str) -> Status:
+    """One backend on one device ("cpu", "cuda" for the current one, "cuda:1"), as `fused-cnn info` shows it."""
+    device = torch.device(device)
     if backend == "reference":
-        return Status(backend, device_type, True, "plain PyTorch")
+        return Status(backend, device.type, True, "plain PyTorch")
     if backend == "triton":
-        return _triton_status(device_type)
-    if device_type == "cpu":
-        if _library.cpu_module is None:
-            return Status(backend, "cpu", False, f"fused_cnn._C does not load: {_library.cpu_error}", REBUILD)
-        level = _library.cpu_module.build_info["cpu_level"]
-        return Status(backend, "cpu", True, f"C++ kernels, instruction set {level}")
-    if not _library.CUDA_LIBRARY.exists():
-        return Status(backend, "cuda", False, "built without nvcc", f"install the CUDA toolkit, then {REBUILD}")
+        return Status(backend, device.type, *_triton_status(device.type))
+    return Status(backend, device.type, *(_cpu_status() if device.type == "cpu" else _cuda_status(device)))
+
+
+def _cpu_status() -> tuple[bool, str, str]:
+    if _library.cpu.loaded is None:
+        return False, f"the CPU library does not load: {_library.cpu.error}", REBUILD
+    return True, f"C++ kernels, instruction set {_library.cpu_level()}{_age(_library.cpu)}", ""
+
+
+def _cuda_status(device: torch.device) -> tuple[bool, str, str]:
+    if device.type != "cuda":
+        return False, f"there are no kernels for {device.type}", "use a CPU or an NVIDIA GPU"
+    library = _library.cuda
+    if not library.file.exists():
+        return False, "built without nvcc", f"install the CUDA toolkit, then {REBUILD}"
     if not torch.backends.cuda.is_built():
-        return Status(backend, "cuda", False, "this torch is a CPU build", "install a CUDA build of torch")
-    if _library.cuda_error:
-        return Status(backend, "cuda", False, f"fused_cnn/_C_cuda.so does not load: {_library.cuda_error}", REBUILD)
+        return False, "this torch is a CPU build", "install a CUDA build of torch"
+    if library.loaded is None:
+        return False, f"the CUDA library does not load: {library.error}", REBUILD
     if not torch.cuda.is_available():
-        return Status(backend, "cuda", False, "torch sees no CUDA device", "check the driver with nvidia-smi")
-    built = {} if _library.cpu_module is None else _library.cpu_module.build_info
-    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-    mismatch = cuda_mismatch(built, driver, torch.cuda.get_device_capability())
-    return Status(backend, "cuda", not mismatch, mismatch or "CUDA kernels", REBUILD if mismatch else "")
+        return False, "torch sees no CUDA device", "check the driver with nvidia-smi"
+    unfit = mismatch(library.facts, driver_version(), torch.cuda.get_device_capability(device))
+    if unfit:
+        return False, unfit, REBUILD
+    if not library.facts["cutlass"]:
+        return True, f"CUDA kernels{_age(library)}; {CUTLASS_MISSING}", GET_CUTLASS
+    return True, f"CUDA kernels{_age(library)}", ""
 
 
-def cuda_mismatch(built: dict[str, str], driver: int, capability: tuple[int, int]) -> str:
-    """Why CUDA kernels of a build (fused_cnn._C.build_info) cannot run under a driver (13000 is CUDA 13.0) on a GPU; "" where they can."""
-    cuda, archs = built.get("cuda", ""), built.get("cuda_archs", "")
-    if cuda and int(cuda.split(".")[0]) > driver // 1000:
-        return f"built with CUDA {cuda}, but the driver supports CUDA {driver // 1000}.{driver % 1000 // 10}: update it, or set CUDA_HOME"
-    if not archs or any(_covers(arch, capability) for arch in archs.replace(" ", ";").split(";")):
-        return ""
-    name = ".".join(map(str, capability))
-    return f"built for compute capability {archs}, but the GPU has {name}: set TORCH_CUDA_ARCH_LIST={name}"
+def _age(library: _library.NativeLibrary) -> str:
+    old = _sources.CSRC.is_dir() and library.facts["sources"] != _sources.library_hash(library.device_type)
+    return f", built of other sources than csrc/ holds now: {REBUILD}" if old else ""
 
 
-def _covers(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether code for an entry of TORCH_CUDA_ARCH_LIST runs on a GPU: its own major version from its minor on; PTX, all later ones."""
-    number, ptx = arch.removesuffix("+PTX"), arch.endswith("+PTX")
-    major, minor = (int(part.rstrip("af")) for part in number.split("."))
-    if number[-1] in "af":
-        return (major, minor) == capability
-    return (major == capability[0] and minor <= capability[1]) or (ptx and (major, minor) <= capability)
-
-
-def _triton_status(device_type: str) -> Status:
+def _triton_status(device_type: str) -> tuple[bool, str, str]:
     if importlib.util.find_spec("triton") is None:
-        return Status("triton", device_type, False, "Triton is not installed", "`pip install triton`")
+        return False, "Triton is not installed", "`pip install triton`"
+    try:
+        importlib.import_module("fused_cnn.ops._triton")
+    except Exception as error:  # a Triton for another Python or system, or one too old for the kernels
+        return False, f"Triton does not import: {type(error).__name__}: {error}", "`pip install --upgrade triton`"
     if device_type == "cuda":
         on = torch.cuda.is_available()
-        return Status("triton", "cuda", on, "" if on else "torch sees no CUDA device", "check the driver with nvidia-smi")
-    if triton_interprets():
-        return Status("triton", "cpu", True, "Triton's interpreter (slow; for tests)")
-    hint = "use native on the CPU; TRITON_INTERPRET=1 runs Triton's interpreter, for tests"
-    return Status("triton", device_type, False, "Triton compiles for GPUs only", hint)
+        return on, "Triton kernels" if on else "torch sees no CUDA device", "" if on else "check the driver with nvidia-smi"
+    if device_type == "cpu" and triton_interprets():
+        return True, "Triton's interpreter (slow; for tests)", ""
+    return False, "Triton compiles for GPUs only", "use native on the CPU; TRITON_INTERPRET=1 runs Triton's interpreter, for tests"
+
+
+_usable: dict[tuple[str, torch.device], bool] = {}
+
+
+def usable(backend: str, device: torch.device) -> bool:
+    """Whether a backend can run on a device, found out once a process."""
+    key = (backend, device)
+    if key not in _usable:
+        _usable[key] = status(backend, device).on
+    return _usable[key]
+
+
+usable._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as torch.compiler.assume_constant_result, which imports the compiler
 
 
 def resolve(op: str, backend: str | None, x: Tensor) -> str:
@@ -103,23 +132,39 @@ def resolve(op: str, backend: str | None, x: Tensor) -> str:
 
     Raises ValueError for an unknown backend name and BackendUnavailable where an explicit one cannot run.
     """
-    device_type = x.device.type
     if backend is None or backend == "auto":
-        if _library.has_kernel(op, "native", device_type):
-            return "native"
-        triton = device_type == "cuda" and _library.has_kernel(op, "triton", device_type) and x.dtype != torch.float64
-        if triton and op not in LIBRARY_FIRST:
-            return "triton"
-        return "reference"
+        return best(op, x.device, x.dtype)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None (auto), got {backend!r}")
-    if backend == "reference" or (backend == "native" and _library.has_kernel(op, backend, device_type)):
+    if backend == "reference":
         return backend
+    device_type = x.device.type
     if backend == "triton" and x.dtype == torch.float64:
         raise BackendUnavailable(f"backend 'triton' cannot run {op} in float64: its kernels compute in float32; use backend=None")
-    state = status(backend, device_type)
-    if not state.on:
+    if not usable(backend, x.device):
+        state = status(backend, x.device)
         raise BackendUnavailable(f"backend {backend!r} cannot run {op} on {device_type}: {state.reason}; {state.hint}")
     if not _library.has_kernel(op, backend, device_type):
         raise BackendUnavailable(f"backend {backend!r} has no kernel for {op} on {device_type}; use backend=None")
     return backend
+
+
+def best(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What "auto" takes where nothing was measured: native kernels, on a GPU Triton's next, then PyTorch's own path."""
+    if _library.has_kernel(op, "native", device.type) and usable("native", device):
+        return "native"
+    if device.type != "cuda" or dtype == torch.float64 or op in LIBRARY_FIRST:
+        return "reference"
+    return "triton" if _library.has_kernel(op, "triton", "cuda") and usable("triton", device) else "reference"
+
+
+def outlook(backend: str | None, device: torch.device) -> str:
+    """In a line: which backend will run on a device, and what is missing for a better one."""
+    wanted = [backend] if backend not in (None, "auto") else ["native", *(["triton"] if device.type == "cuda" else []), "reference"]
+    states = [status(name, device) for name in wanted]
+    found = next((i for i, state in enumerate(states) if state.on), None)
+    missing = "".join(f"; {s.backend} is off: {s.reason}; {s.hint}" for s in states[:found])
+    if found is None:
+        return f"nothing will run on {device}{missing}"
+    best = states[found]
+    return f"{best.backend} on {device}: {best.reason}{f'; {best.hint}' if best.hint else ''}{missing}"

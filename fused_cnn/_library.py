@@ -10,20 +10,56 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._ops import OpOverload
+
+from ._builds import facts_in
+
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
 
 NAMESPACES = {"native": "fused_cnn", "triton": "fused_cnn_triton"}
-CUDA_LIBRARY = Path(__file__).with_name("_C_cuda.so")
 
 _libraries = {backend: torch.library.Library(ns, "DEF") for backend, ns in NAMESPACES.items()}
 _kernels: dict[tuple[str, str], OpOverload] = {}
 _implemented: dict[tuple[str, str, str], bool] = {}  # (op, backend, device type); a table, because torch.compile traces look-ups
+
+
+class NativeLibrary:
+    """The native kernels for one device type: their file, what its build wrote into it, and why it does not load, where it does not.
+
+    It needs no Python and of PyTorch the stable ABI alone, so one file serves every Python and every PyTorch from 2.10 on.
+    """
+
+    def __init__(self, file: Path, device_type: str) -> None:
+        self.file, self.device_type = file, device_type
+        self.facts = facts_in(self.file)
+        self.loaded: ctypes.CDLL | None = None
+        self.error = ""
+
+    def load(self) -> None:
+        """Load the library, which registers its kernels. Safe without a GPU and without a CUDA build of torch: what it needs of these it
+        looks up at a kernel's first call. Every other symbol must be there now, not when a call would end the process."""
+        if not self.file.exists():
+            self.error = f"{self.file.name} is not there"
+            return
+        if not self.facts:
+            self.error = f"{self.file.name} is of another version of fused_cnn"
+            return
+        try:
+            self.loaded = ctypes.CDLL(str(self.file), mode=os.RTLD_NOW)
+        except OSError as error:  # built for another system
+            self.error = str(error)
+            return
+        for op in self.facts["ops"].split():
+            _implemented[op, "native", self.device_type] = True
+
+
+cpu = NativeLibrary(Path(__file__).with_name("_C.so"), "cpu")
+cuda = NativeLibrary(Path(__file__).with_name("_C_cuda.so"), "cuda")
 
 
 def define(schema: str, fake: Callable[..., Any]) -> None:
@@ -34,14 +70,6 @@ def define(schema: str, fake: Callable[..., Any]) -> None:
         qualified = f"{NAMESPACES[backend]}::{name}"
         torch.library.register_fake(qualified, fake, lib=library)
         _kernels[name, backend] = getattr(getattr(torch.ops, NAMESPACES[backend]), name).default
-    _look_up(name)
-
-
-def _look_up(name: str) -> None:
-    for backend, namespace in NAMESPACES.items():
-        for device_type in ("cpu", "cuda"):
-            found = torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", device_type.upper())
-            _implemented[name, backend, device_type] = found
 
 
 def define_triton(room: str, *names: str) -> None:
@@ -54,9 +82,9 @@ def define_triton(room: str, *names: str) -> None:
         return call
 
     for name in names:
-        for key in ("CUDA", "CPU"):  # the CPU key serves Triton's interpreter
-            _libraries["triton"].impl(name, lazy(name), key)
-        _look_up(name)
+        for device_type in ("cuda", "cpu"):  # the CPU key serves Triton's interpreter
+            _libraries["triton"].impl(name, lazy(name), device_type.upper())
+            _implemented[name, "triton", device_type] = True
 
 
 def kernel(name: str, backend: str) -> OpOverload:
@@ -74,25 +102,36 @@ def op_names() -> list[str]:
     return sorted({name for name, _ in _kernels})
 
 
-def load_cuda() -> str:
-    """Load the CUDA library, if it was built; returns why it does not load. Safe without a GPU and without a CUDA build of torch: what
-    it needs of these it looks up at a kernel's first call. Every other symbol must be there now, not when a call would end the process."""
-    if CUDA_LIBRARY.exists():
-        try:
-            ctypes.CDLL(str(CUDA_LIBRARY), mode=os.RTLD_NOW)
-        except OSError as error:  # built for another torch or system
-            return str(error)
-        for name in op_names():
-            _look_up(name)
-    return ""
+def cpu_level() -> str:
+    """The instruction set that the CPU kernels use: generic, avx2, avx512, avx512_bf16 or amx; "" where they are not loaded."""
+    if cpu.loaded is None:
+        return ""
+    cpu.loaded.fused_cnn_cpu_level.restype = ctypes.c_char_p
+    found: bytes = cpu.loaded.fused_cnn_cpu_level()
+    return found.decode()
 
 
-def _load_cpu() -> tuple[ModuleType | None, str]:
-    try:
-        return importlib.import_module("fused_cnn._C"), ""
-    except ImportError as error:
-        return None, str(error)
+def set_cpu_level(name: str) -> bool:
+    """Use a lower instruction set from now on, for tests and counts; False where this processor lacks it. Packed weights do not carry
+    over."""
+    if cpu.loaded is None:
+        return False
+    cpu.loaded.fused_cnn_set_cpu_level.restype = ctypes.c_bool
+    return bool(cpu.loaded.fused_cnn_set_cpu_level(name.encode()))
 
 
-cpu_module, cpu_error = _load_cpu()
-cuda_error = load_cuda() if torch.backends.cuda.is_built() else ""
+def packed_bytes_read(x_shape: Sequence[int], out_channels: int, *geometry: Sequence[int], bfloat16: bool, in_place: bool) -> int:
+    """How many bytes of its packed weight a convolution reads, which may hold the weight in two forms. `geometry` is kernel, stride,
+    padding and dilation, (h, w) each."""
+    assert cpu.loaded is not None
+    count = cpu.loaded.fused_cnn_packed_bytes_read
+    count.restype = ctypes.c_int64
+    pairs = [(ctypes.c_int64 * 2)(*pair) for pair in geometry]
+    flags = (ctypes.c_bool(bfloat16), ctypes.c_bool(in_place))
+    found: int = count((ctypes.c_int64 * 4)(*x_shape), ctypes.c_int64(out_channels), *pairs, *flags)
+    return found
+
+
+cpu.load()
+if torch.backends.cuda.is_built():
+    cuda.load()

@@ -26,9 +26,17 @@ def files_under(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
 
 
-def csrc_hash() -> str:
-    """Of everything that the build compiles."""
-    return digest(files_under(CSRC), CSRC.parent)
+def _of_device(paths: Iterable[Path], device: str) -> set[Path]:
+    """Those that the native kernels of a device are made of; "cpu" and "cuda" share headers."""
+    of_cuda = {p for p in paths if p.suffix in CUDA_FILES}
+    if device == "cpu":
+        return set(paths) - of_cuda
+    return of_cuda | {p for p in paths if p.suffix == ".h" and not p.name.startswith("cpu_") and "engine" not in p.parts}
+
+
+def library_hash(device: str) -> str:
+    """Of everything that a device's native library is compiled from."""
+    return digest(_of_device(files_under(CSRC), device), CSRC)
 
 
 def kernel_hash(room: str, backend: str, device: str) -> str | None:
@@ -46,12 +54,7 @@ def kernel_hash(room: str, backend: str, device: str) -> str | None:
         return digest([*(PACKAGE / "ops").glob("_triton*.py"), PACKAGE / "ops" / room / "triton.py"], PACKAGE)
     if not CSRC.is_dir():
         return None
-    paths = [*files_under(CSRC / "common"), *files_under(CSRC / room)]
-    of_cuda = {p for p in paths if p.suffix in CUDA_FILES}
-    if device == "cpu":
-        return digest(set(paths) - of_cuda, CSRC)
-    headers = {p for p in paths if p.suffix == ".h" and not p.name.startswith("cpu_") and "engine" not in p.parts}
-    return digest(of_cuda | headers, CSRC)
+    return digest(_of_device([*files_under(CSRC / "common"), *files_under(CSRC / room)], device), CSRC)
 
 
 def hashes(device: str) -> dict[str, dict[str, str | None]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import ctypes
 import fcntl
 import functools
 import hashlib
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 
 from . import _library
-from ._backends import BACKENDS
+from ._backends import BACKENDS, driver_version
 
 VERSION = 1
 PACKAGE = Path(__file__).parent
@@ -73,13 +72,13 @@ def in_order(entries: Mapping[Key, Any]) -> list[tuple[Key, Any]]:
 
 
 @functools.lru_cache
-def source_hash() -> str:
-    """A hash of every kernel's source: of the Triton files as they are, of csrc/ as it was when the libraries were built."""
+def source_hash(device_type: str) -> str:
+    """A hash of the sources of a device's kernels: of the Triton files as they are, of the native library as it was built."""
     digest = hashlib.sha256()
     for path in sorted((PACKAGE / "ops").rglob("*triton*.py")):
         digest.update(path.read_bytes())
-    if _library.cpu_module is not None:
-        digest.update(_library.cpu_module.build_info["sources"].encode())
+    library = _library.cuda if device_type == "cuda" else _library.cpu
+    digest.update(library.facts.get("sources", "").encode())
     return digest.hexdigest()[:16]
 
 
@@ -88,7 +87,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = re.search(r"^model name\s*: (.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
-    level = _library.cpu_module.build_info["cpu_level"] if _library.cpu_module else "no native kernels"
+    level = _library.cpu_level() or "no native kernels"
     return f"{model[1] if model else 'CPU'}, {level}"
 
 
@@ -101,11 +100,7 @@ def _read(path: str) -> str:
 
 def driver(device: torch.device) -> int | None:
     """CUDA's driver version, such as 13000; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    version = ctypes.c_int()
-    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    return version.value
+    return driver_version() if device.type == "cuda" else None
 
 
 @functools.lru_cache
@@ -116,7 +111,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     except importlib.metadata.PackageNotFoundError:
         triton = None
     name = device_name(device)
-    return {"device": name, "driver": driver(device), "torch": torch.__version__, "triton": triton, "sources": source_hash()}
+    return {"device": name, "driver": driver(device), "torch": torch.__version__, "triton": triton, "sources": source_hash(device.type)}
 
 
 def cache_dir() -> Path:

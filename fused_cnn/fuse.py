@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from torch import nn
 
-from ._backends import BACKENDS
+from ._backends import BACKENDS, outlook
 from .adapters import full_name, tables
 from .nn import BasicBlock, Bottleneck, FusedModule, ResidualStage
 
@@ -30,10 +31,12 @@ class Entry:
 
 @dataclass
 class FusionReport:
-    """What fuse_ did: `fused` and `skipped` list one Entry for each block that was looked at."""
+    """What fuse_ did: `fused` and `skipped` list one Entry for each block that was looked at; `runs` says which backend will run on the
+    model's device, and what is missing for a better one."""
 
     fused: list[Entry] = field(default_factory=list)
     skipped: list[Entry] = field(default_factory=list)
+    runs: str = ""
 
     def __str__(self) -> str:
         rows = [("fused", e.name, e.module, e.reason) for e in self.fused]
@@ -41,7 +44,8 @@ class FusionReport:
         rows = [("", "name", "module", "reason"), *rows]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join((*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3])) for row in rows]
-        return "\n".join((f"{len(self.fused)} fused, {len(self.skipped)} skipped", *(line.rstrip() for line in lines)))
+        head = f"{len(self.fused)} fused, {len(self.skipped)} skipped"
+        return "\n".join((head, *([self.runs] if self.runs else []), *(line.rstrip() for line in lines)))
 
 
 def _restore_swapped(mixin: type[FusedModule], base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
@@ -84,7 +88,8 @@ def fuse_(
     """
     if backend not in (None, "auto", *BACKENDS):
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None (auto), got {backend!r}")
-    report = FusionReport()
+    weight = next(chain(model.parameters(), model.buffers()), None)
+    report = FusionReport(runs="" if weight is None else outlook(backend, weight.device))
     _Walk(backend, filter_fn, report).visit(model)
     if strict and not report.fused:
         raise ValueError(f"fuse_: nothing in {type(model).__name__} could be fused\n{report}")

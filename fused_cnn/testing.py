@@ -129,8 +129,10 @@ def compare(
     backward: bool = True,
 ) -> Iterator[Comparison]:
     """Run a case forward and backward through a backend, eager PyTorch and float64; yield how each result compares."""
+    # Eager's own gradients on a GPU do not take memory that is not on 16 bytes: it gets the same values on such.
+    theirs = "channels_last" if layout == "offset" and torch.device(device).type == "cuda" else layout
 
-    def inputs() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def inputs(layout: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return op_cases.make(case, Maker(dtype, layout, device, grad=backward))
 
     def to_float64(leaf: Any) -> Any:
@@ -139,15 +141,16 @@ def compare(
         return leaf
 
     runs = [
-        _Run.of(op_cases, pytree.tree_map(to_float64, inputs()), "reference"),
-        _Run.of(op_cases, inputs(), "reference"),
-        _Run.of(op_cases, inputs(), backend),
+        _Run.of(op_cases, pytree.tree_map(to_float64, inputs(theirs)), "reference"),
+        _Run.of(op_cases, inputs(theirs), "reference"),
+        _Run.of(op_cases, inputs(layout), backend),
     ]
     grad_out = None
     if backward:
         grad_out = Maker(dtype, layout, device, seed=1, grad=False).activation(*runs[0].out.shape)
         grad_out = _same_side_of_the_kink(grad_out, [run.out for run in runs])
-    truth, eager, actual = (run.results(grad_out) for run in runs)
+    aligned = grad_out if theirs == layout or grad_out is None else grad_out.clone()
+    truth, eager, actual = (run.results(grad) for run, grad in zip(runs, (aligned, aligned, grad_out), strict=True))
     for what, true_value in truth.items():
         if actual[what].dtype != eager[what].dtype:
             raise AssertionError(f"{what}: expected dtype {eager[what].dtype}, got {actual[what].dtype}")

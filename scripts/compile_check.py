@@ -28,6 +28,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -164,12 +165,12 @@ def cuda_kernels(skipped: list[str], broken: list[str]) -> list[Kernel]:
                 kernel.matrix = next((name for name in ("wgmma", "mma") if name in has), "")
                 kernel.missing = tuple(name for name in wanted(kernel.name, kernel.arch) if name not in has)
             found.append(kernel)
-    error = _library.load_cuda()
-    if error:
-        broken.append(f"_C_cuda.so does not load: {error}")
+    _library.cuda.load()
+    if _library.cuda.error:
+        broken.append(f"_C_cuda.so does not load: {_library.cuda.error}")
     sources = "\n".join(path.read_text() for path in (ROOT / "csrc").rglob("*.cu"))
     for op in re.findall(r'm\.impl\("(\w+)"', sources):
-        if not _library.has_kernel(op, "native", "cuda"):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_cnn::{op}", "CUDA"):
             broken.append(f"{op} has no CUDA registration")
     return found
 
@@ -264,7 +265,7 @@ def main() -> int:
     triton = version("triton") if importlib.util.find_spec("triton") else None
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        nvcc = _library.cpu_module.build_info["cuda"] if _library.cpu_module else ""
+        nvcc = _library.cuda.facts.get("cuda", "")
         rows = [asdict(k) | {"faults": k.faults} for k in kernels]
         document = {"triton": triton, "nvcc": nvcc, "kernels": rows, "broken": broken, "skipped": skipped}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")

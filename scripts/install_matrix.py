@@ -42,7 +42,7 @@ def main() -> int:
             command = [python, "-m", "pip", "-q", *arguments]
             return subprocess.run(command, capture_output=True, text=True, cwd=checkout, env={**os.environ, **variables})
 
-        pip("install", "setuptools>=70", "wheel", f"torch=={TORCH}").check_returncode()
+        pip("install", "setuptools>=77", "wheel", f"torch=={TORCH}").check_returncode()
         for cuda, headers, isolated in product((False, True), (False, True), (True, False)):
             if (cuda and not nvcc) or (headers and not cuda):
                 continue

@@ -42,7 +42,7 @@ def main(folder: Path) -> None:
     def pip(*packages: str) -> None:
         subprocess.run([python, "-m", "pip", "install", "-qq", *packages], check=True)
 
-    pip("setuptools>=70", "wheel")
+    pip("setuptools>=77", "wheel")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc and version_of(python, "nvidia-cutlass") is None:
         step("installing CUTLASS's headers")

@@ -101,9 +101,10 @@ def nan_filled_memory() -> Iterator[None]:
 @pytest.fixture(params=("generic", "avx2", "avx512", "avx512_bf16", "amx"))
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     """The kernels for lesser processors, run on this one."""
-    module = importlib.import_module("fused_cnn._C")
-    best = module.build_info["cpu_level"]
-    if not module.set_cpu_level(request.param):
+    from fused_cnn import _library
+
+    best = _library.cpu_level()
+    if not _library.set_cpu_level(request.param):
         pytest.skip(f"this processor has {best}, not {request.param}")
     yield request.param
-    module.set_cpu_level(best)
+    _library.set_cpu_level(best)

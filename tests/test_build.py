@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_path
 
 import pytest
+import torch
 
-from fused_cnn import _library
-from fused_cnn._backends import cuda_mismatch
+from fused_cnn import _builds, _library
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ("setup.py", "--quiet", "build_ext", "--inplace")
@@ -27,7 +31,8 @@ def tree(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "fused_cnn").mkdir()
     (tmp_path / "fused_cnn" / "__init__.py").write_text("")
-    shutil.copy(ROOT / "fused_cnn" / "_sources.py", tmp_path / "fused_cnn")
+    for name in ("_sources.py", "_builds.py"):
+        shutil.copy(ROOT / "fused_cnn" / name, tmp_path / "fused_cnn")
     return tmp_path
 
 
@@ -82,19 +87,89 @@ def test_a_wrong_arch_list_is_named(tree: Path, archs: str) -> None:
     cxx.write_text('#!/bin/sh\nfor a; do [ "$last" = -o ] && : > "$a"; last=$a; done; echo c++ 14.0\n')
     cxx.chmod(0o755)
     line = last_line(build(tree, CUDA_HOME=str(tree), CXX=str(cxx), TORCH_CUDA_ARCH_LIST=archs))
-    assert line.startswith("fused_cnn: TORCH_CUDA_ARCH_LIST has ") and "expected entries such as 8.0" in line
+    assert line.startswith("fused_cnn: TORCH_CUDA_ARCH_LIST has ") and "expected all, or entries such as 8.0" in line
+
+
+WITHOUT_CUTLASS = """
+import pathlib
+is_file = pathlib.Path.is_file
+pathlib.Path.is_file = lambda p: "cutlass_library" not in str(p) and is_file(p)
+"""
+FEW = ("add_relu/cuda.cu", "conv1x1_bias_relu/cuda.cu", "common/gemm/sm80_bf16.cu", "common/gemm/sm90a_bf16.cu", "add_relu/cpu.cpp")
 
 
 @pytest.fixture
 def fake_tools(tree: Path) -> dict[str, str]:
-    """Compilers that write empty files and note how they were called, in the tree's `calls`."""
+    """Compilers that write empty files and note how they were called, in the tree's `calls`; and a few sources alone, to be quick."""
+    shutil.rmtree(tree / "csrc")
+    for name in (*FEW, "build_facts.cpp"):
+        (tree / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "csrc" / name, tree / "csrc" / name)
     script = '#!/bin/sh\necho "$@" >> calls\nfor a; do [ "$last" = -o ] && : > "$a"; last=$a; done\necho "release 13.0, V13.0.1"\n'
     for name in ("cxx", "bin/nvcc"):
         path = tree / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(script)
         path.chmod(0o755)
-    return {"CUDA_HOME": str(tree), "CXX": str(tree / "cxx"), "MAX_JOBS": "1"}
+    return {"CUDA_HOME": str(tree), "CXX": str(tree / "cxx")}
+
+
+def test_an_old_setuptools_is_named(tree: Path) -> None:
+    line = last_line(build(tree, "-c", f"import setuptools; setuptools.__version__ = '76.1.0'; {RUN}", FORCE_CUDA="0"))
+    assert line.startswith("fused_cnn: setuptools 76.1.0 is too old") and "pip install 'setuptools>=77'" in line
+
+
+def archs_built(tree: Path, tools: dict[str, str], **environment: str) -> list[str]:
+    """The architectures that a room's kernels are compiled for."""
+    (tree / "calls").unlink(missing_ok=True)
+    shutil.rmtree(tree / "build", ignore_errors=True)
+    done = build(tree, **tools, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (call,) = nvcc_calls(tree, "csrc/add_relu/cuda.cu")
+    return re.findall(r"code=((?:sm|compute)_\w+)", call)
+
+
+def with_gpu(tree: Path, *capabilities: str) -> dict[str, str]:
+    """An environment whose nvidia-smi names these GPUs."""
+    smi = tree / "smi" / "nvidia-smi"
+    smi.parent.mkdir(exist_ok=True)
+    smi.write_text(f"#!/bin/sh\nprintf '{''.join(c + chr(92) + 'n' for c in capabilities)}'\n")
+    smi.chmod(0o755)
+    return {"PATH": f"{smi.parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def test_without_a_word_the_build_is_for_the_gpu_at_hand_or_for_one_of_each_generation(tree: Path, fake_tools: dict[str, str]) -> None:
+    assert archs_built(tree, fake_tools, **with_gpu(tree)) == ["sm_80", "sm_90a", "sm_100", "compute_100"]
+    assert archs_built(tree, fake_tools, **with_gpu(tree, "9.0", "9.0")) == ["sm_90a"]
+    assert archs_built(tree, fake_tools, **with_gpu(tree, "8.6", "12.0")) == ["sm_86", "sm_120"]
+    every = ["sm_80", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_120"]
+    assert archs_built(tree, fake_tools, **with_gpu(tree, "9.0"), TORCH_CUDA_ARCH_LIST="all") == every
+
+
+def pretend(tree: Path, **facts: str) -> None:
+    """A CUDA library that a build left: what it says of itself."""
+    (tree / "fused_cnn" / "_C_cuda.so").write_bytes(b"\x7fELF fused_cnn build facts: " + json.dumps(facts).encode() + b"\0")
+
+
+def test_a_second_build_keeps_the_architectures_of_the_first(tree: Path, fake_tools: dict[str, str]) -> None:
+    """`make test` behind a `make demo` that was given a list must not compile everything again."""
+    both = ["sm_80", "sm_90a"]
+    for gpus, expected in (((), both), (("8.6",), both), (("10.0",), ["sm_100"])):  # sm_80 runs on 8.6, neither on 10.0
+        pretend(tree, cuda_archs="8.0;9.0a")
+        assert archs_built(tree, fake_tools, **with_gpu(tree, *gpus)) == expected
+
+
+def test_a_library_built_elsewhere_of_these_sources_is_kept_and_one_of_others_is_not(tree: Path, fake_tools: dict[str, str]) -> None:
+    recipe = hashlib.sha256((tree / "setup.py").read_bytes()).hexdigest()[:16]
+    sources = run_path(str(tree / "fused_cnn" / "_sources.py"))["library_hash"]("cuda")
+    carried = {"sources": sources, "recipe": recipe, "cuda_archs": "9.0a", "cutlass": "", "cuda": "12.9"}
+    for changed, kept in (({}, True), ({"sources": "0"}, False), ({"recipe": "0"}, False), ({"cuda_archs": "8.0"}, False)):
+        shutil.rmtree(tree / "build", ignore_errors=True)
+        pretend(tree, **(carried | changed))
+        done = build(tree, "-c", f"{WITHOUT_CUTLASS}\n{RUN}", TORCH_CUDA_ARCH_LIST="9.0a", **fake_tools)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ("_C_cuda.so was built elsewhere, of these sources: kept" in done.stdout) == kept
+        assert (_builds.facts_in(tree / "fused_cnn" / "_C_cuda.so") == carried) == kept
 
 
 def nvcc_calls(tree: Path, file: str) -> list[str]:
@@ -122,8 +197,7 @@ def test_products_are_built_for_their_own_architectures(
 
 
 def test_without_cutlass_the_rest_is_built_and_a_line_says_what_is_missing(tree: Path, fake_tools: dict[str, str]) -> None:
-    hide = "import pathlib; is_file = pathlib.Path.is_file; pathlib.Path.is_file = lambda p: 'cutlass' not in str(p) and is_file(p)"
-    done = build(tree, "-c", f"{hide}; {RUN}", TORCH_CUDA_ARCH_LIST="9.0a", **fake_tools)
+    done = build(tree, "-c", f"{WITHOUT_CUTLASS}\n{RUN}", TORCH_CUDA_ARCH_LIST="9.0a", **fake_tools)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "CUTLASS's headers were not found" in done.stdout and "`pip install --no-deps nvidia-cutlass==" in done.stdout
     assert not nvcc_calls(tree, "csrc/common/gemm/sm90a_bf16.cu")
@@ -131,31 +205,47 @@ def test_without_cutlass_the_rest_is_built_and_a_line_says_what_is_missing(tree:
     assert "-DFUSED_CNN_GEMM_SM90A=0" in room
 
 
-BUILT = {"cuda": "13.0", "cuda_archs": "8.0;9.0a;10.0;12.0+PTX"}
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ('fused_cnn build facts: {"ops": ""}\0', "(invalid ELF header|file too short)"),
+        ("of 2025", "b.so is of another version of fused_cnn"),
+        (None, "b.so is not there"),
+    ],
+)
+def test_a_library_that_does_not_load_is_one_line(tmp_path: Path, text: str | None, error: str) -> None:
+    if text is not None:
+        (tmp_path / "b.so").write_text(text)
+    library = _library.NativeLibrary(tmp_path / "b.so", "cuda")
+    library.load()
+    assert library.loaded is None and re.search(error, library.error) and "\n" not in library.error
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1), (13, 0)])
-def test_cuda_kernels_run_where_their_architectures_say(capability: tuple[int, int]) -> None:
-    assert cuda_mismatch(BUILT, 13000, capability) == ""
-
-
-def test_a_mismatch_with_driver_or_gpu_is_one_line() -> None:
-    assert cuda_mismatch(BUILT, 12080, (9, 0)).startswith("built with CUDA 13.0, but the driver supports CUDA 12.8")
-    line = cuda_mismatch(BUILT, 13000, (7, 5))
-    assert line == "built for compute capability 8.0;9.0a;10.0;12.0+PTX, but the GPU has 7.5: set TORCH_CUDA_ARCH_LIST=7.5"
-    assert cuda_mismatch({"cuda": "13.0", "cuda_archs": "9.0a"}, 13010, (10, 0)) != ""
-
-
-def test_a_cuda_library_that_does_not_load_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    broken = tmp_path / "_C_cuda.so"
-    broken.write_text("not a library")
-    monkeypatch.setattr(_library, "CUDA_LIBRARY", broken)
-    assert "invalid ELF header" in _library.load_cuda() or "file too short" in _library.load_cuda()
-
-
-@pytest.mark.skipif(not _library.CUDA_LIBRARY.exists(), reason="no nvcc at build time")
+@pytest.mark.skipif(not _library.cuda.file.exists(), reason="no nvcc at build time")
 def test_the_cuda_library_needs_nothing_that_a_cpu_build_of_torch_lacks() -> None:
-    assert _library.load_cuda() == ""
+    library = _library.NativeLibrary(_library.cuda.file, "cuda")
+    library.load()
+    assert library.error == ""
+    for op in library.facts["ops"].split():
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_cnn::{op}", "CUDA"), op
+
+
+def test_the_cpu_library_registers_what_its_facts_say() -> None:
+    for op in _library.cpu.facts["ops"].split():
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_cnn::{op}", "CPU"), op
+
+
+def test_a_library_needs_no_python() -> None:
+    """One file serves every Python, and every PyTorch: of both it may want what is the same in all of them alone."""
+    tool = shutil.which("nm")
+    if tool is None:
+        pytest.skip("binutils is not installed")
+    for library in (_library.cpu, _library.cuda):
+        if library.file.exists():
+            listed = subprocess.run([tool, "-D", "--undefined-only", library.file], capture_output=True, text=True, check=True).stdout
+            wanted = re.findall(r"(?m)^ +[Uw] ([^\s@]+)$", listed)  # what is versioned is the C library's
+            strange = [n for n in wanted if n.startswith("Py") or re.match(r"_ZNK?[0-9]*(c10|2at|5torch)", n)]
+            assert wanted and not strange, f"{library.file.name} wants {strange}"
 
 
 IMPORT = """

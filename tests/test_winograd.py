@@ -20,9 +20,9 @@ pytestmark = [
 
 
 def weights_read(x: Tensor, weight: Tensor, padding: int = 1, in_place: bool = False) -> int:
-    return _library.cpu_module.packed_bytes_read(
-        x.shape, weight.size(0), weight.shape[2:], (1, 1), (padding,) * 2, (1, 1), x.dtype == torch.bfloat16, in_place
-    )
+    geometry = (weight.shape[2:], (1, 1), (padding,) * 2, (1, 1))
+    bfloat16 = x.dtype == torch.bfloat16
+    return _library.packed_bytes_read(x.shape, weight.size(0), *geometry, bfloat16=bfloat16, in_place=in_place)
 
 
 def transforms(x: Tensor, weight: Tensor, padding: int = 1, in_place: bool = False) -> bool:

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
+#include <array>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -27,6 +29,18 @@ template <typename... Args>
   do {                                                \
     if (!(condition)) ::fused_cnn::fail(__VA_ARGS__); \
   } while (false)
+
+// PyTorch has it from 2.13 on; before, a failed call's message goes to standard error alone.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+// Calls one of PyTorch's operators through its dispatcher: stack holds the arguments, then the results.
+template <size_t N>
+void call_operator(const char* name, const char* overload, std::array<StableIValue, N>& stack) {
+  if (torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION) == TORCH_SUCCESS) return;
+  fail(name, ": ",
+       torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace()
+                                                  : "failed, and PyTorch's message is on standard error");
+}
 
 inline std::string shape_of(const Tensor& t) {
   std::ostringstream out;

@@ -75,12 +75,22 @@ inline void check_1x1(const char* op, const Tensor& weight) {
                   shape_of(weight));
 }
 
+// A tensor as the library may have it. cuDNN was seen to read tensors of any address 16 bytes at a time (float32 weight
+// gradients, on an H200); so what does not lie on 16 bytes is copied.
+inline Tensor for_library(const Tensor& t) {
+#ifdef USE_CUDA
+  if (reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 != 0) return torch::stable::clone(t);
+#endif
+  return t;
+}
+
 inline Tensor library_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                            const ConvParams& p) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 9> stack{from(x),          from(weight), from(bias),       from(p.stride), from(p.padding),
-                                    from(p.dilation), from(false),  from(Ints{0, 0}), from(p.groups)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  std::array<StableIValue, 9> stack{from(for_library(x)), from(for_library(weight)), from(bias),
+                                    from(p.stride),       from(p.padding),           from(p.dilation),
+                                    from(false),          from(Ints{0, 0}),          from(p.groups)};
+  call_operator("aten::convolution", "", stack);
   Tensor y = torch::stable::detail::to<Tensor>(stack[0]);
   FUSED_CNN_CHECK(y.scalar_type() == x.scalar_type(), "the library's convolution of ",
                   torch::headeronly::toString(x.scalar_type()), " gave ", torch::headeronly::toString(y.scalar_type()),
@@ -95,9 +105,9 @@ inline std::tuple<Tensor, Tensor> library_conv_backward(const Tensor& grad, cons
   using torch::stable::detail::to;
   const bool mask[] = {needs_x, needs_weight, false};
   std::array<StableIValue, 11> stack{
-      from(grad),
-      from(x),
-      from(weight),
+      from(for_library(grad)),
+      from(for_library(x)),
+      from(for_library(weight)),
       from(std::optional<Ints>()),
       from(p.stride),
       from(p.padding),
@@ -107,8 +117,7 @@ inline std::tuple<Tensor, Tensor> library_conv_backward(const Tensor& grad, cons
       from(p.groups),
       from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3)),
   };
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  call_operator("aten::convolution_backward", "", stack);
   Tensor grad_x = to<Tensor>(stack[0]), grad_weight = to<Tensor>(stack[1]), grad_bias = to<Tensor>(stack[2]);
   return {grad_x, grad_weight};
 }
@@ -116,9 +125,9 @@ inline std::tuple<Tensor, Tensor> library_conv_backward(const Tensor& grad, cons
 inline Tensor library_max_pool2d(const Tensor& x, const Ints& kernel, const Ints& stride, const Ints& padding,
                                  const Ints& dilation, bool ceil_mode) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(x),       from(kernel),   from(stride),
-                                    from(padding), from(dilation), from(ceil_mode)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::max_pool2d", "", stack.data(), TORCH_ABI_VERSION));
+  std::array<StableIValue, 6> stack{from(for_library(x)), from(kernel),   from(stride),
+                                    from(padding),        from(dilation), from(ceil_mode)};
+  call_operator("aten::max_pool2d", "", stack);
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

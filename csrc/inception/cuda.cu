@@ -11,7 +11,7 @@ namespace {
 Tensor concatenated(const std::vector<Tensor>& tensors) {
   using torch::stable::detail::from;
   std::array<StableIValue, 2> stack{from(tensors), from(int64_t{0})};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::cat", "", stack.data(), TORCH_ABI_VERSION));
+  call_operator("aten::cat", "", stack);
   return dense(torch::stable::detail::to<Tensor>(stack[0]), MemoryFormat::Contiguous);
 }
 

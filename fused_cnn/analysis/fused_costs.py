@@ -55,11 +55,8 @@ def _conv(args: Arguments) -> Cost:
 
 def _packed_bytes(x: Tensor, weight_shape: Sequence[int], *geometry: Sequence[int], in_place: bool = False) -> int:
     # A packed weight may be there in two forms, of which a call reads one.
-    assert _library.cpu_module is not None
     out_channels, _, *kernel = weight_shape
-    bfloat16 = x.dtype == torch.bfloat16
-    read: int = _library.cpu_module.packed_bytes_read(x.shape, out_channels, kernel, *geometry, bfloat16, in_place)
-    return read
+    return _library.packed_bytes_read(x.shape, out_channels, kernel, *geometry, bfloat16=x.dtype == torch.bfloat16, in_place=in_place)
 
 
 def _conv_packed(args: Arguments) -> Cost:

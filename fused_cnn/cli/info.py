@@ -37,7 +37,7 @@ def info(json: Json = False) -> None:
     for title in ("build", "versions", "devices", "cache"):
         table = Table(title=title.capitalize(), show_header=False)
         for name, value in facts[title].items():
-            table.add_row(name, str(value))
+            table.add_row(name, "\n".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value))
         console.print(table)
 
 
@@ -72,7 +72,7 @@ def architecture(device: str) -> str:
     """sm_90 and the like of a GPU; the instruction set that the kernels use on a CPU."""
     if device == "cuda":
         return "sm_{}{}".format(*torch.cuda.get_device_capability())
-    return "none" if _library.cpu_module is None else str(_library.cpu_module.build_info["cpu_level"])
+    return _library.cpu_level() or "none"
 
 
 def clocks(device: str) -> str:
@@ -88,14 +88,8 @@ def clocks(device: str) -> str:
 
 
 def build_facts() -> dict[str, Any]:
-    native = {} if _library.cpu_module is None else dict(_library.cpu_module.build_info)
-    if not native.get("cutlass"):
-        native["cutlass"] = "not at hand at build time; for 1x1 convolutions of ours on CUDA see README, Two commands"
-    return {
-        **native,
-        "cuda_library": str(_library.CUDA_LIBRARY) if _library.CUDA_LIBRARY.exists() else "not built (no nvcc at build time)",
-        "commit": commit() or "not a git checkout",
-    }
+    libraries = {library.file.name: library.facts or "not built" for library in (_library.cpu, _library.cuda)}
+    return {**libraries, "commit": commit() or "not a git checkout"}
 
 
 def versions() -> dict[str, str]:

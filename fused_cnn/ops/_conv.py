@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _library
 from .._backends import resolve
 from .._checks import check_nchw, check_same, check_vector
 from .._layout import empty_nchw, result_format
@@ -26,9 +25,17 @@ def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
+def on_16_bytes(t: Tensor) -> Tensor:
+    """`t`, copied where it does not lie on 16 bytes on a GPU: cuDNN was seen to read such tensors 16 bytes at a time all the same. In
+    torch.compile's trace that is the compiler's business."""
+    if t.device.type != "cuda" or torch.compiler.is_compiling() or t.data_ptr() % 16 == 0:
+        return t
+    return t.clone()
+
+
 def packable(like: Tensor, op: str, backend: str | None) -> bool:
     """Whether calls on inputs such as `like` will run on the native CPU convolution, whose weights are packed once."""
-    if like.device.type != "cpu" or _library.cpu_module is None or resolve(op, backend, like) != "native":
+    if like.device.type != "cpu" or resolve(op, backend, like) != "native":
         return False
     return like.dtype in (torch.float32, torch.bfloat16)
 

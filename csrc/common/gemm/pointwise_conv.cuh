@@ -16,7 +16,7 @@ inline Tensor every(const Tensor& x, const Ints& stride) {
     if (stride[axis] == 1) continue;
     std::array<StableIValue, 5> stack{from(view), from(axis + 2), from(std::optional<int64_t>()),
                                       from(std::optional<int64_t>()), from(stride[axis])};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::slice", "Tensor", stack.data(), TORCH_ABI_VERSION));
+    call_operator("aten::slice", "Tensor", stack);
     view = torch::stable::detail::to<Tensor>(stack[0]);
   }
   return view;

@@ -17,7 +17,7 @@ from ..._checks import check_nchw
 from ..._library import kernel
 from ...tuning import tunable
 from .._autograd import differentiable_once
-from .._conv import IntPair, check_conv, pair
+from .._conv import IntPair, check_conv, on_16_bytes, pair
 from . import reference
 from .args import BatchNormArgs
 from .op import _check_args, _dtypes, _needs_grad, _parameter_grads, _vectors
@@ -34,7 +34,7 @@ class _BNReLUConv(torch.autograd.Function):
         ctx.backend, ctx.training, ctx.geometry = backend, training, geometry
         ctx.dtypes, ctx.bias_sizes = (_dtypes([gamma]), _dtypes([beta])), None if bias is None else [bias.size(0)]
         ctx.save_for_backward(mean, rstd, x, *w, *b, weight)
-        return F.conv2d(y, weight, bias, *geometry)
+        return F.conv2d(y, on_16_bytes(weight), bias, *geometry)
 
     @staticmethod
     @differentiable_once
@@ -44,7 +44,7 @@ class _BNReLUConv(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.geometry
         needs = [any(ctx.needs_input_grad[5:8]), *ctx.needs_input_grad[8:]]
         grad_y, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad_out, y, weight, ctx.bias_sizes, stride, padding, dilation, False, [0, 0], groups, needs
+            on_16_bytes(grad_out), y, on_16_bytes(weight), ctx.bias_sizes, stride, padding, dilation, False, [0, 0], groups, needs
         )
         if not needs[0]:
             return (*[None] * 8, grad_weight, grad_bias)
@@ -105,4 +105,4 @@ def bn_relu_conv(
         )
     w, b = _vectors([bn.weight], [x], 1.0), _vectors([bn.bias], [x], 0.0)
     y = kernel("bn_relu_concat_fwd", backend)([x], mean, rstd, w, b, True)
-    return F.conv2d(y, weight, bias, *geometry)
+    return F.conv2d(y, on_16_bytes(weight), bias, *geometry)

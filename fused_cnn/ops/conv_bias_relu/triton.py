@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._layout import result_format
+from .._conv import on_16_bytes
 from .._triton import empty_pixels, mask_and_sum
 from .._triton_conv import Geometry, conv_forward, shipped_forward, weight_rows
 
@@ -61,7 +62,7 @@ def conv_bias_relu_bwd(
     grad_x = grad_weight = none
     if needs_x or needs_weight:
         found = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [needs_x, needs_weight, False]
+            *map(on_16_bytes, (grad, x, weight)), None, stride, padding, dilation, False, [0, 0], groups, [needs_x, needs_weight, False]
         )
         grad_x = found[0].contiguous(memory_format=result_format(x)) if needs_x else none
         grad_weight = found[1].contiguous(memory_format=result_format(weight)) if needs_weight else none

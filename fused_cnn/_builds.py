@@ -1,0 +1,57 @@
+"""What the native libraries were built of and for, and whether that fits a GPU and its driver.
+
+A library's file holds its facts as JSON (csrc/build_facts.cpp), so that they are known without loading it. The build reads this file too:
+it imports nothing that is not Python's own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+Capability = tuple[int, int]  # compute capability: (9, 0) is Hopper's
+MARK = re.compile(rb"fused_cnn build facts: (\{[^\0]*\})\0")
+
+
+def facts_in(file: Path) -> dict[str, str]:
+    """What the build wrote into a library; empty where there is no such file, or it is of another make."""
+    try:
+        found = MARK.search(file.read_bytes())
+    except OSError:
+        return {}
+    return json.loads(found[1]) if found else {}
+
+
+def entries(arch_list: str) -> list[str]:
+    """Of TORCH_CUDA_ARCH_LIST, such as "8.0;9.0a;10.0+PTX"."""
+    return [entry for entry in re.split(r"[;\s]+", arch_list) if entry]
+
+
+def covers(arch_list: str, capability: Capability) -> bool:
+    """Whether code for these architectures runs on a GPU: its own major version from its minor on; PTX, all later ones."""
+    return any(_covers(entry, capability) for entry in entries(arch_list))
+
+
+def _covers(entry: str, capability: Capability) -> bool:
+    number, ptx = entry.removesuffix("+PTX"), entry.endswith("+PTX")
+    major, minor = (int(part.rstrip("af")) for part in number.split("."))
+    if number[-1] in "af":
+        return (major, minor) == capability
+    return (major == capability[0] and minor <= capability[1]) or (ptx and (major, minor) <= capability)
+
+
+def arch_for(capability: Capability) -> str:
+    """The entry of TORCH_CUDA_ARCH_LIST that a GPU's own kernels are built by: Hopper's need its architecture-specific instructions."""
+    return "9.0a" if capability == (9, 0) else "{}.{}".format(*capability)
+
+
+def mismatch(facts: dict[str, str], driver: int | None, capability: Capability) -> str:
+    """Why CUDA kernels with these facts cannot run under a driver (13000 is CUDA 13.0; None: unknown) on a GPU; "" where they can."""
+    cuda, archs = facts["cuda"], facts["cuda_archs"]
+    if driver is not None and int(cuda.split(".")[0]) > driver // 1000:
+        return f"built with CUDA {cuda}, but the driver supports CUDA {driver // 1000}.{driver % 1000 // 10}: update it, or set CUDA_HOME"
+    if covers(archs, capability):
+        return ""
+    name = ".".join(map(str, capability))
+    return f"built for compute capability {archs}, but the GPU has {name}: set TORCH_CUDA_ARCH_LIST={arch_for(capability)}"

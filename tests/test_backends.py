@@ -1,0 +1,145 @@
+"""Which backend is chosen where something is missing: the next best for "auto", one clear error for an explicit one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import fused_cnn
+from fused_cnn import _backends, _builds, _library
+from fused_cnn._backends import BackendUnavailable
+
+CUDA = torch.device("cuda", 0)
+HOPPER = {"ops": "", "sources": "", "cuda": "13.0", "cuda_archs": "9.0a", "cutlass": "4.2.0"}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """A machine with a Hopper GPU, a driver for CUDA 13 and everything built for it; the call takes things away."""
+    monkeypatch.setattr(_backends, "_usable", {})
+
+    def machine(
+        facts: dict[str, str] | None = None, capability: tuple[int, int] = (9, 0), driver: int | None = 13000, error: str = "",
+        triton: bool = True,
+    ) -> None:  # fmt: skip
+        monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(_backends, "driver_version", lambda: driver)
+        monkeypatch.setattr(_backends._sources, "library_hash", lambda device: "")
+        monkeypatch.setattr(_library.cuda, "file", _library.cpu.file)  # one that exists
+        monkeypatch.setattr(_library.cuda, "facts", HOPPER | (facts or {}))
+        monkeypatch.setattr(_library.cuda, "loaded", None if error else object())
+        monkeypatch.setattr(_library.cuda, "error", error)
+        for op in _library.op_names():
+            monkeypatch.setitem(_library._implemented, (op, "native", "cuda"), not error)
+        if not triton:
+            monkeypatch.setattr(_backends.importlib.util, "find_spec", lambda name: None)
+
+    yield machine
+
+
+def chosen(op: str, dtype: torch.dtype = torch.bfloat16) -> str:
+    return _backends.best(op, CUDA, dtype)
+
+
+def refused(backend: str) -> str:
+    """What an explicit backend says of a tensor on the GPU."""
+
+    class OnGpu:
+        device, dtype = CUDA, torch.bfloat16
+
+    with pytest.raises(BackendUnavailable) as caught:
+        _backends.resolve("add_relu_fwd", backend, OnGpu())  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+def test_with_all_there_native_kernels_run(gpu: Callable[..., None]) -> None:
+    gpu()
+    assert chosen("add_relu_fwd") == "native"
+    assert _backends.outlook(None, CUDA) == "native on cuda:0: CUDA kernels"
+
+
+# what is wrong, and what an explicit native says of it
+BROKEN = {
+    "another architecture": ({"capability": (8, 0)}, "built for compute capability 9.0a, but the GPU has 8.0: set TORCH_CUDA_ARCH_LIST=8"),
+    "an old driver": ({"driver": 12080}, "built with CUDA 13.0, but the driver supports CUDA 12.8"),
+    "a library that does not load": ({"error": "undefined symbol: x"}, "the CUDA library does not load: undefined symbol: x"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_build_that_does_not_fit_leaves_the_work_to_triton_and_says_why_when_asked_for(gpu: Callable[..., None], what: str) -> None:
+    broken, message = BROKEN[what]
+    gpu(**broken)
+    assert chosen("add_relu_fwd") == "triton"
+    assert chosen("add_relu_fwd", torch.float64) == "reference"  # Triton's kernels compute in float32
+    assert chosen("conv_bias_relu_fwd") == "reference"  # cuDNN's before Triton's
+    assert message in refused("native") and "pip install -e ." in refused("native")
+    outlook = _backends.outlook(None, CUDA)
+    assert outlook.startswith("triton on cuda:0: Triton kernels; native is off: ") and message in outlook
+
+
+def test_without_triton_too_pytorch_runs(gpu: Callable[..., None]) -> None:
+    gpu(capability=(8, 0), triton=False)
+    assert chosen("add_relu_fwd") == "reference"
+    assert "Triton is not installed; `pip install triton`" in refused("triton")
+
+
+def test_a_triton_that_does_not_import_is_off(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise ImportError("libtriton.so: wrong ELF class")
+
+    gpu(capability=(8, 0))
+    monkeypatch.setattr(_backends.importlib, "import_module", broken)
+    assert chosen("add_relu_fwd") == "reference"
+    assert "Triton does not import: ImportError: libtriton.so: wrong ELF class" in refused("triton")
+
+
+def test_without_cutlass_native_runs_and_says_what_is_missing(gpu: Callable[..., None]) -> None:
+    gpu({"cutlass": ""})
+    assert chosen("conv1x1_bias_relu_fwd") == "native"
+    assert "built without CUTLASS; `pip install --no-deps nvidia-cutlass==" in _backends.outlook(None, CUDA)
+
+
+def test_a_driver_that_cannot_be_asked_is_trusted(gpu: Callable[..., None]) -> None:
+    gpu(driver=None)
+    assert chosen("add_relu_fwd") == "native"
+
+
+def test_each_gpu_of_a_machine_is_asked_by_itself(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index == 0 else (8, 0))
+    assert chosen("add_relu_fwd") == "native"
+    assert _backends.best("add_relu_fwd", torch.device("cuda", 1), torch.bfloat16) == "triton"
+
+
+def test_a_library_of_other_sources_is_said_to_be_one(gpu: Callable[..., None]) -> None:
+    gpu({"sources": "0123456789abcdef"})
+    assert "built of other sources than csrc/ holds now" in _backends.status("native", CUDA).reason
+
+
+def test_fuse_says_which_backend_will_run() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    report = fused_cnn.fuse_(torchvision.models.resnet18(weights=None))
+    assert report.runs.startswith("native on cpu: C++ kernels, instruction set ") and report.runs in str(report)
+    empty = fused_cnn.fuse_(torch.nn.Sequential(torch.nn.ReLU()))
+    assert empty.runs == ""  # nowhere yet
+
+
+BUILT = {"cuda": "13.0", "cuda_archs": "8.0;9.0a;10.0;12.0+PTX"}
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1), (13, 0)])
+def test_cuda_kernels_run_where_their_architectures_say(capability: tuple[int, int]) -> None:
+    assert _builds.mismatch(BUILT, 13000, capability) == ""
+
+
+def test_a_mismatch_with_driver_or_gpu_is_one_line() -> None:
+    assert _builds.mismatch(BUILT, 12080, (9, 0)).startswith("built with CUDA 13.0, but the driver supports CUDA 12.8")
+    line = _builds.mismatch(BUILT, 13000, (7, 5))
+    assert line == "built for compute capability 8.0;9.0a;10.0;12.0+PTX, but the GPU has 7.5: set TORCH_CUDA_ARCH_LIST=7.5"
+    assert _builds.mismatch({"cuda": "13.0", "cuda_archs": "9.0a"}, 13010, (10, 0)) != ""
+    assert "TORCH_CUDA_ARCH_LIST=9.0a" in _builds.mismatch({"cuda": "13.0", "cuda_archs": "8.0"}, 13000, (9, 0))
