@@ -52,7 +52,7 @@ def fail(message: str) -> None:
 
 def search_paths() -> list[str]:
     """Where this environment's packages are; pip's build isolation hides some from sys.path only."""
-    return [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path, site.getusersitepackages()]
+    return [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
 
 
 def find_torch() -> tuple[Path, str]:
@@ -189,14 +189,16 @@ class Build(build_ext):
         text = json.dumps(json.dumps(facts))  # a C++ literal
         jobs.append(("csrc/build_facts.cpp", "build_facts.o", [compiler, "-fPIC", f"-DFUSED_CNN_BUILD_FACTS={text}"]))
         objects_dir.mkdir(parents=True, exist_ok=True)
-        common = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Icsrc", "-isystem", f"{torch}/include", "-MMD"]
+        common = ["-std=c++20", "-O3", "-Icsrc", "-MMD"]
+        stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", f"{torch}/include"]
         objects = []
 
         def compile_one(job: tuple[str, str, list[str]]) -> None:
             source, name, command = job
             target = objects_dir / name
             objects.append(str(target))
-            line = [*command, *common, "-c", source, "-o", str(target)]
+            plain = source.endswith("cpu_kernels.cpp") or "/gemm/" in source  # made without PyTorch, and so the same for all of them
+            line = [*command, *common, *([] if plain else stable), "-c", source, "-o", str(target)]
             stamp = target.with_suffix(".cmd")  # a changed flag rebuilds too
             if stale(target, target.with_suffix(".d")) or not stamp.exists() or stamp.read_text() != str(line):
                 print(f"[fused_cnn] {source} -> {name}", flush=True)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from . import ops
+from ._trees import mapped, tensors
 from .ops._cases import Case, Maker, OpCases
 
 # Largest error relative to the largest true value that is ever accepted: 16 units in the last place, and for float64 and
@@ -95,7 +95,7 @@ class _Run:
     @classmethod
     def of(cls, op_cases: OpCases, inputs: Any, backend: str | None) -> _Run:
         args, kwargs = inputs
-        leaves = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.requires_grad]
+        leaves = [t for t in tensors(inputs) if t.requires_grad]
         return cls(op_cases.op(*args, **kwargs, backend=backend), leaves)
 
     def results(self, grad_out: Tensor | None) -> dict[str, Tensor]:
@@ -135,13 +135,13 @@ def compare(
     def inputs(layout: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return op_cases.make(case, Maker(dtype, layout, device, grad=backward))
 
-    def to_float64(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            return leaf.detach().to(torch.float64).requires_grad_(leaf.requires_grad)
-        return leaf
+    def to_float64(leaf: Tensor) -> Tensor:
+        if not leaf.is_floating_point():
+            return leaf
+        return leaf.detach().to(torch.float64).requires_grad_(leaf.requires_grad)
 
     runs = [
-        _Run.of(op_cases, pytree.tree_map(to_float64, inputs(theirs)), "reference"),
+        _Run.of(op_cases, mapped(to_float64, inputs(theirs), Tensor), "reference"),
         _Run.of(op_cases, inputs(theirs), "reference"),
         _Run.of(op_cases, inputs(layout), backend),
     ]

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from . import _tables
 from ._backends import BACKENDS, BackendUnavailable
 from ._tables import Key, Table
+from ._trees import mapped, tensors
 from .measure import Interleaved
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -60,10 +60,6 @@ def _described(value: Any) -> Any:
     return value
 
 
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-
-
 def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
     """Where the call runs, if tables are kept for it: not for tensors that only stand for others, as in a trace."""
     for value in (*args, *kwargs.values()):
@@ -79,7 +75,7 @@ def _autocast(device: torch.device) -> torch.dtype | None:
 
 
 def _key(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], autocast: torch.dtype | None) -> Key:
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args, kwargs))
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors((args, kwargs)))
     mode = ("training" if grad else "inference") + ("" if autocast is None else f" in {str(autocast)[6:]}")
     return (name, mode, _described(args), tuple(sorted((k, _described(v)) for k, v in kwargs.items())))
 
@@ -93,10 +89,10 @@ def _choice(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         choices = _tables.table(device).choices
         entry = choices.get(_key(function.__name__, args, kwargs, _autocast(device))) if choices else None
         return entry["best"] if entry else None
-    if all(t.dtype != torch.uint8 for t in _tensors(args, kwargs)):  # packed weights have their backend already
+    if all(t.dtype != torch.uint8 for t in tensors((args, kwargs))):  # packed weights have their backend already
         autocast = _autocast(device)
         key = _key(function.__name__, args, kwargs, autocast)
-        described = pytree.tree_map_only(Tensor, _Spec.of, (args, kwargs))
+        described = mapped(_Spec.of, (args, kwargs), Tensor)
         _state.calls.setdefault(key, _Call(function, key, autocast, *described))
     return None
 
@@ -173,9 +169,8 @@ class _Spec(NamedTuple):
 
 
 def _work(call: _Call, backend: str) -> Callable[[], object]:
-    is_spec = lambda value: isinstance(value, _Spec)  # noqa: E731
-    args, kwargs = pytree.tree_map(lambda v: v.make() if is_spec(v) else v, (call.args, call.kwargs), is_leaf=is_spec)
-    leaves = [t for t in _tensors(args, kwargs) if t.requires_grad]
+    args, kwargs = mapped(_Spec.make, (call.args, call.kwargs), _Spec)
+    leaves = [t for t in tensors((args, kwargs)) if t.requires_grad]
     device = _device(args, kwargs)
     assert device is not None
 

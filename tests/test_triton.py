@@ -83,7 +83,10 @@ def test_a_training_step_agrees_with_eager(name: str) -> None:
         allowed = 3 * (eager[key].grad - want).abs().max() + 1e-3 * want.abs().max() + 1e-6
         assert (parameter.grad - want).abs().max() <= allowed, key
     for key, buffer in fused.named_buffers():
-        torch.testing.assert_close(buffer.double(), truth.get_buffer(key).double(), rtol=1e-4, atol=1e-5)
+        want = truth.get_buffer(key).double()
+        # A deep layer's statistics carry the rounding of all layers before it, eager's as well as ours: relative to the largest of them.
+        allowed = 3 * (model.get_buffer(key) - want).abs().max() + 1e-4 * want.abs().max()
+        assert (buffer - want).abs().max() <= allowed, key
 
 
 @pytest.mark.parametrize("channels", [1, 17, 65])

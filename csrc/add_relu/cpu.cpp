@@ -41,6 +41,6 @@ Tensor add_relu_bwd(const Tensor& grad_out, const Tensor& out) {
 }  // namespace fused_cnn
 
 STABLE_TORCH_LIBRARY_IMPL(fused_cnn, CPU, m) {
-  m.impl("add_relu_fwd", TORCH_BOX(&fused_cnn::add_relu_fwd));
-  m.impl("add_relu_bwd", TORCH_BOX(&fused_cnn::add_relu_bwd));
+  m.impl("add_relu_fwd", FUSED_CNN_BOX(&fused_cnn::add_relu_fwd));
+  m.impl("add_relu_bwd", FUSED_CNN_BOX(&fused_cnn::add_relu_bwd));
 }

@@ -114,6 +114,6 @@ Tensor add_relu_bwd(const Tensor& grad_out, const Tensor& out) {
 }  // namespace fused_cnn
 
 FUSED_CNN_CUDA_IMPL(m) {
-  m.impl("add_relu_fwd", TORCH_BOX(&fused_cnn::add_relu_fwd));
-  m.impl("add_relu_bwd", TORCH_BOX(&fused_cnn::add_relu_bwd));
+  m.impl("add_relu_fwd", FUSED_CNN_BOX(&fused_cnn::add_relu_fwd));
+  m.impl("add_relu_bwd", FUSED_CNN_BOX(&fused_cnn::add_relu_bwd));
 }

@@ -255,6 +255,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_bwd(const Tensor& grad_ou
 }  // namespace fused_cnn
 
 FUSED_CNN_CUDA_IMPL(m) {
-  m.impl("bn_relu_concat_bwd", TORCH_BOX(&fused_cnn::bn_relu_concat_bwd));
-  m.impl("bn_add_relu_bwd", TORCH_BOX(&fused_cnn::bn_add_relu_bwd));
+  m.impl("bn_relu_concat_bwd", FUSED_CNN_BOX(&fused_cnn::bn_relu_concat_bwd));
+  m.impl("bn_add_relu_bwd", FUSED_CNN_BOX(&fused_cnn::bn_add_relu_bwd));
 }

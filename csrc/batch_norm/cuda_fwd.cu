@@ -229,7 +229,7 @@ std::tuple<Tensor, Tensor> bn_add_relu_fwd(const Tensor& x, const Tensor& residu
 }  // namespace fused_cnn
 
 FUSED_CNN_CUDA_IMPL(m) {
-  m.impl("bn_stats", TORCH_BOX(&fused_cnn::bn_stats));
-  m.impl("bn_relu_concat_fwd", TORCH_BOX(&fused_cnn::bn_relu_concat_fwd));
-  m.impl("bn_add_relu_fwd", TORCH_BOX(&fused_cnn::bn_add_relu_fwd));
+  m.impl("bn_stats", FUSED_CNN_BOX(&fused_cnn::bn_stats));
+  m.impl("bn_relu_concat_fwd", FUSED_CNN_BOX(&fused_cnn::bn_relu_concat_fwd));
+  m.impl("bn_add_relu_fwd", FUSED_CNN_BOX(&fused_cnn::bn_add_relu_fwd));
 }

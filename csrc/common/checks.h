@@ -42,6 +42,21 @@ void call_operator(const char* name, const char* overload, std::array<StableIVal
                                                   : "failed, and PyTorch's message is on standard error");
 }
 
+// What m.impl() takes for a kernel: TORCH_BOX's function, whose errors PyTorch throws itself, so that they become
+// Python's whatever compiler and C++ library this one was built with.
+template <void (*boxed)(StableIValue*, uint64_t, uint64_t)>
+void throwing_as_pytorch(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  std::string message;
+  try {
+    return boxed(stack, inputs, outputs);
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  aoti_torch_check(false, "fused_cnn", "a kernel", 0, message.c_str());
+}
+
+#define FUSED_CNN_BOX(function) &::fused_cnn::throwing_as_pytorch<TORCH_BOX(function)>
+
 inline std::string shape_of(const Tensor& t) {
   std::ostringstream out;
   out << "(";

@@ -67,6 +67,6 @@ std::tuple<std::vector<Tensor>, Tensor> concat_bias_relu_bwd(const Tensor& grad_
 }  // namespace fused_cnn
 
 FUSED_CNN_CUDA_IMPL(m) {
-  m.impl("concat_bias_relu_fwd", TORCH_BOX(&fused_cnn::concat_bias_relu_fwd));
-  m.impl("concat_bias_relu_bwd", TORCH_BOX(&fused_cnn::concat_bias_relu_bwd));
+  m.impl("concat_bias_relu_fwd", FUSED_CNN_BOX(&fused_cnn::concat_bias_relu_fwd));
+  m.impl("concat_bias_relu_bwd", FUSED_CNN_BOX(&fused_cnn::concat_bias_relu_bwd));
 }

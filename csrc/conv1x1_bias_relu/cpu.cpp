@@ -22,6 +22,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_bias_relu_bwd(const Tensor& g
 }  // namespace fused_cnn
 
 STABLE_TORCH_LIBRARY_IMPL(fused_cnn, CPU, m) {
-  m.impl("conv1x1_bias_relu_fwd", TORCH_BOX(&fused_cnn::conv1x1_bias_relu_fwd));
-  m.impl("conv1x1_bias_relu_bwd", TORCH_BOX(&fused_cnn::conv1x1_bias_relu_bwd));
+  m.impl("conv1x1_bias_relu_fwd", FUSED_CNN_BOX(&fused_cnn::conv1x1_bias_relu_fwd));
+  m.impl("conv1x1_bias_relu_bwd", FUSED_CNN_BOX(&fused_cnn::conv1x1_bias_relu_bwd));
 }

@@ -23,6 +23,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_bias_relu_bwd(const Tensor& g
 }  // namespace fused_cnn
 
 FUSED_CNN_CUDA_IMPL(m) {
-  m.impl("conv1x1_bias_relu_fwd", TORCH_BOX(&fused_cnn::conv1x1_bias_relu_fwd));
-  m.impl("conv1x1_bias_relu_bwd", TORCH_BOX(&fused_cnn::conv1x1_bias_relu_bwd));
+  m.impl("conv1x1_bias_relu_fwd", FUSED_CNN_BOX(&fused_cnn::conv1x1_bias_relu_fwd));
+  m.impl("conv1x1_bias_relu_bwd", FUSED_CNN_BOX(&fused_cnn::conv1x1_bias_relu_bwd));
 }

@@ -32,8 +32,8 @@ Tensor conv_bias_relu_packed_fwd(const Tensor& x, const Tensor& packed, Ints wei
 }  // namespace fused_cnn
 
 STABLE_TORCH_LIBRARY_IMPL(fused_cnn, CPU, m) {
-  m.impl("conv_bias_relu_fwd", TORCH_BOX(&fused_cnn::conv_bias_relu_fwd));
-  m.impl("conv_bias_relu_bwd", TORCH_BOX(&fused_cnn::conv_bias_relu_bwd));
-  m.impl("conv_bias_relu_pack", TORCH_BOX(&fused_cnn::conv_bias_relu_pack));
-  m.impl("conv_bias_relu_packed_fwd", TORCH_BOX(&fused_cnn::conv_bias_relu_packed_fwd));
+  m.impl("conv_bias_relu_fwd", FUSED_CNN_BOX(&fused_cnn::conv_bias_relu_fwd));
+  m.impl("conv_bias_relu_bwd", FUSED_CNN_BOX(&fused_cnn::conv_bias_relu_bwd));
+  m.impl("conv_bias_relu_pack", FUSED_CNN_BOX(&fused_cnn::conv_bias_relu_pack));
+  m.impl("conv_bias_relu_packed_fwd", FUSED_CNN_BOX(&fused_cnn::conv_bias_relu_packed_fwd));
 }

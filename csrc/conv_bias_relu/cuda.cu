@@ -56,6 +56,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bias_relu_bwd(const Tensor& grad
 }  // namespace fused_cnn
 
 FUSED_CNN_CUDA_IMPL(m) {
-  m.impl("conv_bias_relu_fwd", TORCH_BOX(&fused_cnn::conv_bias_relu_fwd));
-  m.impl("conv_bias_relu_bwd", TORCH_BOX(&fused_cnn::conv_bias_relu_bwd));
+  m.impl("conv_bias_relu_fwd", FUSED_CNN_BOX(&fused_cnn::conv_bias_relu_fwd));
+  m.impl("conv_bias_relu_bwd", FUSED_CNN_BOX(&fused_cnn::conv_bias_relu_bwd));
 }

@@ -126,5 +126,5 @@ Tensor residual_stage_packed_fwd(const Tensor& x, std::vector<Tensor> packed, In
 }  // namespace fused_cnn
 
 STABLE_TORCH_LIBRARY_IMPL(fused_cnn, CPU, m) {
-  m.impl("residual_stage_packed_fwd", TORCH_BOX(&fused_cnn::residual_stage_packed_fwd));
+  m.impl("residual_stage_packed_fwd", FUSED_CNN_BOX(&fused_cnn::residual_stage_packed_fwd));
 }

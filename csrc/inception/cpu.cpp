@@ -109,7 +109,7 @@ Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<T
 }  // namespace fused_cnn
 
 STABLE_TORCH_LIBRARY_IMPL(fused_cnn, CPU, m) {
-  m.impl("inception_fwd", TORCH_BOX(&fused_cnn::inception_fwd));
-  m.impl("inception_pack", TORCH_BOX(&fused_cnn::inception_pack));
-  m.impl("inception_packed_fwd", TORCH_BOX(&fused_cnn::inception_packed_fwd));
+  m.impl("inception_fwd", FUSED_CNN_BOX(&fused_cnn::inception_fwd));
+  m.impl("inception_pack", FUSED_CNN_BOX(&fused_cnn::inception_pack));
+  m.impl("inception_packed_fwd", FUSED_CNN_BOX(&fused_cnn::inception_packed_fwd));
 }

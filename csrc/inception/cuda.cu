@@ -60,5 +60,5 @@ Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<T
 }  // namespace fused_cnn
 
 FUSED_CNN_CUDA_IMPL(m) {
-  m.impl("inception_fwd", TORCH_BOX(&fused_cnn::inception_fwd));
+  m.impl("inception_fwd", FUSED_CNN_BOX(&fused_cnn::inception_fwd));
 }

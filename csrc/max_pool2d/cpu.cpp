@@ -76,6 +76,6 @@ Tensor max_pool2d_bwd(const Tensor& grad_out, const Tensor& x, Ints kernel, Ints
 }  // namespace fused_cnn
 
 STABLE_TORCH_LIBRARY_IMPL(fused_cnn, CPU, m) {
-  m.impl("max_pool2d_fwd", TORCH_BOX(&fused_cnn::max_pool2d_fwd));
-  m.impl("max_pool2d_bwd", TORCH_BOX(&fused_cnn::max_pool2d_bwd));
+  m.impl("max_pool2d_fwd", FUSED_CNN_BOX(&fused_cnn::max_pool2d_fwd));
+  m.impl("max_pool2d_bwd", FUSED_CNN_BOX(&fused_cnn::max_pool2d_bwd));
 }

@@ -10,14 +10,16 @@ product are read from memory once: caches serve the repeats.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from .cost import FREE, ONE_PASS, Arguments, Cost, tensors_in
 from .fused_costs import FUSED_COSTS
+
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
 
 # fmt: off
 # Memory is reserved or its description changed; no element is touched.

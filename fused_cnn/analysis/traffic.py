@@ -11,16 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .cost import tensor_bytes, tensors_in
 from .op_costs import cost_of, read_arguments, written_tensors
+
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._backends import resolve
+from ..._backends import best, resolve
 from ..._checks import check_nchw, check_same, check_vector
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
@@ -25,6 +25,8 @@ from . import reference
 
 CONVOLUTIONS = ("branch1", "reduce3", "conv3", "reduce5", "conv5", "pool_proj")
 OUTPUTS = (0, 2, 4, 5)  # which of them write into the result, in this order
+POOL = ([3, 3], [1, 1], [1, 1], [1, 1])  # kernel, stride, padding, dilation
+aten = torch.ops.aten
 
 
 def _fake_fwd(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
@@ -100,15 +102,18 @@ class _Inception(torch.autograd.Function):
         grad1, grad3, grad5, grad4 = grad_out.split(sizes, 1)
         out1, out3, out5, out4 = out.split(sizes, 1)
         reduced3, reduced5 = again(1), again(3)
-        pooled, indices = torch.ops.aten.max_pool2d_with_indices(x, [3, 3], [1, 1], [1, 1])
+        # Triton's pool is PyTorch's own without its int64 indices and, backward, without its atomics; on a CPU neither costs anything.
+        ours = x.device.type == "cuda" and best("max_pool2d_bwd", x.device, x.dtype) == "triton"
+        pooled, indices = (kernel("max_pool2d_fwd", "triton")(x, *POOL, False), None) if ours else aten.max_pool2d_with_indices(x, *POOL)
         grad_x = backward(0, grad1, out1, x, needs_x)
         from3 = backward(1, backward(2, grad3, out3, reduced3, True), reduced3, x, needs_x)
         from5 = backward(3, backward(4, grad5, out5, reduced5, True), reduced5, x, needs_x)
         from_pool = backward(5, grad4, out4, pooled, needs_x)
         if needs_x:
-            from_pool = torch.ops.aten.max_pool2d_with_indices_backward(
-                from_pool, x, [3, 3], [1, 1], [1, 1], [1, 1], False, indices
-            )
+            if ours:
+                from_pool = kernel("max_pool2d_bwd", "triton")(from_pool, x, *POOL, False)
+            else:
+                from_pool = aten.max_pool2d_with_indices_backward(from_pool, x, *POOL, False, indices)
             grad_x = grad_x + from3 + from5 + from_pool
         return (None, grad_x if needs_x else None, *grad_weights, *grad_biases)
 
