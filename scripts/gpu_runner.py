@@ -28,7 +28,7 @@ MARGIN = 15.0  # what a benchmark's last row may take beyond the minutes it is g
 TICK = 0.1
 FRESH = 1.0  # how old a result on disk may be
 MOST_LOG = 2 << 20  # bytes of one piece in the log
-NOT_DRY = "not in a dry run"
+NOT_DRY, INTERRUPTED = "not in a dry run", "all was interrupted"
 # Of compute-sanitizer, whose last line is no more than a number.
 FIRST_ERROR = re.compile(r"^=+ (?!COMPUTE-SANITIZER)(.+)\n=+ +(at .+)", re.MULTILINE)
 
@@ -167,35 +167,29 @@ class Runner:
     def run(self, pieces: Sequence[Piece], after: Callable[[], object] = lambda: None) -> None:
         """Run them all, and call `after` behind each; what fails, hangs or has no time left is noted, and the next one runs."""
         groups = [list(group) for group in _groups(pieces)]
-        for i, group in enumerate(groups):
-            later = sum(max(p.seconds for p in g) for g in groups[i + 1 :] if not g[0].needed)
-            longest = max(p.seconds for p in group)
-            left = self.deadline - time.monotonic() - GRACE
-            seconds = left * longest / (longest + later)
-            if any(piece.needed for piece in group):
-                seconds = max(seconds, min(left, longest))
-            if seconds < LEAST:
-                for piece in group:
-                    self._ended(Outcome(piece.name, why="no time was left"))
-            else:
-                self._run_group([(piece, seconds * piece.seconds / longest) for piece in group])
-            after()
+        try:
+            for i, group in enumerate(groups):
+                later = sum(max(p.seconds for p in g) for g in groups[i + 1 :] if not any(p.needed for p in g))
+                longest = max(piece.seconds for piece in group)
+                left = self.deadline - time.monotonic() - GRACE
+                share = max(left * longest / (longest + later), LEAST, longest if any(p.needed for p in group) else 0)
+                if left < LEAST:
+                    for piece in group:
+                        self._ended(Outcome(piece.name, why="no time was left"))
+                else:
+                    self._run_group([(piece, min(share, left) * piece.seconds / longest) for piece in group])
+                after()
+        finally:  # interrupted
+            known = {outcome.name for outcome in self.outcomes}
+            for piece in pieces:
+                if piece.name not in known:
+                    self._ended(Outcome(piece.name, why=INTERRUPTED))
 
     def _run_group(self, pieces: Sequence[tuple[Piece, float]]) -> None:
-        running = []
-        for piece, seconds in pieces:
-            command = piece.dry if self.dry else piece.command
-            if not command:
-                self._ended(Outcome(piece.name, why=NOT_DRY))
-                continue
-            try:
-                running.append(_Process(piece, command, seconds, self.folder, self.environ))
-            except OSError as error:
-                self._ended(Outcome(piece.name, "failed", f"did not start: {error}"))
-                continue
-            if piece.result:
-                self.parts.setdefault(piece.result, []).append(running[-1].out)
+        running: list[_Process] = []
         try:
+            for piece, seconds in pieces:
+                self._start(piece, seconds, running)
             fresh = time.monotonic()
             while running:
                 time.sleep(TICK)
@@ -208,12 +202,25 @@ class Runner:
                     fresh = time.monotonic()
                 for process in over:
                     self._ended(process.outcome())
-        finally:  # interrupted
+        finally:  # interrupted, some still run
             for process in running:
                 process.signal(signal.SIGKILL)
                 process.process.wait()
                 process.copy_to(self._log, whole=True)
-                self._ended(Outcome(process.piece.name, "stopped", "all was interrupted", seconds=round(process.seconds, 1)))
+                self._ended(Outcome(process.piece.name, "stopped", INTERRUPTED, seconds=round(process.seconds, 1)))
+
+    def _start(self, piece: Piece, seconds: float, running: list[_Process]) -> None:
+        command = piece.dry if self.dry else piece.command
+        if not command:
+            self._ended(Outcome(piece.name, why=NOT_DRY))
+            return
+        try:
+            running.append(_Process(piece, command, seconds, self.folder, self.environ))
+        except OSError as error:
+            self._ended(Outcome(piece.name, "failed", f"did not start: {error}"))
+            return
+        if piece.result:
+            self.parts.setdefault(piece.result, []).append(running[-1].out)
 
     def _ended(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,16 +34,16 @@ def tests(outcomes: Path) -> dict[str, Any]:
 def summary(outcomes: Sequence[Outcome], found_tests: Mapping[str, Any], outdir: Path) -> list[str]:
     """The lines; results are read from the folder. Each part has a number of lines that it may have at most."""
     results = {name: _result(outdir / f"{name}.json") for name in ("inference", "training", "ops", "kernels")}
-    networks = [*results["inference"], *results["training"]]
     parts = (
-        (20, list(_pieces(outcomes))),
-        (12, list(_failed_tests(found_tests))),
-        (8, list(_rows_without(results))),
-        (14, list(_networks(networks))),
-        (16, list(_kernels(results["kernels"]))),
-        (10, list(_ops(results["ops"]))),
+        (18, _pieces(outcomes)),
+        (12, _failed_tests(found_tests)),
+        (8, _rows_without(results)),
+        (12, _networks([*results["inference"], *results["training"]])),
+        (16, _kernels(results["kernels"])),
+        (4, _host(results["kernels"])),
+        (10, _ops(results["ops"])),
     )
-    return [line[:WIDTH] for most, lines in parts for line in _at_most(most, lines)]
+    return [line[:WIDTH] for most, lines in parts for line in _at_most(most, list(lines))]
 
 
 def _result(path: Path) -> Rows:
@@ -56,10 +57,12 @@ def _at_most(most: int, lines: Sequence[str]) -> Sequence[str]:
 
 
 def _pieces(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    yield "whole and green: " + (", ".join(f"{o.name} {o.seconds:.0f} s" for o in outcomes if o.state == "ok") or "nothing")
+    green = ", ".join(f"{outcome.name} {outcome.seconds:.0f} s" for outcome in outcomes if outcome.state == "ok")
+    yield from textwrap.wrap(f"whole and green: {green or 'nothing'}", WIDTH, subsequent_indent="   ")
     left_out = [outcome for outcome in outcomes if outcome.state == "left out"]
     for why in dict.fromkeys(outcome.why for outcome in left_out):
-        yield f"left out, {why}: " + ", ".join(outcome.name for outcome in left_out if outcome.why == why)
+        names = ", ".join(outcome.name for outcome in left_out if outcome.why == why)
+        yield from textwrap.wrap(f"left out, {why}: {names}", WIDTH, subsequent_indent="   ")
     for outcome in outcomes:
         if outcome.state in ("failed", "stopped"):
             yield f"{outcome.state.upper()}: {outcome.name}, {outcome.why}"
@@ -107,9 +110,13 @@ def _kernels(rows: Rows) -> Iterator[str]:
         if row["variant"] in ("fused", "compile") and "host" not in row and row.get("kernels"):
             yield f"{_name(row)}: {row['ms']:.2f} ms, busy {row['busy_ms']:.2f} ms in {row['launches']} launches:"
             yield "   " + "; ".join(f"{us / 1e3:.2f} ms {n}x {name[:32]}" for name, n, us in row["kernels"][:3])
+
+
+def _host(rows: Rows) -> Iterator[str]:
+    """The Python functions that take longest where the host is the limit."""
     for row in rows:
         if row["variant"] == "fused" and row.get("host"):
-            own = "; ".join(f"{seconds * 1e3:.2f} ms {where.rpartition('/')[2][:36]}" for where, _, seconds in row["host"][:3])
+            own = "; ".join(f"{seconds * 1e3:.2f} ms {where.rpartition('/')[2][:60]}" for where, _, seconds in row["host"][:2])
             yield f"host, {_name(row)}: {row['ms']:.2f} ms, of these {own}"
 
 
