@@ -95,7 +95,8 @@ def sanitizer(tool: str, backend: str) -> list[str]:
 
 
 def compiler(which: str) -> list[str]:
-    return profile(which, *NETWORKS, "--batch", "256", variants=("compile", "fused compile"), seconds=0)
+    work = profile(which, *NETWORKS, "--batch", "256", variants=("compile", "fused compile"), seconds=0)
+    return ["env", "TORCHINDUCTOR_COMPILE_THREADS=4", *work]  # beside the tests, which have most of the cores
 
 
 def timings() -> list[Piece]:

@@ -142,8 +142,10 @@ class Runner:
         self.parts: dict[str, list[Path]] = {}  # of each result, in the order of the pieces
         self._scratch = tempfile.TemporaryDirectory()
         self.folder = Path(self._scratch.name)
-        caches = {f"{owner}_CACHE_DIR": str(self.folder / owner) for owner in ("FUSED_CNN", "TORCHINDUCTOR")}  # no earlier run decides
-        self.environ = {**(os.environ if environ is None else environ), **caches}
+        self.environ = {**(os.environ if environ is None else environ)}
+        for owner in ("FUSED_CNN", "TORCHINDUCTOR"):  # what an earlier run has measured decides nothing
+            (self.folder / owner).mkdir()
+            self.environ[f"{owner}_CACHE_DIR"] = str(self.folder / owner)
         outdir.mkdir(parents=True, exist_ok=True)
         self._log = open(outdir / "log.txt", "wb")  # noqa: SIM115 - open as long as the runner is
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from conftest import DEVICE
 
+import fused_cnn.cli
 from fused_cnn.cli.report import load_all
 from fused_cnn.testing import all_cases
 
@@ -239,6 +241,23 @@ def test_small_cases_name_what_fails_and_run_the_rest(monkeypatch: pytest.Monkey
     with pytest.raises(SystemExit, match=f"{first.name}, .*RuntimeError: it broke"):
         small_cases.main()
     assert "small_cases: 4 of 4 calls of native on" in capsys.readouterr().out
+
+
+def test_the_commands_that_only_a_gpu_runs_exist(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = typer.main.get_command(fused_cnn.cli.app).commands  # type: ignore[attr-defined]
+    pieces = [*gpu_evidence.preparation(None), *gpu_evidence.correctness(), *gpu_evidence.timings()]
+    given = [[a.replace("{minutes}", "0") for a in piece.command] for piece in pieces]
+    ours = [command[command.index("fused_cnn.cli") + 1 :] for command in given if "fused_cnn.cli" in command]
+    assert {name for name, *_ in ours} == {"info", "bench", "profile"}
+    for name, *options in ours:
+        commands[name].make_context(name, options)  # raises where there is no such option
+    for tuned in gpu_evidence.TUNED:
+        commands["tune"].make_context("tune", [*tuned.split(), "--dtype", "bfloat16"])
+    for command in given:
+        if "compute-sanitizer" in command and "native" in command:
+            monkeypatch.setattr(sys, "argv", command[command.index("scripts/small_cases.py") :])
+            small_cases.main()
+            assert "small_cases: 0 of " in capsys.readouterr().out  # its minutes are over
 
 
 def test_wheels_are_only_those_of_missing_packages_and_pieces_are_found_by_name(tmp_path: Path) -> None:
