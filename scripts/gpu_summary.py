@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ WIDTH = 140
 MOST_NAMED = 200  # failed tests in the JSON
 VARIANTS = ("eager", "graph", "compile", "fused", "fused graph", "fused compile")
 BACKENDS = ("eager", "fused", "native", "triton", "library")
+NOISE = re.compile(r"^void |\(anonymous namespace\)::|at::native::|fused_cnn::")  # of kernels' names
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -109,7 +111,7 @@ def _kernels(rows: Rows) -> Iterator[str]:
     for row in rows:
         if row["variant"] in ("fused", "compile") and "host" not in row and row.get("kernels"):
             yield f"{_name(row)}: {row['ms']:.2f} ms, busy {row['busy_ms']:.2f} ms in {row['launches']} launches:"
-            yield "   " + "; ".join(f"{us / 1e3:.2f} ms {n}x {name[:32]}" for name, n, us in row["kernels"][:3])
+            yield "   " + "; ".join(f"{us / 1e3:.2f} ms {n}x {NOISE.sub('', name)[:32]}" for name, n, us in row["kernels"][:3])
 
 
 def _host(rows: Rows) -> Iterator[str]:
