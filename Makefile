@@ -68,4 +68,4 @@ install-matrix: venv
 	$(BIN)/python scripts/install_matrix.py
 
 gpu-evidence: venv
-	PATH="$(abspath $(BIN)):$$PATH" bash scripts/gpu.sh all out/gpu
+	PATH="$(abspath $(BIN)):$$PATH" bash scripts/gpu.sh quick out/gpu
