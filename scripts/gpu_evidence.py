@@ -142,21 +142,20 @@ def chosen(what: str, more: Sequence[str], wheels: Path | None) -> list[Piece]:
     return [*before, *(replace(p, command=[*p.command, *more], dry=p.dry and [*p.dry, *more]) for p in found)]
 
 
-def architectures() -> str:
-    """The GPUs' compute capabilities as TORCH_CUDA_ARCH_LIST takes them; empty without a GPU."""
+def capabilities() -> str:
+    """The GPUs' compute capabilities, such as 9.0; empty without a GPU."""
     asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         found = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return ""
-    return ";".join(sorted({"9.0a" if each == "9.0" else each for each in found}))
+    return ";".join(sorted(set(found)))
 
 
-def environment(gpus: str, dry: bool) -> Mapping[str, str]:
+def environment(dry: bool) -> Mapping[str, str]:
     path = [str(ROOT), str(ROOT / "scripts"), str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    archs = {"TORCH_CUDA_ARCH_LIST": gpus} if gpus else {}
     threads = {"OMP_NUM_THREADS": "1"} if dry else {}  # where others work, too, as in CI, more would wait for each other
-    return {**archs, **os.environ, **threads, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
 
 
 def save(runner: Runner, what: str, gpus: str) -> list[str]:
@@ -180,7 +179,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="end after so long")
     parser.add_argument("--dry", action="store_true", help="on a CPU, on a small bit of work")
     options = parser.parse_args(given)
-    gpus = architectures()
+    gpus = capabilities()
     if not gpus and not options.dry:
         parser.error("nvidia-smi shows no GPU here; --dry runs on the CPU")
     if more and options.what == "quick":
@@ -190,7 +189,7 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # its pieces end with it, and the summary is still made
-    with Runner(options.outdir.resolve(), 60 * options.minutes, dry=options.dry, environ=environment(gpus, options.dry)) as runner:
+    with Runner(options.outdir.resolve(), 60 * options.minutes, dry=options.dry, environ=environment(options.dry)) as runner:
         runner.say(f"{gpus or 'no GPU'}, {len(pieces)} pieces within {options.minutes:g} minutes")
         interrupted = False
         try:
