@@ -6,7 +6,7 @@ JOBS ?= auto
 SOURCES = $(shell find csrc -type f) setup.py
 CPP = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo venv test lint format bench compile-check cuda-check triton-check guard guard-update report install-matrix gpu-evidence
+.PHONY: demo venv test lint format bench compile-check cuda-check triton-check guard guard-update report install-matrix torch-matrix gpu-evidence
 
 demo: venv
 	$(BIN)/fused-cnn verify
@@ -63,6 +63,9 @@ $(VENV)/triton-$(OLD_TRITON): | venv
 	rm -rf $@.partial
 	$(BIN)/python -m pip install -qq --no-deps --target $@.partial triton==$(OLD_TRITON)
 	mv $@.partial $@
+
+torch-matrix: venv
+	$(BIN)/python scripts/torch_matrix.py
 
 install-matrix: venv
 	$(BIN)/python scripts/install_matrix.py
