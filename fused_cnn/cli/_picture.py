@@ -15,6 +15,7 @@ COLOURS = {
     "eager": "#9aa5b1",
     "fused": "#1f77b4",
     "fused graph": "#0b3d66",
+    "fused compile": "#62b1e8",
     "compile": "#e39c37",
     "autotune": "#b5651d",
     "graph": "#5f6b78",
