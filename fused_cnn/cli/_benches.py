@@ -160,7 +160,7 @@ def extremes(op_cases: OpCases, cases: Iterable[Case]) -> list[Case]:
     """The case with the least arithmetic for each byte, of equals the largest; and that with the most, of equals the smallest."""
 
     def intensity(case: Case) -> tuple[float, int]:
-        cost = op_cases.cost(case, itemsize=4)
+        cost = op_cases.cost(case, 4)
         return round(cost.forward_flops / cost.forward_bytes, 2), -cost.forward_bytes
 
     ordered = sorted(cases, key=intensity)

@@ -12,7 +12,7 @@ SHOWN = ("fused", "compile")  # the variants whose kernels a table lists
 MOST = 10  # kernels of each
 LONGEST_NAME = 64
 # Templates that serve many purposes, and the words around the argument that says which.
-GENERAL = re.compile(r"(elementwise_kernel|reduce_kernel|device_kernel|Kernel)$")
+GENERAL = re.compile(r"^(\w*elementwise_kernel|reduce_kernel|device_kernel|Kernel)$")
 AROUND = {"at", "native", "c10", "cutlass", "gemm", "kernel", "gpu_kernel_impl_nocast", "ReduceOp", "BFloat16", "Half", "float"}
 
 
@@ -57,7 +57,8 @@ def short_name(kernel: str) -> str:
     """A kernel's name without its namespaces and arguments; of a general template the argument that says what it is for."""
     text = kernel.replace("(anonymous namespace)::", "").removeprefix("void ")
     head, *rest = re.split(r"(?<=\w)[<(]", text, maxsplit=1)
-    head = head.rpartition("::")[2]
+    if rest or kernel.startswith("void "):
+        head = head.rpartition("::")[2]
     if rest and GENERAL.search(head):
         words = (word for word in re.findall(r"[A-Za-z_]\w*", rest[0]) if word not in AROUND)
         head = f"{head} {next(words, '')}".rstrip()

@@ -7,7 +7,6 @@ import pstats
 import sys
 from typing import Any
 
-import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 

@@ -109,7 +109,10 @@ def images_per_second(result: dict[str, Any], path: Path) -> Path:
         axes.plot([r["batch"] for r in here], [r["batch"] / r["limit"] for r in here], "--", color="black", linewidth=1, label="limit")
         axes.set_xscale("log", base=2)
         axes.set_xticks([row["batch"] for row in here], [str(row["batch"]) for row in here])
-        axes.set_ylim(bottom=0)
+        if result["device"] == "cuda":  # where one image is a thousandth of what the device can hold
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
         axes.set_xlabel("batch")
         axes.set_title(f"{model}, {dtype}", loc="left", fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)

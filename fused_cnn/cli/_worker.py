@@ -55,7 +55,8 @@ class Worker:
         if not done:
             self.close()
             raise WorkFailed(value)
-        return value  # type: ignore[no-any-return]
+        result: T = value
+        return result
 
     def close(self) -> None:
         """End the process, if there is one."""

@@ -1,5 +1,5 @@
-"""`fused-cnn report [FILE | FOLDER]...`: turns saved results (verify, bench, profile, pytest-benchmark, scripts/gpu.sh) into Markdown tables
-and PNG plots.
+"""`fused-cnn report [FILE | FOLDER]...`: turns saved results (verify, bench, profile, pytest-benchmark, scripts/gpu.sh) into Markdown
+tables and PNG plots.
 
 `--update README.md` rewrites the text between `<!-- table:NAME -->` and `<!-- /table -->`. Tables are named verify, inference, training,
 memory-inference, memory-training, ops, steps and kernels-MODEL-PASS, with `-cuda` added where a GPU made them, headlines, and `ran`: which
