@@ -4,8 +4,9 @@ A benchmark checks its numbers and times all its variants in interleaved rounds,
 pytest-benchmark's columns show the fused variant's median, with the quartiles as Min and Max, and its JSON file has the whole result for
 `fused-cnn report`.
 
-By default the telling rows alone are run, within MINUTES: of each op the two layers that differ most, and both networks' inference and
-training step, at the largest batch; networks beside torch.compile, in the first dtype. `--full` runs every row.
+By default the telling rows alone are run, within MINUTES: both networks' inference and training step, at the largest batch and in the
+first dtype, and of each op the two layers that differ most, at the first batch. `--full` runs every row. torch.compile is timed for
+networks alone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ COMPILERS = ("compile",)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="measure every row, not the telling ones alone")
-    parser.addoption("--seconds", type=float, default=1.0, help="how long to time each row")
+    parser.addoption("--seconds", type=float, default=0.5, help="how long to time each row")
 
 
 def rows(*, full: bool) -> list[Bench]:
@@ -45,7 +46,7 @@ def rows(*, full: bool) -> list[Bench]:
         networks = network_benches(MODELS, dtypes, batches, device=DEVICE, compilers=COMPILERS)
         return [*networks, *op_benches(dtypes, batches, device=DEVICE)]
     networks = network_benches(MODELS, dtypes[:1], [max(batches)], device=DEVICE, compilers=COMPILERS)
-    return [*networks, *op_benches(dtypes, [max(batches)], device=DEVICE, telling=True)]
+    return [*networks, *op_benches(dtypes, batches[:1], device=DEVICE, telling=True)]
 
 
 def table(bench: Bench) -> str:
@@ -78,9 +79,9 @@ class Progress:
         self.say(f"{len(session.items)} rows: {which}")
 
     def pytest_runtest_logstart(self) -> None:
-        text = f"{sum(self.ahead.values())} rows to go after {_minutes(time.monotonic() - self.start)}"
+        text = f"rows to go: {sum(self.ahead.values())}; {_minutes(time.monotonic() - self.start)} so far"
         if all(of in self.taken for of in +self.ahead):
-            text += f", about {_minutes(self.estimate(self.ahead))}"
+            text += f", about {_minutes(self.estimate(self.ahead))} left"
         self.say(text)
 
     def pytest_terminal_summary(self) -> None:
@@ -103,10 +104,16 @@ class Progress:
         every = [seconds for taken in self.taken.values() for seconds in taken]
         return sum(n * statistics.mean(self.taken.get(of, every)) for of, n in ahead.items())
 
-    def fits(self, of: str) -> bool:
-        """Whether a row of this table ends within MINUTES, by the longest so far."""
-        longest = max(self.taken.get(of, [0.0]))
-        return self.full or time.monotonic() - self.start + longest < 60 * MINUTES
+    def fits(self, bench: Bench) -> bool:
+        """Whether the row ends within MINUTES, by the longest of its kind so far."""
+        alike = [max(taken) for of, taken in self.taken.items() if (of == "ops") == (bench.kind == "op")]
+        return self.full or time.monotonic() - self.start + max(alike, default=0.0) < 60 * MINUTES
+
+    def note(self, bench: Bench, row: dict[str, Any], seconds: float) -> None:
+        """Keep a row, and what it took."""
+        self.rows.append(row)
+        self.taken.setdefault(table(bench), []).append(seconds)
+        self.ahead[table(bench)] -= 1
 
     def more(self) -> Counter[str]:
         """How many rows of each table --full would add."""
@@ -118,7 +125,7 @@ class Progress:
             yield f"{left_out} of these rows were not measured: {MINUTES} minutes were over"
         if more:
             whole = self.estimate(Counter(map(table, rows(full=True))))
-            yield f"left out: {sum(more.values())} more rows; all of them, with --full, take about {_minutes(whole)}"
+            yield f"left out: {sum(more.values())} more rows; all of them, with --full, take {_minutes(whole)} or more"
 
 
 class Clock:
@@ -171,14 +178,11 @@ def measure(
     seconds = request.config.getoption("--seconds")
 
     def run(bench: Bench) -> None:
-        of = table(bench)
-        if not progress.fits(of):
+        if not progress.fits(bench):
             pytest.skip(f"{MINUTES} minutes are over")
         start = time.monotonic()
         row = measured(worker, bench, seconds, ceilings)
-        progress.taken.setdefault(of, []).append(time.monotonic() - start)
-        progress.ahead[of] -= 1
-        progress.rows.append(row)
+        progress.note(bench, row, time.monotonic() - start)
         if "error" in row:
             pytest.fail(row["error"], pytrace=False)
         benchmark.group = bench.labels.get("op") or bench.labels["model"]
