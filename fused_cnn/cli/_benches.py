@@ -98,9 +98,12 @@ class Bench(ABC):
         work = self.make()
         timings = self._timed(work.variants, seconds)
         if work.captures:
-            before = set(work.variants)
             work.add_peers(work.captures, LARGEST[self.dtype])
-            timings |= self._timed({name: v for name, v in work.variants.items() if name not in before}, seconds)
+            made = {name: work.variants[name] for name in work.captures if name in work.variants}
+            try:
+                timings |= self._timed(made, seconds) if made else {}
+            except Exception as error:  # in a process that another capture has left unfit
+                work.counted.setdefault("absent", {}).update(dict.fromkeys(made, described(error)))
         limit = ceilings.limit(work.bytes, work.flops, short(self.dtype))
         medians = {name: t.median for name, t in timings.items()}
         return {

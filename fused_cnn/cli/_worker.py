@@ -46,14 +46,15 @@ class Worker:
             self._start(room)
         try:
             self._pipe.send((function, args))
-            done, value = self._pipe.recv()
+            done, value, usable = self._pipe.recv()
         except (EOFError, ConnectionError):  # the other end is gone, and with it the process
-            done, value = False, self._obituary()
+            done, value, usable = False, self._obituary(), False
         except BaseException:
             self._process.kill()
             raise
-        if not done:
+        if not usable:
             self.close()
+        if not done:
             raise WorkFailed(value)
         result: T = value
         return result
@@ -97,12 +98,21 @@ def _serve(pipe: Connection, threads: int) -> None:
         except EOFError:
             return
         try:
-            answer = True, function(*args)
+            done, value = True, function(*args)
         except Exception as error:
             traceback.print_exc()
-            answer = False, described(error)
-        pipe.send(answer)
-        del function, args, answer
-        gc.collect()
+            done, value = False, described(error)
+        del function, args
+        pipe.send((done, value, done and _memory_is_free()))
+
+
+def _memory_is_free() -> bool:
+    """Frees what the last call held; False where the device is lost."""
+    gc.collect()
+    try:
         if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
             torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
