@@ -81,6 +81,16 @@ def test_calls_of_one_room_share_a_process_until_one_fails() -> None:
         assert first == again != worker.call("a", os.getpid) != worker.call("b", os.getpid)
 
 
+def test_a_row_is_checked_unless_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(bench: Bench) -> None:
+        raise AssertionError("wrong numbers")
+
+    monkeypatch.setattr(Sum, "check", wrong)
+    with pytest.raises(AssertionError, match="wrong numbers"):
+        Sum("adds").run(0, CEILINGS)
+    assert Sum("adds").run(0, CEILINGS, check=False)["times"]
+
+
 def test_a_capture_that_fails_leaves_the_other_variants_times() -> None:
     row = Sum("raises", captured=True).run(0, CEILINGS)
     assert set(row["times"]) == {"eager", "fused"} and row["absent"] == {"peer": "RuntimeError: Offset increment outside graph capture"}

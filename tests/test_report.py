@@ -79,7 +79,9 @@ def test_a_benchmark_does_not_hide_a_failed_test_of_the_same_sources() -> None:
 def test_a_benchmark_is_evidence_because_it_checks_first() -> None:
     labels = {"kind": "op", "op": "add_relu", "case": "c", "batch": 1, "pass": "forward"}
     rows = [{**labels, "dtype": "float16", "times": {"native": {}, "eager": {}}}, {**labels, "dtype": "float32", "error": "wrong"}]
-    assert state({"kind": "bench", **FACTS, "date": "2026-11-25", "rows": rows})[0].startswith("NVIDIA H200, 2026-11-25")
+    bench = {"kind": "bench", **FACTS, "date": "2026-11-25", "rows": rows}
+    assert state(bench)[0].startswith("NVIDIA H200, 2026-11-25")
+    assert all(line[3:] == [_ran.NEVER] for line in _ran.table([{**bench, "checked": False}])[1])
 
 
 def test_a_kernels_hash_follows_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,9 +90,10 @@ class Bench(ABC):
     def name(self) -> str:
         return "-".join(str(v) for v in self.labels.values()).replace(" ", "_")
 
-    def run(self, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
+    def run(self, seconds: float, ceilings: Ceilings, check: bool = True) -> dict[str, Any]:
         """Check, then time for so long; returns the row as JSON. `limit` is in seconds."""
-        self.check()
+        if check:
+            self.check()
         if self.compilers:
             torch._dynamo.reset()  # forgets the row before; within a row nothing may be forgotten
         work = self.make()
@@ -125,10 +126,10 @@ class Bench(ABC):
         return Interleaved(variants, self.device, cold=cold).run(seconds)
 
 
-def measured(worker: Worker, bench: Bench, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
+def measured(worker: Worker, bench: Bench, seconds: float, ceilings: Ceilings, check: bool = True) -> dict[str, Any]:
     """The bench's row, run in a process of its room's; of one that fails, or loses its process, the row has the `error`."""
     try:
-        return worker.call(bench.room, bench.run, seconds, ceilings)
+        return worker.call(bench.room, bench.run, seconds, ceilings, check)
     except WorkFailed as error:
         return {"kind": bench.kind, **bench.labels, "error": str(error)}
 

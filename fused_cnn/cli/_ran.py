@@ -1,6 +1,6 @@
 """What has run on a GPU: for each op, backend, dtype and architecture which GPU, when, and whether the kernels' sources are still those.
 
-Evidence is a test run on a GPU (tests/conftest.py writes what passed and what failed) or a benchmark, which checks its numbers first. A run
+Evidence is a test run on a GPU (tests/conftest.py writes what passed and what failed) or a benchmark that checked its numbers first. A run
 of the tests that left some out says `without` what.
 """
 
@@ -54,7 +54,7 @@ def evidence(results: Iterable[Mapping[str, Any]]) -> dict[Key, Run]:
 def _kernels(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, bool]]:
     if result["kind"] == "tests":
         yield from ((r["op"], r["backend"], r["dtype"], r["passed"]) for r in result["ran"])
-    elif result["kind"] == "bench":
+    elif result["kind"] == "bench" and result.get("checked", True):
         for row in result["rows"]:
             if row["kind"] == "op":
                 yield from ((row["op"], b, row["dtype"], True) for b in ("native", "triton") if b in row.get("times", {}))

@@ -40,6 +40,8 @@ def source(result: dict[str, Any]) -> str:
         text += f" {result['left_out']} more rows of this run were not measured."
     if more := result.get("more_with_full", {}).get(result.get("table")):
         text += f" These are the telling rows; `pytest benchmarks --full` has {more} more."
+    if not result.get("checked", True):
+        text += " Timed without a check of the numbers, which is the tests' business."
     if "note" in result:
         text += f" {result['note']}"
     return text + "\n"

@@ -1,8 +1,8 @@
 """`fused-cnn bench`: times every op's real cases and whole networks against eager PyTorch, and saves the
 result as JSON.
 
-Nothing is timed before its numbers are checked; one that fails the check, or whose process is lost, is reported without a time and
-makes the exit code 1. Each network's row is measured in a process of its own, an op's rows in one process.
+Nothing is timed before its numbers are checked, unless that is left out; a row that fails the check, or whose process is lost, is reported
+without a time and makes the exit code 1. Each network's row is measured in a process of its own, an op's rows in one process.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def bench(
     backend: Annotated[str, typer.Option(help="auto, reference, native or triton.")] = "auto",
     compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile too: minutes of compilation.")] = False,
     autotune: Annotated[bool, typer.Option(help="Time torch.compile's max-autotune too: more minutes.")] = False,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Check each row's numbers before timing it.")] = True,
     seconds: Annotated[float, typer.Option(min=0, help="How long to time each row.")] = 1.0,
     minutes: Annotated[float, typer.Option(min=0, help="Start no row after so long; those left out are counted.")] = float("inf"),
     file: Annotated[Path, typer.Option("--out", help="Where to save the JSON.")] = Path("out/bench.json"),
@@ -62,7 +63,7 @@ def bench(
     if not benches:
         raise CommandError(f"--op {', '.join(op or ())}: no such op; see fused_cnn.ops")
     end = time.monotonic() + 60 * minutes
-    result: dict[str, Any] = {"kind": "bench", "backend": backend, **facts_of_run(device)}
+    result: dict[str, Any] = {"kind": "bench", "backend": backend, "checked": check, **facts_of_run(device)}
     with progress("bench") as say, Worker() as worker:
         say("the device's ceilings: a copy, a matrix product")
         ceilings = worker.call("ceilings", _ceilings.measure, device, dtypes)
@@ -72,7 +73,7 @@ def bench(
             if time.monotonic() > end:
                 break
             say(f"{i} of {len(benches)}: {entry.name}")
-            result["rows"].append(measured(worker, entry, seconds, ceilings))
+            result["rows"].append(measured(worker, entry, seconds, ceilings, check))
             result["left_out"] = len(benches) - i
             write_json(file, result)  # an interrupted run keeps what it measured
     failed = [row for row in result["rows"] if "error" in row]
