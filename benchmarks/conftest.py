@@ -1,61 +1,193 @@
-"""What both suites share: the device, the choice to leave torch.compile out, and one timing routine.
+"""What both suites share: which rows are measured, how long that takes, and one timing routine.
 
-A benchmark checks its numbers, times all its variants in interleaved rounds as `fused-cnn bench` does, and
-keeps that row in extra_info for `fused-cnn report`; pytest-benchmark's own columns show the fused variant.
+A benchmark checks its numbers and times all its variants in interleaved rounds, in another process, as `fused-cnn bench` does. Of that
+pytest-benchmark's columns show the fused variant's median, with the quartiles as Min and Max, and its JSON file has the whole result for
+`fused-cnn report`.
+
+By default the telling rows alone are run, within MINUTES: both networks' inference and training step, at the largest batch and in the
+first dtype, and of each op the two layers that differ most, at the first batch. `--full` runs every row. torch.compile is timed for
+networks alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from fused_cnn.cli import _ceilings
-from fused_cnn.cli._benches import Bench
+from fused_cnn.cli._benches import Bench, measured, op_benches
 from fused_cnn.cli._ceilings import Ceilings
 from fused_cnn.cli._common import dtype_of
-from fused_cnn.cli.bench import BATCHES as DEFAULT_BATCHES
-from fused_cnn.cli.bench import DTYPES as DEFAULT_DTYPES
+from fused_cnn.cli._network_benches import network_benches
+from fused_cnn.cli._worker import Worker
+from fused_cnn.cli.bench import BATCHES, DTYPES, MODELS
 from fused_cnn.cli.info import facts_of_run
-from fused_cnn.measure import synchronize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [dtype_of(name) for name in DEFAULT_DTYPES[DEVICE]]
-BATCHES = DEFAULT_BATCHES[DEVICE]
-torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in `fused-cnn bench`
+MINUTES = 10  # that the telling rows may take
+COMPILERS = ("compile",)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
-    parser.addoption("--seconds", type=float, default=1.0, help="how long to time each row")
+    parser.addoption("--full", action="store_true", help="measure every row, not the telling ones alone")
+    parser.addoption("--seconds", type=float, default=0.5, help="how long to time each row")
+
+
+def rows(*, full: bool) -> list[Bench]:
+    """Networks first, then ops."""
+    dtypes, batches = [dtype_of(name) for name in DTYPES[DEVICE]], BATCHES[DEVICE]
+    if full:
+        networks = network_benches(MODELS, dtypes, batches, device=DEVICE, compilers=COMPILERS)
+        return [*networks, *op_benches(dtypes, batches, device=DEVICE)]
+    networks = network_benches(MODELS, dtypes[:1], [max(batches)], device=DEVICE, compilers=COMPILERS)
+    return [*networks, *op_benches(dtypes, batches[:1], device=DEVICE, telling=True)]
+
+
+def table(bench: Bench) -> str:
+    """The table of `fused-cnn report` that the row goes to; rows of one table take about as long as each other."""
+    return {"inference": "inference", "training step": "training"}.get(bench.labels["pass"], "ops")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    kind = {"test_network": "model", "test_op": "op"}[metafunc.function.__name__]
+    benches = [bench for bench in rows(full=metafunc.config.getoption("--full")) if bench.kind == kind]
+    metafunc.parametrize("bench", benches, ids=[bench.name for bench in benches])
+
+
+class Progress:
+    """A plugin: knows what is to be run and what it took, and says so on the terminal before every row and at both ends."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.full = bool(config.getoption("--full"))
+        self.start = time.monotonic()
+        self.ahead: Counter[str] = Counter()
+        self.taken: dict[str, list[float]] = {}
+        self.rows: list[dict[str, Any]] = []
+        self.facts: dict[str, Any] = {}
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.ahead = Counter(table(item.callspec.params["bench"]) for item in session.items)  # type: ignore[attr-defined]
+        more = sum(self.more().values())
+        which = f"the telling rows, in at most {MINUTES} minutes; {more} more with --full" if more else "every row"
+        self.say(f"{len(session.items)} rows: {which}")
+
+    def pytest_runtest_logstart(self) -> None:
+        text = f"rows to go: {sum(self.ahead.values())}; {_minutes(time.monotonic() - self.start)} so far"
+        if all(of in self.taken for of in +self.ahead):
+            text += f", about {_minutes(self.estimate(self.ahead))} left"
+        self.say(text)
+
+    def pytest_terminal_summary(self) -> None:
+        for line in self.summary() if self.rows else ():
+            self.say(line)
+
+    def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
+        """The result as `fused-cnn bench` saves it, failed rows among them."""
+        counts = {"left_out": sum(self.ahead.values()), "more_with_full": dict(self.more())}
+        output_json["fused_cnn"] = {"kind": "bench", "backend": "auto", **self.facts, **counts, "rows": self.rows}
+
+    def say(self, text: str) -> None:
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is not None:
+            terminal.ensure_newline()
+            terminal.write_line(text)
+
+    def estimate(self, ahead: Counter[str]) -> float:
+        """Seconds that so many rows of each table take, by those measured; a table without any counts as the mean of all."""
+        every = [seconds for taken in self.taken.values() for seconds in taken]
+        return sum(n * statistics.mean(self.taken.get(of, every)) for of, n in ahead.items())
+
+    def fits(self, bench: Bench) -> bool:
+        """Whether the row ends within MINUTES, by the longest of its kind so far."""
+        alike = [max(taken) for of, taken in self.taken.items() if (of == "ops") == (bench.kind == "op")]
+        return self.full or time.monotonic() - self.start + max(alike, default=0.0) < 60 * MINUTES
+
+    def note(self, bench: Bench, row: dict[str, Any], seconds: float) -> None:
+        """Keep a row, and what it took."""
+        self.rows.append(row)
+        self.taken.setdefault(table(bench), []).append(seconds)
+        self.ahead[table(bench)] -= 1
+
+    def more(self) -> Counter[str]:
+        """How many rows of each table --full would add."""
+        return Counter() if self.full else Counter(map(table, rows(full=True))) - Counter(map(table, rows(full=False)))
+
+    def summary(self) -> Iterator[str]:
+        left_out, more = sum(self.ahead.values()), self.more()
+        if left_out:
+            yield f"{left_out} of these rows were not measured: {MINUTES} minutes were over"
+        if more:
+            whole = self.estimate(Counter(map(table, rows(full=True))))
+            yield f"left out: {sum(more.values())} more rows; all of them, with --full, take {_minutes(whole)} or more"
+
+
+class Clock:
+    """A timer for pytest-benchmark that tells what has been measured elsewhere: `pass_by` is its time going by."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_by(self, seconds: Iterator[float]) -> None:
+        self.now += next(seconds)
+
+
+CLOCK = Clock()
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} minutes"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Progress(config), "progress")
 
 
 @pytest.fixture(scope="session")
-def ceilings() -> Ceilings:
-    return _ceilings.measure(DEVICE, DTYPES)
+def worker() -> Iterator[Worker]:
+    with Worker() as worker:
+        yield worker
 
 
 @pytest.fixture(scope="session")
-def facts(ceilings: Ceilings) -> dict[str, Any]:
-    return {"backend": "auto", **facts_of_run(DEVICE), "ceilings": ceilings.to_dict()}
+def progress(request: pytest.FixtureRequest) -> Progress:
+    found: Progress = request.config.pluginmanager.get_plugin("progress")
+    return found
+
+
+@pytest.fixture(scope="session")
+def ceilings(worker: Worker, progress: Progress) -> Ceilings:
+    found = worker.call("ceilings", _ceilings.measure, DEVICE, [dtype_of(name) for name in DTYPES[DEVICE]])
+    progress.facts = {**facts_of_run(DEVICE), "ceilings": found.to_dict()}
+    return found
 
 
 @pytest.fixture
-def measure(benchmark: Any, facts: dict[str, Any], ceilings: Ceilings, request: pytest.FixtureRequest) -> Callable[[Bench], None]:
+def measure(
+    benchmark: Any, worker: Worker, ceilings: Ceilings, progress: Progress, request: pytest.FixtureRequest
+) -> Callable[[Bench], None]:
+    seconds = request.config.getoption("--seconds")
+
     def run(bench: Bench) -> None:
-        bench.compilers = () if request.config.getoption("--no-compile") else ("compile",)
-        work, interleaved = bench.prepare()
-        row = bench.row(interleaved.run(request.config.getoption("--seconds")), work, ceilings)
-        fused = work.variants["fused"]
-
-        def synchronized() -> None:
-            fused()
-            synchronize(bench.device)
-
+        if not progress.fits(bench):
+            pytest.skip(f"{MINUTES} minutes are over")
+        start = time.monotonic()
+        row = measured(worker, bench, seconds, ceilings)
+        progress.note(bench, row, time.monotonic() - start)
+        if "error" in row:
+            pytest.fail(row["error"], pytrace=False)
         benchmark.group = bench.labels.get("op") or bench.labels["model"]
-        benchmark.extra_info.update(row=row, facts=facts, gb_per_s=row["gb_per_s"]["fused"], share_of_limit=row["share_of_limit"]["fused"])
-        benchmark.pedantic(synchronized, rounds=5, iterations=interleaved.calls["fused"])
+        benchmark.extra_info.update({name: row[name]["fused"] for name in ("gb_per_s", "share_of_limit")})
+        times = [row["times"]["fused"][quartile] for quartile in ("low", "median", "high")]
+        benchmark.pedantic(CLOCK.pass_by, args=(iter(times),), rounds=len(times))
 
     return run

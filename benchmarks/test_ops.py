@@ -1,7 +1,6 @@
-"""Every op x real case x batch x dtype, forward and backward: eager and fused, from the cases that the tests use.
+"""Ops on layers of real networks, forward and backward: eager, the library's own call, fused; from the cases that the tests use.
 
-`pytest benchmarks/test_ops.py --benchmark-only --benchmark-json=out/ops.json`, then `fused-cnn report
-out/ops.json`.
+`pytest benchmarks/test_ops.py --benchmark-only --benchmark-json=out/ops.json`, then `fused-cnn report out/ops.json`.
 """
 
 from __future__ import annotations
@@ -9,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from conftest import BATCHES, DEVICE, DTYPES
+from conftest import CLOCK
 
-from fused_cnn.cli._benches import Bench, op_benches
+from fused_cnn.cli._benches import Bench
+
+pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
 
-@pytest.mark.parametrize("bench", op_benches(DTYPES, BATCHES, device=DEVICE), ids=lambda b: b.name)
 def test_op(bench: Bench, measure: Callable[[Bench], None]) -> None:
     measure(bench)

@@ -49,10 +49,10 @@ def test_info_prints_tables(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_no_command_prints_help(capfd: pytest.CaptureFixture[str]) -> None:
     code, text, _ = run(capfd)
-    assert code == 0 and all(name in text for name in ("info", "summary", "verify", "bench", "report"))
+    assert code == 0 and all(name in text for name in ("info", "summary", "verify", "bench", "profile", "report"))
 
 
-@pytest.mark.parametrize("command", ["info", "summary", "verify", "bench", "report"])
+@pytest.mark.parametrize("command", ["info", "summary", "verify", "bench", "profile", "report"])
 def test_every_command_takes_json_and_explains_itself(capfd: pytest.CaptureFixture[str], command: str) -> None:
     code, text, _ = run(capfd, command, "--help")
     assert code == 0 and "--json" in text
@@ -74,6 +74,8 @@ def test_every_command_takes_json_and_explains_itself(capfd: pytest.CaptureFixtu
         (["verify", "--model", "inception_v3", "--size", "64"], "inception_v3 does not run on 64 x 64 pixels"),
         (["bench", "everything"], "everything"),
         (["bench", "ops", "--op", "nothing"], "no such op"),
+        (["profile", "--variant", "quick"], "--variant must be one of eager"),
+        (["profile", "--pass", "backward"], "--pass must be one of inference"),
         (["report", "nowhere.json"], "nowhere.json"),
         (["report", __file__], "is not a result"),
     ],
@@ -230,3 +232,30 @@ def test_bench_times_a_network_and_counts_its_memory(capfd: pytest.CaptureFixtur
     code, text, _ = run(capfd, "report", str(file), "--out", str(tmp_path))
     assert code == 0 and text.count("| resnet18 |") == 4
     assert all((tmp_path / f"{name}.png").exists() for name in ("images", "memory", "traffic-inference", "traffic-training"))
+
+
+@needs_pictures
+def test_profile_lists_what_ran_and_report_tables_it(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "kernels.json"
+    options = ("--model", "resnet18", "--dtype", "float32", "--batch", "2", "--size", "64", "--seconds", "0", "--host", "--out", str(file))
+    code, text, _ = run(capfd, "profile", *options, "--variant", "eager", "--variant", "fused")
+    found = json.loads(file.read_text())
+    assert code == 0 and text.count("resnet18") == 4 and found["kind"] == "kernels" and found["left_out"] == 0
+    rows = {(row["pass"], row["variant"]): row for row in found["rows"]}
+    assert set(rows) == {(p, v) for p in ("inference", "training step") for v in ("eager", "fused")}
+    for row in rows.values():
+        times = [microseconds for *_, microseconds in row["kernels"]]
+        assert times == sorted(times, reverse=True) and 0 < sum(times) <= row["busy_ms"] * 1e3 * 1.001
+        assert row["launches"] >= sum(launches for _, launches, _ in row["kernels"]) and row["ms"] > 0
+        where, calls, seconds = row["host"][0]
+        assert where and calls > 0 and seconds > 0
+    assert rows["inference", "fused"]["launches"] < rows["inference", "eager"]["launches"]
+    assert any(name == "fused_cnn::residual_stage_packed_fwd" for name, *_ in rows["inference", "fused"]["kernels"])
+    code, text, _ = run(capfd, "report", str(file))
+    assert code == 0 and "## kernels-resnet18-inference" in text and "`fused_cnn::residual_stage_packed_fwd`" in text
+
+
+def test_profile_counts_what_its_minutes_left_out(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "kernels.json"
+    code, text, _ = run(capfd, "profile", "--minutes", "0", "--out", str(file))
+    assert code == 0 and "16 of 16 rows were left out" in text and json.loads(file.read_text())["left_out"] == 16

@@ -1,5 +1,5 @@
-"""The command line `fused-cnn`: info, summary, verify, bench, tune, report; one file per command, each with
-`--json`.
+"""The command line `fused-cnn`: info, summary, verify, bench, profile, tune, report; one file per command, each
+with `--json`.
 
 Exit codes: 0 all is well, 1 the numbers do not agree, 2 what was asked for cannot be done, 3 an error inside
 fused_cnn. Every error is one line on standard error; `fused-cnn --traceback COMMAND ...` shows where it came
@@ -17,6 +17,7 @@ from .._backends import BackendUnavailable
 from ._common import USAGE, CommandError
 from .bench import bench
 from .info import info
+from .profile import profile
 from .report import report
 from .summary import summary
 from .tune import tune
@@ -39,7 +40,7 @@ def options(
     """Fused blocks for GoogLeNet- and ResNet-like CNNs: same weights, same numbers, less memory traffic."""
 
 
-for command in (info, summary, verify, bench, tune, report):
+for command in (info, summary, verify, bench, profile, tune, report):
     app.command()(command)
 
 

@@ -1,5 +1,5 @@
-"""What is timed, for `fused-cnn bench` and for `pytest benchmarks` alike: every op's real cases and whole
-networks.
+"""What is timed, for `fused-cnn bench` and for `pytest benchmarks` alike: here what any piece of work is, and every op's real cases; whole
+networks are in _network_benches.py.
 
 A Bench checks its numbers before it is timed; its variants (eager, the peers at hand, fused) do the same work
 on the same tensors and are timed in interleaved rounds. Bytes are the least that the work can move and
@@ -9,41 +9,41 @@ form that needs fewer products (Winograd's), or a layer that stays in a CPU's ca
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .. import _backends, _library
-from ..analysis import count, minimum_traffic, saved_bytes
 from ..measure import Interleaved, Timing, Work
 from ..ops._cases import Case, Maker, OpCases
 from ..testing import all_cases, compare
-from . import _memory, _networks, _peers
+from . import _peers
 from ._ceilings import Ceilings
-from ._numbers import LARGEST, Autocast, Pair, compare_scores, compare_training, relative, scores, training_step
+from ._numbers import LARGEST, relative
+from ._worker import Worker, WorkFailed, described
 
-COMPILERS = {"compile": None, "autotune": "max-autotune"}  # torch.compile's modes
-TRAINING_CHECK = (2, 96)  # images and pixels: float64 gradients in full size take minutes
+Makers = Mapping[str, Callable[[], Work]]
 
 
 @dataclass
 class Prepared:
     """A piece of work, ready to be timed: its variants, the least bytes that it moves, its floating-point operations, and what
-    was counted of it (launches, traffic, memory), for the row.
+    was counted of it (launches, traffic, memory), for the row. `captures` are variants that are made and timed after all others, because
+    one that fails leaves its process unfit for more.
     """
 
     variants: dict[str, Work]
     bytes: int
     flops: int
     counted: dict[str, Any] = field(default_factory=dict)
+    captures: Makers = field(default_factory=dict)
 
-    def add_peers(self, makers: Mapping[str, Callable[[], Work]], bound: float) -> None:
+    def add_peers(self, makers: Makers, bound: float) -> None:
         """Add the peers that can be made and whose result is eager's within `bound`; of the others the row says why they are not there."""
         eager = self.variants["eager"]()
         for name, make in makers.items():
@@ -57,33 +57,55 @@ class Prepared:
                 self.counted.setdefault("absent", {})[name] = described(error)
 
 
-def described(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+@dataclass(frozen=True)
+class Bench(ABC):
+    """One piece of work: what it is, how to check it, and its variants. It can be pickled: it is made ready where it runs."""
 
-
-@dataclass
-class Bench:
-    """One piece of work: what it is, how to check it, and its variants.
-
-    `check` raises AssertionError where the fused variant's numbers are wrong. `make(compilers)` prepares the
-    work, with these of COMPILERS among its variants, when it is timed and not before.
-    """
-
-    kind: str
-    labels: dict[str, Any]
-    check: Callable[[], None]
-    make: Callable[[Sequence[str]], Prepared]
+    dtype: torch.dtype
     device: str
-    compilers: Sequence[str] = ()
+    backend: str | None
+    compilers: tuple[str, ...]
+
+    kind: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def labels(self) -> dict[str, Any]:
+        """What tells this row from others."""
+
+    @property
+    @abstractmethod
+    def room(self) -> str:
+        """Rows of one room share a process."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raises AssertionError where the fused variant's numbers are wrong."""
+
+    @abstractmethod
+    def make(self) -> Prepared:
+        """Prepare the work, with `compilers` among its variants."""
 
     @property
     def name(self) -> str:
         return "-".join(str(v) for v in self.labels.values()).replace(" ", "_")
 
-    def row(self, timings: dict[str, Timing], work: Prepared, ceilings: Ceilings) -> dict[str, Any]:
-        """The result as JSON. `limit` is in seconds."""
-        eager = timings["eager"].median
-        limit = ceilings.limit(work.bytes, work.flops, self.labels["dtype"])
+    def run(self, seconds: float, ceilings: Ceilings, check: bool = True) -> dict[str, Any]:
+        """Check, then time for so long; returns the row as JSON. `limit` is in seconds."""
+        if check:
+            self.check()
+        if self.compilers:
+            torch._dynamo.reset()  # forgets the row before; within a row nothing may be forgotten
+        work = self.make()
+        timings = self._timed(work.variants, seconds)
+        if work.captures:
+            work.add_peers(work.captures, LARGEST[self.dtype])
+            made = {name: work.variants[name] for name in work.captures if name in work.variants}
+            try:
+                timings |= self._timed(made, seconds) if made else {}
+            except Exception as error:  # in a process that another capture has left unfit
+                work.counted.setdefault("absent", {}).update(dict.fromkeys(made, described(error)))
+        limit = ceilings.limit(work.bytes, work.flops, short(self.dtype))
         medians = {name: t.median for name, t in timings.items()}
         return {
             "kind": self.kind,
@@ -93,25 +115,23 @@ class Bench:
             "limit": limit,
             **work.counted,
             "times": {name: t.to_dict() for name, t in timings.items()},
-            "ratios": {name: eager / t for name, t in medians.items() if name != "eager"},
+            "ratios": {name: medians["eager"] / t for name, t in medians.items() if name != "eager"},
             "gb_per_s": {name: work.bytes / t / 1e9 for name, t in medians.items()},
             "tflop_per_s": {name: work.flops / t / 1e12 for name, t in medians.items()},
             "share_of_limit": {name: limit / t for name, t in medians.items()},
         }
 
-    def prepare(self) -> tuple[Prepared, Interleaved]:
-        """Check, then make the work and its timer."""
-        self.check()
-        if self.compilers:
-            torch._dynamo.reset()  # forgets the row before; within a row nothing may be forgotten
-        work = self.make(self.compilers)
+    def _timed(self, variants: Mapping[str, Work], seconds: float) -> dict[str, Timing]:
         cold = self.kind == "op" and self.device == "cuda"  # a layer's tensors would stay in the second-level cache
-        return work, Interleaved(work.variants, self.device, cold=cold)
+        return Interleaved(variants, self.device, cold=cold).run(seconds)
 
-    def run(self, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
-        """Check, then time for so long; returns the row."""
-        work, interleaved = self.prepare()
-        return self.row(interleaved.run(seconds), work, ceilings)
+
+def measured(worker: Worker, bench: Bench, seconds: float, ceilings: Ceilings, check: bool = True) -> dict[str, Any]:
+    """The bench's row, run in a process of its room's; of one that fails, or loses its process, the row has the `error`."""
+    try:
+        return worker.call(bench.room, bench.run, seconds, ceilings, check)
+    except WorkFailed as error:
+        return {"kind": bench.kind, **bench.labels, "error": str(error)}
 
 
 def short(dtype: torch.dtype) -> str:
@@ -126,38 +146,86 @@ def op_benches(
     backend: str | None = None,
     compilers: Sequence[str] = (),
     only: Sequence[str] = (),
-) -> Iterator[Bench]:
-    """Every op x real case x batch x dtype, forward and backward; channels_last."""
+    telling: bool = False,
+) -> Iterator[OpBench]:
+    """Every op x real case x batch x dtype, forward and backward; channels_last. `telling`: of each op the two cases that differ most."""
     for batch in batches:
         for op_cases in all_cases():
             if only and op_cases.name not in only:
                 continue
-            for case in (c.batched(batch) for c in op_cases.cases if c.real):
+            real = [c.batched(batch) for c in op_cases.cases if c.real]
+            for case in extremes(op_cases, real) if telling else real:
                 for dtype in dtypes:
                     for direction in ("forward", "backward"):
-                        yield _op_bench(op_cases, case, dtype, direction, device, backend, compilers)
+                        yield OpBench(dtype, device, backend, tuple(compilers), op_cases.name, case, direction)
 
 
-def _by_name(op_cases: OpCases, device: str) -> list[str]:
-    """The GPU's backends that implement the op here: each is a variant of its own there."""
-    if device == "cpu":
-        return []
-    return [b for b in ("native", "triton") if _backends.status(b, device).on and _library.has_kernel(op_cases.decides, b, device)]
+def extremes(op_cases: OpCases, cases: Iterable[Case]) -> list[Case]:
+    """The case with the least arithmetic for each byte, of equals the largest; and that with the most, of equals the smallest."""
+
+    def intensity(case: Case) -> tuple[float, int]:
+        cost = op_cases.cost(case, 4)
+        return round(cost.forward_flops / cost.forward_bytes, 2), -cost.forward_bytes
+
+    ordered = sorted(cases, key=intensity)
+    return [ordered[0], ordered[-1]]
 
 
-def _op_bench(
-    op_cases: OpCases, case: Case, dtype: torch.dtype, direction: str, device: str, backend: str | None, compilers: Sequence[str]
-) -> Bench:
-    backward = direction == "backward"
-    named = _by_name(op_cases, device)
+@dataclass(frozen=True)
+class OpBench(Bench):
+    """An op on one layer, forward or backward."""
 
-    def check() -> None:
-        for chosen in (backend, *named):
-            for comparison in compare(op_cases, case, chosen, dtype, device=device, backward=backward):
-                assert comparison.ok, f"{op_cases.name}, {case.name}, {short(dtype)}, {chosen or 'auto'}: {comparison}"
+    op: str
+    case: Case
+    direction: str
 
-    def variant(function: Callable[..., Tensor], **chosen: Any) -> Work:
-        args, kwargs = op_cases.make(case, Maker(dtype, device=device, grad=backward))
+    kind = "op"
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        of_op = {"op": self.op, "case": self.case.name, "batch": self.case.shape[0]}
+        return {**of_op, "dtype": short(self.dtype), "pass": self.direction}
+
+    @property
+    def room(self) -> str:
+        return self.op
+
+    @property
+    def _cases(self) -> OpCases:
+        return next(op_cases for op_cases in all_cases() if op_cases.name == self.op)
+
+    @property
+    def _by_name(self) -> list[str]:
+        """The GPU's backends that implement the op here: each is a variant of its own there."""
+        if self.device == "cpu":
+            return []
+        decides = self._cases.decides
+        return [b for b in ("native", "triton") if _backends.status(b, self.device).on and _library.has_kernel(decides, b, self.device)]
+
+    def check(self) -> None:
+        backward = self.direction == "backward"
+        for chosen in (self.backend, *self._by_name):
+            for comparison in compare(self._cases, self.case, chosen, self.dtype, device=self.device, backward=backward):
+                assert comparison.ok, f"{self.op}, {self.case.name}, {short(self.dtype)}, {chosen or 'auto'}: {comparison}"
+
+    def make(self) -> Prepared:
+        op_cases, backward = self._cases, self.direction == "backward"
+        cost = op_cases.cost(self.case, self.dtype.itemsize)
+        variants = {"eager": self._variant(op_cases.op, backend="reference"), "fused": self._variant(op_cases.op, backend=self.backend)}
+        variants |= {name: self._variant(op_cases.op, backend=name) for name in self._by_name}
+        counts = (cost.backward_bytes, cost.backward_flops) if backward else (cost.forward_bytes, cost.forward_flops)
+        work = Prepared(variants, *counts)
+        library = _peers.library_call(op_cases.name, self.device)
+        if library is not None and not backward:
+            work.add_peers({"library": lambda: self._variant(library)}, LARGEST[self.dtype])
+        for name in self.compilers:
+            if (peer := _peers.COMPILERS[name]).of == "eager":
+                variants[name] = self._variant(torch.compile(op_cases.op, mode=peer.mode), backend="reference")
+        return work
+
+    def _variant(self, function: Callable[..., Tensor], **chosen: Any) -> Work:
+        backward = self.direction == "backward"
+        args, kwargs = self._cases.make(self.case, Maker(self.dtype, device=self.device, grad=backward))
 
         def forward() -> Tensor:
             return function(*args, **kwargs, **chosen)
@@ -168,132 +236,3 @@ def _op_bench(
         result = forward()
         grad = torch.randn_like(result)
         return lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True)
-
-    def make(compilers: Sequence[str]) -> Prepared:
-        cost = op_cases.cost(case, dtype.itemsize)
-        variants = {"eager": variant(op_cases.op, backend="reference"), "fused": variant(op_cases.op, backend=backend)}
-        variants |= {name: variant(op_cases.op, backend=name) for name in named}
-        counts = (cost.backward_bytes, cost.backward_flops) if backward else (cost.forward_bytes, cost.forward_flops)
-        work = Prepared(variants, *counts)
-        library = _peers.library_call(op_cases.name, device)
-        if library is not None and not backward:
-            work.add_peers({"library": lambda: variant(library)}, LARGEST[dtype])
-        for name in compilers:
-            variants[name] = variant(torch.compile(op_cases.op, mode=COMPILERS[name]), backend="reference")
-        return work
-
-    labels = {"op": op_cases.name, "case": case.name, "batch": case.shape[0], "dtype": short(dtype), "pass": direction}
-    return Bench("op", labels, check, make, device, compilers)
-
-
-def model_benches(
-    names: Sequence[str],
-    dtypes: Sequence[torch.dtype],
-    batches: Sequence[int],
-    *,
-    device: str,
-    passes: Sequence[str] = ("inference", "training step"),
-    backend: str | None = None,
-    compilers: Sequence[str] = (),
-    size: int = 224,
-) -> Iterator[Bench]:
-    """torchvision's networks with their BatchNorm statistics made real: inference at every batch, and a
-    training step at the largest; a training step in a 16-bit dtype is float32 under autocast.
-    """
-    for direction in passes:
-        for dtype in dtypes:
-            for batch in batches if direction == "inference" else [max(batches)]:
-                for name in names:
-                    yield _model_bench(name, dtype, batch, direction, device, backend, compilers, size)
-
-
-def _prepared(
-    name: str, dtype: torch.dtype, batch: int, training: bool, device: str, backend: str | None, size: int
-) -> tuple[Pair, Tensor]:
-    """A network, eager and fused, and its images; to train, in float32 under autocast where the dtype has 16 bits."""
-    every, images = (_networks.photographs(_networks.PHOTOGRAPHS, n, size).to(device) for n in (len(_networks.PHOTOGRAPHS), batch))
-    network = _networks.network(name, every)
-    if not training:
-        return Pair.of(network.to(dtype), backend), images.to(dtype)
-    pair = Pair.of(network, backend).training()
-    if dtype != torch.float32:
-        pair = Pair(Autocast(pair.eager, dtype), Autocast(pair.fused, dtype), pair.report)
-    return pair, images
-
-
-def _variant(variant: str, name: str, dtype: torch.dtype, batch: int, training: bool, *more: Any) -> Work:
-    """One of a network's two variants by itself."""
-    pair, images = _prepared(name, dtype, batch, training, *more)
-    return _work(getattr(pair, variant), images, training)
-
-
-def _model_bench(
-    name: str, dtype: torch.dtype, batch: int, direction: str, device: str, backend: str | None, compilers: Sequence[str], size: int
-) -> Bench:
-    training = direction != "inference"
-
-    def check() -> None:
-        few, pixels = TRAINING_CHECK
-        pair, images = _prepared(name, dtype, few, training, device, backend, pixels if training else size)
-        numbers = compare_training(pair, images, in_float64=False)[0] if training else [compare_scores(pair, images)[0]]
-        wrong = [n for n in numbers if not n.ok]
-        assert not wrong, f"{name}, {short(dtype)}, {direction}: {wrong[0]}"
-
-    def make(compilers: Sequence[str]) -> Prepared:
-        pair, images = _prepared(name, dtype, batch, training, device, backend, size)
-        models = {"eager": pair.eager, "fused": pair.fused}
-        variants = {variant: _work(model, images, training) for variant, model in models.items()}
-        plain = pair.eager.model if isinstance(pair.eager, Autocast) else pair.eager
-        least = minimum_traffic(copy.deepcopy(plain).to(dtype), images.to(dtype), backward=training).bytes
-        counted, flops = _counted(models, images, training)
-        work = Prepared(variants, least, flops, counted)
-        peers: dict[str, Callable[[], Work]] = {} if training else {**_peers.runtimes(pair.eager, images)}
-        if device == "cuda":
-            peers |= {name: partial(_peers.graphed, variants[of]) for name, of in (("graph", "eager"), ("fused graph", "fused"))}
-        for peer in compilers:
-            make_work = partial(_work, images=images, training=training)
-            peers[peer] = partial(_peers.compiled, pair.eager, COMPILERS[peer], make_work, frozen=not training)
-        work.add_peers(peers, LARGEST[dtype])
-        if device == "cuda":
-            counted["launches"] = {variant: _launches_on_gpu(each) for variant, each in variants.items()}
-            counted["peak"] = _memory.peaks_on_gpu(models, variants)
-        else:
-            job = (name, dtype, batch, training, device, backend, size)
-            counted["peak"] = _memory.peaks_in_children({variant: partial(_variant, variant, *job) for variant in models})
-        return work
-
-    labels = {"model": name, "batch": batch, "dtype": short(dtype), "pass": direction}
-    return Bench("model", labels, check, make, device, compilers)
-
-
-def _work(model: nn.Module, images: Tensor, training: bool) -> Work:
-    if training:
-        return lambda: scores(training_step(model, images)).detach()  # nothing is kept of its graph
-    return torch.no_grad()(lambda: model(images))
-
-
-def _counted(models: Mapping[str, nn.Module], images: Tensor, training: bool) -> tuple[dict[str, Any], int]:
-    """What is counted at the dispatcher, with the CPU kernels' costs: launches, bytes moved, ops that it does not know; for a training step
-    bytes kept for its backward; and the eager network's operations.
-    """
-    works = {variant: _work(model, images, training) for variant, model in models.items()}
-    for work in works.values():
-        work()  # folds and packs
-    counts = {variant: count(work) for variant, work in works.items()}
-    found: dict[str, Any] = {}
-    if images.device.type == "cpu":
-        found["launches"] = {variant: c.launches for variant, c in counts.items()}
-        found["traffic"] = {variant: c.bytes for variant, c in counts.items()}
-        found["unknown"] = {variant: c.unknown for variant, c in counts.items() if c.unknown}
-    if training:
-        found["saved"] = {variant: saved_bytes(model, images) for variant, model in models.items()}
-    return found, counts["eager"].flops
-
-
-def _launches_on_gpu(work: Work) -> int:
-    """Kernels, copies and fills that the device ran, as PyTorch's profiler saw them."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiled:
-        work()
-        torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events())

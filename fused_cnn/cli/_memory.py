@@ -10,44 +10,35 @@ import ctypes
 import gc
 import re
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..measure import Work
+from ._worker import Worker
 
 
-def peaks_on_gpu(models: Mapping[str, nn.Module], variants: Mapping[str, Work]) -> dict[str, int]:
-    """Of each model's variant, which has run before: its folded weights are there; its gradients are dropped first."""
-    found = {}
-    for name, model in models.items():
-        work = variants[name]
-        model.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        torch.cuda.synchronize()
-        found[name] = torch.cuda.max_memory_allocated() - before
-    return found
+def peak_on_gpu(model: nn.Module, work: Work) -> int:
+    """Of a model's work, which has run before: its folded weights are there; its gradients are dropped first."""
+    model.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def peaks_in_children(makers: Mapping[str, Callable[[], Work]]) -> dict[str, int]:
     """For each variant, made and run once in a process of its own; empty where there is no /proc."""
     if not Path("/proc/self/clear_refs").exists():
         return {}
-    found = {}
-    for name, make in makers.items():
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            found[name] = pool.submit(_peak, make, torch.get_num_threads()).result()
-    return found
+    with Worker() as worker:
+        return {name: worker.call(name, _peak, make) for name, make in makers.items()}
 
 
-def _peak(make: Callable[[], Work], threads: int) -> int:
-    torch.set_num_threads(threads)
+def _peak(make: Callable[[], Work]) -> int:
     work = make()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import importlib.util
 import io
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,17 @@ from ..ops._conv import pair
 from ._common import require
 
 INSTALL = "`pip install fused_cnn[peers]`"
-OURS = ("fused", "fused graph", "native", "triton")  # every other variant is a peer
+OURS = ("fused", "fused graph", "fused compile", "native", "triton")  # every other variant is a peer
+
+
+class Compiler(NamedTuple):
+    """torch.compile of the eager or of the fused network, in one of its modes."""
+
+    of: str
+    mode: str | None
+
+
+COMPILERS = {"compile": Compiler("eager", None), "fused compile": Compiler("fused", None), "autotune": Compiler("eager", "max-autotune")}
 
 
 def compiled(model: nn.Module, mode: str | None, work_of: Callable[[nn.Module], Work], *, frozen: bool) -> Work:
@@ -37,7 +48,14 @@ def compiled(model: nn.Module, mode: str | None, work_of: Callable[[nn.Module], 
 
 
 def graphed(work: Work) -> Work:
-    """The work captured as a CUDA graph; its tensors stay where they are, so each replay does it again."""
+    """The work captured as a CUDA graph; its tensors stay where they are, so each replay does it again. A capture that fails leaves
+    PyTorch's stream, allocator and generator of random numbers in it: what runs later in that process fails, too.
+
+    Warm-up and capture share a stream: autograd adds to a parameter's gradient on the stream where that parameter was first used, and
+    outside of the capture's it may not. Graphs of earlier steps, which remember theirs, must therefore be gone: PyTorch does not collect
+    them itself.
+    """
+    gc.collect()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -45,7 +63,7 @@ def graphed(work: Work) -> Work:
             work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # autograd's threads may allocate meanwhile
         out = work()
 
     def replay(_graph: torch.cuda.CUDAGraph = graph) -> object:

@@ -15,6 +15,7 @@ COLOURS = {
     "eager": "#9aa5b1",
     "fused": "#1f77b4",
     "fused graph": "#0b3d66",
+    "fused compile": "#62b1e8",
     "compile": "#e39c37",
     "autotune": "#b5651d",
     "graph": "#5f6b78",
@@ -108,7 +109,10 @@ def images_per_second(result: dict[str, Any], path: Path) -> Path:
         axes.plot([r["batch"] for r in here], [r["batch"] / r["limit"] for r in here], "--", color="black", linewidth=1, label="limit")
         axes.set_xscale("log", base=2)
         axes.set_xticks([row["batch"] for row in here], [str(row["batch"]) for row in here])
-        axes.set_ylim(bottom=0)
+        if result["device"] == "cuda":  # where one image is a thousandth of what the device can hold
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
         axes.set_xlabel("batch")
         axes.set_title(f"{model}, {dtype}", loc="left", fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,7 @@
 """What has run on a GPU: for each op, backend, dtype and architecture which GPU, when, and whether the kernels' sources are still those.
 
-Evidence is a test run on a GPU (tests/conftest.py writes what passed and what failed) or a benchmark, which checks its numbers first.
+Evidence is a test run on a GPU (tests/conftest.py writes what passed and what failed) or a benchmark that checked its numbers first. A run
+of the tests that left some out says `without` what.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ def evidence(results: Iterable[Mapping[str, Any]]) -> dict[Key, Run]:
             source = result["sources"][backend][rooms[op]]
             key = (op, backend, dtype, result["arch"])
             before = found.get(key)
-            if before is not None and before.source == source and result["kind"] != "tests":
-                passed = passed and before.passed  # a failed test of these sources stands until the tests pass
+            # A failed test stands until that test passes: neither a run that left it out, nor a benchmark of these sources, clears it.
+            left_out = "without" in result or (result["kind"] != "tests" and before is not None and before.source == source)
+            if before is not None and left_out:
+                passed = passed and before.passed
             found[key] = Run(device, result["date"][:10], source, passed)
     return found
 
@@ -51,7 +54,7 @@ def evidence(results: Iterable[Mapping[str, Any]]) -> dict[Key, Run]:
 def _kernels(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, bool]]:
     if result["kind"] == "tests":
         yield from ((r["op"], r["backend"], r["dtype"], r["passed"]) for r in result["ran"])
-    elif result["kind"] == "bench":
+    elif result["kind"] == "bench" and result.get("checked", True):
         for row in result["rows"]:
             if row["kind"] == "op":
                 yield from ((row["op"], b, row["dtype"], True) for b in ("native", "triton") if b in row.get("times", {}))
@@ -87,6 +90,6 @@ def _state(run: Run | None, now: str | None) -> str:
     if run is None:
         return NEVER
     text = f"{run.device}, {run.date}, `{run.source[:8]}`"
-    if not run.passed:
-        return f"**fails**: {text}"
-    return text if run.source == now else f"*stale*: {text}"
+    if run.source != now:
+        return f"*stale*{'' if run.passed else ', failed'}: {text}"
+    return text if run.passed else f"**fails**: {text}"

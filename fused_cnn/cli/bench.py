@@ -1,15 +1,13 @@
 """`fused-cnn bench`: times every op's real cases and whole networks against eager PyTorch, and saves the
 result as JSON.
 
-Nothing is timed before its numbers are checked; one that fails the check is reported without a time and
-makes the exit code 1.
+Nothing is timed before its numbers are checked, unless that is left out; a row that fails the check, or whose process is lost, is reported
+without a time and makes the exit code 1. Each network's row is measured in a process of its own, an op's rows in one process.
 """
 
 from __future__ import annotations
 
-import gc
 import time
-import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,9 +17,10 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from . import _ceilings
-from ._benches import COMPILERS, Bench, described, model_benches, op_benches
-from ._ceilings import Ceilings
+from ._benches import Bench, measured, op_benches
 from ._common import DISAGREE, CommandError, Json, backend_of, dtype_of, emit, out, progress, write_json
+from ._network_benches import network_benches
+from ._worker import Worker
 from .info import facts_of_run
 
 MODELS = ("googlenet", "resnet50")
@@ -41,6 +40,7 @@ def bench(
     backend: Annotated[str, typer.Option(help="auto, reference, native or triton.")] = "auto",
     compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile too: minutes of compilation.")] = False,
     autotune: Annotated[bool, typer.Option(help="Time torch.compile's max-autotune too: more minutes.")] = False,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Check each row's numbers before timing it.")] = True,
     seconds: Annotated[float, typer.Option(min=0, help="How long to time each row.")] = 1.0,
     minutes: Annotated[float, typer.Option(min=0, help="Start no row after so long; those left out are counted.")] = float("inf"),
     file: Annotated[Path, typer.Option("--out", help="Where to save the JSON.")] = Path("out/bench.json"),
@@ -53,28 +53,27 @@ def bench(
     chosen = backend_of(backend)
     dtypes = [dtype_of(name) for name in dtype or DTYPES[device]]
     batches = batch or BATCHES[device]
-    compilers = [name for name, wanted in zip(COMPILERS, (compiled, autotune), strict=True) if wanted]
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, for eager, fused, peers and the ceiling alike
+    compilers = [*(("compile", "fused compile") if compiled else ()), *(("autotune",) if autotune else ())]
     benches: list[Bench] = []
     if what in ("ops", "all"):
         benches += op_benches(dtypes, batches, device=device, backend=chosen, compilers=compilers, only=op or ())
     if PASSES[what] and not op:
         options: dict[str, Any] = {"device": device, "passes": PASSES[what], "backend": chosen, "compilers": compilers, "size": size}
-        benches += model_benches(model or MODELS, dtypes, batches, **options)
+        benches += network_benches(model or MODELS, dtypes, batches, **options)
     if not benches:
         raise CommandError(f"--op {', '.join(op or ())}: no such op; see fused_cnn.ops")
     end = time.monotonic() + 60 * minutes
-    result: dict[str, Any] = {"kind": "bench", "backend": backend, **facts_of_run(device)}
-    with progress("bench") as say:
+    result: dict[str, Any] = {"kind": "bench", "backend": backend, "checked": check, **facts_of_run(device)}
+    with progress("bench") as say, Worker() as worker:
         say("the device's ceilings: a copy, a matrix product")
-        ceilings = _ceilings.measure(device, dtypes)
+        ceilings = worker.call("ceilings", _ceilings.measure, device, dtypes)
         result |= {"ceilings": ceilings.to_dict(), "rows": [], "left_out": len(benches)}
         write_json(file, result)
         for i, entry in enumerate(benches, 1):
             if time.monotonic() > end:
                 break
             say(f"{i} of {len(benches)}: {entry.name}")
-            result["rows"].append(_measured(entry, seconds, ceilings))
+            result["rows"].append(measured(worker, entry, seconds, ceilings, check))
             result["left_out"] = len(benches) - i
             write_json(file, result)  # an interrupted run keeps what it measured
     failed = [row for row in result["rows"] if "error" in row]
@@ -86,20 +85,6 @@ def bench(
             out().print(f"{result['left_out']} of {len(benches)} rows were left out: {minutes:g} minutes were over")
     if failed:
         raise typer.Exit(DISAGREE)
-
-
-def _measured(entry: Bench, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
-    try:
-        return entry.run(seconds, ceilings)
-    except Exception as error:  # a kernel that does not compile, memory that is not there: the other rows still count
-        traceback.print_exc()
-        if entry.device == "cuda":
-            torch.cuda.synchronize()  # raises where the device is lost, and with it every other row
-        return {"kind": entry.kind, **entry.labels, "error": described(error)}
-    finally:
-        gc.collect()
-        if entry.device == "cuda":
-            torch.cuda.empty_cache()
 
 
 def _show(rows: list[dict[str, Any]], file: Path) -> None:

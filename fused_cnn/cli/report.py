@@ -1,9 +1,10 @@
-"""`fused-cnn report [FILE | FOLDER]...`: turns saved results (verify, bench, pytest-benchmark, scripts/gpu.sh) into Markdown tables and
-PNG plots.
+"""`fused-cnn report [FILE | FOLDER]...`: turns saved results (verify, bench, profile, pytest-benchmark, scripts/gpu.sh) into Markdown
+tables and PNG plots.
 
 `--update README.md` rewrites the text between `<!-- table:NAME -->` and `<!-- /table -->`. Tables are named verify, inference, training,
-memory-inference, memory-training and ops, with `-cuda` added where a GPU made them, and `ran`: which kernels have run on which GPU. Of two
-results for one table the later one counts.
+memory-inference, memory-training, ops, steps and kernels-MODEL-PASS, with `-cuda` added where a GPU made them, headlines, and `ran`: which
+kernels have run on which GPU. Of two results for one table the later one counts; of the same device and commit they are one: row by row the
+later counts, with the variants that only the earlier has.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Annotated, Any
 
 import typer
 
-from . import _ran, _result_tables
+from . import _kernel_tables, _ran, _result_tables
 from ._common import CommandError, Json, emit, out
 from ._result_tables import markdown, source
 
 RESULTS = Path("benchmarks/results")
-KINDS = ("bench", "verify", "tests")
+KINDS = ("bench", "kernels", "verify", "tests")
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -56,53 +57,87 @@ def load_all(places: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def load(file: Path) -> dict[str, Any] | None:
-    """A saved result in the form of `bench` or `verify`; pytest-benchmark's file becomes one, a stage's result is taken out of it."""
+    """A saved result of one of KINDS; a stage of scripts/gpu.sh and pytest-benchmark's file have one in them."""
     try:
         document = json_module.loads(file.read_text())
         if "stage" in document:
             document = {} if document["dry"] else document.get("result") or {}
             return document if document.get("kind") in KINDS else None
-        if "benchmarks" in document:
-            rows = [b["extra_info"]["row"] for b in document["benchmarks"] if "row" in b["extra_info"]]
-            return {"kind": "bench", **document["benchmarks"][0]["extra_info"]["facts"], "rows": rows}
+        document = document.get("fused_cnn", document)  # pytest-benchmark's file, of which benchmarks/conftest.py has a part
         if document["kind"] not in KINDS:
             raise KeyError(document["kind"])
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise CommandError(f"{file} is not a result of verify, bench, pytest-benchmark or scripts/gpu.sh: {error!r}") from error
+        raise CommandError(f"{file} is not a result of verify, bench, profile, pytest-benchmark or scripts/gpu.sh: {error!r}") from error
     found: dict[str, Any] = document
     return found
 
 
-TABLES = {"op": "ops", "inference": "inference", "training step": "training", "verify": "verify"}  # by what a row is
+TABLES = {"op": "ops", "inference": "inference", "training step": "training"}  # of `bench`, by what a row is
+ROW = ("op", "case", "model", "pass", "dtype", "batch", "variant")  # what tells it from others
+OF_VARIANTS = ("times", "ratios", "gb_per_s", "tflop_per_s", "share_of_limit", "launches")
+Rows = list[dict[str, Any]]
 
 
 def newest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The latest result for each table and kind of device, with that table's rows alone; `table` names it."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for result in sorted(results, key=lambda r: r["date"]):
-        if result["kind"] == "verify":
-            found["verify", result["device"]] = {**result, "table": "verify"}
-        for what in ("op", "inference", "training step"):
-            rows = [row for row in result.get("rows", ()) if what in (row["kind"], row["pass"] if row["kind"] == "model" else "")]
-            if rows:
-                found[what, result["device"]] = {**result, "table": TABLES[what], "rows": rows}
+        for table, rows in _by_table(result).items():
+            before = found.get((table, result["device"]), {})
+            if all(before.get(fact) == result.get(fact) for fact in ("device_name", "commit")):
+                rows = merged(before.get("rows", []), rows)
+            found[table, result["device"]] = {**result, "table": table, "rows": rows}
     return list(found.values())
+
+
+def _by_table(result: dict[str, Any]) -> dict[str, Rows]:
+    if result["kind"] in ("verify", "kernels"):
+        return {{"kernels": "steps"}.get(result["kind"], result["kind"]): result.get("rows", [])}
+    tables: dict[str, Rows] = {}
+    for row in result.get("rows", ()):
+        tables.setdefault(TABLES[row["kind"] if row["kind"] == "op" else row["pass"]], []).append(row)
+    return tables
+
+
+def merged(old: Rows, new: Rows) -> Rows:
+    """Two results' rows. Of one that both have the later counts, with the variants that only the earlier has."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row.get(label) for label in ROW)
+
+    rows = {key(row): row for row in old}
+    for row in new:
+        before = rows.get(key(row), {})
+        if "times" in row and "times" in before:
+            absent = row.get("absent", {})
+            kept = {field: {v: x for v, x in before.get(field, {}).items() if v not in absent} for field in OF_VARIANTS}
+            row = {**row, **{field: of | row.get(field, {}) for field, of in kept.items()}}
+        rows[key(row)] = row
+    return list(rows.values())
 
 
 def tables_of(results: list[dict[str, Any]]) -> dict[str, str]:
     """Every table that results have, by name."""
     found = {}
-    for result in newest(results):
+    latest = newest(results)
+    for result in latest:
         suffix = "-cuda" if result["device"] == "cuda" else ""
-        name = result["table"] + suffix
+        name, rows = result["table"], result["rows"]
         if result["kind"] == "verify":
-            found[name] = markdown(*_result_tables.verify(result)) + source(result)
-            continue
-        rows = result["rows"]
-        subject = rows[0]["kind"]
-        found[name] = markdown(*_result_tables.bench(rows, subject)) + _result_tables.losses(rows) + source(result)
-        if subject == "model":
-            found[f"memory-{name}"] = markdown(*_result_tables.memory(rows))
+            found[name + suffix] = markdown(*_result_tables.verify(result)) + source(result)
+        elif result["kind"] == "kernels":
+            found[name + suffix] = markdown(*_kernel_tables.steps(rows)) + source(result)
+            for of in dict.fromkeys(map(_kernel_tables.name, rows)):
+                found[of + suffix] = markdown(*_kernel_tables.kernels([row for row in rows if _kernel_tables.name(row) == of]))
+        else:
+            subject = rows[0]["kind"]
+            below = _result_tables.losses(rows) + _result_tables.absences(rows) + source(result)
+            found[name + suffix] = markdown(*_result_tables.bench(rows, subject)) + below
+            if subject == "model":
+                found[f"memory-{name}{suffix}"] = markdown(*_result_tables.memory(rows))
+    for device, suffix in (("cpu", ""), ("cuda", "-cuda")):
+        networks = [r for r in latest if r["device"] == device and r["table"] in ("inference", "training", "steps")]
+        found[f"headlines{suffix}"] = _result_tables.headlines(networks)
     found["ran"] = markdown(*_ran.table(results))
     return found
 
@@ -114,6 +149,8 @@ def _plots(result: dict[str, Any], folder: Path) -> list[Path]:
     table = result["table"]
     if table == "verify":
         return [_picture.stages(result, folder / f"verify{suffix}.png")]
+    if table == "steps":
+        return []
     if all("error" in row for row in result["rows"]):
         return []
     if table == "ops":

@@ -1,0 +1,19 @@
+"""GoogLeNet and ResNet-50 on photographs, inference and a training step: eager channels_last, the peers at hand, torch.compile, fused.
+
+`pytest benchmarks/test_networks.py --benchmark-only --benchmark-json=out/networks.json`, then `fused-cnn report out/networks.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from conftest import CLOCK
+
+from fused_cnn.cli._benches import Bench
+
+pytestmark = pytest.mark.benchmark(timer=CLOCK)
+
+
+def test_network(bench: Bench, measure: Callable[[Bench], None]) -> None:
+    measure(bench)
