@@ -57,16 +57,18 @@ def test_threads_share_a_model(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", [None, "native", "triton"])
-@pytest.mark.parametrize("name", ["resnet18", "googlenet"])
+@pytest.mark.parametrize(
+    ("name", "backend", "dtype"),
+    [(name, None, dtype) for name in ("resnet18", "googlenet") for dtype in (torch.float32, torch.bfloat16)]
+    + [("resnet18", "triton", torch.bfloat16)],
+)
 @torch.no_grad()
 def test_a_captured_forward_replays_with_other_images(name: str, backend: str | None, dtype: torch.dtype) -> None:
     model, x = network(name, backend).to(dtype), images(0).to(dtype)
     replay = graphed(lambda: model(x))
     for seed in range(1, 4):
         x.copy_(images(seed))
-        assert torch.equal(replay(), model(x))  # type: ignore[arg-type]
+        torch.testing.assert_close(replay(), model(x))
 
 
 @pytest.mark.gpu
@@ -74,8 +76,9 @@ def test_a_captured_forward_replays_with_other_images(name: str, backend: str | 
 def test_a_graph_captured_after_a_change_has_the_new_weights() -> None:
     """A graph reads the folded weights of its capture: after a change it is captured again."""
     model, x = network("resnet18"), images(0)
-    before = graphed(lambda: model(x))().clone()  # type: ignore[attr-defined]
+    before = model(x)
+    graphed(lambda: model(x))
     model.layer2[0].conv1.weight.mul_(1.5)
     replay = graphed(lambda: model(x))
-    after = replay()
-    assert torch.equal(after, model(x)) and not torch.equal(after, before)  # type: ignore[arg-type]
+    torch.testing.assert_close(replay(), model(x))
+    assert not torch.allclose(model(x), before, rtol=1e-3)
