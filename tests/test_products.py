@@ -51,7 +51,7 @@ def sizes() -> list[Size]:
 def every_run() -> Iterator[object]:
     """Native kernels take every size in one test; Triton compiles for each, so it takes a few, each in a test of its own."""
     for backend in backends() if GPU else ["simt"]:
-        found = [sizes()] if backend != "triton" else [[size] for size in sizes()[::12]]
+        found = [sizes()] if backend != "triton" else [[size] for size in sizes()[::13]]  # a diagonal of them
         for form, dtype, some in itertools.product(FORMS if backend != "triton" else ["residual"], DTYPES, found):
             label = f"{backend}-{form}-{str(dtype)[6:]}" + ("-{}x{}x{}".format(*some[0]) if len(some) == 1 else "")
             yield pytest.param(backend, form, dtype, some, id=label.replace(" ", "_"))
@@ -102,7 +102,8 @@ def check(backend: str, dtype: torch.dtype, size: Size, *, bias: bool, residual:
     if residual:
         pairs["grad_residual"] = as_rows(grads[-1]), masked
     for what, (found, true) in pairs.items():
-        bounds = {"rtol": torch.finfo(dtype).eps, "atol": 1e-4 * true.abs().max().item()}
+        eps = torch.finfo(dtype).eps  # half of it once more where a library's product is rounded before the residual is added
+        bounds = {"rtol": eps, "atol": eps / 2 * true.abs().max().item()}
         torch.testing.assert_close(found.double(), true, **bounds, msg=lambda text, w=what: f"{w} of {size}: {text}")
 
 
