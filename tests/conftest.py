@@ -1,4 +1,4 @@
-"""Shared set-up: Triton's interpreter where there is no GPU, torchvision beside a CPU build of torch, NaN-filled memory."""
+"""Shared set-up: Triton's interpreter where there is no GPU, torchvision beside a CPU build of torch, NaN-filled and checked memory."""
 
 import importlib.util
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lost_context import pytest_runtest_call, pytest_runtest_teardown  # noqa: F401  hooks, as if they stood here
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
@@ -39,7 +40,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests that compare an op's backend with float64 say so in their report, which reaches the process that writes the file."""
+    """Skips what needs a GPU where there is none. Tests that compare an op's backend with float64 say so in their report, which reaches
+    the process that writes the file."""
+    if DEVICE == "cpu" and item.get_closest_marker("gpu"):
+        pytest.skip("needs a GPU")
     params = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
     if params and {"op_cases", "backend", "dtype"} <= params.keys():
         item.user_properties.append(("ran", (params["op_cases"].name, params["backend"], str(params["dtype"]).removeprefix("torch."))))
@@ -96,6 +100,21 @@ def nan_filled_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def checked_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CUDA kernels run on this processor, as a backend "simt": tensors lie in memory whose bounds they are held to, filled with NaN
+    before anybody writes."""
+    simt_backend = importlib.import_module("simt_backend")
+    backends = importlib.import_module("fused_cnn._backends")
+    if simt_backend.compiler() is None:
+        pytest.skip("g++ is not installed")
+    library = simt_backend.install()
+    monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, "simt"))
+    library.simt_install(True)
+    yield
+    library.simt_install(False)
 
 
 @pytest.fixture(params=("generic", "avx2", "avx512", "avx512_bf16", "amx"))

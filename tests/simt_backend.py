@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -26,6 +27,7 @@ from fused_cnn.testing import all_cases, compare
 
 ROOT = Path(__file__).resolve().parents[1]
 SIMT = ROOT / "tests" / "simt"
+BUILD = ROOT / "build" / "simt"
 NAMESPACE = "fused_cnn_simt"
 ROOMS = {  # and their ops
     "add_relu": ("add_relu",),
@@ -49,43 +51,56 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-def build(csrc: Path, rooms: Sequence[str], folder: Path) -> Path:
-    """The library of these rooms' kernels, built where it is not there yet."""
+def _digest(*parts: str | Path) -> str:
+    """Of texts and of files' contents."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.read_bytes() if isinstance(part, Path) else part.encode())
+    return found.hexdigest()[:16]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def build(csrc: Path, rooms: Sequence[str]) -> Path:
+    """The library of these rooms' kernels, in build/simt, where each object is compiled once for what it is made of."""
     torch_root = Path(torch.__file__).parent
-    includes = [f"-I{SIMT}", f"-I{csrc}", f"-isystem{torch_root / 'include'}"]
+    compile_it = [compiler(), *FLAGS, f"-I{SIMT}", f"-I{csrc}", f"-isystem{torch_root / 'include'}", "-c"]
     register = f"-DFUSED_CNN_CUDA_IMPL(m)=STABLE_TORCH_LIBRARY_IMPL({NAMESPACE}, CPU, m)"
-    digest = hashlib.sha256(repr((torch.__version__, FLAGS, STABLE, CHECKED, rooms)).encode())
-    for path in sorted([*SIMT.rglob("*"), *csrc.rglob("*")]):
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    folder.mkdir(parents=True, exist_ok=True)
-    library = folder / f"{digest.hexdigest()[:16]}.so"
-    with FileLock(folder / "lock"):
+    stand_in = _digest(torch.__version__, repr((FLAGS, STABLE, CHECKED)), *_files(SIMT))
+    headers = _digest(stand_in, *(path for path in _files(csrc) if path.suffix != ".cu"))
+    jobs = {f"simt-{stand_in}": [SIMT / "simt.cpp"]}
+    sources = sorted(path for room in rooms for path in (csrc / room).glob("*.cu"))
+    for path in sources:
+        jobs[f"{path.parent.name}-{path.stem}-{_digest(headers, path)}"] = [*STABLE, *CHECKED, register, path]
+    if any("gemm/" in path.read_text() for path in sources):
+        jobs[f"products-{headers}"] = [*STABLE, *CHECKED, SIMT / "gemm.cpp"]
+    library = BUILD / f"{_digest(*jobs)}.so"
+
+    def make(command: list[Any], made: Path) -> None:
+        partial = made.with_suffix(f".{library.stem}.partial")  # another library's build may be at it, too
+        assert subprocess.call([*command, "-o", partial]) == 0, "the CUDA sources do not compile for the CPU"
+        partial.rename(made)
+
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with FileLock(library.with_suffix(".lock")):
         if not library.exists():
-            sources = sorted(path for room in rooms for path in (csrc / room).glob("*.cu"))
-            kernels = {f"{path.parent.name}_{path.stem}": [*STABLE, *CHECKED, register, path] for path in sources}
-            if any("gemm/" in path.read_text() for path in sources):
-                kernels["products"] = [*STABLE, *CHECKED, SIMT / "gemm.cpp"]
-            jobs = {"simt": [SIMT / "simt.cpp"], **kernels}
-            objects = [library.with_suffix(f".{name}.o") for name in jobs]
-            base = [compiler(), *FLAGS, *includes, "-c"]
-            commands = [[*base, *job, "-o", made] for job, made in zip(jobs.values(), objects, strict=True)]
+            objects = {BUILD / f"{name}.o": job for name, job in jobs.items()}
             with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-                failed = list(pool.map(subprocess.call, commands))
-            assert not any(failed), "the CUDA sources do not compile for the CPU"
-            partial = library.with_suffix(".partial")
-            subprocess.run([compiler(), "-shared", *objects, "-o", partial, f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"], check=True)
-            partial.rename(library)
+                list(pool.map(lambda made: made.exists() or make([*compile_it, *objects[made]], made), objects))
+            make([compiler(), "-shared", *objects, f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"], library)
     return library
 
 
 @cache
-def install(csrc: Path = ROOT / "csrc", rooms: Sequence[str] = tuple(ROOMS), folder: Path = ROOT / "build" / "simt") -> ctypes.CDLL:
+def install(csrc: Path = ROOT / "csrc", rooms: Sequence[str] = tuple(ROOMS)) -> ctypes.CDLL:
     """Register the kernels, and return their library: `simt_install(True)` makes tensors come from checked memory."""
     definitions = torch.library.Library(NAMESPACE, "DEF")
     _kept.append(definitions)
     for name in _library.op_names():
         definitions.define(str(_library.kernel(name, "native")._schema).split("::", 1)[1])
-    loaded = ctypes.CDLL(os.fspath(build(csrc, rooms, folder)))
+    loaded = ctypes.CDLL(os.fspath(build(csrc, rooms)))
     for name in _library.op_names():
         _library._kernels[name, "simt"] = getattr(getattr(torch.ops, NAMESPACE), name).default
         found = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
@@ -106,7 +121,7 @@ def run_broken(room: str, file: str, right: str, wrong: str, folder: Path) -> su
 
 def main(folder: Path, room: str) -> None:
     """Compare a room's kernels in folder/csrc with float64, and say "passed", or "caught" and what was."""
-    install(folder / "csrc", (room,), folder).simt_install(True)
+    install(folder / "csrc", (room,)).simt_install(True)
     _backends.BACKENDS = (*_backends.BACKENDS, "simt")
     for cases in all_cases():
         for case in cases.cases if cases.name in ROOMS[room] else ():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
 from torch import nn
 
 from fused_cnn import models
@@ -55,10 +56,10 @@ def test_torchvision_state_dict_both_ways_and_equal_outputs(name):
 
 @pytest.mark.parametrize("name", ["googlenet", "resnet50"])
 def test_fused_model_agrees_with_torchvision(name):
-    theirs = randomise(torchvision_model(name)).eval()
-    ours = models.build(name).eval()
+    theirs = randomise(torchvision_model(name)).eval().to(DEVICE)
+    ours = models.build(name).eval().to(DEVICE)
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 64, 64).to(DEVICE, memory_format=torch.channels_last)
     with torch.no_grad():
         assert relative_error(ours(x), theirs(x)) < 1e-4
 
@@ -97,15 +98,15 @@ def test_transform_input():
 @pytest.mark.parametrize("name", [n for n in models.MODELS if not n.endswith("_cifar")])
 def test_every_imagenet_model_runs_eval(name):
     size = 64 if "152" not in name else 32
-    model = models.build(name, **SMALL).eval()
+    model = models.build(name, **SMALL).eval().to(DEVICE)
     with torch.no_grad():
-        assert model(torch.randn(1, 3, size, size)).shape == (1, 7)
+        assert model(torch.randn(1, 3, size, size, device=DEVICE)).shape == (1, 7)
 
 
 @pytest.mark.parametrize("name", [n for n in models.MODELS if n.endswith("_cifar") and "110" not in n])
 def test_cifar_models_train(name):
-    model = models.build(name)
-    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    model = models.build(name).to(DEVICE)
+    model(torch.randn(2, 3, 32, 32, device=DEVICE)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -125,9 +126,9 @@ def test_cifar_models_train(name):
 )
 @pytest.mark.parametrize("backend", ["reference", None])
 def test_variants_train(name, options, backend):
-    model = models.build(name, backend=backend, **SMALL, **options)
-    out = model(torch.randn(2, 3, 64, 64))
-    models.googlenet_loss(out, torch.tensor([1, 2])).backward()
+    model = models.build(name, backend=backend, **SMALL, **options).to(DEVICE)
+    out = model(torch.randn(2, 3, 64, 64, device=DEVICE))
+    models.googlenet_loss(out, torch.tensor([1, 2], device=DEVICE)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 

@@ -130,26 +130,26 @@ def test_a_changed_setting_is_seen_at_the_next_forward() -> None:
 
 @pytest.mark.parametrize("train", [False, True])
 def test_branches_of_different_sizes_are_named(train: bool) -> None:
-    block = Inception(16, *WIDTHS).train(train)
+    block = Inception(16, *WIDTHS).to(DEVICE).train(train)
     block.branch3[1].conv.padding = (0, 0)
     with pytest.raises(ValueError, match=r"branch3 gives \(7, 7\), but branch1 gives \(9, 9\)"):
-        block(torch.randn(2, 16, 9, 9, requires_grad=True))
+        block(torch.randn(2, 16, 9, 9, device=DEVICE, requires_grad=True))
 
 
 def test_empty_batch_goes_through_every_module() -> None:
     for name, build in MODULES.items():
-        module = build(None).eval()
+        module = build(None).eval().to(DEVICE)
         with torch.no_grad():
-            assert module(torch.randn(0, 16, 9, 9)).shape[0] == 0, name
+            assert module(torch.randn(0, 16, 9, 9, device=DEVICE)).shape[0] == 0, name
 
 
 def test_momentum_none_and_untracked_statistics_are_batch_norms_own() -> None:
     for options in ({"momentum": None}, {"track_running_stats": False}, {"affine": False}, {"eps": 0.1}):
-        fused = ConvBNReLU(16, 8, 1)
-        fused.bn = nn.BatchNorm2d(8, **options)
+        fused = ConvBNReLU(16, 8, 1).to(DEVICE)
+        fused.bn = nn.BatchNorm2d(8, **options).to(DEVICE)
         plain = nn.Sequential(copy.deepcopy(fused.conv), copy.deepcopy(fused.bn), nn.ReLU())
         for step in range(3):
-            x = torch.randn(4, 16, 5, 5)
+            x = torch.randn(4, 16, 5, 5, device=DEVICE)
             torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
             fused.eval(), plain.eval()
             with torch.no_grad():
@@ -179,7 +179,7 @@ def _train_in_a_process(rank: int, world: int, address: str, results: object) ->
 
 
 def test_two_processes_average_their_gradients(tmp_path: object) -> None:
-    """DistributedDataParallel over gloo, in real processes: the mean of what each shard gives alone."""
+    """DistributedDataParallel over gloo, in real processes, on the CPU: on GPUs it needs two. The mean of what each shard gives alone."""
     context = torch.multiprocessing.get_context("spawn")
     results = context.Manager().dict()
     address = f"file://{tmp_path}/rendezvous"

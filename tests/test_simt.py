@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,13 @@ import simt_backend
 import torch
 from conftest import DEVICE
 
-from fused_cnn import _backends, _library
+from fused_cnn import _library
 from fused_cnn.ops import add_relu, concat_bias_relu, conv1x1_bias_relu
 from fused_cnn.ops._cases import LAYOUTS, Case, OpCases
 from fused_cnn.testing import all_cases, compare
 
 pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda", reason="the kernels themselves run here"),
-    pytest.mark.skipif(simt_backend.compiler() is None, reason="g++ is not installed"),
     pytest.mark.usefixtures("checked_memory"),
 ]
 COVERED = [c for c in all_cases() if c.name in sum(simt_backend.ROOMS.values(), ())]
@@ -27,16 +27,6 @@ DTYPES = {  # in which layouts: the kernels' paths are a type's with and without
     torch.float16: ["channels_last", "offset"],
     torch.bfloat16: ["channels_last", "offset"],
 }
-
-
-@pytest.fixture
-def checked_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tensors lie in memory whose bounds the kernels are held to, filled with NaN before anybody writes."""
-    library = simt_backend.install()
-    monkeypatch.setattr(_backends, "BACKENDS", (*_backends.BACKENDS, "simt"))
-    library.simt_install(True)
-    yield
-    library.simt_install(False)
 
 
 def affordable(case: Case) -> Case:
@@ -71,28 +61,78 @@ def last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("shape", [(3, 64, 40, 31), (2, 200, 17, 19), (1, 3, 97, 61)], ids=str)
-def test_sums_over_many_chunks_of_rows(shape: tuple[int, ...]) -> None:
-    x, grad = last(torch.randn(shape)).requires_grad_(), last(torch.randn(shape))
-    bias = torch.randn(shape[1], requires_grad=True)
-    out = concat_bias_relu([x], bias, backend="simt")
-    grads = torch.autograd.grad(out, (x, bias), grad)
-    expected = concat_bias_relu([x.double()], bias.double(), backend="reference")
-    torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
-    for actual, true in zip(grads, torch.autograd.grad(expected, (x, bias), grad.double()), strict=True):
-        torch.testing.assert_close(actual, true, rtol=1e-5, atol=1e-4)
+def number(file: str, line: str) -> int:
+    """A constant of the kernels, from where it stands in its source; # is its place in the line."""
+    pattern = re.escape(line).replace(r"\#", r"(\d+)")
+    (found,) = re.findall(pattern, (simt_backend.ROOT / "csrc" / file).read_text())
+    return int(found)
 
 
-def test_more_branches_than_one_launch_takes() -> None:
-    xs = [last(torch.randn(2, c, 3, 5)) for c in (8, 4, 0, 16, 4, 8, 12, 4, 24, 8)]
-    torch.testing.assert_close(concat_bias_relu(xs, backend="simt"), torch.relu(torch.cat(xs, 1)), rtol=0, atol=0)
+COLUMNS, CONV = "common/columns.cuh", "common/gemm/pointwise_conv.cuh"
+OCTET = number("common/octet.cuh", "kOctet = #;")
+STRIP = OCTET * number(COLUMNS, "kStripOctets = #;")  # channels that a block takes
+BRANCHES = number(COLUMNS, "kBranches = #;")  # that a launch takes
+CHUNK = number(COLUMNS, "size = std::max<int64_t>(#, ")  # the fewest rows of a chunk of them
+BLOCKS = number(COLUMNS, "blocks = ceil_div<int64_t>(#, ")  # strips times chunks: where they would be more, chunks grow
+PARTS = number(COLUMNS, "kParts = #;")  # of the chunks, when their sums are added up
+# Rows above which a strip of more than 16 channels has its threads go round again: each has at most four rows in flight.
+ROUND = 4 * number(COLUMNS, "kColumnThreads = #;") // 4
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(2, 24, 23, 29), (1, 8, 32, 32), (1, 64, 16, 16)], ids=str)
-def test_weight_gradients_of_whole_and_of_part_filled_chunks_of_rows(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x, weight = last(torch.randn(shape)).to(dtype), torch.randn(40, shape[1], 1, 1).to(dtype).requires_grad_()
-    grad = last(torch.randn(shape[0], 40, *shape[2:])).to(dtype)
+def around(*edges: int) -> list[int]:
+    return [e + d for e in edges for d in (-1, 0, 1)]
+
+
+LONG = (1,) * (BLOCKS // 8) + (STRIP, 33, 20, 12)  # channels of branches that leave eight chunks for all rows
+BOUNDARIES: dict[str, tuple[int, Sequence[int]]] = {  # pixels, and channels of each branch
+    "channels": (5, (1, *around(OCTET, 2 * OCTET, 4 * OCTET, STRIP, 2 * STRIP))),
+    "channels in octets": (5, [OCTET * i for i in (1, 2, 3, 4, 5, *around(STRIP // OCTET, 2 * STRIP // OCTET))]),
+    "a list": (5, (4,) * BRANCHES),
+    "a list and an empty branch": (5, (*(4,) * BRANCHES, 0)),
+    "two lists, an empty branch in the first": (5, (4, 0, 8, *(4,) * (2 * BRANCHES - 3))),
+    **{f"{rows} rows": (rows, (3, 40)) for rows in around(CHUNK)},
+    **{f"{count} chunks": (count * CHUNK, (33,)) for count in (PARTS - 1, PARTS)},
+    "a chunk of one row": (PARTS * CHUNK + 1, (33,)),
+    "many chunks": (3 * PARTS * CHUNK - 5, (OCTET,)),
+    "long chunks": (8 * ROUND + 9, LONG),
+}
+CASES = {op_cases.name: op_cases for op_cases in COVERED}
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [("concat_bias_relu", name) for name in BOUNDARIES]
+    + [("bn_relu_concat", name) for name, (_, channels) in BOUNDARIES.items() if 0 not in channels],  # as in PyTorch
+)
+def test_rows_and_channels_on_every_boundary(op: str, name: str) -> None:
+    pixels, channels = BOUNDARIES[name]
+    case = Case(name, (1, sum(channels), 1, pixels), {"channels": channels, "training": True})
+    for comparison in compare(CASES[op], case, "simt", torch.float16):
+        assert comparison.ok, comparison
+
+
+@pytest.mark.parametrize("pixels", [PARTS * CHUNK, PARTS * CHUNK + 1, 2 * PARTS * CHUNK])
+@pytest.mark.parametrize("projection", [False, True])
+def test_sums_with_a_residual_over_many_chunks(projection: bool, pixels: int) -> None:
+    case = Case("many chunks", (1, 33, 1, pixels), {"projection": projection, "training": True})
+    for comparison in compare(CASES["bn_add_relu"], case, "simt", torch.float32):
+        assert comparison.ok, comparison
+
+
+LEAST = number(CONV, "kLeast = #;")  # the fewest rows of a chunk of a weight's gradient
+MOST = LEAST * number(CONV, "kBlocks = #,")  # rows above which the chunks of a small weight grow
+
+
+SUMS = [(LEAST // 2, 64, 40), *((r, 24, 40) for r in (*around(LEAST), 2 * LEAST, 3 * LEAST - 200))]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "channels", "outputs", "dtype"),
+    [(*size, dtype) for size in SUMS for dtype in (torch.float16, torch.bfloat16)] + [(MOST + 1, 8, 8, torch.bfloat16)],
+)
+def test_weight_gradients_of_whole_and_of_part_filled_chunks_of_rows(pixels: int, channels: int, outputs: int, dtype: torch.dtype) -> None:
+    x, grad = (last(torch.randn(1, c, 1, pixels)).to(dtype) for c in (channels, outputs))
+    weight = torch.randn(outputs, channels, 1, 1).to(dtype).requires_grad_()
     (found,) = torch.autograd.grad(conv1x1_bias_relu(x, weight, relu=False, backend="simt"), weight, grad)
     exact = torch.einsum("nkhw,nchw->kc", grad.double(), x.double())[:, :, None, None]
     torch.testing.assert_close(found.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-4 * exact.abs().max().item())

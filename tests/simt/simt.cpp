@@ -4,10 +4,12 @@
 #include "cuda_runtime.h"
 #include <c10/core/CPUAllocator.h>
 #include <link.h>
+#include <setjmp.h>
 #include <ucontext.h>
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <string>
@@ -24,17 +26,21 @@ struct Region {
 
 std::mutex mutex;
 std::map<uintptr_t, uintptr_t> tensors;  // begin -> end
-Region recent;                           // of the tensors, until the launch ends
-std::vector<Region> ours;                // this library's own data: __shared__ arrays, constants
+Region recent[4];                        // of the tensors, until the launch ends: a kernel reads few by turns
+size_t oldest;
+std::vector<Region> ours;  // this library's own data: __shared__ arrays, constants
 
+// A fibre runs one thread of every block. It is entered by setcontext() once and from then on by _longjmp(), which,
+// unlike swapcontext(), asks nothing of the kernel.
 constexpr size_t kStack = 64 << 10;
 struct Fibre {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf place;
   std::vector<char> stack = std::vector<char>(kStack);
-  bool done;
+  bool started = false, done = true;
 };
 std::vector<Fibre> fibres;
-ucontext_t scheduler;
+jmp_buf scheduler;
 size_t current;
 bool running;  // inside a kernel
 void (*body)(const void*);
@@ -42,14 +48,32 @@ const void* body_arguments;
 uintptr_t launcher;  // an address on the launching thread's stack, where the arguments are
 std::string error;
 
+void yield() {
+  if (_setjmp(fibres[current].place) == 0) _longjmp(scheduler, 1);
+}
+
 void enter() {
-  body(body_arguments);
-  fibres[current].done = true;
-  swapcontext(&fibres[current].context, &scheduler);
+  for (;;) {
+    body(body_arguments);
+    fibres[current].done = true;
+    yield();
+  }
+}
+
+void resume(Fibre& fibre) {
+  if (_setjmp(scheduler) != 0) return;
+  if (fibre.started) _longjmp(fibre.place, 1);
+  fibre.started = true;
+  getcontext(&fibre.start);
+  fibre.start.uc_stack.ss_sp = fibre.stack.data(), fibre.start.uc_stack.ss_size = kStack;
+  makecontext(&fibre.start, enter, 0);
+  setcontext(&fibre.start);
 }
 
 bool allowed(uintptr_t at, size_t bytes) {
-  if (recent.holds(at, bytes)) return true;
+  for (const Region& region : recent) {
+    if (region.holds(at, bytes)) return true;
+  }
   const auto stack = reinterpret_cast<uintptr_t>(fibres[current].stack.data());
   if (Region{stack, stack + kStack}.holds(at, bytes)) return true;
   if (Region{launcher - (64 << 10), launcher + (64 << 10)}.holds(at, bytes)) return true;
@@ -61,7 +85,7 @@ bool allowed(uintptr_t at, size_t bytes) {
   if (next == tensors.begin()) return false;
   const Region found{std::prev(next)->first, std::prev(next)->second};
   if (!found.holds(at, bytes)) return false;
-  recent = found;
+  recent[oldest++ % std::size(recent)] = found;
   return true;
 }
 
@@ -73,9 +97,8 @@ void check(const char* what, const void* at, size_t bytes) {
                   blockIdx.x, blockIdx.y, threadIdx.x);
     error = text;
   }
-  fibres[current].done = true;  // never resumed: the access does not happen
   running = false;
-  swapcontext(&fibres[current].context, &scheduler);
+  _longjmp(scheduler, 1);  // never to return: the access does not happen
 }
 
 int note_data(dl_phdr_info* info, size_t, void* inside) {
@@ -118,7 +141,7 @@ struct Allocator final : c10::Allocator {
 namespace simt {
 
 void barrier() {
-  swapcontext(&fibres[current].context, &scheduler);
+  yield();
 }
 
 // Every thread of the warp calls this the same number of times.
@@ -140,19 +163,13 @@ cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*)
   if (ours.empty()) dl_iterate_phdr(note_data, &error);
   gridDim = config.gridDim, blockDim = config.blockDim, body = thread, body_arguments = arguments;
   launcher = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
-  error.clear(), recent = {};
+  error.clear(), std::fill(std::begin(recent), std::end(recent), Region{});
   const size_t threads = blockDim.x;
   if (fibres.size() < threads) fibres.resize(threads);
   for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z) {
     for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
       for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
-        for (size_t t = 0; t < threads; ++t) {
-          Fibre& fibre = fibres[t];
-          fibre.done = false;
-          getcontext(&fibre.context);
-          fibre.context.uc_stack.ss_sp = fibre.stack.data(), fibre.context.uc_stack.ss_size = kStack;
-          makecontext(&fibre.context, enter, 0);
-        }
+        for (size_t t = 0; t < threads; ++t) fibres[t].done = false;
         for (bool some = true; some;) {  // a turn takes every thread to its next barrier or its end
           some = false;
           for (size_t turn = 0; turn < threads; ++turn) {
@@ -161,9 +178,12 @@ cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*)
             some = true;
             threadIdx.x = static_cast<unsigned>(current);
             running = true;
-            swapcontext(&scheduler, &fibres[current].context);
+            resume(fibres[current]);
             running = false;
-            if (!error.empty()) return cudaErrorIllegalAddress;
+            if (!error.empty()) {
+              fibres.clear();  // which are in the middle of this launch
+              return cudaErrorIllegalAddress;
+            }
           }
         }
       }

@@ -1,0 +1,66 @@
+"""Whole networks, eager and fused, by the contract of `fused-cnn verify`: scores, and every gradient and statistic of a training step.
+
+On a GPU in every dtype and layout. Elsewhere one network in what tests/test_fuse.py does not have: real statistics, and a step under
+autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torchvision
+from conftest import DEVICE
+from torch import Tensor, nn
+
+from fused_cnn.cli._networks import make_statistics_real
+from fused_cnn.cli._numbers import Autocast, Pair, compare_scores, compare_training
+
+GPU = DEVICE == "cuda"
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and the side of their images
+    "resnet18": (torchvision.models.resnet18, 96 if GPU else 64),
+    "resnet50": (torchvision.models.resnet50, 96),
+    "googlenet": (lambda: torchvision.models.googlenet(weights=None, init_weights=False), 96),
+    "inception_v3": (lambda: torchvision.models.inception_v3(weights=None, init_weights=False, aux_logits=False), 128),
+    "timm resnet26": (lambda: timm.create_model("resnet26"), 96),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+each_network = pytest.mark.parametrize("name", NETWORKS if GPU else ["resnet18"])
+each_layout = pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
+
+
+def network(name: str, layout: torch.memory_format) -> tuple[nn.Module, Tensor]:
+    """A network that has seen images like these, and four of them."""
+    build, side = NETWORKS[name]
+    images = torch.randn(4, 3, side, side, device=DEVICE).contiguous(memory_format=layout)
+    model = build().to(DEVICE, memory_format=layout)  # type: ignore[call-overload]
+    with torch.no_grad():
+        make_statistics_real(model, images)
+    return model, images
+
+
+@each_network
+@each_layout
+@pytest.mark.parametrize("dtype", DTYPES if GPU else ["float32"])
+def test_scores_agree(name: str, dtype: str, layout: torch.memory_format) -> None:
+    model, images = network(name, layout)
+    number, _ = compare_scores(Pair.of(model.to(DTYPES[dtype]), None), images.to(DTYPES[dtype]))
+    assert number.ok, number
+
+
+@each_network
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format] if GPU else [torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES if GPU else ["bfloat16"])
+def test_a_training_step_agrees(name: str, dtype: str, layout: torch.memory_format) -> None:
+    """In 16 bits under autocast, as people train."""
+    model, images = network(name, layout)
+    pair = Pair.of(model, None)
+    if dtype != "float32":
+        pair = Pair(Autocast(pair.eager, DTYPES[dtype]), Autocast(pair.fused, DTYPES[dtype]), pair.report)
+    numbers, in_float64 = compare_training(pair, images, in_float64=dtype == "float32")
+    assert numbers
+    for number in [*numbers, *in_float64]:
+        assert number.ok, number
