@@ -171,6 +171,8 @@ BREAKS = {
     "pairs of columns in the wrong place": ("conv1x1_bias_relu", "common/gemm/epilogue.cuh", "upper ? kept : got", "upper ? got : kept"),
     "a residual's row too far": ("conv1x1_bias_relu", "common/gemm/epilogue.cuh", "row >= m ||", "row > m ||"),
     "a slice of the product in the wrong place": ("inception", "common/gemm/epilogue.cuh", "column -= slice.columns, slice", "slice"),
+    "vectors where there are none": ("batch_norm", "common/launch.cuh", "(p) % 16 == 0", "(p) % 2 == 0"),
+    "memory off 16 bytes for the library": ("conv_bias_relu", "common/library_conv.h", "% 16 != 0) return", "% 1 != 0) return"),
     "a channel of the mask left out": ("batch_norm", "batch_norm/cuda_fwd.cu", "j < place.n) byte |=", "j < place.n - 1) byte |="),
 }
 

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .. import _backends, _library
+from .._trees import tensors
 from ..measure import Interleaved, Timing, Work
 from ..ops._cases import Case, Maker, OpCases
 from ..testing import all_cases, compare
@@ -95,7 +95,7 @@ class Bench(ABC):
         if check:
             self.check()
         if self.compilers:
-            torch._dynamo.reset()  # forgets the row before; within a row nothing may be forgotten
+            torch.compiler.reset()  # forgets the row before; within a row nothing may be forgotten
         work = self.make()
         timings = self._timed(work.variants, seconds)
         if work.captures:
@@ -232,7 +232,7 @@ class OpBench(Bench):
 
         if not backward:
             return torch.no_grad()(forward)
-        leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+        leaves = [t for t in tensors((args, kwargs)) if t.requires_grad]
         result = forward()
         grad = torch.randn_like(result)
         return lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True)

@@ -37,7 +37,7 @@ COMPILERS = {"compile": Compiler("eager", None), "fused compile": Compiler("fuse
 
 
 def compiled(model: nn.Module, mode: str | None, work_of: Callable[[nn.Module], Work], *, frozen: bool) -> Work:
-    """torch.compile of a copy, compiled; frozen: with weights made part of the program. torch._dynamo.reset() must not follow before its
+    """torch.compile of a copy, compiled; frozen: with weights made part of the program. torch.compiler.reset() must not follow before its
     last call, which would compile it again, unfrozen."""
     import torch._inductor.config as config
 

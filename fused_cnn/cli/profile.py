@@ -83,7 +83,7 @@ def profile(
 def profiled(bench: NetworkBench, variant: str, seconds: float, with_host: bool) -> dict[str, Any]:
     """One row: milliseconds a step, how long of these the device was busy and with how many launches, and its kernels. `peak` is the
     most bytes that were allocated on a GPU during a step, weights and images among them."""
-    torch._dynamo.reset()  # forgets the row before
+    torch.compiler.reset()  # forgets the row before
     work = bench.variant(variant)
     gc.collect()  # the other variant's network
     row: dict[str, Any] = {"ms": Interleaved({variant: work}, bench.device).run(seconds)[variant].median * 1e3, "peak": None}

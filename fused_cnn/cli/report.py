@@ -63,6 +63,8 @@ def load(file: Path) -> dict[str, Any] | None:
         if "stage" in document:
             document = {} if document["dry"] else document.get("result") or {}
             return document if document.get("kind") in KINDS else None
+        if "choices" in document:  # what `fused-cnn tune` measured
+            return None
         document = document.get("fused_cnn", document)  # pytest-benchmark's file, of which benchmarks/conftest.py has a part
         if document["kind"] not in KINDS:
             raise KeyError(document["kind"])
