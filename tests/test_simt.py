@@ -75,8 +75,8 @@ BRANCHES = number(COLUMNS, "kBranches = #;")  # that a launch takes
 CHUNK = number(COLUMNS, "size = std::max<int64_t>(#, ")  # the fewest rows of a chunk of them
 BLOCKS = number(COLUMNS, "blocks = ceil_div<int64_t>(#, ")  # strips times chunks: where they would be more, chunks grow
 PARTS = number(COLUMNS, "kParts = #;")  # of the chunks, when their sums are added up
-# Rows above which a strip of more than 16 channels has its threads go round again: each has at most four rows in flight.
-ROUND = 4 * number(COLUMNS, "kColumnThreads = #;") // 4
+# Rows above which the threads of a whole strip go round again: each has at most four in flight.
+ROUND = 4 * number(COLUMNS, "kColumnThreads = #;") * OCTET // STRIP
 
 
 def around(*edges: int) -> list[int]:
