@@ -66,7 +66,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     from fused_cnn.cli.info import facts_of_run
 
     ran = [{"op": op, "backend": backend, "dtype": dtype, "passed": passed} for (op, backend, dtype), passed in sorted(_ran.items())]
-    path.write_text(json.dumps({"kind": "tests", **facts_of_run(DEVICE), "ran": ran}))
+    chosen = " and ".join(filter(None, (session.config.option.keyword, session.config.option.markexpr)))
+    without = {"without": f"tests that are not {chosen!r}"} if chosen else {}
+    path.write_text(json.dumps({"kind": "tests", **facts_of_run(DEVICE), **without, "ran": ran}))
 
 
 def backends() -> list[str]:

@@ -40,7 +40,7 @@ ROOMS = {  # and their ops
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-w"]
 STABLE = ["-x", "c++", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA", "-DFUSED_CNN_GEMM_SM80=1"]
 CALLS = "--param=asan-instrumentation-with-call-threshold=0"
-CHECKED = ["-fsanitize=kernel-address", CALLS, "--param=asan-stack=0", "--param=asan-globals=0"]
+CHECKED = ["-fsanitize=kernel-address,alignment", CALLS, "--param=asan-stack=0", "--param=asan-globals=0"]
 
 
 _kept: list[torch.library.Library] = []

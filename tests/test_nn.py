@@ -11,6 +11,8 @@ from conftest import DEVICE
 from torch import Tensor, nn
 from torchvision.models import resnet
 
+from fused_cnn import _library, max_pool2d
+from fused_cnn._backends import BackendUnavailable
 from fused_cnn.nn import BasicBlock, Bottleneck, ConvBNReLU, FusedModule, Inception, MaxPool2d
 
 googlenet = importlib.import_module("torchvision.models.googlenet")  # the function of that name hides the module
@@ -162,6 +164,15 @@ def test_momentum_none_and_untracked_statistics_are_batch_norms_own() -> None:
 def test_basic_block_refuses_what_it_does_not_have() -> None:
     with pytest.raises(ValueError, match="BasicBlock takes groups=1, base_width=64 and dilation=1, got 2"):
         BasicBlock(8, 8, groups=2)
+
+
+def test_a_pool_is_pytorchs_where_the_backend_that_is_named_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As native has on a GPU: a network that is fused with backend="native" runs there."""
+    monkeypatch.setitem(_library._implemented, ("max_pool2d_fwd", "native", DEVICE), False)
+    x = torch.randn(2, 5, 7, 7, device=DEVICE)
+    assert torch.equal(MaxPool2d(3, 2, backend="native")(x), nn.MaxPool2d(3, 2)(x))
+    with pytest.raises(BackendUnavailable, match="has no kernel for max_pool2d_fwd"):
+        max_pool2d(x, 3, 2, backend="native")
 
 
 def _train_in_a_process(rank: int, world: int, address: str, results: object) -> None:

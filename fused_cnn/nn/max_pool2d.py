@@ -7,6 +7,7 @@ from operator import attrgetter
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._library import has_kernel
 from ..ops import max_pool2d
 from ..ops._conv import IntPair
 from ._base import FusedModule
@@ -17,7 +18,8 @@ class MaxPool2d(FusedModule):
 
     Args:
         kernel_size, stride, padding, dilation, ceil_mode: as torch.nn.MaxPool2d takes them.
-        backend: "reference", "native", or None for the best at hand.
+        backend: "reference", "native", "triton", or None for the best at hand; PyTorch's pool runs where the one that is named has none
+            for the input's device, as native has on a GPU.
 
     Input (N, C, H, W) -> output (N, C, H', W').
     """
@@ -46,6 +48,7 @@ class MaxPool2d(FusedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         window = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
-        if x.dim() != 4 or not x.is_floating_point():  # nn.MaxPool2d takes these too
+        missing = self.backend not in (None, "auto", "reference") and not has_kernel("max_pool2d_fwd", self.backend, x.device.type)
+        if missing or x.dim() != 4 or not x.is_floating_point():  # nn.MaxPool2d takes these too
             return F.max_pool2d(x, *window)
         return max_pool2d(x, *window, backend=self.backend)

@@ -72,32 +72,27 @@ void resume(Fibre& fibre) {
   setcontext(&fibre.start);
 }
 
-// What is wrong with an access; null where nothing is. A GPU moves 2, 4, 8 or 16 bytes from and to multiples of as many
-// alone.
-const char* fault(uintptr_t at, size_t bytes) {
-  const size_t unit = std::min<size_t>(bytes & -bytes, 16);
-  const char* const in_a_tensor = at % unit == 0 ? nullptr : "not on a multiple of its size";
+bool allowed(uintptr_t at, size_t bytes) {
   for (const Region& region : recent) {
-    if (region.holds(at, bytes)) return in_a_tensor;
+    if (region.holds(at, bytes)) return true;
   }
   const auto stack = reinterpret_cast<uintptr_t>(fibres[current].stack.data());
-  if (Region{stack, stack + kStack}.holds(at, bytes)) return nullptr;
-  if (Region{launcher - (64 << 10), launcher + (64 << 10)}.holds(at, bytes)) return nullptr;
+  if (Region{stack, stack + kStack}.holds(at, bytes)) return true;
+  if (Region{launcher - (64 << 10), launcher + (64 << 10)}.holds(at, bytes)) return true;
   for (const Region& region : ours) {
-    if (region.holds(at, bytes)) return nullptr;
+    if (region.holds(at, bytes)) return true;
   }
   const std::lock_guard lock(mutex);
   const auto next = tensors.upper_bound(at);
-  if (next == tensors.begin()) return "outside of every tensor";
+  if (next == tensors.begin()) return false;
   const Region found{std::prev(next)->first, std::prev(next)->second};
-  if (!found.holds(at, bytes)) return "outside of every tensor";
+  if (!found.holds(at, bytes)) return false;
   recent[oldest++ % std::size(recent)] = found;
-  return in_a_tensor;
+  return true;
 }
 
-void check(const char* what, const void* at, size_t bytes) {
-  const char* const wrong = running ? fault(reinterpret_cast<uintptr_t>(at), bytes) : nullptr;
-  if (!wrong) return;
+// Ends the kernel: the access does not happen.
+[[noreturn]] void refuse(const char* what, size_t bytes, const char* wrong) {
   if (error.empty()) {
     char text[160];
     std::snprintf(text, sizeof text, "%s of %zu bytes %s, block (%u, %u), thread %u", what, bytes, wrong, blockIdx.x,
@@ -105,7 +100,11 @@ void check(const char* what, const void* at, size_t bytes) {
     error = text;
   }
   running = false;
-  _longjmp(scheduler, 1);  // never to return: the access does not happen
+  _longjmp(scheduler, 1);
+}
+
+void check(const char* what, const void* at, size_t bytes) {
+  if (running && !allowed(reinterpret_cast<uintptr_t>(at), bytes)) refuse(what, bytes, "outside of every tensor");
 }
 
 int note_data(dl_phdr_info* info, size_t, void* inside) {
@@ -222,6 +221,13 @@ void __asan_storeN_noabort(const void* at, size_t bytes) {
   check("write", at, bytes);
 }
 void __asan_handle_no_return() {}
+
+// Called where an address is no multiple of its type's alignment, which is how a GPU must be given it. The description
+// begins with the place in the source and goes on with the type and the alignment's logarithm.
+void __ubsan_handle_type_mismatch_v1(const void* description, const void*) {
+  const char* const after_type = static_cast<const char*>(description) + 16 + sizeof(void*);
+  if (running) refuse("access on a multiple", size_t{1} << *after_type, "at another address");
+}
 
 // PyTorch's function, behind a look at the tensors that a kernel's host code hands to the library: a GPU's library was
 // seen to read what does not lie on 16 bytes as if it did.
