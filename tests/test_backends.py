@@ -10,6 +10,7 @@ import torch
 import fused_cnn
 from fused_cnn import _backends, _builds, _library
 from fused_cnn._backends import BackendUnavailable
+from fused_cnn.ops._conv import on_16_bytes
 
 CUDA = torch.device("cuda", 0)
 HOPPER = {"ops": "", "sources": "", "cuda": "13.0", "cuda_archs": "9.0a", "cutlass": "4.2.0"}
@@ -143,3 +144,21 @@ def test_a_mismatch_with_driver_or_gpu_is_one_line() -> None:
     assert line == "built for compute capability 8.0;9.0a;10.0;12.0+PTX, but the GPU has 7.5: set TORCH_CUDA_ARCH_LIST=7.5"
     assert _builds.mismatch({"cuda": "13.0", "cuda_archs": "9.0a"}, 13010, (10, 0)) != ""
     assert "TORCH_CUDA_ARCH_LIST=9.0a" in _builds.mismatch({"cuda": "13.0", "cuda_archs": "8.0"}, 13000, (9, 0))
+
+
+@pytest.mark.parametrize(("device", "address", "copied"), [("cuda", 4096, False), ("cuda", 4098, True), ("cpu", 4098, False)])
+def test_what_the_librarys_gradients_are_given_on_a_gpu_lies_on_16_bytes(device: str, address: int, copied: bool) -> None:
+    """Native kernels are held to it by the stand-in for a GPU (tests/simt); this is what Triton's and the modules' convolutions ask."""
+
+    class Given:
+        def __init__(self) -> None:
+            self.device = torch.device(device)
+
+        def data_ptr(self) -> int:
+            return address
+
+        def clone(self) -> str:
+            return "a copy"
+
+    given = Given()
+    assert on_16_bytes(given) == ("a copy" if copied else given)  # type: ignore[arg-type]
