@@ -34,24 +34,23 @@ NEEDED = ("torch/include/", "torch/version.py", "torch/lib/libtorch_cpu.so", "to
 TOOLS = ("numpy", "pillow", "typer", "rich", "pytest", "pytest-xdist", "hypothesis", "expecttest", "timm")
 LIBRARIES = ("_C.so", "_C_cuda.so")
 LOAD = """
-import sys, torch, fused_cnn.ops as ops
-from pathlib import Path
+import torch, fused_cnn.ops as ops
 from fused_cnn import _library
-library = _library.NativeLibrary(Path(sys.argv[1]), sys.argv[2])
-library.load()
-assert library.error == "", library.error
-assert all(torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_cnn::{op}", sys.argv[2].upper()) for op in library.facts["ops"].split())
-if sys.argv[2] == "cpu":
-    x, w = torch.randn(2, 8, 9, 9), torch.randn(8, 8, 3, 3, requires_grad=True)
-    y = ops.conv_bias_relu(x, w, residual=x, padding=1, backend="native")
-    torch.testing.assert_close(y, torch.relu(torch.nn.functional.conv2d(x, w, padding=1) + x))
-    y.sum().backward()
-    try:
-        torch.ops.fused_cnn.add_relu_fwd(x[0], x[0])
-    except RuntimeError as error:
-        assert "must have 4 dimensions" in str(error)
-    else:
-        raise AssertionError("bad input was taken")
+_library.cuda.load()
+for library in (_library.cpu, *([_library.cuda] if _library.cuda.file.exists() else [])):
+    assert library.error == "", library.error
+    for op in library.facts["ops"].split():
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_cnn::{op}", library.device_type.upper()), op
+x, w = torch.randn(2, 8, 9, 9), torch.randn(8, 8, 3, 3, requires_grad=True)
+y = ops.conv_bias_relu(x, w, residual=x, padding=1, backend="native")
+torch.testing.assert_close(y, torch.relu(torch.nn.functional.conv2d(x, w, padding=1) + x))
+y.sum().backward()
+try:
+    torch.ops.fused_cnn.add_relu_fwd(x[0], x[0])
+except RuntimeError as error:
+    assert "must have 4 dimensions" in str(error)
+else:
+    raise AssertionError("bad input was taken")
 """
 
 
@@ -121,6 +120,14 @@ def built(version: str, checkout: Path) -> str:
     return wrong
 
 
+def carry(version: str, checkout: Path) -> None:
+    """Make the libraries that were built against a version those of the checkout."""
+    for name in LIBRARIES:
+        (checkout / "fused_cnn" / name).unlink(missing_ok=True)
+        if (OUT / version / name).exists():
+            shutil.copy(OUT / version / name, checkout / "fused_cnn")
+
+
 def used(version: str, versions: list[str], checkout: Path) -> dict[str, str]:
     """In an environment with this torch: what is wrong with each library, and with the tests."""
     venv = OUT / "venv"
@@ -131,18 +138,12 @@ def used(version: str, versions: list[str], checkout: Path) -> dict[str, str]:
     wrong = run([python, "-m", "pip", "install", "-qq", f"torch=={version}", vision, *TOOLS])
     if wrong:
         return {"environment": wrong}
-    for name in LIBRARIES:
-        (checkout / "fused_cnn" / name).unlink(missing_ok=True)
     found = {}
     for other in versions:
-        for name, device in zip(LIBRARIES, ("cpu", "cuda"), strict=True):
-            library = OUT / other / name
-            if library.exists():
-                found[f"{name} of {other}"] = run([python, "-c", LOAD, library, device], OUT, PYTHONPATH=str(checkout))
+        carry(other, checkout)
+        found[f"libraries of {other}"] = run([python, "-c", LOAD], OUT, PYTHONPATH=str(checkout))
     if version in TESTED:
-        for name in LIBRARIES:
-            if (OUT / version / name).exists():
-                shutil.copy(OUT / version / name, checkout / "fused_cnn")
+        carry(version, checkout)
         tests = [f"tests/test_{what}.py" for what in ("ops", "nn", "fuse")]
         command = [python, "-m", "pytest", "-q", "-n", "auto", "-p", "no:cacheprovider", *tests]
         found["tests"] = run(command, checkout, PYTHONPATH=str(checkout), OMP_WAIT_POLICY="passive")
