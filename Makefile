@@ -23,7 +23,7 @@ $(VENV)/.built: $(VENV)/.ready $(SOURCES)
 
 # Passive waiting: two workers whose threads spin for each other's cores take ten times as long.
 test: venv
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) -q
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q
 
 lint: venv
 	$(BIN)/ruff check .

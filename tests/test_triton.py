@@ -49,11 +49,11 @@ def lively(model: nn.Module) -> nn.Module:
     return model.to(DEVICE)
 
 
-def pair_of(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
+def pair_of(name: str, images: int) -> tuple[nn.Module, nn.Module, Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = lively(MODELS[name]())
-        x = torch.randn(2, 3, 33, 33, device=DEVICE).contiguous(memory_format=torch.channels_last)
+        x = torch.randn(images, 3, 33, 33, device=DEVICE).contiguous(memory_format=torch.channels_last)
     fused = copy.deepcopy(model)
     report = fuse_(fused, backend="triton")
     assert report.fused and not report.skipped
@@ -62,7 +62,7 @@ def pair_of(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_whole_network_agrees_with_eager_in_eval(name: str) -> None:
-    model, fused, x = pair_of(name)
+    model, fused, x = pair_of(name, images=1)
     with torch.no_grad():
         truth = copy.deepcopy(model).eval().double()(x.double())
         eager, mine = model.eval()(x), fused.eval()(x)
@@ -72,7 +72,7 @@ def test_a_whole_network_agrees_with_eager_in_eval(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_training_step_agrees_with_eager(name: str) -> None:
-    model, fused, x = pair_of(name)
+    model, fused, x = pair_of(name, images=2)
     truth = copy.deepcopy(model).double()
     for m, inputs in ((truth, x.double()), (model, x), (fused, x)):
         m.train()(inputs).logsumexp(1).sum().backward()
