@@ -98,13 +98,20 @@ def gpus() -> list[tuple[int, int]]:
     return sorted({(int(major), int(minor)) for major, minor in re.findall(r"(?m)^(\d+)\.(\d+)$", text)})
 
 
+def compilable(nvcc: str) -> set[tuple[int, int]]:
+    """The compute capabilities that a compiler knows; empty where it does not say."""
+    text = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    return {(int(digits[:-1]), int(digits[-1])) for digits in re.findall(r"(?m)^compute_(\d+)$", text)}
+
+
 def wanted_archs(built: Path) -> str:
     """What to compile for: what TORCH_CUDA_ARCH_LIST asks for; else what the library was built for before, where that runs on the GPUs
-    at hand; else these GPUs; without any, the default."""
+    at hand; else these GPUs, as far as nvcc knows them; without any, the default."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if asked:
         return ALL_ARCHS if asked == "all" else asked
-    before, here = BUILDS["facts_in"](built).get("cuda_archs", ""), gpus()
+    before, known = BUILDS["facts_in"](built).get("cuda_archs", ""), compilable(find_nvcc())
+    here = [gpu for gpu in gpus() if not known or gpu in known]  # others, such as one for a display, are left to PyTorch
     if before and all(BUILDS["covers"](before, gpu) for gpu in here):
         return before
     return ";".join(map(BUILDS["arch_for"], here)) or DEFAULT_ARCHS
@@ -177,7 +184,7 @@ class Build(build_ext):
         objects_dir = ROOT / "build" / library  # kept between builds, which makes later ones quick
         before = ROOT / "fused_cnn" / f"{library}.so"  # of an earlier build, or carried here from another machine
         facts, jobs, link, remedy = self.cuda_jobs(before) if library == "_C_cuda" else self.cpu_jobs()
-        facts["recipe"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+        facts |= {"recipe": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16], "machine": platform.machine()}
         output.parent.mkdir(parents=True, exist_ok=True)
         if not any(objects_dir.glob("*.o")) and fits(BUILDS["facts_in"](before), facts):
             print(f"[fused_cnn] {before.name} was built elsewhere, of these sources: kept", flush=True)
@@ -257,8 +264,9 @@ class Build(build_ext):
 
 def fits(built: dict[str, str], facts: dict[str, str]) -> bool:
     """Whether a library is what this build would make; made by another nvcc, or with CUTLASS where there is none here, it is as good."""
-    same = ("sources", "recipe", *(["cuda_archs"] if "cuda_archs" in facts else []), *(["cutlass"] if facts.get("cutlass") else []))
-    return all(built.get(name) == facts[name] for name in same)
+    newer = int(built.get("cuda", "0").split(".")[0]) > int(facts.get("cuda", "99").split(".")[0])  # a driver may be too old for it
+    same = ["sources", "recipe", "machine", *(name for name in ("cuda_archs", "cutlass") if facts.get(name))]
+    return not newer and all(built.get(name) == facts[name] for name in same)
 
 
 def registered(pattern: str) -> str:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
+import shutil
+import sysconfig
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -106,11 +109,24 @@ def _triton_status(device_type: str) -> tuple[bool, str, str]:
     except Exception as error:  # a Triton for another Python or system, or one too old for the kernels
         return False, f"Triton does not import: {type(error).__name__}: {error}", "`pip install --upgrade triton`"
     if device_type == "cuda":
-        on = torch.cuda.is_available()
-        return on, "Triton kernels" if on else "torch sees no CUDA device", "" if on else "check the driver with nvidia-smi"
+        if not torch.cuda.is_available():
+            return False, "torch sees no CUDA device", "check the driver with nvidia-smi"
+        missing = _missing_for_triton()
+        return not missing, missing or "Triton kernels", "`apt-get install gcc python3-dev`, or the like" if missing else ""
     if device_type == "cpu" and triton_interprets():
         return True, "Triton's interpreter (slow; for tests)", ""
     return False, "Triton compiles for GPUs only", "use native on the CPU; TRITON_INTERPRET=1 runs Triton's interpreter, for tests"
+
+
+def _missing_for_triton() -> str:
+    """What Triton's launcher, which is compiled at the first launch, does not find here."""
+    import triton
+
+    if not triton.knobs.build.cc and not any(map(shutil.which, ("gcc", "clang", "cc"))):
+        return "Triton compiles its launcher with a C compiler, and there is none"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "Triton compiles its launcher against Python.h, and there is none"
+    return ""
 
 
 _usable: dict[tuple[str, torch.device], bool] = {}
@@ -124,7 +140,9 @@ def usable(backend: str, device: torch.device) -> bool:
     return _usable[key]
 
 
-usable._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as torch.compiler.assume_constant_result, which imports the compiler
+# What torch.compiler.assume_constant_result sets, which would import the compiler. Without it a first call inside of the compiler would be
+# traced; later ones find the table's entry.
+usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(op: str, backend: str | None, x: Tensor) -> str:

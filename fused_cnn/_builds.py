@@ -28,17 +28,18 @@ def entries(arch_list: str) -> list[str]:
     return [entry for entry in re.split(r"[;\s]+", arch_list) if entry]
 
 
-def covers(arch_list: str, capability: Capability) -> bool:
-    """Whether code for these architectures runs on a GPU: its own major version from its minor on; PTX, all later ones."""
-    return any(_covers(entry, capability) for entry in entries(arch_list))
+def covers(arch_list: str, capability: Capability, ptx: bool = True) -> bool:
+    """Whether code for these architectures runs on a GPU: machine code on its own major version from its minor on (with an `a` on that one
+    alone), PTX, which the driver compiles, on all later ones too."""
+    return any(_covers(entry, capability, ptx) for entry in entries(arch_list))
 
 
-def _covers(entry: str, capability: Capability) -> bool:
-    number, ptx = entry.removesuffix("+PTX"), entry.endswith("+PTX")
+def _covers(entry: str, capability: Capability, ptx: bool) -> bool:
+    number = entry.removesuffix("+PTX")
     major, minor = (int(part.rstrip("af")) for part in number.split("."))
-    if number[-1] in "af":
+    if number.endswith("a"):
         return (major, minor) == capability
-    return (major == capability[0] and minor <= capability[1]) or (ptx and (major, minor) <= capability)
+    return (major == capability[0] and minor <= capability[1]) or (ptx and entry.endswith("+PTX") and (major, minor) <= capability)
 
 
 def arch_for(capability: Capability) -> str:
@@ -51,7 +52,8 @@ def mismatch(facts: dict[str, str], driver: int | None, capability: Capability) 
     cuda, archs = facts["cuda"], facts["cuda_archs"]
     if driver is not None and int(cuda.split(".")[0]) > driver // 1000:
         return f"built with CUDA {cuda}, but the driver supports CUDA {driver // 1000}.{driver % 1000 // 10}: update it, or set CUDA_HOME"
-    if covers(archs, capability):
+    major, minor = (int(part) for part in cuda.split(".")[:2])
+    if covers(archs, capability, ptx=driver is None or driver >= 1000 * major + 10 * minor):  # PTX of a later CUDA it cannot compile
         return ""
     name = ".".join(map(str, capability))
     return f"built for compute capability {archs}, but the GPU has {name}: set TORCH_CUDA_ARCH_LIST={arch_for(capability)}"

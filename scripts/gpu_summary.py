@@ -6,7 +6,7 @@ import json
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def summary(outcomes: Sequence[Outcome], found_tests: Mapping[str, Any], outdir:
     parts = (
         (18, _pieces(outcomes)),
         (12, _failed_tests(found_tests)),
-        (8, _rows_without(results)),
+        (8, [*_rows_without(results), *_left_out(outdir, results)]),
         (12, _networks([*results["inference"], *results["training"]])),
         (16, _kernels(results["kernels"])),
         (4, _host(results["kernels"])),
@@ -91,6 +91,15 @@ def _rows_without(results: Mapping[str, Rows]) -> Iterator[str]:
                 yield f"FAILED {result}, {_name(row)}: {row['error']}"
             for peer, why in row.get("absent", {}).items():
                 yield f"ABSENT {result}, {_name(row)}: {peer}: {why}"
+
+
+def _left_out(outdir: Path, names: Iterable[str]) -> Iterator[str]:
+    """Rows that there was no time for."""
+    for name in names:
+        document = read_json(outdir / f"{name}.json") or {}
+        missing = (document.get("result") or document).get("left_out")
+        if missing:
+            yield f"LEFT OUT {name}: {missing} rows, for want of time"
 
 
 def _name(row: Mapping[str, Any]) -> str:

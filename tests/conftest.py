@@ -50,16 +50,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 _ran: dict[tuple[str, str, str], bool] = {}
+_lost: list[str] = []  # tests that ended their process, of which xdist alone can tell
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "???":
+        _lost.append(report.nodeid)
     for name, value in report.user_properties:
         if name == "ran" and not report.skipped and (report.when == "call" or report.failed):
             key = tuple(value)
             _ran[key] = _ran.get(key, True) and report.passed  # type: ignore[index, arg-type]
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     path = session.config.getoption("--ran")
     if path is None or hasattr(session.config, "workerinput"):
         return
@@ -67,7 +70,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
     ran = [{"op": op, "backend": backend, "dtype": dtype, "passed": passed} for (op, backend, dtype), passed in sorted(_ran.items())]
     chosen = " and ".join(filter(None, (session.config.option.keyword, session.config.option.markexpr)))
-    without = {"without": f"tests that are not {chosen!r}"} if chosen else {}
+    reasons = [f"tests that are not {chosen!r}"] if chosen else []
+    reasons += [f"{len(_lost)} tests that ended their process"] if _lost else []
+    cut_off = exitstatus not in (0, 1) or session.shouldstop or session.shouldfail
+    reasons += ["tests that were not reached"] if cut_off else []
+    without = {"without": ", ".join(reasons)} if reasons else {}  # such a run clears no failure
     path.write_text(json.dumps({"kind": "tests", **facts_of_run(DEVICE), **without, "ran": ran}))
 
 

@@ -36,6 +36,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         monkeypatch.setattr(_library.cuda, "error", error)
         for op in _library.op_names():
             monkeypatch.setitem(_library._implemented, (op, "native", "cuda"), not error)
+        monkeypatch.setattr(_backends, "_missing_for_triton", lambda: "")
         if not triton:
             monkeypatch.setattr(_backends.importlib.util, "find_spec", lambda name: None)
 
@@ -99,6 +100,15 @@ def test_a_triton_that_does_not_import_is_off(gpu: Callable[..., None], monkeypa
     assert "Triton does not import: ImportError: libtriton.so: wrong ELF class" in refused("triton")
 
 
+def test_without_what_triton_compiles_its_launcher_with_it_is_off(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = _backends._missing_for_triton
+    gpu(capability=(8, 0))
+    monkeypatch.setattr(_backends, "_missing_for_triton", looks)
+    monkeypatch.setattr(_backends.shutil, "which", lambda name: None)
+    assert chosen("add_relu_fwd") == "reference"
+    assert "Triton compiles its launcher with a C compiler, and there is none" in refused("triton")
+
+
 def test_without_cutlass_native_runs_and_says_what_is_missing(gpu: Callable[..., None]) -> None:
     gpu({"cutlass": ""})
     assert chosen("conv1x1_bias_relu_fwd") == "native"
@@ -143,6 +153,9 @@ def test_a_mismatch_with_driver_or_gpu_is_one_line() -> None:
     line = _builds.mismatch(BUILT, 13000, (7, 5))
     assert line == "built for compute capability 8.0;9.0a;10.0;12.0+PTX, but the GPU has 7.5: set TORCH_CUDA_ARCH_LIST=7.5"
     assert _builds.mismatch({"cuda": "13.0", "cuda_archs": "9.0a"}, 13010, (10, 0)) != ""
+    assert _builds.mismatch(BUILT, 13000, (13, 0)) == "" and _builds.mismatch({**BUILT, "cuda": "13.2"}, 13000, (12, 0)) == ""
+    assert _builds.mismatch({**BUILT, "cuda": "13.2"}, 13000, (13, 0)) != ""  # PTX of a CUDA that is newer than the driver
+    assert _builds.covers("10.0f", (10, 3)) and not _builds.covers("10.0a", (10, 3))
     assert "TORCH_CUDA_ARCH_LIST=9.0a" in _builds.mismatch({"cuda": "13.0", "cuda_archs": "8.0"}, 13000, (9, 0))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -146,6 +147,13 @@ def test_without_a_word_the_build_is_for_the_gpu_at_hand_or_for_one_of_each_gene
     assert archs_built(tree, fake_tools, **with_gpu(tree, "9.0"), TORCH_CUDA_ARCH_LIST="all") == every
 
 
+def test_a_gpu_that_nvcc_does_not_know_is_none_to_build_for(tree: Path, fake_tools: dict[str, str]) -> None:
+    nvcc = tree / "bin" / "nvcc"
+    nvcc.write_text(nvcc.read_text() + "[ $1 = --list-gpu-arch ] && printf 'compute_80\\ncompute_90\\ncompute_120\\n'; true\n")
+    assert archs_built(tree, fake_tools, **with_gpu(tree, "6.1", "9.0")) == ["sm_90a"]
+    assert archs_built(tree, fake_tools, **with_gpu(tree, "6.1")) == ["sm_80", "sm_90a", "sm_100", "compute_100"]
+
+
 def pretend(tree: Path, **facts: str) -> None:
     """A CUDA library that a build left: what it says of itself."""
     (tree / "fused_cnn" / "_C_cuda.so").write_bytes(b"\x7fELF fused_cnn build facts: " + json.dumps(facts).encode() + b"\0")
@@ -162,8 +170,9 @@ def test_a_second_build_keeps_the_architectures_of_the_first(tree: Path, fake_to
 def test_a_library_built_elsewhere_of_these_sources_is_kept_and_one_of_others_is_not(tree: Path, fake_tools: dict[str, str]) -> None:
     recipe = hashlib.sha256((tree / "setup.py").read_bytes()).hexdigest()[:16]
     sources = run_path(str(tree / "fused_cnn" / "_sources.py"))["library_hash"]("cuda")
-    carried = {"sources": sources, "recipe": recipe, "cuda_archs": "9.0a", "cutlass": "", "cuda": "12.9"}
-    for changed, kept in (({}, True), ({"sources": "0"}, False), ({"recipe": "0"}, False), ({"cuda_archs": "8.0"}, False)):
+    carried = {"sources": sources, "recipe": recipe, "cuda_archs": "9.0a", "cutlass": "", "cuda": "12.9", "machine": platform.machine()}
+    others = ({"sources": "0"}, {"recipe": "0"}, {"cuda_archs": "8.0"}, {"machine": "pdp11"}, {"cuda": "14.0"})
+    for changed, kept in (({}, True), *((other, False) for other in others)):
         shutil.rmtree(tree / "build", ignore_errors=True)
         pretend(tree, **(carried | changed))
         done = build(tree, "-c", f"{WITHOUT_CUTLASS}\n{RUN}", TORCH_CUDA_ARCH_LIST="9.0a", **fake_tools)

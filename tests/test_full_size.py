@@ -23,7 +23,7 @@ from fused_cnn import _library
 from fused_cnn.ops._cases import Case, Maker, OpCases
 from fused_cnn.testing import Comparison, _same_side_of_the_kink, all_cases, judge
 
-pytestmark = [pytest.mark.full_size, pytest.mark.usefixtures("nan_filled_memory", "freed_memory")]
+pytestmark = [pytest.mark.full_size, pytest.mark.xdist_group("full_size"), pytest.mark.usefixtures("nan_filled_memory", "freed_memory")]
 
 GPU = DEVICE == "cuda"
 IMAGES = 32 if GPU else 1  # in a part

@@ -14,6 +14,7 @@ WITHOUT_IT = {
     "torch.utils._python_dispatch.TorchDispatchMode": "counting (fused_cnn.analysis) does not import; ops, modules and fuse_ do without",
     "torch.ops.mkldnn._convolution_pointwise": "a peer in a benchmark: its column is left out, with the reason",
     "torch.cuda._sleep": "cold timings on a GPU start without the host's head start",
+    "_dynamo_marked_constant": "torch.compile traces the first look-up of a backend, and finds later ones in a table",
     "torch._inductor.config": "a peer in a benchmark: its column is left out, with the reason",
 }
 
@@ -31,7 +32,9 @@ def private_names(text: str) -> Iterator[str]:
                 if "._" in f".{node.module}.{a.name}":
                     yield f"{node.module}.{a.name}"
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_dynamo_"):  # the compiler's marks, on anything
+            yield node.attr
+        elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
             name = dotted(node)
             if name and name.partition(".")[0] in aliases and "." in name:
                 head, _, rest = name.partition(".")

@@ -39,7 +39,7 @@ def test_threads_share_a_model(name: str) -> None:
         torch.cuda.synchronize()
     else:
         model.eval()  # forgets the folded weights
-    start = threading.Barrier(THREADS)
+    start = threading.Barrier(THREADS, timeout=60)
 
     def run(thread: int) -> list[Tensor]:
         stream = torch.cuda.stream(torch.cuda.Stream()) if DEVICE == "cuda" else contextlib.nullcontext()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import BatchNormArgs, bn_add_relu, bn_relu, bn_relu_conv, conv_bias_relu, pack_conv
-from ..ops._conv import autocast, autocast_dtype
+from ..ops._conv import autocast, autocast_dtype, on_16_bytes
 
 Pair = tuple[nn.Module, nn.Module | None]  # a convolution and its BatchNorm
 Made = TypeVar("Made")
@@ -226,7 +226,7 @@ class FusedModule(nn.Module):
             return conv_bias_relu(autocast(x)[0], weight, bias, residual, **geometry(conv), relu=relu, backend=self.backend)
         if bn is None:
             return conv_bias_relu(x, conv.weight, conv.bias, residual, **geometry(conv), relu=relu, backend=self.backend)
-        return self.finish(conv(x), bn, relu=relu, residual=residual)
+        return self.finish(conv(on_16_bytes(x)), bn, relu=relu, residual=residual)
 
     def _pack_conv(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: Tensor) -> Any:
         (like,) = autocast(x[:0])
@@ -252,7 +252,7 @@ class FusedModule(nn.Module):
 
     def raw_chain(self, pairs: Sequence[Pair], x: Tensor) -> Tensor:
         """conv_n(relu(bn_(n-1)(... conv_1(x)))), the last BatchNorm still to come; what lies between is not saved for backward."""
-        y = pairs[0][0](x)
+        y = pairs[0][0](on_16_bytes(x))
         for (_, bn), (conv, _) in pairwise(pairs):
             assert isinstance(bn, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d)
             bias = None if conv.bias is None else conv.bias.to(y.dtype)

@@ -15,7 +15,7 @@ from ..ops import (
     inception,
     pack_inception,
 )
-from ..ops._conv import autocast, pair
+from ..ops._conv import autocast, on_16_bytes, pair
 from ._base import FusedModule, fold, has_hooks, understood
 from .conv_bn_relu import ConvBNReLU
 from .max_pool2d import MaxPool2d
@@ -197,5 +197,5 @@ def _sequential(layers: list[Any], training: bool) -> nn.Sequential:
 
 def _without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """The convolution alone; its bias is added in the pass that concatenates."""
-    (x,) = autocast(x)
+    x = on_16_bytes(autocast(x)[0])
     return F.conv2d(x, conv.weight.to(x.dtype), None, conv.stride, conv.padding, conv.dilation, conv.groups)

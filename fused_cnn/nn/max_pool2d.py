@@ -7,6 +7,7 @@ from operator import attrgetter
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._backends import usable
 from .._library import has_kernel
 from ..ops import max_pool2d
 from ..ops._conv import IntPair
@@ -48,7 +49,8 @@ class MaxPool2d(FusedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         window = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
-        missing = self.backend not in (None, "auto", "reference") and not has_kernel("max_pool2d_fwd", self.backend, x.device.type)
+        named = self.backend if self.backend in ("native", "triton") else None
+        missing = named is not None and usable(named, x.device) and not has_kernel("max_pool2d_fwd", named, x.device.type)
         if missing or x.dim() != 4 or not x.is_floating_point():  # nn.MaxPool2d takes these too
             return F.max_pool2d(x, *window)
         return max_pool2d(x, *window, backend=self.backend)

@@ -8,7 +8,7 @@ from typing import TypeVar, cast
 from torch import Tensor, nn
 
 from ..ops import BatchNormArgs, FoldedConv, PackedResidualStage, bn_add_relu, pack_residual_block, residual_stage
-from ..ops._conv import autocast, packable
+from ..ops._conv import autocast, on_16_bytes, packable
 from ._base import FusedModule, Pair, fold, geometry, has_hooks, understood
 
 Block = TypeVar("Block", bound="_Residual")
@@ -49,7 +49,7 @@ class _Residual(FusedModule):
         assert isinstance(last, nn.BatchNorm2d)
         if projection is not None and self.trains(x, [projection]):  # both BatchNorms in the pass that adds
             conv, bn = projection
-            return bn_add_relu(y, BatchNormArgs.of(last), conv(x), BatchNormArgs.of(bn), backend=self.backend)
+            return bn_add_relu(y, BatchNormArgs.of(last), conv(on_16_bytes(x)), BatchNormArgs.of(bn), backend=self.backend)
         return self.finish(y, last, residual=self._shortcut(x, projection) if self.residual else None)
 
     def packed(self, x: Tensor) -> PackedResidualStage | None:
