@@ -53,11 +53,12 @@ report: venv
 cuda-check: venv
 	$(BIN)/python scripts/compile_check.py --only cuda --json $(CHECKS)/cuda.json
 
-# With the newest Triton, and with the oldest that boxes with CUDA 13 have (torch 2.11 brings it).
+# With the newest Triton; and for one architecture, which shows that it takes them all, with the oldest that boxes with CUDA 13 have (torch
+# 2.11 brings it).
 OLD_TRITON = 3.6.0
 triton-check: venv $(VENV)/triton-$(OLD_TRITON)
 	$(BIN)/python scripts/compile_check.py --only triton --json $(CHECKS)/triton.json
-	PYTHONPATH=$(abspath $(VENV)/triton-$(OLD_TRITON)) $(BIN)/python scripts/compile_check.py --only triton --json $(CHECKS)/triton-$(OLD_TRITON).json
+	PYTHONPATH=$(abspath $(VENV)/triton-$(OLD_TRITON)) $(BIN)/python scripts/compile_check.py --only triton --target 90 --json $(CHECKS)/triton-$(OLD_TRITON).json
 
 $(VENV)/triton-$(OLD_TRITON): | venv
 	rm -rf $@.partial

@@ -152,7 +152,7 @@ def cuda_kernels(skipped: list[str], broken: list[str]) -> list[Kernel]:
         text = file.with_suffix(".log").read_text()
         broken += [f"{file.stem}: {line}" for line in text.splitlines() if "warning" in line or "Performance Loss" in line]
         matches = list(PTXAS.finditer(text))
-        code = disassembled(tool, file) if tool else {}
+        code = disassembled(tool, file) if tool and matches else {}  # what the host compiler made has none
         for m, demangled_name in zip(matches, demangled([m["name"] for m in matches]), strict=True):
             shared = re.search(r"(\d+) bytes smem", m["rest"])
             kernel = Kernel(
@@ -175,8 +175,8 @@ def cuda_kernels(skipped: list[str], broken: list[str]) -> list[Kernel]:
     return found
 
 
-def triton_kernels(skipped: list[str]) -> list[Kernel]:
-    """Every kernel that a room ships, for every target and dtype; a process a core."""
+def triton_kernels(skipped: list[str], wanted: tuple[int, ...]) -> list[Kernel]:
+    """Every kernel that a room ships, for every wanted target and dtype; a process a core."""
     if importlib.util.find_spec("triton") is None:
         skipped.append("Triton kernels: Triton is not installed; `pip install triton`")
         return []
@@ -188,7 +188,7 @@ def triton_kernels(skipped: list[str]) -> list[Kernel]:
     for room in pkgutil.iter_modules(ops.__path__):
         if room.ispkg and importlib.util.find_spec(f"{ops.__name__}.{room.name}.triton") is not None:
             for i, shipped in enumerate(shipped_by(room.name)):
-                targets = [t for t in TRITON_TARGETS if t >= 90 or not shipped.descriptors]
+                targets = [t for t in wanted if t >= 90 or not shipped.descriptors]
                 jobs += [(room.name, i, target, dtype, tool) for target in targets for dtype in shipped.dtypes]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         return list(pool.map(compiled, *zip(*jobs, strict=True), chunksize=8))
@@ -243,11 +243,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every GPU kernel and table what it costs.")
     parser.add_argument("--json", type=Path, help="also save the table here")
     parser.add_argument("--only", choices=("cuda", "triton"), help="leave the other's kernels out")
+    parser.add_argument("--target", type=int, choices=TRITON_TARGETS, help="Triton kernels for this architecture alone")
     arguments = parser.parse_args()
     skipped: list[str] = []
     broken: list[str] = []
     kernels = [] if arguments.only == "triton" else cuda_kernels(skipped, broken)
-    kernels += [] if arguments.only == "cuda" else triton_kernels(skipped)
+    kernels += [] if arguments.only == "cuda" else triton_kernels(skipped, (arguments.target,) if arguments.target else TRITON_TARGETS)
     table = Table("source", "kernel", "arch", "registers", "spilled", "stack", "shared", "matrix units", box=SIMPLE)
     for k in kernels:
         row = (k.source, k.name, k.arch, str(k.registers), str(k.spilled), str(k.stack), str(k.shared), k.matrix)
