@@ -31,7 +31,7 @@ VERSIONS = ("2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1")
 TESTED = ("2.11.0", "2.14.1")  # what GPU machines with CUDA 13 have, and the newest
 ARCHS = "8.0;9.0a"
 NEEDED = ("torch/include/", "torch/version.py", "torch/lib/libtorch_cpu.so", "torch/lib/libc10.so")
-TOOLS = ("numpy", "pillow", "typer", "rich", "pytest", "pytest-xdist", "hypothesis", "expecttest", "timm")
+TOOLS = ("numpy<2.4", "pillow", "typer", "rich", "pytest", "pytest-xdist", "hypothesis", "expecttest", "timm")
 LIBRARIES = ("_C.so", "_C_cuda.so")
 LOAD = """
 import torch, fused_cnn.ops as ops
