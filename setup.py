@@ -32,7 +32,6 @@ MIN_SETUPTOOLS = 77  # the first that takes pyproject.toml's licence
 ALL_ARCHS = "8.0;8.9;9.0a;10.0;12.0+PTX"
 DEFAULT_ARCHS = "8.0;9.0a;10.0+PTX"  # where no GPU is at hand: one of each generation, which run on all of it
 GIB_PER_JOB = {"_C": 1.5, "_C_cuda": 4.5}  # the largest translation unit's peak, with room to spare
-CUTLASS = "nvidia-cutlass==4.2.0.0"  # the wheel whose headers the matrix products are made of; its Python dependencies are not needed
 
 SOURCES, BUILDS = (run_path(str(ROOT / "fused_cnn" / name)) for name in ("_sources.py", "_builds.py"))
 
@@ -243,7 +242,7 @@ class Build(build_ext):
         cutlass = find_cutlass()
         if cutlass is None:
             print(f"[fused_cnn] CUTLASS's headers were not found: on CUDA 1x1 convolutions will be PyTorch's own with their "
-                  f"epilogue behind them; for ours `pip install --no-deps {CUTLASS}` and build again", flush=True)
+                  f"epilogue behind them; for ours `pip install --no-deps {BUILDS['CUTLASS']}` and build again", flush=True)
             sources = {path: archs for path, archs in sources.items() if path.parent.name != "gemm"}
         base = [nvcc, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xptxas=-v",
                 "--expt-relaxed-constexpr", "--extended-lambda", "-lineinfo",

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from . import _library, _sources
-from ._builds import mismatch
+from ._builds import CUTLASS, mismatch
 
 BACKENDS = ("reference", "native", "triton")
 # Where no measurement says otherwise, "auto" leaves k x k convolutions on a GPU to the library: its kernels have years of tuning.
 LIBRARY_FIRST = ("conv_bias_relu_fwd",)
 REBUILD = "run `pip install -e .` in the project's folder"
 CUTLASS_MISSING = "1x1 convolutions are PyTorch's own, for it was built without CUTLASS"
-GET_CUTLASS = "`pip install --no-deps nvidia-cutlass==4.2.0.0` and build again"
+GET_CUTLASS = f"`pip install --no-deps {CUTLASS}` and build again"
 
 
 class BackendUnavailable(RuntimeError):

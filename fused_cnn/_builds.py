@@ -10,6 +10,7 @@ import json
 import re
 from pathlib import Path
 
+CUTLASS = "nvidia-cutlass==4.2.0.0"  # the wheel whose headers the matrix products are made of; its Python dependencies are not needed
 Capability = tuple[int, int]  # compute capability: (9, 0) is Hopper's
 MARK = re.compile(rb"fused_cnn build facts: (\{[^\0]*\})\0")
 

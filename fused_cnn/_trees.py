@@ -19,6 +19,11 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield from tensors(list(value.values()))
 
 
+def leaves_of(value: Any) -> list[Tensor]:
+    """Those of `value`'s tensors that require grad: what a backward pass is for."""
+    return [t for t in tensors(value) if t.requires_grad]
+
+
 def mapped(function: Callable[[Any], Any], value: Any, kind: type) -> Any:
     """`value` with function(v) in place of every v of a kind."""
     if isinstance(value, kind):

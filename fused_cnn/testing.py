@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._trees import mapped, tensors
+from ._trees import leaves_of, mapped
 from .ops._cases import Case, Maker, OpCases
 
 # Largest error relative to the largest true value that is ever accepted: 16 units in the last place, and for float64 and
@@ -95,7 +95,7 @@ class _Run:
     @classmethod
     def of(cls, op_cases: OpCases, inputs: Any, backend: str | None) -> _Run:
         args, kwargs = inputs
-        leaves = [t for t in tensors(inputs) if t.requires_grad]
+        leaves = leaves_of(inputs)
         return cls(op_cases.op(*args, **kwargs, backend=backend), leaves)
 
     def results(self, grad_out: Tensor | None) -> dict[str, Tensor]:

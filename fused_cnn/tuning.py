@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import _tables
 from ._backends import BACKENDS, BackendUnavailable
 from ._tables import Key, Table
-from ._trees import mapped, tensors
+from ._trees import leaves_of, mapped, tensors
 from .measure import Interleaved
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -170,7 +170,7 @@ class _Spec(NamedTuple):
 
 def _work(call: _Call, backend: str) -> Callable[[], object]:
     args, kwargs = mapped(_Spec.make, (call.args, call.kwargs), _Spec)
-    leaves = [t for t in tensors((args, kwargs)) if t.requires_grad]
+    leaves = leaves_of((args, kwargs))
     device = _device(args, kwargs)
     assert device is not None
 

@@ -50,7 +50,7 @@ def main(folder: Path) -> None:
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc and version_of(python, "nvidia-cutlass") is None:
         step("installing CUTLASS's headers")
-        wheel = re.search(r"nvidia-cutlass==[\d.]+", Path("setup.py").read_text())
+        wheel = re.search(r"nvidia-cutlass==[\d.]+", Path("fused_cnn/_builds.py").read_text())
         pip("--no-deps", *([wheel[0]] if wheel else []))
     if version_of(python, "torch") is None:
         step(f"installing torch {TORCH} (the largest download)")

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fused_cnn import _backends, _library
+from fused_cnn._trees import leaves_of
 from fused_cnn.ops._cases import Case, Maker, OpCases
 from fused_cnn.testing import all_cases, compare
 
@@ -52,7 +51,7 @@ def _compare(cases: OpCases, case: Case, dtype: torch.dtype, backend: str) -> No
 
 def _call(cases: OpCases, case: Case, dtype: torch.dtype, layout: str, backend: str) -> None:
     args, kwargs = cases.make(case, Maker(dtype, layout, DEVICE))
-    leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+    leaves = leaves_of((args, kwargs))
     out = cases.op(*args, **kwargs, backend=backend)
     torch.autograd.grad(out, leaves, torch.ones_like(out))
 

@@ -109,8 +109,6 @@ def syntax(version: str) -> list[str]:
 def built(version: str, checkout: Path) -> str:
     """Compile everything in `checkout` against a version's headers, and keep the libraries beside these."""
     cuda = "1" if shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin") else "0"
-    for name in LIBRARIES:
-        (checkout / "fused_cnn" / name).unlink(missing_ok=True)
     folder = unpacked(version)
     build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     wrong = run(build, checkout, PYTHONPATH=str(folder), TORCH_CUDA_ARCH_LIST=ARCHS, FORCE_CUDA=cuda)

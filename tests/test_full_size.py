@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fused_cnn import _library
+from fused_cnn._trees import leaves_of
 from fused_cnn.ops._cases import Case, Maker, OpCases
 from fused_cnn.testing import Comparison, _same_side_of_the_kink, all_cases, judge
 
@@ -113,10 +114,6 @@ def reference(op_cases: OpCases, part: Part, dtype: torch.dtype | None, grad_out
     if grad_out is None:
         return [out]
     return list(torch.autograd.grad(out, leaves_of(inputs), grad_out.to(out.dtype)))
-
-
-def leaves_of(inputs: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.requires_grad]
 
 
 def compare_in_parts(op_cases: OpCases, case: Case, backend: str, dtype: torch.dtype) -> Iterator[Comparison]:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_cnn
 from fused_cnn import _library
 from fused_cnn._backends import best
+from fused_cnn._trees import leaves_of
 from fused_cnn.ops import (
     FoldedConv,
     conv_bias_relu,
@@ -133,7 +134,7 @@ def test_gradcheck_in_float64(op_cases: OpCases) -> None:
 def test_backward_runs_without_an_autocast_that_its_forward_did_not_have(op_cases: OpCases, monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA such an autocast would reach into the kernels' own convolutions."""
     args, kwargs = op_cases.make(smallest(op_cases), Maker(torch.float32, device=DEVICE))
-    leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+    leaves = leaves_of((args, kwargs))
     out = op_cases.op(*args, **kwargs)
     seen = []
 
@@ -160,7 +161,7 @@ def test_compiles_without_graph_breaks(op_cases: OpCases) -> None:
     def run(function: object) -> list[Tensor]:
         args, kwargs = make()
         out = function(args, kwargs)  # type: ignore[operator]
-        leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+        leaves = leaves_of((args, kwargs))
         return [out, *torch.autograd.grad(out.square().sum(), leaves)]
 
     torch._dynamo.reset()
@@ -191,7 +192,7 @@ def test_reruns_are_bitwise_equal(op_cases: OpCases, backend: str | None, monkey
     def run() -> list[Tensor]:
         args, kwargs = op_cases.make(case, Maker(torch.float32, device=DEVICE))
         out = op_cases.op(*args, **kwargs, backend=backend)
-        leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+        leaves = leaves_of((args, kwargs))
         return [out, *torch.autograd.grad(out.square().sum(), leaves)]
 
     try:
@@ -208,7 +209,7 @@ def test_an_expanded_gradient_gives_the_dense_one(op_cases: OpCases) -> None:
         args, kwargs = op_cases.make(smallest(op_cases), Maker(torch.float64, device=DEVICE))
         out = op_cases.op(*args, **kwargs)
         ones = torch.ones((), dtype=out.dtype, device=out.device).expand(out.shape)
-        leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+        leaves = leaves_of((args, kwargs))
         return list(torch.autograd.grad(out, leaves, ones.contiguous() if dense else ones))
 
     for actual, expected in zip(grads(False), grads(True), strict=True):
@@ -218,7 +219,7 @@ def test_an_expanded_gradient_gives_the_dense_one(op_cases: OpCases) -> None:
 @each_op
 def test_double_backward_is_right_or_refused(op_cases: OpCases) -> None:
     args, kwargs = op_cases.make(smallest(op_cases), Maker(torch.float64, device=DEVICE))
-    leaf = next(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad)
+    leaf = leaves_of((args, kwargs))[0]
     (grad,) = torch.autograd.grad(op_cases.op(*args, **kwargs).square().sum(), leaf, create_graph=True)
     if best(op_cases.decides, leaf.device, leaf.dtype) == "reference":  # on a GPU, what has no native kernel in float64
         (again,) = torch.autograd.grad(grad.sum(), leaf)

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_cnn import fuse_
 from fused_cnn._backends import status
+from fused_cnn._trees import leaves_of
 from fused_cnn.ops import (
     BatchNormArgs,
     bn_relu,
@@ -189,7 +189,7 @@ def test_launchers_never_wait_for_the_device(op_cases: OpCases) -> None:
     args, kwargs = op_cases.make(case, Maker(torch.float32, device=DEVICE))
     with NoSynchronisation():
         out = op_cases.op(*args, **kwargs, backend="triton")
-        leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+        leaves = leaves_of((args, kwargs))
         torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
 
 

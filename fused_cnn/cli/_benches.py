@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library
-from .._trees import tensors
+from .._trees import leaves_of
 from ..measure import Interleaved, Timing, Work
 from ..ops._cases import Case, Maker, OpCases
 from ..testing import all_cases, compare
@@ -232,7 +232,7 @@ class OpBench(Bench):
 
         if not backward:
             return torch.no_grad()(forward)
-        leaves = [t for t in tensors((args, kwargs)) if t.requires_grad]
+        leaves = leaves_of((args, kwargs))
         result = forward()
         grad = torch.randn_like(result)
         return lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True)
