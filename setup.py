@@ -136,14 +136,21 @@ def gencode(arch_list: str) -> list[str]:
     return flags
 
 
+def free_gib() -> float:
+    """Memory that can be had, what the page cache would give back included, within what a container may use."""
+    try:
+        found = int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) / 2**20
+    except (OSError, TypeError):
+        return 0.0
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return found if text == "max" else min(found, int(text) / 2**30)
+
+
 def max_jobs(gib_per_job: float) -> int:
     if "MAX_JOBS" in os.environ:
         return max(1, int(os.environ["MAX_JOBS"]))
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    except (ValueError, OSError):
-        free = gib_per_job
-    return max(1, min(len(os.sched_getaffinity(0)), int(free / gib_per_job)))
+    return max(1, min(len(os.sched_getaffinity(0)), int(free_gib() / gib_per_job)))
 
 
 def run(command: list[str], what: str, remedy: str) -> str:

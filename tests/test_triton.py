@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,17 @@ MODELS = {
 }
 
 
+def shortened(model: nn.Module) -> nn.Module:
+    """On a GPU the whole network; for the interpreter what comes before the last layers, whose blocks are the same with more channels."""
+    if DEVICE == "cpu":
+        for name in ("layer3", "layer4", *(f"inception4{i}" for i in "abcde"), "inception5a", "inception5b"):
+            if hasattr(model, name):
+                setattr(model, name, nn.Identity())
+        model.fc = nn.LazyLinear(10)
+        model.eval()(torch.zeros(1, 3, 33, 33))
+    return model
+
+
 def lively(model: nn.Module) -> nn.Module:
     """BatchNorms with statistics that are not trivial, and no dropout, whose masks two models would not share."""
     generator = torch.Generator().manual_seed(0)
@@ -52,7 +64,7 @@ def lively(model: nn.Module) -> nn.Module:
 def pair_of(name: str, images: int) -> tuple[nn.Module, nn.Module, Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = lively(MODELS[name]())
+        model = lively(shortened(MODELS[name]()))
         x = torch.randn(images, 3, 33, 33, device=DEVICE).contiguous(memory_format=torch.channels_last)
     fused = copy.deepcopy(model)
     report = fuse_(fused, backend="triton")
@@ -185,7 +197,7 @@ class NoSynchronisation(TorchDispatchMode):
 @pytest.mark.parametrize("op_cases", all_cases(), ids=lambda o: o.name)
 def test_launchers_never_wait_for_the_device(op_cases: OpCases) -> None:
     """So a CUDA graph can capture them; a GPU's own capture would say the same."""
-    case = next(c for c in op_cases.cases if not c.real and c.shape[0] > 0)
+    case = min((c for c in op_cases.cases if not c.real and c.shape[0] > 0), key=lambda c: math.prod(c.shape))
     args, kwargs = op_cases.make(case, Maker(torch.float32, device=DEVICE))
     with NoSynchronisation():
         out = op_cases.op(*args, **kwargs, backend="triton")
