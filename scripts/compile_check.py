@@ -189,8 +189,9 @@ def triton_kernels(skipped: list[str], wanted: tuple[int, ...]) -> list[Kernel]:
         if room.ispkg and importlib.util.find_spec(f"{ops.__name__}.{room.name}.triton") is not None:
             for i, shipped in enumerate(shipped_by(room.name)):
                 targets = [t for t in wanted if t >= 90 or not shipped.descriptors]
-                # float16 is compiled as bfloat16 is, but for the names of instructions: for one architecture.
-                kinds = ((target, dtype) for target in targets for dtype in shipped.dtypes if dtype != "fp16" or target == 90)
+                # bfloat16 has the largest tiles and the most registers: the others are compiled for one architecture.
+                telling = [dtype for dtype in shipped.dtypes if dtype == "bf16"] or shipped.dtypes
+                kinds = ((target, dtype) for target in targets for dtype in (shipped.dtypes if target == 90 else telling))
                 jobs += [(room.name, i, *kind, tool) for kind in kinds]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         return list(pool.map(compiled, *zip(*jobs, strict=True), chunksize=8))

@@ -160,27 +160,42 @@ def test_results_are_bitwise_equal_in_reruns() -> None:
     assert all(torch.equal(first, run()) for _ in range(3))
 
 
-# Mistakes that the checks must notice: a room that is run, a file, a piece of it, and what stands there instead.
-BREAKS = {
-    "an index too far": ("add_relu", "add_relu/cuda.cu", "if (i < n) out[i] =", "if (i <= n) out[i] ="),
-    "a tail left out": ("add_relu", "add_relu/cuda.cu", "if (done < n) {", "if (done + 1 < n) {"),
-    "a row too many": ("concat_bias_relu", "common/columns.cuh", "if (r < place.end) load(u, r);", "if (r <= place.end) load(u, r);"),
-    "a channel too many": ("concat_bias_relu", "common/octet.cuh", "if (j < n) at[j] =", "if (j <= n) at[j] ="),
-    "a missing barrier": ("concat_bias_relu", "common/columns.cuh", "= values[j];\n  __syncthreads();", "= values[j];"),
-    "a rest of the rows left out": ("conv1x1_bias_relu", "common/gemm/pointwise_conv.cuh", "if (rest > 0) {", "if (rest > 512) {"),
-    "pairs of columns in the wrong place": ("conv1x1_bias_relu", "common/gemm/epilogue.cuh", "upper ? kept : got", "upper ? got : kept"),
-    "a residual's row too far": ("conv1x1_bias_relu", "common/gemm/epilogue.cuh", "row >= m ||", "row > m ||"),
-    "a slice of the product in the wrong place": ("inception", "common/gemm/epilogue.cuh", "column -= slice.columns, slice", "slice"),
-    "vectors where there are none": ("batch_norm", "common/launch.cuh", "(p) % 16 == 0", "(p) % 2 == 0"),
-    "memory off 16 bytes for the library": ("conv_bias_relu", "common/library_conv.h", "% 16 != 0) return", "% 1 != 0) return"),
-    "a channel of the mask left out": ("batch_norm", "batch_norm/cuda_fwd.cu", "j < place.n) byte |=", "j < place.n - 1) byte |="),
+OUTSIDE, OFF = "outside of every tensor", "16 bytes"
+# Mistakes that the checks must notice, by room: a file, a piece of it, what stands there instead, and what is said of it.
+BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
+    "add_relu": {
+        "no mistake": ("add_relu/math.h", "#pragma once", "#pragma once", "passed"),
+        "an index too far": ("add_relu/cuda.cu", "if (i < n) out[i] =", "if (i <= n) out[i] =", OUTSIDE),
+        "a tail left out": ("add_relu/cuda.cu", "if (done < n) {", "if (done + 1 < n) {", "error=inf"),
+        "vectors where there are none": ("common/launch.cuh", "(p) % 16 == 0", "(p) % 2 == 0", OFF),
+    },
+    "concat_bias_relu": {
+        "a row too many": ("common/columns.cuh", "if (r < place.end) load(u, r);", "if (r <= place.end) load(u, r);", OUTSIDE),
+        "a channel too many": ("common/octet.cuh", "if (j < n) at[j] =", "if (j <= n) at[j] =", OUTSIDE),
+        "a missing barrier": ("common/columns.cuh", "= values[j];\n  __syncthreads();", "= values[j];", "error="),
+    },
+    "conv1x1_bias_relu": {
+        "a rest of the rows left out": ("common/gemm/pointwise_conv.cuh", "if (rest > 0) {", "if (rest > 512) {", "error="),
+        "pairs of columns in the wrong place": ("common/gemm/epilogue.cuh", "upper ? kept : got", "upper ? got : kept", "differ"),
+        "a residual's row too far": ("common/gemm/epilogue.cuh", "row >= m ||", "row > m ||", OUTSIDE),
+    },
+    "inception": {
+        "a slice of the product in the wrong place": ("common/gemm/epilogue.cuh", "column -= slice.columns, slice", "slice", OUTSIDE),
+    },
+    "conv_bias_relu": {
+        "memory off 16 bytes for the library": ("common/library_conv.h", "% 16 != 0) return", "% 1 != 0) return", "aten::convolution: "),
+    },
+    "batch_norm": {
+        "a channel of the mask left out": ("batch_norm/cuda_fwd.cu", "j < place.n) byte |=", "j < place.n - 1) byte |=", "error="),
+    },
 }
 
 
-@pytest.mark.parametrize("name", [*BREAKS, "no mistake"])
-def test_a_broken_kernel_is_caught(name: str, tmp_path: Path) -> None:
-    found = simt_backend.run_broken(*BREAKS.get(name, ("add_relu", "add_relu/math.h", "#pragma once", "#pragma once")), tmp_path)
-    assert found.returncode == 0 and found.stdout.split()[0] == ("caught" if name in BREAKS else "passed"), found.stdout + found.stderr
+@pytest.mark.parametrize("room", BREAKS)
+def test_broken_kernels_are_caught(room: str, tmp_path: Path) -> None:
+    found = simt_backend.run_broken(room, {name: how[:3] for name, how in BREAKS[room].items()}, tmp_path)
+    for name, (*_, expected) in BREAKS[room].items():
+        assert found[name].startswith(("caught", "passed")) and expected in found[name], (name, found[name])
 
 
 def test_add_relu_says_where_it_went_wrong() -> None:
