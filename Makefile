@@ -53,7 +53,7 @@ report: venv
 cuda-check: venv
 	$(BIN)/python scripts/compile_check.py --only cuda --json $(CHECKS)/cuda.json
 
-# With the newest Triton; and for one architecture, which shows that it takes them all, with the oldest that boxes with CUDA 13 have (torch
+# With the newest Triton; and for Hopper, in every dtype, with the oldest that machines with CUDA 13 have (torch
 # 2.11 brings it).
 OLD_TRITON = 3.6.0
 triton-check: venv $(VENV)/triton-$(OLD_TRITON)

@@ -36,7 +36,8 @@ from rich.table import Table
 from fused_cnn import _library, ops
 
 ROOT = Path(__file__).resolve().parents[1]
-TRITON_TARGETS = (80, 90, 100)
+# What is compiled where nothing is asked for: bfloat16 has the largest tiles, float32 products of its own, and float16 is as bfloat16.
+TRITON_TARGETS = {80: ("bf16",), 90: ("fp32", "bf16"), 100: ("bf16",)}
 PTXAS = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -175,8 +176,8 @@ def cuda_kernels(skipped: list[str], broken: list[str]) -> list[Kernel]:
     return found
 
 
-def triton_kernels(skipped: list[str], wanted: tuple[int, ...]) -> list[Kernel]:
-    """Every kernel that a room ships, for every wanted target and dtype; a process a core."""
+def triton_kernels(skipped: list[str], only: int | None) -> list[Kernel]:
+    """Every kernel that a room ships, a process a core: for one architecture in every dtype, or as TRITON_TARGETS says."""
     if importlib.util.find_spec("triton") is None:
         skipped.append("Triton kernels: Triton is not installed; `pip install triton`")
         return []
@@ -188,11 +189,9 @@ def triton_kernels(skipped: list[str], wanted: tuple[int, ...]) -> list[Kernel]:
     for room in pkgutil.iter_modules(ops.__path__):
         if room.ispkg and importlib.util.find_spec(f"{ops.__name__}.{room.name}.triton") is not None:
             for i, shipped in enumerate(shipped_by(room.name)):
-                targets = [t for t in wanted if t >= 90 or not shipped.descriptors]
-                # bfloat16 has the largest tiles and the most registers: the others are compiled for one architecture.
-                telling = [dtype for dtype in shipped.dtypes if dtype == "bf16"] or shipped.dtypes
-                kinds = ((target, dtype) for target in targets for dtype in (shipped.dtypes if target == 90 else telling))
-                jobs += [(room.name, i, *kind, tool) for kind in kinds]
+                for target in [only] if only else TRITON_TARGETS:
+                    if target >= 90 or not shipped.descriptors:
+                        jobs += [(room.name, i, target, d, tool) for d in shipped.dtypes if only or d in TRITON_TARGETS[target]]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         return list(pool.map(compiled, *zip(*jobs, strict=True), chunksize=8))
 
@@ -246,12 +245,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every GPU kernel and table what it costs.")
     parser.add_argument("--json", type=Path, help="also save the table here")
     parser.add_argument("--only", choices=("cuda", "triton"), help="leave the other's kernels out")
-    parser.add_argument("--target", type=int, choices=TRITON_TARGETS, help="Triton kernels for this architecture alone")
+    parser.add_argument("--target", type=int, choices=TRITON_TARGETS, help="Triton kernels for this architecture alone, in every dtype")
     arguments = parser.parse_args()
     skipped: list[str] = []
     broken: list[str] = []
     kernels = [] if arguments.only == "triton" else cuda_kernels(skipped, broken)
-    kernels += [] if arguments.only == "cuda" else triton_kernels(skipped, (arguments.target,) if arguments.target else TRITON_TARGETS)
+    kernels += [] if arguments.only == "cuda" else triton_kernels(skipped, arguments.target)
     table = Table("source", "kernel", "arch", "registers", "spilled", "stack", "shared", "matrix units", box=SIMPLE)
     for k in kernels:
         row = (k.source, k.name, k.arch, str(k.registers), str(k.spilled), str(k.stack), str(k.shared), k.matrix)
