@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -149,11 +149,13 @@ def cuda_kernels(skipped: list[str], broken: list[str]) -> list[Kernel]:
     if tool is None:
         skipped.append("CUDA kernels' instructions: no cuobjdump on PATH and no Triton that carries one")
     found = []
-    for file in objects:
-        text = file.with_suffix(".log").read_text()
+    logs = [file.with_suffix(".log").read_text() for file in objects]
+    with_kernels = [bool(tool and PTXAS.search(text)) for text in logs]  # what the host compiler made has no kernels
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        codes = list(pool.map(lambda file, some: disassembled(str(tool), file) if some else {}, objects, with_kernels))
+    for file, text, code in zip(objects, logs, codes, strict=True):
         broken += [f"{file.stem}: {line}" for line in text.splitlines() if "warning" in line or "Performance Loss" in line]
         matches = list(PTXAS.finditer(text))
-        code = disassembled(tool, file) if tool and matches else {}  # what the host compiler made has none
         for m, demangled_name in zip(matches, demangled([m["name"] for m in matches]), strict=True):
             shared = re.search(r"(\d+) bytes smem", m["rest"])
             kernel = Kernel(
