@@ -207,8 +207,9 @@ def vectors(*channels: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]
     )
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 4, 4), (0, 5, 4, 4), (2, 1, 3, 3)], ids=str)
-@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "channels_last"), [((2, 5, 4, 4), True), ((2, 5, 4, 4), False), ((0, 5, 4, 4), True), ((2, 1, 3, 3), False)], ids=str
+)
 def test_opcheck(shape: tuple[int, int, int, int], channels_last: bool) -> None:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x, y = (torch.randn(shape, device=DEVICE).contiguous(memory_format=layout) for _ in range(2))
