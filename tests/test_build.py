@@ -39,7 +39,7 @@ def tree(tmp_path: Path) -> Path:
 
 def build(tree: Path, *before: str, **environment: str) -> subprocess.CompletedProcess[str]:
     script = [sys.executable, *(before or BUILD)]
-    kept = {k: v for k, v in os.environ.items() if k not in ("CXX", "TORCH_CUDA_ARCH_LIST", "FORCE_CUDA", "CUDA_HOME")}
+    kept = {k: v for k, v in os.environ.items() if k not in ("CXX", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST", "FORCE_CUDA", "CUDA_HOME")}
     return subprocess.run(script, cwd=tree, env=kept | environment, capture_output=True, text=True, timeout=300)
 
 
@@ -113,6 +113,23 @@ def fake_tools(tree: Path) -> dict[str, str]:
         path.write_text(script)
         path.chmod(0o755)
     return {"CUDA_HOME": str(tree), "CXX": str(tree / "cxx")}
+
+
+@pytest.mark.parametrize(("limit", "jobs"), [(None, 3), ("max\n", 3), (str(5 << 30), 1)])
+def test_compilers_share_the_memory_that_can_be_had(tree: Path, limit: str | None, jobs: int) -> None:
+    """What the page cache would give back counts, and a container's limit does."""
+    script = (
+        "import os, pathlib, runpy, setuptools\n"
+        "setuptools.setup = lambda **_: None\n"
+        "os.sched_getaffinity = lambda _: range(64)\n"
+        "read, is_file = pathlib.Path.read_text, pathlib.Path.is_file\n"
+        f"said = {{'/proc/meminfo': 'MemFree: 100 kB\\nMemAvailable: {14 << 20} kB\\n', '/sys/fs/cgroup/memory.max': {limit!r}}}\n"
+        "pathlib.Path.read_text = lambda p, *a, **k: said.get(str(p)) or read(p, *a, **k)\n"
+        "pathlib.Path.is_file = lambda p: said[str(p)] is not None if str(p) in said else is_file(p)\n"
+        "print(runpy.run_path('setup.py')['max_jobs'](4.5))\n"
+    )
+    done = build(tree, "-c", script, FORCE_CUDA="0")
+    assert done.returncode == 0 and done.stdout.split() == [str(jobs)], done.stderr
 
 
 def test_an_old_setuptools_is_named(tree: Path) -> None:
