@@ -178,8 +178,8 @@ def cuda_kernels(skipped: list[str], broken: list[str]) -> list[Kernel]:
     return found
 
 
-def triton_kernels(skipped: list[str], only: int | None) -> list[Kernel]:
-    """Every kernel that a room ships, a process a core: for one architecture in every dtype, or as TRITON_TARGETS says."""
+def triton_kernels(skipped: list[str], targets: dict[int, tuple[str, ...]]) -> list[Kernel]:
+    """Every kernel that a room ships, a process a core, for these architectures in these dtypes."""
     if importlib.util.find_spec("triton") is None:
         skipped.append("Triton kernels: Triton is not installed; `pip install triton`")
         return []
@@ -191,9 +191,9 @@ def triton_kernels(skipped: list[str], only: int | None) -> list[Kernel]:
     for room in pkgutil.iter_modules(ops.__path__):
         if room.ispkg and importlib.util.find_spec(f"{ops.__name__}.{room.name}.triton") is not None:
             for i, shipped in enumerate(shipped_by(room.name)):
-                for target in [only] if only else TRITON_TARGETS:
+                for target, dtypes in targets.items():
                     if target >= 90 or not shipped.descriptors:
-                        jobs += [(room.name, i, target, d, tool) for d in shipped.dtypes if only or d in TRITON_TARGETS[target]]
+                        jobs += [(room.name, i, target, dtype, tool) for dtype in shipped.dtypes if dtype in dtypes]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         return list(pool.map(compiled, *zip(*jobs, strict=True), chunksize=8))
 
@@ -247,12 +247,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every GPU kernel and table what it costs.")
     parser.add_argument("--json", type=Path, help="also save the table here")
     parser.add_argument("--only", choices=("cuda", "triton"), help="leave the other's kernels out")
-    parser.add_argument("--target", type=int, choices=TRITON_TARGETS, help="Triton kernels for this architecture alone, in every dtype")
+    parser.add_argument("--target", type=int, choices=TRITON_TARGETS, help="Triton kernels for this architecture alone")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), action="append", help="Triton kernels in these dtypes alone")
     arguments = parser.parse_args()
+    wanted = {arguments.target: TRITON_TARGETS[arguments.target]} if arguments.target else TRITON_TARGETS
+    targets = {target: tuple(arguments.dtype or dtypes) for target, dtypes in wanted.items()}
     skipped: list[str] = []
     broken: list[str] = []
     kernels = [] if arguments.only == "triton" else cuda_kernels(skipped, broken)
-    kernels += [] if arguments.only == "cuda" else triton_kernels(skipped, arguments.target)
+    kernels += [] if arguments.only == "cuda" else triton_kernels(skipped, targets)
     table = Table("source", "kernel", "arch", "registers", "spilled", "stack", "shared", "matrix units", box=SIMPLE)
     for k in kernels:
         row = (k.source, k.name, k.arch, str(k.registers), str(k.spilled), str(k.stack), str(k.shared), k.matrix)

@@ -16,6 +16,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+
 TORCH = "2.13.0"
 MIN_TORCH = (2, 10)
 VERSION_OF = "import importlib.metadata as m; print(m.version({!r}))"
@@ -26,6 +31,12 @@ def version_of(python: str, package: str) -> tuple[int, int] | None:
     done = subprocess.run([python, "-c", VERSION_OF.format(package)], capture_output=True, text=True)
     match = re.match(r"(\d+)\.(\d+)", done.stdout)
     return (int(match[1]), int(match[2])) if done.returncode == 0 and match else None
+
+
+def requirements(*extras: str) -> list[str]:
+    """What pyproject.toml says that the project and these extras need."""
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    return [*project["dependencies"], *(needed for extra in extras for needed in project["optional-dependencies"][extra])]
 
 
 def step(text: str) -> None:
@@ -44,7 +55,8 @@ def main(folder: Path) -> None:
             (folder / "lib" / version / "site-packages" / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
     def pip(*packages: str) -> None:
-        subprocess.run([python, "-m", "pip", "install", "-qq", *packages], check=True)
+        # Python compiles what it imports; to compile all of torch takes longer than its download.
+        subprocess.run([python, "-m", "pip", "install", "-qq", "--no-compile", *packages], check=True)
 
     pip("setuptools>=77", "wheel")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -60,10 +72,12 @@ def main(folder: Path) -> None:
     if version_of(python, "torchvision") is None:
         step("installing torchvision, for its architectures")
         pip("--no-deps", f"torchvision==0.{torch[1] + 15}.*")
-    step("building fused_cnn (MAX_JOBS limits how many compilers run at once)")
-    subprocess.run([python, "setup.py", "--quiet", "build_ext", "--inplace"], check=True)
-    step("installing what its tests and commands need")
-    pip("--no-build-isolation", "-e", ".[verify,test,lint]")
+    step("building fused_cnn (MAX_JOBS limits how many compilers run at once), and installing what its tests and commands need")
+    with subprocess.Popen([python, "setup.py", "--quiet", "build_ext", "--inplace"]) as build:
+        pip(*requirements("verify", "test", "lint"))
+    if build.returncode:
+        raise subprocess.CalledProcessError(build.returncode, build.args)
+    pip("--no-build-isolation", "--no-deps", "-e", ".")
     subprocess.run([python, "examples/torchvision_shim.py"], check=True)
 
 
