@@ -53,11 +53,12 @@ report: venv
 cuda-check: venv
 	$(BIN)/python scripts/compile_check.py --only cuda --json $(CHECKS)/cuda.json
 
-# With the newest Triton; and for Hopper, in float16, with the oldest that machines with CUDA 13 have (torch 2.11 brings it).
+# With the newest Triton; and for Hopper, in the dtypes that it leaves out or has products of their own for, with the oldest that
+# machines with CUDA 13 have (torch 2.11 brings it).
 OLD_TRITON = 3.6.0
 triton-check: venv $(VENV)/triton-$(OLD_TRITON)
 	$(BIN)/python scripts/compile_check.py --only triton --json $(CHECKS)/triton.json
-	PYTHONPATH=$(abspath $(VENV)/triton-$(OLD_TRITON)) $(BIN)/python scripts/compile_check.py --only triton --target 90 --dtype fp16 --json $(CHECKS)/triton-$(OLD_TRITON).json
+	PYTHONPATH=$(abspath $(VENV)/triton-$(OLD_TRITON)) $(BIN)/python scripts/compile_check.py --only triton --target 90 --dtype fp16 --dtype fp32 --json $(CHECKS)/triton-$(OLD_TRITON).json
 
 $(VENV)/triton-$(OLD_TRITON): | venv
 	rm -rf $@.partial

@@ -137,14 +137,17 @@ def gencode(arch_list: str) -> list[str]:
 
 
 def free_gib() -> float:
-    """Memory that can be had, what the page cache would give back included, within what a container may use."""
+    """Memory that can be had, with what the page cache would give back, here or in this container."""
+    group = Path("/sys/fs/cgroup")
     try:
         found = int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) / 2**20
+        limit = (group / "memory.max").read_text() if (group / "memory.max").is_file() else "max"
+        if limit.strip() != "max":
+            used = int(re.search(r"(?m)^anon (\d+)", (group / "memory.stat").read_text())[1])
+            found = min(found, (int(limit) - used) / 2**30)
+        return found
     except (OSError, TypeError):
-        return 0.0
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return found if text == "max" else min(found, int(text) / 2**30)
+        return 0.0  # unknown: one compiler
 
 
 def max_jobs(gib_per_job: float) -> int:

@@ -8,6 +8,7 @@ torchvision follows torch's version and comes without its dependencies, so that 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -16,13 +17,16 @@ import sys
 import sysconfig
 from pathlib import Path
 
+TORCH = "2.13.0"
+MIN_TORCH = (2, 10)
+READ_PROJECT = """
+import json
 try:
     import tomllib
 except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
-
-TORCH = "2.13.0"
-MIN_TORCH = (2, 10)
+print(json.dumps(tomllib.load(open("pyproject.toml", "rb"))["project"]))
+"""
 VERSION_OF = "import importlib.metadata as m; print(m.version({!r}))"
 
 
@@ -33,9 +37,10 @@ def version_of(python: str, package: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if done.returncode == 0 and match else None
 
 
-def requirements(*extras: str) -> list[str]:
+def requirements(python: str, *extras: str) -> list[str]:
     """What pyproject.toml says that the project and these extras need."""
-    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    done = subprocess.run([python, "-c", READ_PROJECT], capture_output=True, text=True, check=True)
+    project = json.loads(done.stdout)
     return [*project["dependencies"], *(needed for extra in extras for needed in project["optional-dependencies"][extra])]
 
 
@@ -74,7 +79,7 @@ def main(folder: Path) -> None:
         pip("--no-deps", f"torchvision==0.{torch[1] + 15}.*")
     step("building fused_cnn (MAX_JOBS limits how many compilers run at once), and installing what its tests and commands need")
     with subprocess.Popen([python, "setup.py", "--quiet", "build_ext", "--inplace"]) as build:
-        pip(*requirements("verify", "test", "lint"))
+        pip(*requirements(python, "verify", "test", "lint"))
     if build.returncode:
         raise subprocess.CalledProcessError(build.returncode, build.args)
     pip("--no-build-isolation", "--no-deps", "-e", ".")

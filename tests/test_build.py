@@ -115,7 +115,7 @@ def fake_tools(tree: Path) -> dict[str, str]:
     return {"CUDA_HOME": str(tree), "CXX": str(tree / "cxx")}
 
 
-@pytest.mark.parametrize(("limit", "jobs"), [(None, 3), ("max\n", 3), (str(5 << 30), 1)])
+@pytest.mark.parametrize(("limit", "jobs"), [(None, 3), ("max\n", 3), (str(11 << 30), 2)])
 def test_compilers_share_the_memory_that_can_be_had(tree: Path, limit: str | None, jobs: int) -> None:
     """What the page cache would give back counts, and a container's limit does."""
     script = (
@@ -123,7 +123,8 @@ def test_compilers_share_the_memory_that_can_be_had(tree: Path, limit: str | Non
         "setuptools.setup = lambda **_: None\n"
         "os.sched_getaffinity = lambda _: range(64)\n"
         "read, is_file = pathlib.Path.read_text, pathlib.Path.is_file\n"
-        f"said = {{'/proc/meminfo': 'MemFree: 100 kB\\nMemAvailable: {14 << 20} kB\\n', '/sys/fs/cgroup/memory.max': {limit!r}}}\n"
+        f"said = {{'/proc/meminfo': 'MemFree: 100 kB\\nMemAvailable: {14 << 20} kB\\n', '/sys/fs/cgroup/memory.max': {limit!r},\n"
+        f"    '/sys/fs/cgroup/memory.stat': 'anon {1 << 30}\\nfile {9 << 30}\\n'}}\n"
         "pathlib.Path.read_text = lambda p, *a, **k: said.get(str(p)) or read(p, *a, **k)\n"
         "pathlib.Path.is_file = lambda p: said[str(p)] is not None if str(p) in said else is_file(p)\n"
         "print(runpy.run_path('setup.py')['max_jobs'](4.5))\n"

@@ -44,27 +44,28 @@ def small(case: Case, side: int = 14) -> Case:
     return Case(case.name, (n, c, min(h, side), min(w, side)), case.options, case.real)
 
 
-CHEAPEST = 2  # real layers of an op that are run where they are slow
+CHEAPEST = 2  # real layers of an op that Triton's interpreter takes
 
 
 def chosen(op_cases: OpCases, backend: str, dtype: torch.dtype, layout: str) -> list[Case]:
-    """The cases in the sizes that tests run: all of them, but on a CPU for two that are slow there.
+    """The cases in the sizes that tests run.
 
-    Triton's interpreter takes an op's cheapest real layers, at 7 x 7, and every awkward case, in channels_last; in the other layouts, and
-    in float16, which differ before the kernel and in its casts, a third of the awkward cases each. Eager's float16 convolutions, which
-    are compared with, are much slower than float32's: real layers are at 7 x 7 and in channels_last.
+    On a CPU real layers in float16 are at 7 x 7 and in channels_last, because eager's convolutions in it are slow there. Triton's
+    interpreter, which is slower, takes the cheapest real layers of those, and every awkward case in float32 and channels_last; in float16
+    and in the other layouts, which differ in casts and before the kernel, it takes a third of the awkward cases.
     """
+    interpreted = backend == "triton" and DEVICE == "cpu"
     awkward = [small(c) for c in op_cases.cases if not c.real]
-    real = [small(c) for c in op_cases.cases if c.real]
-    if DEVICE == "cpu" and (backend == "triton" or dtype == torch.float16):
-        real = [small(c, 7) for c in real] if layout == "channels_last" else []
-    if DEVICE == "cpu" and backend == "triton":
-        real = sorted(real, key=lambda c: sum(vars(op_cases.cost(c, 4)).values()))[:CHEAPEST]
-        if layout != "channels_last":
-            return awkward[LAYOUTS.index(layout) - 1 :: len(LAYOUTS) - 1] if dtype == torch.float32 else []
-        if dtype == torch.float16:
-            awkward = awkward[:: len(LAYOUTS) - 1]
-    return [*real, *awkward]
+    real = [small(c, 7 if interpreted or (DEVICE == "cpu" and dtype == torch.float16) else 14) for c in op_cases.cases if c.real]
+    if DEVICE == "cpu" and layout != "channels_last" and (interpreted or dtype == torch.float16):
+        real = []
+    if not interpreted:
+        return [*real, *awkward]
+    real.sort(key=lambda c: sum(vars(op_cases.cost(c, 4)).values()))
+    thirds = [awkward[i::3] for i in range(3)]
+    if layout == "channels_last":
+        return [*real[:CHEAPEST], *(awkward if dtype == torch.float32 else thirds[0])]
+    return thirds[LAYOUTS.index(layout) - 1] if dtype == torch.float32 else []
 
 
 def every_case() -> list[object]:
