@@ -99,7 +99,7 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
-    return found
+    return found | {"torch": torch.__version__}  # which says what it was built for; its package may not
 
 
 def cpuinfo(field: str) -> str:
