@@ -40,7 +40,7 @@ def test_info_lists_every_backend_with_its_state(capfd: pytest.CaptureFixture[st
         (b, d) for b in ("reference", "native", "triton") for d in ("cpu", "cuda")
     }
     assert all(b["on"] or (b["reason"] and b["hint"]) for b in facts["backends"])
-    assert facts["build"]["_C.so"]["compiler"] and facts["versions"]["torch"] and facts["devices"]["cpu"]
+    assert facts["build"]["_C.so"]["compiler"] and facts["versions"]["torch"] == torch.__version__ and facts["devices"]["cpu"]
 
 
 def test_info_prints_tables(capfd: pytest.CaptureFixture[str]) -> None:
