@@ -122,7 +122,7 @@ class Progress:
     def summary(self) -> Iterator[str]:
         left_out, more = sum(self.ahead.values()), self.more()
         if left_out:
-            yield f"{left_out} of these rows were not measured: {MINUTES} minutes were over"
+            yield f"{left_out} of these rows were not measured: they would have gone past {MINUTES} minutes"
         if more:
             whole = self.estimate(Counter(map(table, rows(full=True))))
             yield f"left out: {sum(more.values())} more rows; all of them, with --full, take {_minutes(whole)} or more"
@@ -179,7 +179,7 @@ def measure(
 
     def run(bench: Bench) -> None:
         if not progress.fits(bench):
-            pytest.skip(f"{MINUTES} minutes are over")
+            pytest.skip(f"would go past {MINUTES} minutes")
         start = time.monotonic()
         row = measured(worker, bench, seconds, ceilings)
         progress.note(bench, row, time.monotonic() - start)
