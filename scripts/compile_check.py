@@ -150,9 +150,12 @@ def cuda_kernels(skipped: list[str], broken: list[str]) -> list[Kernel]:
         skipped.append("CUDA kernels' instructions: no cuobjdump on PATH and no Triton that carries one")
     found = []
     logs = [file.with_suffix(".log").read_text() for file in objects]
-    with_kernels = [bool(tool and PTXAS.search(text)) for text in logs]  # what the host compiler made has no kernels
+
+    def code_in(file: Path, log: str) -> dict[tuple[str, str], str]:
+        return disassembled(tool, file) if tool and PTXAS.search(log) else {}  # what the host compiler made has none
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        codes = list(pool.map(lambda file, some: disassembled(str(tool), file) if some else {}, objects, with_kernels))
+        codes = list(pool.map(code_in, objects, logs))
     for file, text, code in zip(objects, logs, codes, strict=True):
         broken += [f"{file.stem}: {line}" for line in text.splitlines() if "warning" in line or "Performance Loss" in line]
         matches = list(PTXAS.finditer(text))

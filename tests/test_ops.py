@@ -55,10 +55,9 @@ def chosen(op_cases: OpCases, backend: str, dtype: torch.dtype, layout: str) -> 
     and in the other layouts, which differ in casts and before the kernel, it takes a third of the awkward cases.
     """
     interpreted = backend == "triton" and DEVICE == "cpu"
+    slow = interpreted or (dtype == torch.float16 and DEVICE == "cpu")
     awkward = [small(c) for c in op_cases.cases if not c.real]
-    real = [small(c, 7 if interpreted or (DEVICE == "cpu" and dtype == torch.float16) else 14) for c in op_cases.cases if c.real]
-    if DEVICE == "cpu" and layout != "channels_last" and (interpreted or dtype == torch.float16):
-        real = []
+    real = [small(c, 7 if slow else 14) for c in op_cases.cases if c.real and (layout == "channels_last" or not slow)]
     if not interpreted:
         return [*real, *awkward]
     real.sort(key=lambda c: sum(vars(op_cases.cost(c, 4)).values()))

@@ -122,7 +122,8 @@ def contiguous(model: nn.Module) -> nn.Module:
     """A copy that runs in the other memory layout, by other algorithms: a second sample of eager's own
     error.
     """
-    return copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    other: Any = copy.deepcopy(model)  # whose `to` the stubs of some torch do not know with memory_format alone
+    return other.to(memory_format=torch.contiguous_format)
 
 
 def compare_scores(pair: Pair, images: Tensor) -> tuple[Number, dict[str, float]]:

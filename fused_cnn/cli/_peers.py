@@ -106,7 +106,8 @@ class Exported:
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         self.images = images.float().contiguous()
-        plain = copy.deepcopy(model).float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        plain: Any = copy.deepcopy(model)  # whose `to` the stubs of some torch do not know with memory_format alone
+        plain = plain.float().to(memory_format=torch.contiguous_format)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(plain, (self.images,), dynamo=True, verbose=False)
