@@ -35,7 +35,7 @@ GIB_PER_JOB = {"_C": 1.5, "_C_cuda": 4.5}  # the largest translation unit's peak
 
 SOURCES, BUILDS = (run_path(str(ROOT / "fused_cnn" / name)) for name in ("_sources.py", "_builds.py"))
 
-# One instruction set per compilation of every csrc/*/cpu_kernels.cpp; chosen at run time (csrc/common/cpu_level.h).
+# One instruction set per compilation of every csrc/**/cpu_kernels.cpp; chosen at run time (csrc/cpu/level.h).
 CPU_LEVELS = {"generic": []}
 if platform.machine() in ("x86_64", "AMD64"):
     avx2 = ["-mavx2", "-mfma", "-mf16c"]

@@ -1,4 +1,4 @@
-"""The one layout rule of every op, shared by fake kernels and the reference (csrc/common/checks.h states it for C++).
+"""The one layout rule of every op, shared by fake kernels and the reference (csrc/shared/checks.h states it for C++).
 
 A result is channels_last where the first input's channels are adjacent in memory, else contiguous (N, C, H, W).
 """

@@ -11,7 +11,6 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 CSRC = PACKAGE.parent / "csrc"
-CUDA_FILES = (".cu", ".cuh")
 
 
 def digest(paths: Iterable[Path], root: Path) -> str:
@@ -26,17 +25,20 @@ def files_under(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
 
 
-def _of_device(paths: Iterable[Path], device: str) -> set[Path]:
-    """Those that the native kernels of a device are made of; "cpu" and "cuda" share headers."""
-    of_cuda = {p for p in paths if p.suffix in CUDA_FILES}
-    if device == "cpu":
-        return set(paths) - of_cuda
-    return of_cuda | {p for p in paths if p.suffix == ".h" and not p.name.startswith("cpu_") and "engine" not in p.parts}
+def _serves(path: Path, device: str) -> bool:
+    """Whether a file of csrc/ is part of a device's native kernels. csrc/cpu and csrc/cuda are one device's; in the rooms `cpu*` is the
+    CPU's and `.cu` and `.cuh` are CUDA's; other headers are both's."""
+    top = path.relative_to(CSRC).parts[0]
+    if top in ("cpu", "cuda"):
+        return top == device
+    if path.suffix in (".cu", ".cuh"):
+        return device == "cuda"
+    return device == "cpu" if path.suffix == ".cpp" or path.name.startswith("cpu") else True
 
 
 def library_hash(device: str) -> str:
     """Of everything that a device's native library is compiled from."""
-    return digest(_of_device(files_under(CSRC), device), CSRC)
+    return digest([path for path in files_under(CSRC) if _serves(path, device)], CSRC)
 
 
 def kernel_hash(room: str, backend: str, device: str) -> str | None:
@@ -54,7 +56,8 @@ def kernel_hash(room: str, backend: str, device: str) -> str | None:
         return digest([*(PACKAGE / "ops").glob("_triton*.py"), PACKAGE / "ops" / room / "triton.py"], PACKAGE)
     if not CSRC.is_dir():
         return None
-    return digest(_of_device([*files_under(CSRC / "common"), *files_under(CSRC / room)], device), CSRC)
+    found = [path for top in ("shared", device, room) for path in files_under(CSRC / top)]
+    return digest([path for path in found if _serves(path, device)], CSRC)
 
 
 def hashes(device: str) -> dict[str, dict[str, str | None]]:

@@ -32,9 +32,9 @@ NAMESPACE = "fused_cnn_simt"
 ROOMS = {  # and their ops
     "add_relu": ("add_relu",),
     "batch_norm": ("bn_relu", "bn_add_relu", "bn_relu_concat"),
-    "concat_bias_relu": ("concat_bias_relu",),
+    "concat": ("concat_bias_relu",),
     "conv1x1_bias_relu": ("conv1x1_bias_relu",),
-    "conv_bias_relu": ("conv_bias_relu",),
+    "conv": ("conv_bias_relu",),
     "inception": ("inception",),
 }
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-w"]
@@ -134,7 +134,7 @@ def main(room: str, folders: Sequence[str]) -> None:
 
 def verdict(csrc: Path, room: str) -> str:
     """ "passed", or "caught" and what was."""
-    needed = {"inception": ("conv1x1_bias_relu", "conv_bias_relu", "inception")}.get(room, (room,))
+    needed = {"inception": ("conv1x1_bias_relu", "conv", "inception")}.get(room, (room,))
     install(csrc, needed).simt_install(True)
     _backends.BACKENDS = (*_backends.BACKENDS, "simt")
     for cases in all_cases():

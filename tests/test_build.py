@@ -96,7 +96,7 @@ import pathlib
 is_file = pathlib.Path.is_file
 pathlib.Path.is_file = lambda p: "cutlass_library" not in str(p) and is_file(p)
 """
-FEW = ("add_relu/cuda.cu", "conv1x1_bias_relu/cuda.cu", "common/gemm/sm80_bf16.cu", "common/gemm/sm90a_bf16.cu", "add_relu/cpu.cpp")
+FEW = ("add_relu/cuda.cu", "conv1x1_bias_relu/cuda.cu", "cuda/gemm/sm80_bf16.cu", "cuda/gemm/sm90a_bf16.cu", "add_relu/cpu.cpp")
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_products_are_built_for_their_own_architectures(
     done = build(tree, PYTHONPATH=str(tree / "site"), TORCH_CUDA_ARCH_LIST=archs, **fake_tools)
     assert done.returncode == 0, done.stdout + done.stderr
     for name, expected in (("sm90a", hopper), ("sm80", others)):
-        calls = nvcc_calls(tree, f"csrc/common/gemm/{name}_bf16.cu")
+        calls = nvcc_calls(tree, f"csrc/cuda/gemm/{name}_bf16.cu")
         assert len(calls) == bool(expected)
         assert all(f"code={code}" in call for call in calls for code in expected)
     (room,) = nvcc_calls(tree, "csrc/conv1x1_bias_relu/cuda.cu")
@@ -227,7 +227,7 @@ def test_without_cutlass_the_rest_is_built_and_a_line_says_what_is_missing(tree:
     done = build(tree, "-c", f"{WITHOUT_CUTLASS}\n{RUN}", TORCH_CUDA_ARCH_LIST="9.0a", **fake_tools)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "CUTLASS's headers were not found" in done.stdout and "`pip install --no-deps nvidia-cutlass==" in done.stdout
-    assert not nvcc_calls(tree, "csrc/common/gemm/sm90a_bf16.cu")
+    assert not nvcc_calls(tree, "csrc/cuda/gemm/sm90a_bf16.cu")
     (room,) = nvcc_calls(tree, "csrc/conv1x1_bias_relu/cuda.cu")
     assert "-DFUSED_CNN_GEMM_SM90A=0" in room
 

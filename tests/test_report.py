@@ -86,13 +86,13 @@ def test_a_benchmark_is_evidence_because_it_checks_first() -> None:
 
 def test_a_kernels_hash_follows_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_sources, "CSRC", tmp_path)
-    for file in ("common/rows.h", "common/cpu_vec.h", "common/launch.cuh", "room/cpu.cpp", "room/cuda.cu", "other/cuda.cu"):
+    for file in ("shared/rows.h", "cpu/simd.h", "cuda/launch.cuh", "room/cpu.cpp", "room/cuda.cu", "other/cuda.cu"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text("")
     before = {device: _sources.kernel_hash("room", "native", device) for device in ("cpu", "cuda")}
     touched = {
-        "room/cuda.cu": {"cuda"}, "common/launch.cuh": {"cuda"}, "common/rows.h": {"cpu", "cuda"}, "room/cpu.cpp": {"cpu"},
-        "common/cpu_vec.h": {"cpu"}, "other/cuda.cu": set(),
+        "room/cuda.cu": {"cuda"}, "cuda/launch.cuh": {"cuda"}, "shared/rows.h": {"cpu", "cuda"}, "room/cpu.cpp": {"cpu"},
+        "cpu/simd.h": {"cpu"}, "other/cuda.cu": set(),
     }  # fmt: skip
     for file, devices in touched.items():
         (tmp_path / file).write_text("changed")

@@ -68,8 +68,8 @@ def number(file: str, line: str) -> int:
     return int(found)
 
 
-COLUMNS, CONV = "common/columns.cuh", "common/gemm/pointwise_conv.cuh"
-OCTET = number("common/octet.cuh", "kOctet = #;")
+COLUMNS, CONV = "cuda/column_reduction.cuh", "cuda/gemm/pointwise_conv.cuh"
+OCTET = number("cuda/vector.cuh", "kOctet = #;")
 STRIP = OCTET * number(COLUMNS, "kStripOctets = #;")  # channels that a block takes
 BRANCHES = number(COLUMNS, "kBranches = #;")  # that a launch takes
 CHUNK = number(COLUMNS, "size = std::max<int64_t>(#, ")  # the fewest rows of a chunk of them
@@ -167,23 +167,23 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
         "no mistake": ("add_relu/math.h", "#pragma once", "#pragma once", "passed"),
         "an index too far": ("add_relu/cuda.cu", "if (i < n) out[i] =", "if (i <= n) out[i] =", OUTSIDE),
         "a tail left out": ("add_relu/cuda.cu", "if (done < n) {", "if (done + 1 < n) {", "error=inf"),
-        "vectors where there are none": ("common/launch.cuh", "(p) % 16 == 0", "(p) % 2 == 0", OFF),
+        "vectors where there are none": ("cuda/launch.cuh", "(p) % 16 == 0", "(p) % 2 == 0", OFF),
     },
-    "concat_bias_relu": {
-        "a row too many": ("common/columns.cuh", "if (r < place.end) load(u, r);", "if (r <= place.end) load(u, r);", OUTSIDE),
-        "a channel too many": ("common/octet.cuh", "if (j < n) at[j] =", "if (j <= n) at[j] =", OUTSIDE),
-        "a missing barrier": ("common/columns.cuh", "= values[j];\n  __syncthreads();", "= values[j];", "error="),
+    "concat": {
+        "a row too many": ("cuda/column_reduction.cuh", "if (r < place.end) load(u, r);", "if (r <= place.end) load(u, r);", OUTSIDE),
+        "a channel too many": ("cuda/vector.cuh", "if (j < n) at[j] =", "if (j <= n) at[j] =", OUTSIDE),
+        "a missing barrier": ("cuda/column_reduction.cuh", "= values[j];\n  __syncthreads();", "= values[j];", "error="),
     },
     "conv1x1_bias_relu": {
-        "a rest of the rows left out": ("common/gemm/pointwise_conv.cuh", "if (rest > 0) {", "if (rest > 512) {", "error="),
-        "pairs of columns in the wrong place": ("common/gemm/epilogue.cuh", "upper ? kept : got", "upper ? got : kept", "differ"),
-        "a residual's row too far": ("common/gemm/epilogue.cuh", "row >= m ||", "row > m ||", OUTSIDE),
+        "a rest of the rows left out": ("cuda/gemm/pointwise_conv.cuh", "if (rest > 0) {", "if (rest > 512) {", "error="),
+        "pairs of columns in the wrong place": ("cuda/gemm/epilogue.cuh", "upper ? kept : got", "upper ? got : kept", "differ"),
+        "a residual's row too far": ("cuda/gemm/epilogue.cuh", "row >= m ||", "row > m ||", OUTSIDE),
     },
     "inception": {
-        "a slice of the product in the wrong place": ("common/gemm/epilogue.cuh", "column -= slice.columns, slice", "slice", OUTSIDE),
+        "a slice of the product in the wrong place": ("cuda/gemm/epilogue.cuh", "column -= slice.columns, slice", "slice", OUTSIDE),
     },
-    "conv_bias_relu": {
-        "memory off 16 bytes for the library": ("common/library_conv.h", "% 16 != 0) return", "% 1 != 0) return", "aten::convolution: "),
+    "conv": {
+        "memory off 16 bytes for the library": ("shared/aten_conv.h", "% 16 != 0) return", "% 1 != 0) return", "aten::convolution: "),
     },
     "batch_norm": {
         "a channel of the mask left out": ("batch_norm/cuda_fwd.cu", "j < place.n) byte |=", "j < place.n - 1) byte |=", "error="),

@@ -152,9 +152,9 @@ def test_a_slice_is_written_whole_and_its_neighbours_are_not(channels: int) -> N
     """Each kernel that writes into a slice of a wider tensor, alone: in an op, the next branch would write over what overran."""
     from fused_cnn.ops._triton_conv import Geometry, conv_forward, weight_rows
     from fused_cnn.ops.batch_norm.triton import TILE, apply_kernel
-    from fused_cnn.ops.concat_bias_relu.triton import CHANNELS as BC
-    from fused_cnn.ops.concat_bias_relu.triton import ROWS as BM
-    from fused_cnn.ops.concat_bias_relu.triton import bias_relu_kernel
+    from fused_cnn.ops.concat.triton import CHANNELS as BC
+    from fused_cnn.ops.concat.triton import ROWS as BM
+    from fused_cnn.ops.concat.triton import bias_relu_kernel
 
     x = torch.randn(2, channels, 5, 7, device=DEVICE).contiguous(memory_format=torch.channels_last)
     weight, kernel = (torch.randn(channels, channels, k, k, device=DEVICE) for k in (1, 3))

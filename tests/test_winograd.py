@@ -1,4 +1,4 @@
-"""The CPU convolution's Winograd form: 3 x 3, stride 1 (csrc/common/engine/conv_winograd.inc)."""
+"""The CPU convolution's Winograd form: 3 x 3, stride 1 (csrc/cpu/engine/conv_winograd.inc)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 // fused_cnn::add_relu_fwd and add_relu_bwd on the CPU: check, bring both inputs to one dense layout, run the loop on
 // every thread.
 #include "add_relu/cpu_kernels.h"
-#include "common/checks.h"
-#include "common/cpu_parallel.h"
+#include "shared/checks.h"
+#include "cpu/parallel.h"
 
 namespace fused_cnn {
 namespace {

@@ -2,7 +2,7 @@
 // writes one gradient, which both inputs share.
 #include "add_relu/cpu_kernels.h"
 #include "add_relu/math.h"
-#include "common/cpu_chunk.h"
+#include "cpu/chunk.h"
 
 namespace fused_cnn::FUSED_CNN_LEVEL {
 namespace {

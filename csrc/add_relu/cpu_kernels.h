@@ -1,7 +1,7 @@
 // Loops over n adjacent elements; see math.h for the formulas.
 #pragma once
-#include "common/cpu_level.h"
-#include "common/dtype.h"
+#include "cpu/level.h"
+#include "shared/dtype.h"
 
 namespace fused_cnn {
 FUSED_CNN_KERNEL(void add_relu_fwd(DType dtype, const void* x, const void* residual, void* out, int64_t n))

@@ -2,7 +2,7 @@
 // thread. Reads two tensors and writes one; tensors that do not start on 16 bytes take the same loop with one element a
 // step.
 #include "add_relu/math.h"
-#include "common/launch.cuh"
+#include "cuda/launch.cuh"
 
 namespace fused_cnn {
 namespace {

@@ -1,6 +1,6 @@
 // out = relu(x + residual); grad_x = grad_residual = grad_out where out > 0 or out is NaN, else 0.
 #pragma once
-#include "common/relu.h"
+#include "shared/relu.h"
 
 namespace fused_cnn::add_relu {
 

@@ -2,7 +2,7 @@
 // Bit c of a row of C channels is set where the output is not <= 0 (so also for NaN); a row takes ceil(C / 8)
 // bytes.
 #pragma once
-#include "common/cpu_vec.h"
+#include "cpu/simd.h"
 
 namespace fused_cnn::FUSED_CNN_LEVEL {
 namespace {

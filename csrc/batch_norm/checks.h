@@ -2,7 +2,7 @@
 #pragma once
 #include <optional>
 #include <vector>
-#include "common/rows.h"
+#include "shared/rows.h"
 
 namespace fused_cnn {
 

@@ -5,8 +5,8 @@
 #include <tuple>
 #include "batch_norm/checks.h"
 #include "batch_norm/cpu_kernels.h"
-#include "common/cpu_memory.h"
-#include "common/cpu_parallel.h"
+#include "cpu/memory.h"
+#include "cpu/parallel.h"
 
 namespace fused_cnn {
 

@@ -5,8 +5,8 @@
 #include "batch_norm/cpu_kernels.h"
 #include "batch_norm/bits.h"
 #include "batch_norm/math.h"
-#include "common/cpu_chunk.h"
-#include "common/cpu_vec.h"
+#include "cpu/chunk.h"
+#include "cpu/simd.h"
 
 namespace fused_cnn::FUSED_CNN_LEVEL {
 namespace {

@@ -1,8 +1,8 @@
 // Loops over rows of channels; see math.h for the formulas. Vectors are float (double where x is),
 // activations are of `dtype`.
 #pragma once
-#include "common/cpu_level.h"
-#include "common/dtype.h"
+#include "cpu/level.h"
+#include "shared/dtype.h"
 
 namespace fused_cnn {
 

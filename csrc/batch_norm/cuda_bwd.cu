@@ -1,6 +1,6 @@
 // fused_cnn::bn_relu_concat_bwd and bn_add_relu_bwd on CUDA, in two passes: the sums per channel, which are the
-// parameters' gradients, added up without atomics (common/columns.cuh); then the inputs' gradients. ReLU's mask is
-// computed again from the inputs, or read where the forward kept it.
+// parameters' gradients, added up without atomics (cuda/column_reduction.cuh); then the inputs' gradients. ReLU's mask
+// is computed again from the inputs, or read where the forward kept it.
 #include <optional>
 #include <tuple>
 #include "batch_norm/cuda_inputs.cuh"

@@ -3,7 +3,7 @@
 #pragma once
 #include "batch_norm/checks.h"
 #include "batch_norm/math.h"
-#include "common/columns.cuh"
+#include "cuda/column_reduction.cuh"
 
 namespace fused_cnn {
 

@@ -6,7 +6,7 @@
 // C is float, double, or a compiler vector of them. Forward and backward share normalize(), so a recomputed
 // ReLU mask is the mask.
 #pragma once
-#include "common/relu.h"
+#include "shared/relu.h"
 
 namespace fused_cnn::batch_norm {
 

@@ -1,5 +1,5 @@
-// fused_cnn::conv1x1_bias_relu_fwd and conv1x1_bias_relu_bwd on the CPU; see common/cpu_conv.h.
-#include "common/cpu_conv.h"
+// fused_cnn::conv1x1_bias_relu_fwd and conv1x1_bias_relu_bwd on the CPU; see cpu/conv.h.
+#include "cpu/conv.h"
 
 namespace fused_cnn {
 namespace {

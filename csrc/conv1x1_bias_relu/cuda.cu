@@ -1,5 +1,5 @@
-// fused_cnn::conv1x1_bias_relu_fwd and _bwd on CUDA; see common/gemm/pointwise_conv.cuh.
-#include "common/gemm/pointwise_conv.cuh"
+// fused_cnn::conv1x1_bias_relu_fwd and _bwd on CUDA; see cuda/gemm/pointwise_conv.cuh.
+#include "cuda/gemm/pointwise_conv.cuh"
 
 namespace fused_cnn {
 namespace {

@@ -1,6 +1,6 @@
 // What inception's backends share: the convolutions' places, and the checks of their weights.
 #pragma once
-#include "common/library_conv.h"
+#include "shared/aten_conv.h"
 
 namespace fused_cnn {
 

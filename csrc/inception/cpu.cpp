@@ -4,7 +4,7 @@
 // float32 and bfloat16: four engine calls. The three 1x1 convolutions of x are one call with three destinations: branch
 // 1's slice of the output and the two reduction buffers; the others and the projection write straight into their
 // slices. Other dtypes go through the library and copy each branch into its slice.
-#include "common/cpu_conv.h"
+#include "cpu/conv.h"
 #include "inception/checks.h"
 
 namespace fused_cnn {

@@ -2,7 +2,7 @@
 // product with three destinations, branch 1's slice of the output and the two reductions; the pool's projection writes
 // into its slice too. The k x k convolutions are the library's, and one pass brings each, with bias and ReLU, into its
 // slice.
-#include "common/gemm/pointwise.cuh"
+#include "cuda/gemm/pointwise.cuh"
 #include "inception/checks.h"
 
 namespace fused_cnn {

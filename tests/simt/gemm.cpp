@@ -1,6 +1,6 @@
-// The products of common/gemm/gemm.h in place of CUTLASS's: a warp takes 16 rows and 32 columns and leaves them in its
+// The products of cuda/gemm/gemm.h in place of CUTLASS's: a warp takes 16 rows and 32 columns and leaves them in its
 // threads as tensor cores do, then comes the epilogue of the real ones.
-#include "common/gemm/epilogue.cuh"
+#include "cuda/gemm/epilogue.cuh"
 
 namespace fused_cnn {
 namespace {

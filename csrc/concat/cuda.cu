@@ -1,0 +1,72 @@
+// fused_cnn::concat_bias_relu_fwd and _bwd on CUDA: all branches in one launch, each element read once and written
+// once.
+#include <optional>
+#include <tuple>
+#include "cuda/bias_residual_relu.cuh"
+#include "cuda/drelu_bgrad.cuh"
+
+namespace fused_cnn {
+namespace {
+
+Tensor concat_bias_relu_fwd(const std::vector<Tensor>& branches, const std::optional<Tensor>& bias, bool relu) {
+  const char* op = "concat_bias_relu_fwd";
+  const int64_t total = check_branches(op, branches);
+  const DType dtype = dtype_of(op, "branch 0", branches[0]);
+  const Launch launch(branches[0]);
+  Tensor vector;
+  if (bias) vector = checked_vector(op, "bias", *bias, total, branches[0], vector_dtype(dtype));
+  std::vector<RowView> views;
+  for (const Tensor& branch : branches) views.push_back(rows_of(branch));
+  const RowResult out(branches[0], total, result_format(branches[0]));
+  with_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    using B = compute_t<T>;
+    std::vector<FinishBranch<T, B>> list;
+    int64_t first = 0;
+    for (size_t i = 0; i < branches.size(); ++i) {
+      const int64_t channels = branches[i].size(1);
+      list.push_back({static_cast<const T*>(views[i].data), views[i].stride,
+                      bias ? static_cast<const B*>(vector.data_ptr()) + first : nullptr, nullptr, 0,
+                      static_cast<T*>(out.data) + first, total, channels});
+      first += channels;
+    }
+    finish_rows(launch, list, relu, row_count(branches[0]));
+  });
+  return out.finish();
+}
+
+std::tuple<std::vector<Tensor>, Tensor> concat_bias_relu_bwd(const Tensor& grad_out, const std::optional<Tensor>& out,
+                                                             const std::vector<int64_t>& channels, bool bias) {
+  const char* op = "concat_bias_relu_bwd";
+  const int64_t total = check_concatenation(op, grad_out, out, channels);
+  const DType dtype = dtype_of(op, "grad_out", grad_out);
+  const Launch launch(grad_out);
+  const RowView grad = rows_of(grad_out);
+  std::optional<RowView> outs;
+  if (out) outs = rows_of(*out);
+  Tensor grad_bias = empty_vector(grad_out, bias ? total : 0, vector_dtype(dtype));
+  std::vector<RowResult> results;
+  for (const int64_t c : channels) results.emplace_back(grad_out, c, result_format(out ? *out : grad_out));
+  with_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    std::vector<MaskBranch<T>> list;
+    int64_t first = 0;
+    for (size_t i = 0; i < channels.size(); ++i) {
+      list.push_back({static_cast<T*>(results[i].data), channels[i], first});
+      first += channels[i];
+    }
+    mask_rows(launch, grad, outs ? &*outs : nullptr, list, total,
+              bias ? static_cast<compute_t<T>*>(grad_bias.data_ptr()) : nullptr, row_count(grad_out));
+  });
+  std::vector<Tensor> grads;
+  for (const RowResult& result : results) grads.push_back(result.finish());
+  return {grads, grad_bias};
+}
+
+}  // namespace
+}  // namespace fused_cnn
+
+FUSED_CNN_CUDA_IMPL(m) {
+  m.impl("concat_bias_relu_fwd", FUSED_CNN_BOX(&fused_cnn::concat_bias_relu_fwd));
+  m.impl("concat_bias_relu_bwd", FUSED_CNN_BOX(&fused_cnn::concat_bias_relu_bwd));
+}

@@ -1,0 +1,27 @@
+// What Python asks of the CPU library beside its ops, as C functions: the library needs no Python to load, and so fits
+// every version of it.
+#include "cpu/conv.h"
+#include "cpu/level.h"
+
+#define FUSED_CNN_EXPORT extern "C" __attribute__((visibility("default")))
+
+FUSED_CNN_EXPORT const char* fused_cnn_cpu_level() {
+  return fused_cnn::cpu_level_name();
+}
+
+// See set_cpu_level.
+FUSED_CNN_EXPORT bool fused_cnn_set_cpu_level(const char* name) {
+  return fused_cnn::set_cpu_level(name);
+}
+
+// How many bytes of its packed weight a convolution of x (N, C, H, W) reads: it may hold the weight in two forms.
+// kernel, stride, padding and dilation are (h, w) each.
+FUSED_CNN_EXPORT int64_t fused_cnn_packed_bytes_read(const int64_t x[4], int64_t out_channels, const int64_t kernel[2],
+                                                     const int64_t stride[2], const int64_t padding[2],
+                                                     const int64_t dilation[2], bool bfloat16, bool in_place) {
+  using namespace fused_cnn;
+  const auto pair = [](const int64_t* v) { return Ints{v[0], v[1]}; };
+  const engine::ConvShape shape = engine_shape(x[0], x[1], x[2], x[3], out_channels, pair(kernel),
+                                               {pair(stride), pair(padding), pair(dilation), 1});
+  return engine::packed_bytes_read(shape, bfloat16 ? engine::DType::bf16 : engine::DType::f32, in_place);
+}

@@ -1,0 +1,305 @@
+// Everything of the convolution engine that is compiled once per instruction set (cpu/level.h): packing, the
+// gathering of a block's input, and the loop over the tiles of an item. All but the table of functions at the end has
+// internal linkage, and nothing of the standard library but memcpy and memset is used: an inline library function
+// compiled here could otherwise be the copy that the linker keeps for the whole program, and fault on an older CPU.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#include <cstdint>
+#include <cstring>
+#include "cpu/engine/conv_plan.h"
+
+#if defined(__AVX512BF16__)
+#define ENGINE_BF16_PRODUCTS
+#endif
+
+#if defined(__clang__)
+#define ENGINE_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define ENGINE_UNROLL _Pragma("GCC unroll 32")
+#endif
+#define ENGINE_INLINE inline __attribute__((always_inline))
+#define ENGINE_LAMBDA __attribute__((always_inline))
+
+namespace fused_cnn::engine {
+namespace {
+
+// Floats per vector, and output pixels per tile: a tile's sums are twice that many vectors, beside 2 weights and 1
+// input.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kTilePixels = 14;  // of 32 registers
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kTilePixels = 6;  // of 16 registers
+#elif defined(__x86_64__)
+constexpr int kLanes = 4, kTilePixels = 6;
+#else
+constexpr int kLanes = 4, kTilePixels = 12;  // of 32 registers on aarch64
+#endif
+constexpr int kPanelVectors = 2;
+
+#if defined(__AMX_BF16__)
+constexpr int kBf16Step = kMatrixStep;
+#elif defined(ENGINE_BF16_PRODUCTS)
+constexpr int kBf16Step = 2;
+#else
+constexpr int kBf16Step = 1;
+#endif
+
+#include "cpu/engine/conv_simd.inc"
+#include "cpu/engine/conv_tile.inc"
+#include "cpu/engine/max_pool.inc"
+
+// packed: bias, then for each panel [taps_h][taps_w][padded run / P / rows][vectors][rows][lanes][P], with P
+// consecutive k side by side for products of P elements, and `rows` of those together for matrix units (otherwise 1).
+// Lanes past a destination's last channel, and k past the run, are zero.
+template <class Product, class T>
+void pack_as(const Plan& plan, const void* const* weight, const float* const* bias, void* packed) {
+  constexpr int P = Product::kPerStep, kRows = Product::kRows;
+  using Element = typename Product::Element;
+  const ConvShape& s = plan.shape;
+  const Reduction& r = plan.reduction;
+  float* packed_bias = (float*)packed + (plan.bias - (const float*)plan.args.packed);
+  char* packed_weight = (char*)packed + ((const char*)plan.weight - (const char*)plan.args.packed);
+  memset(packed_bias, 0, plan.vectors * kLanes * sizeof(float));
+  memset(packed_weight, 0, plan.panel_bytes / kPanelVectors * plan.vectors);
+  const int64_t steps = r.padded / P, spatial = s.kernel_h * s.kernel_w;
+
+  for (int d = 0; d < s.destinations; d++) {
+    for (int64_t o = 0; o < s.out_channels[d]; o++) {
+      const int64_t vector = plan.vector_of[d] + o / kLanes, panel = vector / kPanelVectors;
+      const int64_t vectors = plan.vectors - panel * kPanelVectors < kPanelVectors ? 1 : kPanelVectors;
+      const T* from = (const T*)weight[d] + o * s.C * spatial;
+      Element* to = (Element*)(packed_weight + panel * plan.panel_bytes);
+      if (bias[d]) packed_bias[vector * kLanes + o % kLanes] = bias[d][o];
+      for (int64_t tap = 0; tap < spatial; tap++) {
+        for (int64_t c = 0; c < s.C; c++) {
+          const int64_t in_run = r.fold ? tap % s.kernel_w * s.C + c : c;
+          const int64_t step = (r.fold ? tap / s.kernel_w : tap) * steps + in_run / P;
+          const T value = from[c * spatial + tap];
+          const int64_t row = (step / kRows * vectors + vector % kPanelVectors) * kRows + step % kRows;
+          Element& slot = to[(row * kLanes + o % kLanes) * P + in_run % P];
+          if constexpr (sizeof(T) == sizeof(Element))
+            memcpy(&slot, &value, sizeof value);
+          else
+            slot = to_float(value);
+        }
+      }
+    }
+  }
+}
+
+template <class T, class U>
+ENGINE_INLINE void copy_elements(U* to, const T* from, int64_t n) {
+  if constexpr (sizeof(T) == sizeof(U)) {
+    memcpy(to, from, n * sizeof(T));
+  } else {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+    for (; i < n; i++) to[i] = to_float(from[i]);
+  }
+}
+
+// Scratch pixel (j, i) is input pixel (y0 + j * stride_y, x0 + i * stride_x), or zero outside the image.
+template <class T, class U>
+void gather(const Plan& plan, int64_t n, int64_t y0, int64_t x0, int64_t in_h, U* scratch) {
+  const ConvShape& s = plan.shape;
+  const int64_t stride_y = s.stride_h / plan.step_h, stride_x = s.stride_w / plan.step_w, row = plan.in_w * plan.pitch;
+  const int64_t left = x0 < 0 ? (-x0 + stride_x - 1) / stride_x : 0;
+  int64_t right = (s.W - x0 + stride_x - 1) / stride_x;  // first column past the image
+  right = right < left ? left : right > plan.in_w ? plan.in_w : right;
+  for (int64_t j = 0; j < in_h; j++, scratch += row) {
+    const int64_t y = y0 + j * stride_y;
+    if (y < 0 || y >= s.H || left >= plan.in_w) {
+      memset(scratch, 0, row * sizeof(U));
+      continue;
+    }
+    const T* from = (const T*)plan.args.x + ((n * s.H + y) * s.W + x0 + left * stride_x) * plan.args.x_pitch;
+    memset(scratch, 0, left * plan.pitch * sizeof(U));
+    if (stride_x == 1 && plan.args.x_pitch == s.C && plan.pitch == s.C) {
+      copy_elements(scratch + left * s.C, from, (right - left) * s.C);
+    } else {
+      for (int64_t i = left; i < right; i++, from += stride_x * plan.args.x_pitch)
+        copy_elements(scratch + i * plan.pitch, from, s.C);
+    }
+    memset(scratch + right * plan.pitch, 0, (plan.in_w - right) * plan.pitch * sizeof(U));
+  }
+}
+
+// Sets where a vector's channels go, and tells which destination that is.
+template <class T>
+int set_output(const Plan& plan, int64_t vector, Output& output) {
+  int d = 0;
+  while (vector >= plan.vector_of[d + 1]) d++;
+  const Destination& to = plan.args.destination[d];
+  const int64_t channel = (vector - plan.vector_of[d]) * kLanes, left = plan.shape.out_channels[d] - channel;
+  output = {(T*)to.out + channel,
+            to.residual ? (const T*)to.residual + channel : nullptr,
+            to.pitch,
+            to.residual_pitch,
+            left < kLanes ? left : kLanes,
+            to.relu};
+  return d;
+}
+
+// The output pixels of an item, and the input pixel that the first tap meets at the first of them.
+struct Block {
+  int64_t index, n, oy, ox, rows, columns, y0, x0;
+  int64_t first_panel, last_panel;
+  int64_t next_group;  // of the thread's next item
+};
+
+Block block_of(const Plan& plan, int64_t item) {
+  const ConvShape& s = plan.shape;
+  Block b;
+  const int64_t group = item % plan.groups, next = item + plan.workers;
+  b.index = item / plan.groups;
+  b.n = b.index / plan.blocks_x / plan.blocks_y;
+  b.oy = b.index / plan.blocks_x % plan.blocks_y * plan.block_h;
+  b.ox = b.index % plan.blocks_x * plan.block_w;
+  b.rows = plan.out_h - b.oy < plan.block_h ? plan.out_h - b.oy : plan.block_h;
+  b.columns = plan.out_w - b.ox < plan.block_w ? plan.out_w - b.ox : plan.block_w;
+  b.y0 = b.oy * s.stride_h - s.pad_h;
+  b.x0 = b.ox * s.stride_w - s.pad_w;
+  b.first_panel = group * plan.panels / plan.groups;
+  b.last_panel = (group + 1) * plan.panels / plan.groups;
+  b.next_group = next < plan.items ? next % plan.groups : group;
+  return b;
+}
+
+// The panel whose weights are fetched while the item's tiles meet panel p, or -1. Weights come from memory on every
+// call of a network (they are larger than the caches), so the panels that follow are fetched a piece per tile: this
+// item's, then those of the thread's next item.
+int64_t panel_ahead(const Plan& plan, int64_t item, const Block& b, int64_t p) {
+  const bool next_weights = b.next_group != item % plan.groups, last = p + 1 == b.last_panel;
+  const int64_t next_panel = b.next_group * plan.panels / plan.groups;
+  if (plan.tiles_first) return next_weights ? next_panel + (p - b.first_panel) : -1;
+  return !last ? p + 1 : next_weights ? next_panel : -1;
+}
+
+// One block of output pixels by one group of panels. Weights that fit in L2 stay there while the tiles go by, each
+// meeting every panel at once, so that input and output stream through memory in order. Otherwise panels are the outer
+// loop: one panel (128 bytes * K) stays in L2 while every tile of the block, whose input is there as well, goes by.
+template <class Product, class T>
+void run_item_as(const Plan& plan, int64_t item, Scratch& scratch) {
+  using Element = typename Product::Element;
+  const ConvShape& s = plan.shape;
+  const Block b = block_of(plan, item);
+
+  const Element* x = (const Element*)scratch.data;
+  int64_t row_pitch = plan.in_w * plan.pitch;
+  if (!plan.gather) {
+    x = (const Element*)plan.args.x + ((b.n * s.H + b.y0) * s.W + b.x0) * plan.pitch;
+    row_pitch = s.W * plan.pitch;
+  } else if (scratch.block != b.index) {
+    const int64_t in_h = (b.rows - 1) * plan.step_h + (s.kernel_h - 1) * s.dilation_h + 1;
+    gather<T>(plan, b.n, b.y0, b.x0, in_h, (Element*)scratch.data);
+    scratch.block = b.index;
+  }
+
+  Tile tile;
+  constexpr int64_t kSize = sizeof(Element);
+  tile.step = plan.step_w * plan.pitch * kSize;
+  tile.taps_h = plan.reduction.taps_h, tile.taps_w = plan.reduction.taps_w, tile.run = plan.reduction.run;
+  tile.tap_h_step = s.dilation_h * row_pitch * kSize;
+  tile.tap_w_step = s.dilation_w * plan.pitch * kSize;
+  tile.H = s.H, tile.dilation_h = s.dilation_h;
+  const int64_t row_step = plan.step_h * row_pitch * kSize;
+  const int64_t first_pixel = (b.n * plan.out_h + b.oy) * plan.out_w + b.ox;
+
+  // A tile is part of one row, or two whole rows where these are short. Parts are as equal as can be: 15 is 8 and 7.
+  const bool two_rows = b.columns * 2 <= kTilePixels;
+  const int64_t parts = (b.columns + kTilePixels - 1) / kTilePixels;
+  const int64_t tiles = two_rows ? (b.rows + 1) / 2 : b.rows * parts;
+
+  auto run = [&](int64_t p, int64_t t) {
+    const int64_t vectors = plan.vectors - p * kPanelVectors < kPanelVectors ? 1 : kPanelVectors;
+    tile.weight = (const char*)plan.weight + p * plan.panel_bytes;
+    tile.bias = plan.bias + p * kPanelVectors * kLanes;
+    for (int64_t j = 0; j < vectors; j++) set_output<T>(plan, p * kPanelVectors + j, tile.output[j]);
+
+    const int64_t y = two_rows ? 2 * t : t / parts, part = two_rows ? 0 : t % parts;
+    const bool pair = two_rows && y + 1 < b.rows;
+    const int64_t begin = part * b.columns / parts, pixels = (part + 1) * b.columns / parts - begin,
+                  half = (pixels + 1) / 2;
+    tile.x[0] = (const char*)x + y * row_step + begin * tile.step;
+    tile.x[1] = tile.x[0] + (pair ? row_step : half * tile.step);
+    const int64_t ahead = panel_ahead(plan, item, b, p);
+    if (ahead >= 0) {
+      const int64_t steps = tile.taps_h * tile.taps_w * (tile.run / Product::kPerStep);
+      tile.ahead = (const char*)plan.weight + ahead * plan.panel_bytes + t * plan.panel_bytes / tiles;
+      tile.ahead_step = plan.panel_bytes / tiles / (steps > 0 ? steps : 1);
+    } else {
+      const bool streams = !plan.gather && p == b.first_panel;  // the input comes from memory, in order
+      tile.ahead = streams ? tile.x[0] + pixels * tile.step : tile.x[0];
+      tile.ahead_step = streams ? 64 : 0;
+    }
+    tile.row[0] = b.y0 + y * s.stride_h;
+    tile.row[1] = tile.row[0] + (pair ? s.stride_h : 0);
+    tile.out_pixel[0] = first_pixel + y * plan.out_w + begin;
+    tile.out_pixel[1] = tile.out_pixel[0] + (pair ? plan.out_w : half);
+    tile_function<Product, T>(pair ? 2 * pixels : pixels, vectors)(tile);
+  };
+  if (plan.tiles_first) {
+    for (int64_t t = 0; t < tiles; t++)
+      for (int64_t p = b.first_panel; p < b.last_panel; p++) run(p, t);
+  } else {
+    for (int64_t p = b.first_panel; p < b.last_panel; p++)
+      for (int64_t t = 0; t < tiles; t++) run(p, t);
+  }
+}
+
+#include "cpu/engine/conv_winograd.inc"
+#if defined(__AMX_BF16__)
+#include "cpu/engine/conv_amx.inc"
+#endif
+
+#ifdef ENGINE_BF16_PRODUCTS
+using Bf16Product = PairProduct;
+#else
+using Bf16Product = FloatProduct;
+#endif
+
+void pack(const Plan& plan, const void* const* weight, const float* const* bias, void* packed) {
+  const bool f32 = plan.dtype == DType::f32;
+  (f32 ? pack_as<FloatProduct, float> : pack_as<Bf16Product, bfloat16>)(plan, weight, bias, packed);
+  if (plan.winograd.weight != nullptr) (f32 ? pack_winograd<float> : pack_winograd<bfloat16>)(plan, weight, packed);
+}
+
+void run_item(const Plan& plan, int64_t item, Scratch& scratch) {
+  if (plan.dtype == DType::f32) return run_item_as<FloatProduct, float>(plan, item, scratch);
+#if defined(__AMX_BF16__)
+  run_item_amx(plan, item, scratch);
+#else
+  run_item_as<Bf16Product, bfloat16>(plan, item, scratch);
+#endif
+}
+
+void run_winograd(const Plan& plan, int64_t item, Scratch& scratch) {
+  (plan.dtype == DType::f32 ? run_item_winograd<float> : run_item_winograd<bfloat16>)(plan, item, scratch);
+}
+
+void max_pool_row(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, void* out, int64_t out_pitch,
+                  int64_t row) {
+  if (dtype == DType::f32)
+    max_pool_row_as(shape, (const float*)x, x_pitch, (float*)out, out_pitch, row);
+  else
+    max_pool_row_as(shape, (const bfloat16*)x, x_pitch, (bfloat16*)out, out_pitch, row);
+}
+
+void max_pool_backward_band(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, const void* grad_out,
+                            void* grad_x, const PoolBand& band, float* ring) {
+  if (dtype == DType::f32)
+    max_pool_backward_as(shape, (const float*)x, x_pitch, (const float*)grad_out, (float*)grad_x, band, ring);
+  else
+    max_pool_backward_as(shape, (const bfloat16*)x, x_pitch, (const bfloat16*)grad_out, (bfloat16*)grad_x, band, ring);
+}
+
+}  // namespace
+
+}  // namespace fused_cnn::engine
+
+namespace fused_cnn::FUSED_CNN_LEVEL {
+extern const engine::Level engine_level = {
+    engine::kLanes,   engine::kTilePixels,  engine::kBf16Step,    engine::pack,
+    engine::run_item, engine::run_winograd, engine::max_pool_row, engine::max_pool_backward_band};
+}  // namespace fused_cnn::FUSED_CNN_LEVEL

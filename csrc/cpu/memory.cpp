@@ -1,0 +1,110 @@
+// The pool behind empty_result(); see cpu_memory.h. torch_from_blob, which takes a deleter, is in PyTorch's stable
+// interface from 2.11 on, and is looked up at run time: with 2.10 every result is an ordinary tensor.
+#include "cpu/memory.h"
+#include <algorithm>
+#include <cstdlib>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <sys/mman.h>
+#endif
+
+namespace fused_cnn {
+namespace {
+
+constexpr int64_t kHugePage = int64_t{1} << 21;
+constexpr int64_t kSmallest = int64_t{1} << 20, kLargest = int64_t{1} << 26;  // bytes of a pooled result
+constexpr int64_t kKept = int64_t{1} << 27;                                   // bytes of freed memory, at most
+
+using FromBlob = AOTITorchError (*)(void*, int64_t, const int64_t*, const int64_t*, int64_t, int32_t, int32_t, int32_t,
+                                    AtenTensorHandle*, int32_t, const uint8_t*, int64_t, void (*)(void*, void*), void*);
+
+FromBlob from_blob() {
+#if defined(__linux__)
+  static const auto found = reinterpret_cast<FromBlob>(dlsym(RTLD_DEFAULT, "torch_from_blob"));
+  return found;
+#else
+  return nullptr;
+#endif
+}
+
+struct Block {
+  void* data;
+  int64_t bytes;
+};
+
+class Pool {
+ public:
+  // At least `bytes`, and less than twice as many; null where the system has no memory.
+  void* take(int64_t bytes) {
+    const int64_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    {
+      const std::lock_guard lock(mutex_);
+      auto best = free_.end();
+      for (auto it = free_.begin(); it != free_.end(); ++it) {
+        if (it->bytes >= bytes && it->bytes < 2 * rounded && (best == free_.end() || it->bytes <= best->bytes))
+          best = it;
+      }
+      if (best != free_.end()) {
+        void* data = best->data;
+        kept_ -= best->bytes;
+        free_.erase(best);
+        return data;
+      }
+    }
+    void* data = std::aligned_alloc(kHugePage, rounded);
+    if (data == nullptr) return nullptr;
+#if defined(__linux__)
+    madvise(data, rounded, MADV_HUGEPAGE);
+#endif
+    const std::lock_guard lock(mutex_);
+    sizes_[data] = rounded;
+    return data;
+  }
+
+  void give(void* data) {
+    const std::lock_guard lock(mutex_);
+    free_.push_back({data, sizes_.at(data)});
+    kept_ += free_.back().bytes;
+    while (kept_ > kKept) {  // the longest unused goes first
+      kept_ -= free_.front().bytes;
+      sizes_.erase(free_.front().data);
+      std::free(free_.front().data);
+      free_.erase(free_.begin());
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<Block> free_;  // the latest freed last
+  std::unordered_map<void*, int64_t> sizes_;
+  int64_t kept_ = 0;
+};
+
+Pool& pool() {
+  static Pool& pool = *new Pool;  // never destroyed: a tensor may outlive every other static
+  return pool;
+}
+
+}  // namespace
+
+Tensor empty_result(const Tensor& like, int64_t channels, int64_t height, int64_t width) {
+  const int64_t bytes = like.size(0) * channels * height * width * like.element_size();
+  if (bytes < kSmallest || bytes > kLargest || from_blob() == nullptr)
+    return empty_nchw(like, channels, height, width, MemoryFormat::ChannelsLast);
+  void* data = pool().take(bytes);
+  FUSED_CNN_CHECK(data != nullptr, "out of memory: ", bytes, " bytes for a result");
+  const int64_t sizes[] = {like.size(0), channels, height, width};
+  const int64_t strides[] = {height * width * channels, 1, width * channels, channels};
+  const auto code = [](auto value) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(value)); };
+  AtenTensorHandle handle;
+  const AOTITorchError failed = from_blob()(
+      data, 4, sizes, strides, 0, code(like.scalar_type()), code(like.device().type()), like.device().index(), &handle,
+      code(torch::headeronly::Layout::Strided), nullptr, 0, [](void* freed, void*) { pool().give(freed); }, nullptr);
+  FUSED_CNN_CHECK(failed == 0, "a result of ", bytes, " bytes could not be made a tensor");
+  return Tensor(handle);
+}
+
+}  // namespace fused_cnn

@@ -1,0 +1,113 @@
+// 1x1 convolutions over rows of channels: a product on tensor cores where it takes the shape and the type, else the
+// library's convolution and one pass for what follows it (finish_rows.cuh). Float32 is the library's, which follows
+// PyTorch's own allow_tf32.
+#pragma once
+#include <climits>
+#include "cuda/bias_residual_relu.cuh"
+#include "cuda/gemm/gemm.h"
+#include "shared/aten_conv.h"
+
+namespace fused_cnn {
+
+inline bool gemm_takes(DType dtype, int64_t rows, int64_t inputs, int64_t outputs) {
+  return (dtype == DType::f16 || dtype == DType::bf16) && rows > 0 && inputs > 0 && outputs > 0 && inputs % 8 == 0 &&
+         outputs % 8 == 0 && std::max({rows, inputs, outputs}) <= INT_MAX - 128;
+}
+
+// The same, copied where it does not lie on 16 bytes.
+inline Tensor on_16_bytes(const Tensor& t) {
+  return aligned16(t.data_ptr()) ? t : torch::stable::clone(t);
+}
+
+inline RowView on_16_bytes(const RowView& rows) {
+  const Tensor& t = rows.tensor;
+  // Rows that overlap, as an expanded tensor's do, are none to TMA.
+  if (aligned16(rows.data) && rows.stride % 8 == 0 && rows.stride >= t.size(1)) return rows;
+  Tensor copy = empty_rows(t, t.size(1), t.size(2), t.size(3));
+  torch::stable::copy_(copy, t);
+  return {copy, copy.data_ptr(), t.size(1)};
+}
+
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, device);
+  FUSED_CNN_CHECK(error == cudaSuccess, "no attribute ", static_cast<int>(attribute), " of CUDA device ", device, ": ",
+                  cudaGetErrorString(error));
+  return value;
+}
+
+// The kernels of this build for the device of a launch; null where it has none.
+struct GemmKernels {
+  cudaError_t (*f16)(const Gemm&, int, cudaStream_t) = nullptr;
+  cudaError_t (*bf16)(const Gemm&, int, cudaStream_t) = nullptr;
+  int multiprocessors;
+
+  explicit GemmKernels(int device) : multiprocessors(device_attribute(cudaDevAttrMultiProcessorCount, device)) {
+    const int major = device_attribute(cudaDevAttrComputeCapabilityMajor, device);
+#if FUSED_CNN_GEMM_SM80
+    if (major >= 8) f16 = gemm_sm80_f16, bf16 = gemm_sm80_bf16;
+#endif
+#if FUSED_CNN_GEMM_SM90A
+    if (major == 9) f16 = gemm_sm90a_f16, bf16 = gemm_sm90a_bf16;
+#endif
+  }
+  explicit operator bool() const { return f16 != nullptr; }
+
+  void run(const Launch& launch, const Gemm& gemm) const {
+    const auto kernel = gemm.dtype == DType::f16 ? f16 : bf16;
+    const cudaError_t error = kernel(gemm, multiprocessors, launch.stream());
+    if (error != cudaSuccess) cudaGetLastError();  // or this library's next check would report it once more
+    FUSED_CNN_CHECK(error == cudaSuccess, "product of ", gemm.m, " x ", gemm.k, " and ", gemm.k, " x ", gemm.n,
+                    ": launch failed: ", cudaGetErrorString(error));
+  }
+};
+
+// relu(convolution + bias + residual) of what the library's convolution gave, its channels into the slices in order.
+// bias is contiguous.
+inline void finish_convolution(const Launch& launch, const Tensor& convolution, const std::optional<Tensor>& bias,
+                               const RowView* residual, bool relu, const std::vector<GemmSlice>& slices) {
+  const RowView y = rows_of(convolution);
+  with_type(dtype_of("finish_convolution", "its result", convolution), [&](auto element) {
+    using T = decltype(element);
+    std::vector<FinishBranch<T, T>> branches;
+    int64_t first = 0;
+    for (const GemmSlice& slice : slices) {
+      branches.push_back({static_cast<const T*>(y.data) + first, y.stride,
+                          bias ? static_cast<const T*>(bias->data_ptr()) + first : nullptr,
+                          residual ? static_cast<const T*>(residual->data) + first : nullptr,
+                          residual ? residual->stride : 0, static_cast<T*>(slice.data), slice.pitch, slice.columns});
+      first += slice.columns;
+    }
+    finish_rows(launch, branches, relu, row_count(convolution));
+  });
+}
+
+// relu(x weight^T + bias + residual), its columns into the slices in order. x has (N, C, H, W), `in` its rows; weight
+// is (out, C, 1, 1) and bias (out,), both contiguous and of x's type.
+inline void pointwise(const Launch& launch, const Tensor& x, const RowView& in, const Tensor& weight,
+                      const std::optional<Tensor>& bias, const RowView* residual, bool relu,
+                      const std::vector<GemmSlice>& slices) {
+  const DType dtype = dtype_of("pointwise", "x", x);
+  const int64_t rows = row_count(x), inputs = x.size(1), outputs = weight.size(0);
+  if (rows == 0 || outputs == 0) return;
+  bool takes = gemm_takes(dtype, rows, inputs, outputs) && slices.size() <= kGemmSlices;
+  for (const GemmSlice& s : slices) takes = takes && aligned16(s.data) && s.pitch % 8 == 0 && s.columns % 8 == 0;
+  if (takes) {
+    if (const GemmKernels kernels(x.get_device_index()); kernels) {
+      const RowView a = on_16_bytes(in), addend = residual ? on_16_bytes(*residual) : RowView{};
+      const Tensor b = on_16_bytes(weight), vector = bias ? on_16_bytes(*bias) : Tensor();
+      Gemm gemm{GemmKind::narrow, dtype, {a.data, a.stride}, {b.data_ptr(), inputs}, 0, 0, 0, 0, 0, 1, {}};
+      gemm.m = static_cast<int>(rows), gemm.n = static_cast<int>(outputs), gemm.k = static_cast<int>(inputs);
+      const int64_t tiles = ceil_div<int64_t>(rows, 128) * ceil_div<int64_t>(outputs, 128);
+      if (outputs > 64 && tiles >= 2 * kernels.multiprocessors) gemm.kind = GemmKind::wide;
+      gemm.epilogue.bias = bias ? vector.data_ptr() : nullptr, gemm.epilogue.relu = relu;
+      if (residual) gemm.epilogue.residual = {addend.data, addend.stride};
+      for (const GemmSlice& slice : slices) gemm.epilogue.slice[gemm.epilogue.slices++] = slice;
+      return kernels.run(launch, gemm);
+    }
+  }
+  finish_convolution(launch, library_conv(x, weight, std::nullopt, pointwise_params({1, 1})), bias, residual, relu,
+                     slices);
+}
+
+}  // namespace fused_cnn

@@ -1,0 +1,63 @@
+// Products for every GPU from sm_80 on: cp.async loads in stages, ldmatrix, and mma.sync of 16 x 8 x 16.
+#pragma once
+#include <cute/tensor.hpp>
+#include <cutlass/gemm/collective/collective_mma.hpp>
+#include "cuda/gemm/cutlass.cuh"
+
+namespace fused_cnn {
+
+// How so many threads bring an operand's tile to shared memory, how it lies there, and how warps read it: rows of
+// adjacent k (kAlongK), or of adjacent m or n.
+template <class Element, bool kAlongK, int kThreads>
+struct Sm80Operand {
+  template <int kRows, int kColumns>
+  using RowMajor =
+      cute::Layout<cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>, cute::Stride<cute::Int<kColumns>, cute::_1>>;
+  template <int kRows, int kColumns>
+  using ColumnMajor =
+      cute::Layout<cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>, cute::Stride<cute::_1, cute::Int<kRows>>>;
+  template <class AlongK, class Across>
+  using Either = std::conditional_t<kAlongK, AlongK, Across>;
+
+  using Load = cute::Copy_Atom<cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<cute::uint128_t>, Element>;
+  using Gmem = decltype(cute::make_tiled_copy(Load{}, Either<RowMajor<kThreads / 8, 8>, ColumnMajor<8, kThreads / 8>>{},
+                                              Either<RowMajor<1, 8>, ColumnMajor<8, 1>>{}));
+  using Smem = decltype(cute::composition(cute::Swizzle<3, 3, 3>{}, Either<RowMajor<8, 64>, ColumnMajor<64, 8>>{}));
+  using Read = cute::Copy_Atom<Either<cute::SM75_U32x4_LDSM_N, cute::SM75_U16x8_LDSM_T>, Element>;
+};
+
+template <typename T, typename Out, bool kAlongK, int kColumns>
+cudaError_t gemm_sm80(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
+  using namespace cute;
+  using Element = cutlass_t<T>;
+  constexpr int kWarps = kColumns / 32;  // along the columns, by two along the rows
+  using Operand = Sm80Operand<Element, kAlongK, 64 * kWarps>;
+  using Atom =
+      std::conditional_t<std::is_same_v<T, bf16_t>, SM80_16x8x16_F32BF16BF16F32_TN, SM80_16x8x16_F32F16F16F32_TN>;
+  using Mma = TiledMMA<MMA_Atom<Atom>, Layout<Shape<_2, Int<kWarps>, _1>>, Tile<_32, Int<16 * kWarps>, _16>>;
+  using Stride = std::conditional_t<kAlongK, cute::Stride<int64_t, _1, int64_t>, cute::Stride<_1, int64_t, int64_t>>;
+  using Mainloop = cutlass::gemm::collective::CollectiveMma<
+      cutlass::gemm::MainloopSm80CpAsync<3>, Shape<Int<kColumns>, Int<kColumns>, _64>, Element, Stride, Element, Stride,
+      Mma, typename Operand::Gmem, typename Operand::Smem, typename Operand::Read, identity, typename Operand::Gmem,
+      typename Operand::Smem, typename Operand::Read, identity>;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, SliceEpilogue<T, Out>>;
+  Stride a{}, b{};
+  get<kAlongK ? 0 : 1>(a) = gemm.a.pitch, get<kAlongK ? 0 : 1>(b) = gemm.b.pitch;
+  get<2>(a) = gemm.a_batch_stride, get<2>(b) = gemm.b_batch_stride;
+  return launch_cutlass<Kernel>(gemm, a, b, multiprocessors, stream);
+}
+
+template <typename T>
+cudaError_t gemm_sm80(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
+  switch (gemm.kind) {
+    case GemmKind::wide:
+      return gemm_sm80<T, T, true, 128>(gemm, multiprocessors, stream);
+    case GemmKind::narrow:
+      return gemm_sm80<T, T, true, 64>(gemm, multiprocessors, stream);
+    case GemmKind::sums:
+      return gemm_sm80<T, float, false, 128>(gemm, multiprocessors, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace fused_cnn

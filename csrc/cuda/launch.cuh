@@ -1,0 +1,74 @@
+// What every CUDA launch shares: the device guard, PyTorch's current stream, the launch and its check, 16-byte vectors,
+// and the registration.
+#pragma once
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include "shared/checks.h"
+#include "cuda/stream.cuh"
+
+namespace fused_cnn {
+
+class Launch {
+ public:
+  explicit Launch(const Tensor& on) : guard_(on.get_device_index()), stream_(current_stream(on.get_device_index())) {}
+
+  cudaStream_t stream() const { return stream_; }
+
+  // kernel(arguments...) on columns x rows blocks of `threads` threads; nothing where there are no blocks.
+  template <typename... Parameters, typename... Arguments>
+  void run(const char* name, void (*kernel)(Parameters...), int64_t columns, int64_t rows, int threads,
+           const Arguments&... arguments) const {
+    if (columns == 0 || rows == 0) return;
+    FUSED_CNN_CHECK(columns <= 0x7fffffff && rows <= 0xffff, name, ": ", columns, " x ", rows,
+                    " blocks are more than one launch can take");
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(columns), static_cast<unsigned>(rows));
+    config.blockDim = dim3(threads);
+    config.stream = stream_;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    if (error != cudaSuccess) cudaGetLastError();  // or this library's next check would report it once more
+    FUSED_CNN_CHECK(error == cudaSuccess, name, ": launch failed: ", cudaGetErrorString(error));
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+// 16 bytes of T, moved by one load or store instruction.
+template <typename T>
+struct alignas(16) Vec {
+  static constexpr int size = 16 / sizeof(T);
+  T v[size];
+};
+
+inline bool aligned16(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+// body(T{}) for the element type.
+template <typename Body>
+void with_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f64:
+      return body(double{});
+    case DType::f32:
+      return body(float{});
+    case DType::f16:
+      return body(f16_t{});
+    case DType::bf16:
+      return body(bf16_t{});
+  }
+}
+
+template <typename T>
+constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace fused_cnn
+
+// The tests compile the same files for the CPU (tests/simt) and register them elsewhere.
+#ifndef FUSED_CNN_CUDA_IMPL
+#define FUSED_CNN_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fused_cnn, CUDA, m)
+#endif

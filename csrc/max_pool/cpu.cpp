@@ -1,0 +1,81 @@
+// fused_cnn::max_pool2d_fwd and max_pool2d_bwd on the CPU: out = max over each window, padding -inf, NaN wins, and no
+// indices, which the library writes as eight bytes an element. float32 and bfloat16 run on the engine; the rest is the
+// library's pool without its indices.
+#include "cpu/conv.h"
+
+namespace fused_cnn {
+namespace {
+
+// PyTorch's rule: with ceil_mode, no window may start in the padding behind the image.
+int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
+  const int64_t reach = size + 2 * padding - dilation * (kernel - 1) - 1;
+  if (reach < 0) return 0;
+  const int64_t out = (reach + (ceil_mode ? stride - 1 : 0)) / stride + 1;
+  return ceil_mode && (out - 1) * stride >= size + padding ? out - 1 : out;
+}
+
+engine::PoolShape check_window(const char* op, const Tensor& x, const Ints& kernel, const Ints& stride,
+                               const Ints& padding, const Ints& dilation, bool ceil_mode) {
+  check_4d(op, "x", x);
+  for (const Ints* v : {&kernel, &stride, &padding, &dilation}) {
+    FUSED_CNN_CHECK(v->size() == 2, op, ": kernel, stride, padding and dilation must have two values");
+  }
+  int64_t size[2];
+  for (int i = 0; i < 2; ++i) {
+    FUSED_CNN_CHECK(kernel[i] >= 1 && stride[i] >= 1 && dilation[i] >= 1, op,
+                    ": kernel, stride and dilation must be at least 1");
+    FUSED_CNN_CHECK(padding[i] >= 0 && 2 * padding[i] <= kernel[i], op,
+                    ": padding must be at least 0 and at most half the kernel, got ", padding[i], " for ", kernel[i]);
+    size[i] = pooled_size(x.size(i + 2), kernel[i], stride[i], padding[i], dilation[i], ceil_mode);
+    FUSED_CNN_CHECK(size[i] >= 1, op, ": the window is larger than the padded input of shape ", shape_of(x));
+  }
+  return {x.size(0), x.size(1),  x.size(2),  x.size(3),   kernel[0],   kernel[1], stride[0],
+          stride[1], padding[0], padding[1], dilation[0], dilation[1], size[0],   size[1]};
+}
+
+bool engine_pools(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16;
+}
+
+Tensor max_pool2d_fwd(const Tensor& x, Ints kernel, Ints stride, Ints padding, Ints dilation, bool ceil_mode) {
+  const auto shape = check_window("max_pool2d_fwd", x, kernel, stride, padding, dilation, ceil_mode);
+  if (!engine_pools(x)) {
+    return dense(library_max_pool2d(x, kernel, stride, padding, dilation, ceil_mode), result_format(x));
+  }
+  Tensor out = empty_result(x, shape.C, shape.out_h, shape.out_w);
+  if (out.numel() > 0) {
+    const Pixels in(x);
+    engine::max_pool(shape, engine_dtype(x), in.data(), in.pitch, out.data_ptr(), shape.C, engine_threads());
+  }
+  return dense(out, result_format(x));
+}
+
+Tensor max_pool2d_bwd(const Tensor& grad_out, const Tensor& x, Ints kernel, Ints stride, Ints padding, Ints dilation,
+                      bool ceil_mode) {
+  const char* op = "max_pool2d_bwd";
+  const auto shape = check_window(op, x, kernel, stride, padding, dilation, ceil_mode);
+  FUSED_CNN_CHECK(engine_pools(x), op, ": x must be float32 or bfloat16, got ",
+                  torch::headeronly::toString(x.scalar_type()));
+  check_4d(op, "grad_out", grad_out);
+  check_like(op, "x", x, "grad_out", grad_out, /*same_shape=*/false);
+  FUSED_CNN_CHECK(grad_out.size(0) == shape.N && grad_out.size(1) == shape.C && grad_out.size(2) == shape.out_h &&
+                      grad_out.size(3) == shape.out_w,
+                  op, ": grad_out must have the result's shape (", shape.N, ", ", shape.C, ", ", shape.out_h, ", ",
+                  shape.out_w, "), got ", shape_of(grad_out));
+  Tensor grad_x = empty_like_4d(x, MemoryFormat::ChannelsLast);
+  if (grad_x.numel() > 0) {
+    const Pixels in(x);
+    const Tensor dense_grad = dense(grad_out, MemoryFormat::ChannelsLast);
+    engine::max_pool_backward(shape, engine_dtype(x), in.data(), in.pitch, dense_grad.data_ptr(), grad_x.data_ptr(),
+                              engine_threads());
+  }
+  return dense(grad_x, result_format(x));
+}
+
+}  // namespace
+}  // namespace fused_cnn
+
+STABLE_TORCH_LIBRARY_IMPL(fused_cnn, CPU, m) {
+  m.impl("max_pool2d_fwd", FUSED_CNN_BOX(&fused_cnn::max_pool2d_fwd));
+  m.impl("max_pool2d_bwd", FUSED_CNN_BOX(&fused_cnn::max_pool2d_bwd));
+}

@@ -1,0 +1,134 @@
+// The library's convolution, its gradients, and the max pool, called through the dispatcher: oneDNN on the CPU, cuDNN
+// on CUDA.
+#pragma once
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+#include "shared/checks.h"
+
+namespace fused_cnn {
+
+using Ints = std::vector<int64_t>;
+
+struct ConvParams {
+  Ints stride, padding, dilation;
+  int64_t groups;
+};
+
+inline int64_t conv_out_size(int64_t size, const Ints& kernel, const ConvParams& p, int axis) {
+  const int64_t reach = p.dilation[axis] * (kernel[axis] - 1) + 1, padded = size + 2 * p.padding[axis];
+  return padded < reach ? 0 : (padded - reach) / p.stride[axis] + 1;  // C++ division rounds towards zero
+}
+
+inline void check_geometry(const char* op, int64_t height, int64_t width, const Ints& kernel, const ConvParams& p) {
+  FUSED_CNN_CHECK(p.stride.size() == 2 && p.padding.size() == 2 && p.dilation.size() == 2, op,
+                  ": stride, padding and dilation must have two values");
+  for (int axis = 0; axis < 2; ++axis) {
+    FUSED_CNN_CHECK(p.stride[axis] >= 1 && p.dilation[axis] >= 1 && p.padding[axis] >= 0, op,
+                    ": stride and dilation must be at least 1 and padding at least 0");
+    FUSED_CNN_CHECK(kernel[axis] >= 1 && conv_out_size(axis == 0 ? height : width, kernel, p, axis) >= 1, op,
+                    ": kernel (", kernel[0], ", ", kernel[1], ") is larger than the padded input of size (", height,
+                    ", ", width, ")");
+  }
+}
+
+inline void check_residual(const char* op, const Tensor& x, const Tensor& residual, int64_t channels, int64_t height,
+                           int64_t width) {
+  check_4d(op, "residual", residual);
+  check_like(op, "x", x, "residual", residual, /*same_shape=*/false);
+  FUSED_CNN_CHECK(residual.size(0) == x.size(0) && residual.size(1) == channels && residual.size(2) == height &&
+                      residual.size(3) == width,
+                  op, ": residual must have the result's shape (", x.size(0), ", ", channels, ", ", height, ", ", width,
+                  "), got ", shape_of(residual));
+}
+
+// Every condition under which a convolution's pointers may be used; the shape of weight is (out, in / groups, kh, kw).
+inline void check_conv(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& residual, const ConvParams& p) {
+  check_4d(op, "x", x);
+  check_4d(op, "weight", weight);
+  check_like(op, "x", x, "weight", weight, /*same_shape=*/false);
+  FUSED_CNN_CHECK(p.groups >= 1 && weight.size(0) % p.groups == 0 && weight.size(1) * p.groups == x.size(1), op,
+                  ": x has ", x.size(1), " channels; a weight of shape ", shape_of(weight), " with groups=", p.groups,
+                  " takes ", weight.size(1) * p.groups);
+  const Ints kernel{weight.size(2), weight.size(3)};
+  check_geometry(op, x.size(2), x.size(3), kernel, p);
+  if (bias) {
+    check_channels(op, "bias", *bias, weight.size(0));
+    check_like(op, "x", x, "bias", *bias, /*same_shape=*/false);
+  }
+  if (residual) {
+    check_residual(op, x, *residual, weight.size(0), conv_out_size(x.size(2), kernel, p, 0),
+                   conv_out_size(x.size(3), kernel, p, 1));
+  }
+}
+
+// A 1x1 convolution's.
+inline ConvParams pointwise_params(const Ints& stride) {
+  return {stride, {0, 0}, {1, 1}, 1};
+}
+
+inline void check_1x1(const char* op, const Tensor& weight) {
+  check_4d(op, "weight", weight);
+  FUSED_CNN_CHECK(weight.size(2) == 1 && weight.size(3) == 1, op, ": weight must have a 1x1 kernel, got ",
+                  shape_of(weight));
+}
+
+// A tensor as the library may have it. cuDNN was seen to read tensors of any address 16 bytes at a time (float32 weight
+// gradients, on an H200); so what does not lie on 16 bytes is copied.
+inline Tensor for_library(const Tensor& t) {
+#ifdef USE_CUDA
+  if (reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 != 0) return torch::stable::clone(t);
+#endif
+  return t;
+}
+
+inline Tensor library_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                           const ConvParams& p) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 9> stack{from(for_library(x)), from(for_library(weight)), from(bias),
+                                    from(p.stride),       from(p.padding),           from(p.dilation),
+                                    from(false),          from(Ints{0, 0}),          from(p.groups)};
+  call_operator("aten::convolution", "", stack);
+  Tensor y = torch::stable::detail::to<Tensor>(stack[0]);
+  FUSED_CNN_CHECK(y.scalar_type() == x.scalar_type(), "the library's convolution of ",
+                  torch::headeronly::toString(x.scalar_type()), " gave ", torch::headeronly::toString(y.scalar_type()),
+                  ": autocast must be off around this op");
+  return y;
+}
+
+// (grad_x, grad_weight); one that is not needed is undefined.
+inline std::tuple<Tensor, Tensor> library_conv_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                        const ConvParams& p, bool needs_x, bool needs_weight) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  const bool mask[] = {needs_x, needs_weight, false};
+  std::array<StableIValue, 11> stack{
+      from(for_library(grad)),
+      from(for_library(x)),
+      from(for_library(weight)),
+      from(std::optional<Ints>()),
+      from(p.stride),
+      from(p.padding),
+      from(p.dilation),
+      from(false),
+      from(Ints{0, 0}),
+      from(p.groups),
+      from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3)),
+  };
+  call_operator("aten::convolution_backward", "", stack);
+  Tensor grad_x = to<Tensor>(stack[0]), grad_weight = to<Tensor>(stack[1]), grad_bias = to<Tensor>(stack[2]);
+  return {grad_x, grad_weight};
+}
+
+inline Tensor library_max_pool2d(const Tensor& x, const Ints& kernel, const Ints& stride, const Ints& padding,
+                                 const Ints& dilation, bool ceil_mode) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{from(for_library(x)), from(kernel),   from(stride),
+                                    from(padding),        from(dilation), from(ceil_mode)};
+  call_operator("aten::max_pool2d", "", stack);
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace fused_cnn

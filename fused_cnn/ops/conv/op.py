@@ -1,0 +1,158 @@
+"""conv_bias_relu: out = relu(conv2d(x, weight) + bias + residual) for any kernel size, bias, residual and ReLU in the epilogue.
+
+Forward reads x, weight and residual and writes out once; eager's addition and ReLU each read and write out again. Backward masks
+grad_out and sums grad_bias in one pass, then takes the library's convolution gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._backends import resolve
+from ..._library import define, define_triton, kernel
+from ...tuning import tunable
+from .._autograd import differentiable_once
+from .._conv import IntPair, autocast, check_conv, empty_gradients, empty_result, packable, pair
+from . import reference
+
+
+def _fake_fwd(x, weight, bias, residual, stride, padding, dilation, groups, relu):  # type: ignore[no-untyped-def]
+    return empty_result(x, weight.shape, stride, padding, dilation)
+
+
+def _fake_bwd(  # type: ignore[no-untyped-def]
+    grad_out, out, x, weight, stride, padding, dilation, groups, needs_x, needs_weight, needs_bias
+):
+    return empty_gradients(grad_out, out, x, weight, needs_x, needs_weight, needs_bias)
+
+
+def _fake_pack(weight: Tensor, bias: Tensor | None, stride: list[int], dilation: list[int]) -> Tensor:
+    size = torch.library.get_ctx().new_dynamic_size()  # the layout, and so the size, is the processor's affair
+    return weight.new_empty(size, dtype=torch.uint8)
+
+
+def _fake_packed_fwd(x, packed, weight_shape, residual, stride, padding, dilation, relu):  # type: ignore[no-untyped-def]
+    return empty_result(x, weight_shape, stride, padding, dilation)
+
+
+define(
+    "conv_bias_relu_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] stride, SymInt[] padding, "
+    "SymInt[] dilation, SymInt groups, bool relu) -> Tensor",
+    _fake_fwd,
+)
+define(
+    "conv_bias_relu_bwd(Tensor grad_out, Tensor? out, Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, "
+    "SymInt[] dilation, SymInt groups, bool needs_x, bool needs_weight, bool needs_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_bwd,
+)
+define("conv_bias_relu_pack(Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] dilation) -> Tensor", _fake_pack)
+define(
+    "conv_bias_relu_packed_fwd(Tensor x, Tensor packed, SymInt[] weight_shape, Tensor? residual, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, bool relu) -> Tensor",
+    _fake_packed_fwd,
+)
+define_triton("conv", "conv_bias_relu_fwd", "conv_bias_relu_bwd")
+
+
+class PackedConv(NamedTuple):
+    """A weight and bias in the layout that the native CPU convolution reads; good on this machine only, never to be saved."""
+
+    data: Tensor
+    shape: tuple[int, ...]  # (out, in, kh, kw)
+
+
+def pack_conv(
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    like: Tensor,
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    backend: str | None = None,
+) -> tuple[Tensor | PackedConv, Tensor | None]:
+    """The weight and bias to call conv_bias_relu with many times, with this stride and dilation, without gradients, on inputs such as
+    `like`.
+
+    Packed where the native CPU convolution will run (the bias, kept in float32, is then inside); else both in `like`'s dtype.
+    """
+    if groups == 1 and weight.size(0) > 0 and packable(like, "conv_bias_relu_fwd", backend):
+        data = kernel("conv_bias_relu_pack", "native")(weight.to(like.dtype), bias, pair(stride), pair(dilation))
+        return PackedConv(data, weight.shape), None
+    return weight.to(like.dtype), None if bias is None else bias.to(like.dtype)
+
+
+class _ConvBiasReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x, weight, bias, residual, stride, padding, dilation, groups, relu, backend
+    ):
+        geometry = (stride, padding, dilation, groups)
+        out = kernel("conv_bias_relu_fwd", backend)(x, weight, bias, residual, *geometry, relu)
+        ctx.save_for_backward(x, weight, out if relu else None)
+        ctx.geometry, ctx.backend = geometry, backend
+        return out
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, out = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        gx, gw, gb, grad = kernel("conv_bias_relu_bwd", ctx.backend)(
+            grad_out, out, x, weight, *ctx.geometry, *needs[:3]
+        )
+        found = (gx, gw, gb, grad_out if out is None else grad)
+        return (*(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 6)
+
+
+@tunable
+def conv_bias_relu(
+    x: Tensor,
+    weight: Tensor | PackedConv,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    relu: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """relu(conv2d(x, weight) + bias + residual); the ReLU, bias and residual are optional.
+
+    Args:
+        x: (N, C, H, W), floating point, any strides.
+        weight: (out, C / groups, kh, kw), x's dtype and device; or what pack_conv made of it, bias included.
+        bias: (out,), x's dtype, or None.
+        residual: the result's shape, x's dtype, added before the ReLU, or None.
+        stride, padding, dilation, groups: as torch.nn.functional.conv2d takes them.
+        relu: False leaves the ReLU out.
+        backend: "reference", "native", "triton", or None for the best at hand.
+
+    Returns:
+        (N, out, H', W') in x's dtype (autocast's where autocast is on); channels_last where x's channels are adjacent in memory.
+
+    Saved for backward: x, weight and, with ReLU, the result. Nothing is mutated. Differentiable once (the reference: twice).
+
+    Raises:
+        ValueError, TypeError: shapes, devices, dtypes or geometry do not agree.
+        BackendUnavailable: an explicit backend cannot run here.
+    """
+    geometry = (pair(stride), pair(padding), pair(dilation), groups)
+    if isinstance(weight, PackedConv):
+        return kernel("conv_bias_relu_packed_fwd", "native")(x, *weight, residual, *geometry[:3], relu)
+    x, plain, bias, residual = autocast(x, weight, bias, residual)
+    check_conv("conv_bias_relu", x, plain, bias, residual, *geometry)
+    backend = resolve("conv_bias_relu_fwd", backend, x)
+    if backend == "reference":
+        return reference.conv_bias_relu(x, plain, bias, residual, *geometry, relu)
+    inputs = (x, plain, bias, residual)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _ConvBiasReLU.apply(*inputs, *geometry, relu, backend)
+    return kernel("conv_bias_relu_fwd", backend)(*inputs, *geometry, relu)

@@ -1,0 +1,114 @@
+"""max_pool2d without indices: forward reads x once and writes the result; the library also writes an int64 index an element.
+
+Backward searches each window of x again (native float16 and float64: by the library's pool), so that no indices are saved in between.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._backends import resolve
+from ..._checks import check_nchw
+from ..._layout import empty_nchw
+from ..._library import define, define_triton, kernel
+from ...tuning import tunable
+from .._autograd import differentiable_once
+from .._conv import IntPair, pair
+from . import reference
+
+
+def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
+    """One side of the result, by PyTorch's rule: with ceil_mode, no window may start in the padding behind the image."""
+    reach = size + 2 * padding - dilation * (kernel - 1) - 1
+    out = (reach + (stride - 1 if ceil_mode else 0)) // stride + 1
+    return out - 1 if ceil_mode and (out - 1) * stride >= size + padding else out
+
+
+def _fake_fwd(x, kernel, stride, padding, dilation, ceil_mode):  # type: ignore[no-untyped-def]
+    sides = (out_size(x.size(i + 2), kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in range(2))
+    return empty_nchw(x, x.size(1), *sides)
+
+
+def _fake_bwd(grad_out, x, kernel, stride, padding, dilation, ceil_mode):  # type: ignore[no-untyped-def]
+    return empty_nchw(x, *x.shape[1:])
+
+
+define(
+    "max_pool2d_fwd(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool ceil_mode) -> Tensor",
+    _fake_fwd,
+)
+
+
+define(
+    "max_pool2d_bwd(Tensor grad_out, Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+    "bool ceil_mode) -> Tensor",
+    _fake_bwd,
+)
+define_triton("max_pool", "max_pool2d_fwd", "max_pool2d_bwd")
+
+
+class _MaxPool2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, backend: str, *window: Any) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.window, ctx.backend = window, backend
+        return kernel("max_pool2d_fwd", backend)(x, *window)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        taps = ctx.window[0][0] * ctx.window[0][1]  # Triton keeps an index as one byte
+        if taps <= 255 if ctx.backend == "triton" else x.dtype in (torch.float32, torch.bfloat16):
+            return (kernel("max_pool2d_bwd", ctx.backend)(grad_out, x, *ctx.window), *[None] * 6)
+        _, indices = torch.ops.aten.max_pool2d_with_indices(x, *ctx.window)
+        grad = torch.ops.aten.max_pool2d_with_indices_backward(grad_out, x, *ctx.window, indices)
+        return (grad, *[None] * 6)
+
+
+@tunable
+def max_pool2d(
+    x: Tensor,
+    kernel_size: IntPair,
+    stride: IntPair | None = None,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    ceil_mode: bool = False,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """torch.nn.functional.max_pool2d, without its indices.
+
+    Args:
+        x: (N, C, H, W), floating point, any strides.
+        kernel_size, stride, padding, dilation, ceil_mode: as torch.nn.functional.max_pool2d takes them.
+        backend: "reference", "native", "triton", or None for the best at hand.
+
+    Returns:
+        (N, C, H', W') in x's dtype; channels_last where x's channels are adjacent in memory, else contiguous.
+
+    Saved for backward: x, which the layer before keeps anyway. Nothing is mutated. The reference is differentiable twice, the others once.
+
+    Raises:
+        ValueError, TypeError: x is not a floating-point (N, C, H, W) tensor, or the window does not fit.
+        BackendUnavailable: an explicit backend cannot run here.
+    """
+    check_nchw("max_pool2d", "x", x)
+    k, p, d = pair(kernel_size), pair(padding), pair(dilation)
+    s = k if stride is None else pair(stride)
+    if min(*k, *s, *d) < 1 or min(p) < 0 or any(2 * p[i] > k[i] for i in range(2)):
+        raise ValueError(
+            "max_pool2d: kernel_size, stride and dilation must be at least 1 and padding at most half the kernel, "
+            f"got kernel_size={k}, stride={s}, padding={p}, dilation={d}"
+        )
+    if any(out_size(x.size(i + 2), k[i], s[i], p[i], d[i], ceil_mode) < 1 for i in range(2)):
+        raise ValueError(f"max_pool2d: the window {k} is larger than the padded input of shape {tuple(x.shape)}")
+    backend = resolve("max_pool2d_fwd", backend, x)
+    if backend == "reference":
+        return reference.max_pool2d(x, k, s, p, d, ceil_mode)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _MaxPool2d.apply(x, backend, k, s, p, d, ceil_mode)
+    return kernel("max_pool2d_fwd", backend)(x, k, s, p, d, ceil_mode)
