@@ -1,7 +1,5 @@
-"""Which backend runs an op: "reference" (plain PyTorch), "native" (C++ or CUDA C++), "triton", or "auto" (None), the best at hand.
-
-Whether a backend can run on a device is found out before it is chosen: its build, the GPU, the driver, Triton. "auto" then takes the next
-best; an explicit backend never falls back: where it cannot run, BackendUnavailable says what is missing and how to get it.
+"""Which backends there are, "reference" (plain PyTorch), "native" (C++ or CUDA C++) and "triton", and whether each can
+run on a device: its build, the GPU, the driver, Triton; where it cannot, what is missing and how to get it.
 """
 
 from __future__ import annotations
@@ -12,17 +10,15 @@ import importlib.util
 import shutil
 import sysconfig
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from . import _library, _sources
 from ._builds import CUTLASS, mismatch
 
 BACKENDS = ("reference", "native", "triton")
-# Where no measurement says otherwise, "auto" leaves k x k convolutions on a GPU to the library: its kernels have years of tuning.
-LIBRARY_FIRST = ("conv_bias_relu_fwd",)
 REBUILD = "run `pip install -e .` in the project's folder"
 CUTLASS_MISSING = "1x1 convolutions are PyTorch's own, for it was built without CUTLASS"
 GET_CUTLASS = f"`pip install --no-deps {CUTLASS}` and build again"
@@ -45,9 +41,9 @@ class Status:
 
 def triton_interprets() -> bool:
     """Whether Triton runs kernels in its interpreter, the only way for it to work on CPU tensors."""
-    from .ops import _triton
+    import triton
 
-    return _triton.interpreting()
+    return bool(triton.knobs.runtime.interpret)
 
 
 def driver_version() -> int | None:
@@ -105,7 +101,7 @@ def _triton_status(device_type: str) -> tuple[bool, str, str]:
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed", "`pip install triton`"
     try:
-        importlib.import_module("fused_cnn.ops._triton")
+        importlib.import_module("triton.tools.tensor_descriptor")  # the newest part of Triton that the kernels need
     except Exception as error:  # a Triton for another Python or system, or one too old for the kernels
         return False, f"Triton does not import: {type(error).__name__}: {error}", "`pip install --upgrade triton`"
     if device_type == "cuda":
@@ -145,35 +141,13 @@ def usable(backend: str, device: torch.device) -> bool:
 usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def resolve(op: str, backend: str | None, x: Tensor) -> str:
-    """The backend that runs `op` (a registered name such as "add_relu_fwd") on x's device.
-
-    Raises ValueError for an unknown backend name and BackendUnavailable where an explicit one cannot run.
-    """
-    if backend is None or backend == "auto":
-        return best(op, x.device, x.dtype)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None (auto), got {backend!r}")
-    if backend == "reference":
-        return backend
-    device_type = x.device.type
-    if backend == "triton" and x.dtype == torch.float64:
-        raise BackendUnavailable(f"backend 'triton' cannot run {op} in float64: its kernels compute in float32; use backend=None")
-    if not usable(backend, x.device):
-        state = status(backend, x.device)
-        raise BackendUnavailable(f"backend {backend!r} cannot run {op} on {device_type}: {state.reason}; {state.hint}")
-    if not _library.has_kernel(op, backend, device_type):
-        raise BackendUnavailable(f"backend {backend!r} has no kernel for {op} on {device_type}; use backend=None")
-    return backend
+@lru_cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90" and the like of a GPU."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def best(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    """What "auto" takes where nothing was measured: native kernels, on a GPU Triton's next, then PyTorch's own path."""
-    if _library.has_kernel(op, "native", device.type) and usable("native", device):
-        return "native"
-    if device.type != "cuda" or dtype == torch.float64 or op in LIBRARY_FIRST:
-        return "reference"
-    return "triton" if _library.has_kernel(op, "triton", "cuda") and usable("triton", device) else "reference"
+architecture._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def outlook(backend: str | None, device: torch.device) -> str:

@@ -1,28 +1,24 @@
-"""Which candidate is fastest for an op and a shape: measured on request, remembered (_tables.py), and asked by backend=None.
+"""Measures which candidate is fastest for an op and a shape (_candidates.py), and remembers it (_tables.py).
 
-The candidates of a public op's call are the backends, the library's path among them, for inference or with the backward pass; those of a
-Triton kernel are its tiles. `tune` measures both on tensors of its own, never on the caller's; nothing else measures. Without an entry the
-heuristics decide, so that no first call stalls.
+The candidates of a public op's call are the backends, PyTorch's own operators among them, for inference or with the
+backward pass; those of a kernel are its tiles. `tune` measures them on tensors of its own, never on the caller's;
+nothing else measures, so that no first call stalls.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import _tables
-from ._backends import BACKENDS, BackendUnavailable
+from ._backends import BACKENDS
+from ._candidates import device_of, measuring
 from ._tables import Key, Table
 from ._trees import leaves_of, mapped, tensors
 from .measure import Interleaved
-
-T = TypeVar("T", bound=Callable[..., Any])
-Tiles = TypeVar("Tiles", bound=NamedTuple)
 
 
 class _Call(NamedTuple):
@@ -33,101 +29,6 @@ class _Call(NamedTuple):
     autocast: torch.dtype | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-class _State:
-    """What tune is doing. Autograd's threads see it, too: backward passes have tiles of their own."""
-
-    calls: dict[Key, _Call] | None = None  # it listens to a model
-    measured: Table | None = None  # it measures, and Triton's launchers measure their tiles
-
-
-_state = _State()
-
-
-def _layout(t: Tensor) -> str:
-    if t.dim() != 4:
-        return ""
-    return "channels_last" if t.stride(1) == 1 else "contiguous" if t.is_contiguous() else "strided"
-
-
-def _described(value: Any) -> Any:
-    """What tells one call from another, without the values in its tensors: nested tuples of Python's literals."""
-    if isinstance(value, Tensor):
-        return (str(value.dtype)[6:], tuple(value.shape), _layout(value))
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_described, value))
-    return value
-
-
-def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
-    """Where the call runs, if tables are kept for it: not for tensors that only stand for others, as in a trace."""
-    for value in (*args, *kwargs.values()):
-        first = value[0] if isinstance(value, (list, tuple)) and value else value
-        if isinstance(first, Tensor):
-            real = type(first) in (Tensor, nn.Parameter) and first.device.type in ("cpu", "cuda")
-            return first.device if real else None
-    return None
-
-
-def _autocast(device: torch.device) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
-def _key(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], autocast: torch.dtype | None) -> Key:
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors((args, kwargs)))
-    mode = ("training" if grad else "inference") + ("" if autocast is None else f" in {str(autocast)[6:]}")
-    return (name, mode, _described(args), tuple(sorted((k, _described(v)) for k, v in kwargs.items())))
-
-
-def _choice(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """The backend that was measured to be fastest for this call; None where it was not measured."""
-    device = _device(args, kwargs)
-    if device is None:
-        return None
-    if _state.calls is None:
-        choices = _tables.table(device).choices
-        entry = choices.get(_key(function.__name__, args, kwargs, _autocast(device))) if choices else None
-        return entry["best"] if entry else None
-    if all(t.dtype != torch.uint8 for t in tensors((args, kwargs))):  # packed weights have their backend already
-        autocast = _autocast(device)
-        key = _key(function.__name__, args, kwargs, autocast)
-        described = mapped(_Spec.of, (args, kwargs), Tensor)
-        _state.calls.setdefault(key, _Call(function, key, autocast, *described))
-    return None
-
-
-def tunable(function: T) -> T:
-    """A public op whose backend=None asks the tables before the heuristics; not in torch.compile's trace, which would have to guard on
-    them."""
-
-    @functools.wraps(function)
-    def call(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        if backend is None and not torch.compiler.is_compiling() and (_tables.asks or _state.calls is not None):
-            chosen = _choice(function, args, kwargs)
-            if chosen is not None:
-                with contextlib.suppress(BackendUnavailable):  # what was measured need not be built here
-                    return function(*args, backend=chosen, **kwargs)
-        return function(*args, backend=backend, **kwargs)
-
-    return call  # type: ignore[return-value]
-
-
-def pick(
-    kernel: str, problem: Key, candidates: Sequence[Tiles], default: Tiles, launch: Callable[[Tiles], None], device: torch.device
-) -> Tiles:
-    """The tiles to launch a Triton kernel with: the table's, where they are still a candidate, or the default. While `tune` measures,
-    every candidate is launched, on tune's own tensors, and the fastest is kept."""
-    if len(candidates) == 1:
-        return default
-    key = (kernel, *problem)
-    entries = _tables.table(device).tiles if _state.measured is None else _state.measured.tiles
-    if _state.measured is not None and key not in entries:
-        timed = _seconds({tiles: functools.partial(launch, tiles) for tiles in candidates}, device)
-        seconds = {str(tuple(tiles)): s for tiles, s in timed.items()}
-        entries[key] = {"best": list(min(timed, key=timed.__getitem__)), "seconds": seconds}
-    best = entries[key]["best"] if key in entries else None
-    return next((tiles for tiles in candidates if list(tiles) == best), default)
 
 
 def _seconds(variants: Mapping[Any, Callable[[], object]], device: torch.device) -> dict[Any, float]:
@@ -171,7 +72,7 @@ class _Spec(NamedTuple):
 def _work(call: _Call, backend: str) -> Callable[[], object]:
     args, kwargs = mapped(_Spec.make, (call.args, call.kwargs), _Spec)
     leaves = leaves_of((args, kwargs))
-    device = _device(args, kwargs)
+    device = device_of(args, kwargs)
     assert device is not None
 
     def step() -> object:
@@ -184,22 +85,28 @@ def _work(call: _Call, backend: str) -> Callable[[], object]:
 
 
 def _measure(call: _Call, backends: Sequence[str], device: torch.device) -> None:
-    assert _state.measured is not None
+    assert measuring.table is not None
     _work(call, "reference")()  # where the library's path fails, the call itself is at fault
     timed = _seconds({backend: _work(call, backend) for backend in backends}, device)
-    _state.measured.choices[call.key] = {"best": min(timed, key=timed.__getitem__), "seconds": timed}
+    measuring.table.choices[call.key] = {"best": min(timed, key=timed.__getitem__), "seconds": timed}
 
 
 def _calls_of(model: Callable[..., Any], example: Sequence[Tensor], train: bool) -> list[_Call]:
     """Every different call of a public op that the model makes; its buffers, such as running statistics, are left as they were."""
     buffers = {b: b.clone() for b in model.buffers()} if isinstance(model, nn.Module) else {}
-    _state.calls = {}
+    calls: dict[Key, _Call] = {}
+
+    def record(function: Callable[..., Any], key: Key, autocast: torch.dtype | None, *arguments: Any) -> None:
+        if all(t.dtype != torch.uint8 for t in tensors(arguments)):  # packed weights have their backend already
+            calls.setdefault(key, _Call(function, key, autocast, *mapped(_Spec.of, arguments, Tensor)))
+
+    measuring.record = record
     try:
         with torch.set_grad_enabled(train):
             model(*example)
-        return list(_state.calls.values())
+        return list(calls.values())
     finally:
-        _state.calls = None
+        measuring.record = None
         with torch.no_grad():
             for buffer, value in buffers.items():
                 buffer.copy_(value)
@@ -239,13 +146,14 @@ def tune(
         raise ValueError("tune: the model calls no fused op with backend=None on unpacked weights; is it fused, and not compiled?")
     path, found = _tables.cache_file(device), _tables.facts(device)
     _tables.save(path, Table(), found)  # a folder that cannot be written is an error now, not after the measuring
-    measured = _state.measured = Table()
+    measured = measuring.table = Table()
+    measuring.seconds = lambda variants, device: _seconds(variants, device)
     try:
         for i, call in enumerate(calls, 1):
             say(f"{i} of {len(calls)}: {call.key[0]}, {call.key[1]}")
             _measure(call, backends, device)
     finally:  # interrupted, it keeps what it has
-        _state.measured = None
+        measuring.table = None
         _tables.save(path, measured, found)
         _tables.forget()
     return measured

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fused_cnn
-from fused_cnn import _backends, _builds, _library
+from fused_cnn import _backends, _builds, _candidates, _library
 from fused_cnn._backends import BackendUnavailable
 from fused_cnn.ops._conv import on_16_bytes
 
@@ -28,6 +28,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        _backends._usable.clear()
+        _backends.architecture.cache_clear()
         monkeypatch.setattr(_backends, "driver_version", lambda: driver)
         monkeypatch.setattr(_backends._sources, "library_hash", lambda device: "")
         monkeypatch.setattr(_library.cuda, "file", _library.cpu.file)  # one that exists
@@ -41,10 +43,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
             monkeypatch.setattr(_backends.importlib.util, "find_spec", lambda name: None)
 
     yield machine
+    _backends.architecture.cache_clear()
 
 
 def chosen(op: str, dtype: torch.dtype = torch.bfloat16) -> str:
-    return _backends.best(op, CUDA, dtype)
+    return _candidates.best(op, CUDA, dtype)
+
+
+def convolution(kernel: int) -> str:
+    weight = torch.empty(8, 8, kernel, kernel, device="meta")
+    return _candidates.best("conv_bias_relu_fwd", CUDA, torch.bfloat16, weight, (0, 0), 1)
 
 
 def refused(backend: str) -> str:
@@ -54,14 +62,23 @@ def refused(backend: str) -> str:
         device, dtype = CUDA, torch.bfloat16
 
     with pytest.raises(BackendUnavailable) as caught:
-        _backends.resolve("add_relu_fwd", backend, OnGpu())  # type: ignore[arg-type]
+        _candidates.resolve("add_relu_fwd", backend, OnGpu())  # type: ignore[arg-type]
     return str(caught.value)
 
 
 def test_with_all_there_native_kernels_run(gpu: Callable[..., None]) -> None:
     gpu()
-    assert chosen("add_relu_fwd") == "native"
+    assert chosen("bn_relu_concat_fwd") == "native"
     assert _backends.outlook(None, CUDA) == "native on cuda:0: CUDA kernels"
+
+
+def test_a_candidate_that_was_measured_to_be_faster_on_an_architecture_runs_there(gpu: Callable[..., None]) -> None:
+    gpu()
+    assert chosen("add_relu_fwd") == "triton"
+    gpu(facts={"cuda_archs": "8.0"}, capability=(8, 0))
+    assert chosen("add_relu_fwd") == "native"
+    gpu(triton=False)
+    assert chosen("add_relu_fwd") == "native"
 
 
 # what is wrong, and what an explicit native says of it
@@ -78,7 +95,7 @@ def test_a_build_that_does_not_fit_leaves_the_work_to_triton_and_says_why_when_a
     gpu(**broken)
     assert chosen("add_relu_fwd") == "triton"
     assert chosen("add_relu_fwd", torch.float64) == "reference"  # Triton's kernels compute in float32
-    assert chosen("conv_bias_relu_fwd") == "reference"  # cuDNN's before Triton's
+    assert convolution(3) == "reference" and convolution(1) == "triton"  # cuDNN's kernels before Triton's, but for products
     assert message in refused("native") and "pip install -e ." in refused("native")
     outlook = _backends.outlook(None, CUDA)
     assert outlook.startswith("triton on cuda:0: Triton kernels; native is off: ") and message in outlook
@@ -111,20 +128,20 @@ def test_without_what_triton_compiles_its_launcher_with_it_is_off(gpu: Callable[
 
 def test_without_cutlass_native_runs_and_says_what_is_missing(gpu: Callable[..., None]) -> None:
     gpu({"cutlass": ""})
-    assert chosen("conv1x1_bias_relu_fwd") == "native"
+    assert convolution(1) == "native"
     assert "built without CUTLASS; `pip install --no-deps nvidia-cutlass==" in _backends.outlook(None, CUDA)
 
 
 def test_a_driver_that_cannot_be_asked_is_trusted(gpu: Callable[..., None]) -> None:
     gpu(driver=None)
-    assert chosen("add_relu_fwd") == "native"
+    assert chosen("bn_relu_concat_fwd") == "native"
 
 
 def test_each_gpu_of_a_machine_is_asked_by_itself(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     gpu()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index == 0 else (8, 0))
-    assert chosen("add_relu_fwd") == "native"
-    assert _backends.best("add_relu_fwd", torch.device("cuda", 1), torch.bfloat16) == "triton"
+    assert chosen("bn_relu_concat_fwd") == "native"
+    assert _candidates.best("bn_relu_concat_fwd", torch.device("cuda", 1), torch.bfloat16) == "triton"
 
 
 def test_a_library_of_other_sources_is_said_to_be_one(gpu: Callable[..., None]) -> None:

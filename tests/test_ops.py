@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_cnn
 from fused_cnn import _library
-from fused_cnn._backends import best
+from fused_cnn._candidates import best
 from fused_cnn._trees import leaves_of
 from fused_cnn.ops import (
     FoldedConv,
@@ -417,7 +417,7 @@ def test_an_explicit_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(fused_cnn._backends, "triton_interprets", lambda: False)
     monkeypatch.setattr(fused_cnn._backends, "_usable", {})
     with pytest.raises(fused_cnn._backends.BackendUnavailable, match=r"cannot run add_relu_fwd on cpu: .* GPUs only; .*"):
-        fused_cnn._backends.resolve("add_relu_fwd", "triton", X)
+        fused_cnn._candidates.resolve("add_relu_fwd", "triton", X)
 
 
 def test_triton_refuses_float64_rather_than_losing_half_of_it() -> None:

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_cnn
-from fused_cnn import _tables, tuning
+from fused_cnn import _candidates, _tables, tuning
 from fused_cnn.cli import run
 from fused_cnn.nn import ConvBNReLU
 from fused_cnn.ops import add_relu, bn_relu_concat, conv1x1_bias_relu, max_pool2d
@@ -112,7 +112,7 @@ def test_what_tune_cannot_do_is_an_error(folder: Path) -> None:
         tuning.tune(nn.ReLU(), x)
     with pytest.raises(ZeroDivisionError):
         tuning.tune(lambda t: add_relu(t, t) / (1 // 0), x)
-    assert tuning._state.calls is None and tuning._state.measured is None and not folder.exists()
+    assert _candidates.measuring.record is None and _candidates.measuring.table is None and not folder.exists()
 
 
 @pytest.mark.skipif("triton" not in backends(), reason="Triton is not installed")
@@ -132,11 +132,15 @@ def test_tritons_tiles_are_measured_kept_and_used(folder: Path, monkeypatch: pyt
 
     key = next(k for k in measured.tiles if k[0] == "conv_fwd_kernel")
     tiles = TILES[products(torch.float32)]
-    assert measured.tiles[key]["best"] == list(tiles[-1])
+    assert measured.tiles[key]["best"] == list(tiles[-1].choice)
     launched: list[Tiles] = []
-    assert tuning.pick(key[0], key[1:], tiles, tiles[0], launched.append, PLACE) == tiles[-1]
-    assert tuning.pick(key[0], key[1:], tiles[:1], tiles[0], launched.append, PLACE) == tiles[0]  # no longer a candidate
-    assert tuning.pick(key[0], (*key[1:], "other"), tiles, tiles[0], launched.append, PLACE) == tiles[0]
+
+    def picked(key: tuple[Any, ...], candidates: Any = tiles) -> Any:
+        return _candidates.pick("conv_fwd_kernel", key, candidates, launched.append, PLACE, (1 << 20, 1 << 10, 1))
+
+    assert picked(key[1:]) == tiles[-1].choice
+    assert picked(key[1:], tiles[:1]) == tiles[0].choice  # no longer a candidate
+    assert picked((*key[1:], "other")) == tiles[0].choice
     assert not launched  # the launcher launches, once
 
 
@@ -297,7 +301,7 @@ def test_expanded_tensors_and_autocast_are_measured_as_they_were_called() -> Non
         return add_relu(y, y[:, :1].expand(y.shape))
 
     modes = {key[0]: key[1] for key in tuning.tune(model, x).choices}
-    assert modes == {"conv1x1_bias_relu": "inference in bfloat16", "add_relu": "inference"}
+    assert modes == {"conv_bias_relu": "inference in bfloat16", "add_relu": "inference"}
 
 
 @pytest.mark.usefixtures("folder")
@@ -339,7 +343,7 @@ def test_problems_with_other_candidates_have_other_keys() -> None:
         return block[:, :8] + conv1x1_bias_relu(wide, weights[0], biases[0], stride=2)
 
     measured = tuning.tune(model, x, wide, backends=("reference", "triton"))
-    assert {key[0] for key in measured.choices} == {"inception", "conv1x1_bias_relu"}
+    assert {key[0] for key in measured.choices} == {"inception", "conv_bias_relu"}
 
 
 def test_the_command_measures_a_network_and_saves_the_table(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

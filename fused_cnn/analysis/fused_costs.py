@@ -159,8 +159,6 @@ FUSED_COSTS: dict[str, Callable[[Arguments], Cost]] = {
     "fused_cnn::bn_relu_concat_bwd": _batch_norm_backward,
     "fused_cnn::bn_add_relu_fwd": _one_pass,
     "fused_cnn::bn_add_relu_bwd": _batch_norm_backward,
-    "fused_cnn::conv1x1_bias_relu_fwd": _conv,
-    "fused_cnn::conv1x1_bias_relu_bwd": _conv_backward,
     "fused_cnn::conv_bias_relu_fwd": _conv,
     "fused_cnn::conv_bias_relu_bwd": _conv_backward,
     "fused_cnn::conv_bias_relu_pack": _one_pass,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backends import resolve
+from .._candidates import resolve
 from .._checks import check_nchw, check_same, check_vector
 from .._layout import empty_nchw, result_format
 
@@ -23,6 +23,11 @@ def pair(value: int | Sequence[int]) -> tuple[int, int]:
 def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     """One spatial side of a convolution's result."""
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def is_pointwise(weight: Tensor, padding: Sequence[int], groups: int) -> bool:
+    """Whether a convolution is a matrix product over (some of the) pixels."""
+    return weight.size(2) == weight.size(3) == 1 and max(padding) == 0 and groups == 1
 
 
 def on_16_bytes(t: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ and writes each destination once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..tuning import pick
+from .._candidates import Candidate, pick
 from ._conv import out_size
 from ._triton import DTYPES, PRECISION, Shipped, check_size, pixels, processors, products, relu
 
@@ -118,23 +119,25 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-TILES = {
-    "16-bit": [
-        Tiles(128, 128, 64, 8, 4), Tiles(128, 64, 64, 4, 4), Tiles(128, 32, 64, 4, 4), Tiles(64, 64, 64, 4, 4), Tiles(64, 32, 64, 4, 4),
-    ],
-    "tf32": [Tiles(128, 64, 32, 8, 3), Tiles(128, 32, 32, 4, 3), Tiles(64, 64, 32, 4, 3), Tiles(64, 32, 32, 8, 3)],
-    "ieee": [Tiles(64, 64, 16, 8, 3), Tiles(64, 32, 16, 8, 3), Tiles(32, 32, 16, 8, 3)],  # no matrix units: larger ones spill
-}  # by products()  # fmt: skip
-POOL_TILES = Tiles(64, 64, 32, 4, 1)  # nine loads a step hide their latency themselves
+def _suits(tiles: Tiles, rows: int, columns: int, programs: int) -> bool:
+    """Tiles not much wider than the columns that still give most multiprocessors one."""
+    narrow = max(32, triton.next_power_of_2(columns)) >= tiles.BN
+    return narrow and triton.cdiv(rows, tiles.BM) * triton.cdiv(columns, tiles.BN) >= programs * 3 // 4
 
 
-def choose_tiles(rows: int, columns: int, candidates: Sequence[Tiles], programs: int) -> Tiles:
-    """The largest tile that is not much wider than the columns and still gives most multiprocessors one."""
-    fitting = [t for t in candidates if max(32, triton.next_power_of_2(columns)) >= t.BN]
-    for tiles in fitting:
-        if triton.cdiv(rows, tiles.BM) * triton.cdiv(columns, tiles.BN) >= programs * 3 // 4:
-            return tiles
-    return (fitting or candidates)[-1]
+def _candidates(*tiles: Tiles) -> list[Candidate[Tiles]]:
+    return [Candidate(t, when=partial(_suits, t)) for t in tiles]
+
+
+TILES = {  # by products(); the largest first
+    "16-bit": _candidates(
+        Tiles(128, 128, 64, 8, 4), Tiles(128, 64, 64, 4, 4), Tiles(128, 32, 64, 4, 4), Tiles(64, 64, 64, 4, 4), Tiles(64, 32, 64, 4, 4)
+    ),
+    "tf32": _candidates(Tiles(128, 64, 32, 8, 3), Tiles(128, 32, 32, 4, 3), Tiles(64, 64, 32, 4, 3), Tiles(64, 32, 32, 8, 3)),
+    # No matrix units: larger ones spill.
+    "ieee": _candidates(Tiles(64, 64, 16, 8, 3), Tiles(64, 32, 16, 8, 3), Tiles(32, 32, 16, 8, 3)),
+}  # fmt: skip
+POOL_TILES = [Candidate(Tiles(64, 64, 32, 4, 1))]  # nine loads a step hide their latency themselves
 
 
 class Geometry(NamedTuple):
@@ -218,10 +221,9 @@ def conv_forward(
             )  # fmt: skip
 
     kind = products(x.dtype)
-    candidates = [POOL_TILES] if geometry.pool else TILES[kind]
-    default = choose_tiles(rows, columns, candidates, processors(x.device))
-    problem = (kind, rows, columns, channels, *geometry.kernel, *geometry.stride, geometry.pool, len(outs), residual_pitch > 0)
-    launch(pick("conv_fwd_kernel", problem, candidates, default, launch, x.device))
+    candidates = POOL_TILES if geometry.pool else TILES[kind]
+    key = (kind, rows, columns, channels, *geometry.kernel, *geometry.stride, geometry.pool, len(outs), residual_pitch > 0)
+    launch(pick("conv_fwd_kernel", key, candidates, launch, x.device, (rows, columns, processors(x.device))))
 
 
 def shipped_forward(*, dense: bool = False, pool: bool = False, destinations: int = 1) -> list[Shipped]:
@@ -235,9 +237,9 @@ def shipped_forward(*, dense: bool = False, pool: bool = False, destinations: in
     outputs = ("bias_ptr", "residual_ptr", "out0_ptr", "out1_ptr", "out2_ptr")
     found = []
     for kind, dtypes in DTYPES.items():
-        for tiles in [POOL_TILES] if pool else TILES[kind]:
+        for candidate in POOL_TILES if pool else TILES[kind]:
             for tma in (True, False) if dense else (False,):
-                bm, bn, bk, warps, stages = tiles
+                bm, bn, bk, warps, stages = candidate.choice
                 blocks = {"x": (bm, bk), "weight": (bn, bk)}
                 constants = {
                     "DENSE": dense, "POOL": pool, "TMA": tma, "BIAS": True, "RESIDUAL": not pool,

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._backends import resolve
+from ..._candidates import resolve, tunable
 from ..._checks import check_nchw
 from ..._library import kernel
-from ...tuning import tunable
 from .._autograd import differentiable_once
 from .._conv import IntPair, check_conv, on_16_bytes, pair
 from . import reference

@@ -1,4 +1,4 @@
-"""relu(conv2d(x, weight) + bias [+ residual]) in plain PyTorch: the definition that every backend is compared with."""
+"""The room's ops in plain PyTorch: the definitions that every backend is compared with."""
 
 from __future__ import annotations
 
@@ -22,3 +22,7 @@ def conv_bias_relu(
     if residual is not None:
         out = out + residual
     return torch.relu(out) if relu else out
+
+
+def add_relu(x: Tensor, residual: Tensor) -> Tensor:
+    return torch.relu(x + residual)

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._backends import best, resolve
+from ..._candidates import best, resolve, tunable
 from ..._checks import check_nchw, check_same, check_vector
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
-from ...tuning import tunable
 from .._autograd import differentiable_once
 from .._conv import autocast, packable
 from . import reference
@@ -88,13 +87,12 @@ class _Inception(torch.autograd.Function):
         grad_biases: list[Tensor] = [x] * 6
 
         def again(i: int) -> Tensor:
-            return kernel("conv1x1_bias_relu_fwd", ctx.backend)(x, weights[i], biases[i], None, [1, 1], True)
+            return kernel("conv_bias_relu_fwd", ctx.backend)(x, weights[i], biases[i], None, [1, 1], [0, 0], [1, 1], 1, True)
 
         def backward(i: int, grad: Tensor, result: Tensor, read: Tensor, needs_read: bool) -> Tensor:
             pad = weights[i].size(2) // 2
-            name, window = ("conv_bias_relu_bwd", ([pad, pad], [1, 1], 1)) if pad else ("conv1x1_bias_relu_bwd", ())
-            grad_read, grad_weights[i], grad_biases[i], _ = kernel(name, ctx.backend)(
-                grad, result, read, weights[i], [1, 1], *window, needs_read, True, True
+            grad_read, grad_weights[i], grad_biases[i], _ = kernel("conv_bias_relu_bwd", ctx.backend)(
+                grad, result, read, weights[i], [1, 1], [pad, pad], [1, 1], 1, needs_read, True, True
             )
             return grad_read
 

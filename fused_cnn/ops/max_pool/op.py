@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._backends import resolve
+from ..._candidates import resolve, tunable
 from ..._checks import check_nchw
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
-from ...tuning import tunable
 from .._autograd import differentiable_once
 from .._conv import IntPair, pair
 from . import reference

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._backends import resolve
+from ..._candidates import NATIVE, REFERENCE, TRITON, Candidate, Measurement, offer, resolve, tunable
 from ..._checks import check_nchw, check_same
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
-from ...tuning import tunable
 from .._autograd import differentiable_once
 from . import reference
 
@@ -30,7 +29,20 @@ def _fake_bwd(grad_out: Tensor, out: Tensor) -> Tensor:
 
 define("add_relu_fwd(Tensor x, Tensor residual) -> Tensor", _fake_fwd)
 define("add_relu_bwd(Tensor grad_out, Tensor out) -> Tensor", _fake_bwd)
-define_triton("add_relu", "add_relu_fwd", "add_relu_bwd")
+define_triton("conv", "add_relu_fwd", "add_relu_bwd")
+offer(
+    "add_relu_fwd",
+    Candidate(
+        "triton",
+        architectures=("sm_90",),
+        measured=(
+            Measurement("256 channels at 56 x 56, bfloat16, batch 256", "285 us, native 317", "H200", "2026-11-26"),
+        ),
+    ),
+    NATIVE,
+    TRITON,
+    REFERENCE,
+)
 
 
 class _AddReLU(torch.autograd.Function):

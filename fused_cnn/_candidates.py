@@ -1,0 +1,208 @@
+"""What may run an op, and which of it does: every op has a list of candidates, and one rule picks.
+
+A candidate is a backend of an op, or a tile of one of its kernels: data, with the predicate under which it may run, the
+architectures that it is for, and the measurement that put it where it stands. Who asks for a backend by name gets it, or
+BackendUnavailable. Otherwise the device's table decides (_tables.py: measured by `tune`, or shipped), and without an
+entry the first candidate in order whose predicate holds and that can run here.
+
+Tiles of the CUDA kernels follow the same rule where they are launched (csrc/cuda/gemm/gemm.h lists them; the table's
+entries are handed to the library when it is read).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import _backends, _library, _tables
+from ._backends import BackendUnavailable, architecture, status, usable
+from ._tables import Key, Table
+from ._trees import tensors
+
+Choice = TypeVar("Choice")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Measurement(NamedTuple):
+    """Why a candidate stands where it does: on what it was timed, the figures, and on which GPU and day."""
+
+    shape: str
+    figure: str
+    gpu: str
+    date: str
+
+
+@dataclass(frozen=True)
+class Candidate(Generic[Choice]):
+    """A backend's name, or a kernel's tiles.
+
+    `when` is called with what the op or the kernel says of its problem; `architectures` are "sm_90" and the like, all
+    where there is none.
+    """
+
+    choice: Choice
+    when: Callable[..., bool] | None = None
+    architectures: tuple[str, ...] = ()
+    measured: tuple[Measurement, ...] = ()
+
+    def suits(self, problem: tuple[Any, ...]) -> bool:
+        return self.when is None or self.when(*problem)
+
+
+NATIVE, TRITON, REFERENCE = (Candidate(backend) for backend in ("native", "triton", "reference"))
+IN_ORDER = (NATIVE, TRITON, REFERENCE)
+_offered: dict[str, tuple[Candidate[str], ...]] = {}
+
+
+def offer(op: str, *candidates: Candidate[str]) -> None:
+    """State the candidates of a registered op, the best first; one that states none has IN_ORDER."""
+    _offered[op] = candidates
+
+
+def resolve(op: str, backend: str | None, x: Tensor, *problem: Any) -> str:
+    """The backend that runs `op` (a registered name such as "add_relu_fwd") on x's device.
+
+    Raises ValueError for an unknown backend name and BackendUnavailable where an explicit one cannot run.
+    """
+    if backend is None or backend == "auto":
+        return best(op, x.device, x.dtype, *problem)
+    if backend not in _backends.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(_backends.BACKENDS)} or None (auto), got {backend!r}")
+    if backend == "reference":
+        return backend
+    device_type = x.device.type
+    if backend == "triton" and x.dtype == torch.float64:
+        raise BackendUnavailable(
+            f"backend 'triton' cannot run {op} in float64: its kernels compute in float32; use backend=None"
+        )
+    if not usable(backend, x.device):
+        state = status(backend, x.device)
+        raise BackendUnavailable(f"backend {backend!r} cannot run {op} on {device_type}: {state.reason}; {state.hint}")
+    if not _library.has_kernel(op, backend, device_type):
+        raise BackendUnavailable(f"backend {backend!r} has no kernel for {op} on {device_type}; use backend=None")
+    return backend
+
+
+def best(op: str, device: torch.device, dtype: torch.dtype, *problem: Any) -> str:
+    """The first candidate that suits and can run here: what runs where nothing was measured."""
+    for candidate in _offered.get(op, IN_ORDER):
+        if _runs(op, candidate, device, dtype) and candidate.suits(problem):
+            return candidate.choice
+    return "reference"
+
+
+def _runs(op: str, candidate: Candidate[str], device: torch.device, dtype: torch.dtype) -> bool:
+    backend = candidate.choice
+    if backend == "reference":
+        return True
+    if backend == "triton" and (device.type != "cuda" or dtype == torch.float64):  # its interpreter is for tests
+        return False
+    if not _library.has_kernel(op, backend, device.type) or not usable(backend, device):
+        return False
+    return not candidate.architectures or architecture(device) in candidate.architectures
+
+
+class _Measuring:
+    """What `tune` is doing. Autograd's threads see it, too: backward passes have tiles of their own."""
+
+    record: Callable[..., None] | None = None  # it listens to a model's calls
+    table: Table | None = None  # it measures, and Triton's launchers measure their tiles into this
+    seconds: Callable[[Mapping[Any, Callable[[], object]], torch.device], dict[Any, float]]
+
+
+measuring = _Measuring()
+
+
+def _layout(t: Tensor) -> str:
+    if t.dim() != 4:
+        return ""
+    return "channels_last" if t.stride(1) == 1 else "contiguous" if t.is_contiguous() else "strided"
+
+
+def _described(value: Any) -> Any:
+    """What tells one call from another, without the values in its tensors: nested tuples of Python's literals."""
+    if isinstance(value, Tensor):
+        return (str(value.dtype)[6:], tuple(value.shape), _layout(value))
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_described, value))
+    return value
+
+
+def device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
+    """Where a call runs, if tables are kept for it: not for tensors that only stand for others, as in a trace."""
+    for value in (*args, *kwargs.values()):
+        first = value[0] if isinstance(value, (list, tuple)) and value else value
+        if isinstance(first, Tensor):
+            real = type(first) in (Tensor, nn.Parameter) and first.device.type in ("cpu", "cuda")
+            return first.device if real else None
+    return None
+
+
+def _key(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], autocast: torch.dtype | None) -> Key:
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors((args, kwargs)))
+    mode = ("training" if grad else "inference") + ("" if autocast is None else f" in {str(autocast)[6:]}")
+    return (name, mode, _described(args), tuple(sorted((k, _described(v)) for k, v in kwargs.items())))
+
+
+def _measured(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The backend that was measured to be fastest for this call; None where it was not measured."""
+    device = device_of(args, kwargs)
+    if device is None:
+        return None
+    choices = _tables.table(device).choices
+    if not choices and measuring.record is None:
+        return None
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    key = _key(function.__name__, args, kwargs, autocast)
+    if measuring.record is None:
+        entry = choices.get(key)
+        return entry["best"] if entry else None
+    measuring.record(function, key, autocast, args, kwargs)
+    return None
+
+
+def tunable(function: Function) -> Function:
+    """A public op whose backend=None asks the table first; not in torch.compile's trace, which would have to guard on
+    it."""
+
+    @functools.wraps(function)
+    def call(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        asks = _tables.asks or measuring.record is not None
+        if backend is None and not torch.compiler.is_compiling() and asks:
+            chosen = _measured(function, args, kwargs)
+            if chosen is not None:
+                with contextlib.suppress(BackendUnavailable):  # what was measured need not be built here
+                    return function(*args, backend=chosen, **kwargs)
+        return function(*args, backend=backend, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+def pick(
+    kernel: str,
+    key: Key,
+    candidates: Sequence[Candidate[Choice]],
+    launch: Callable[[Choice], None],
+    device: torch.device,
+    problem: tuple[Any, ...] = (),
+) -> Choice:
+    """The tiles to launch a Triton kernel with: the table's, where they are still a candidate, else the first that suit
+    the problem, or the last. While `tune` measures, every candidate is launched, on tune's own tensors, and the fastest
+    is kept."""
+    default = next((c for c in candidates if c.suits(problem)), candidates[-1]).choice
+    if len(candidates) == 1:
+        return default
+    key = (kernel, *key)
+    entries = _tables.table(device).tiles if measuring.table is None else measuring.table.tiles
+    if measuring.table is not None and key not in entries:
+        timed = measuring.seconds({c.choice: functools.partial(launch, c.choice) for c in candidates}, device)
+        seconds = {str(tuple(tiles)): s for tiles, s in timed.items()}  # type: ignore[call-overload]
+        entries[key] = {"best": list(min(timed, key=timed.__getitem__)), "seconds": seconds}
+    found = entries[key]["best"] if key in entries else None
+    return next((c.choice for c in candidates if list(c.choice) == found), default)  # type: ignore[call-overload]
