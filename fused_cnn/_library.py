@@ -132,6 +132,37 @@ def packed_bytes_read(x_shape: Sequence[int], out_channels: int, *geometry: Sequ
     return found
 
 
+GemmProblem = tuple[int, int, int, int, int]  # device, dtype (csrc/shared/dtype.h), m, n, k
+RECORDED = 64  # more products than one op launches
+_Problems = ctypes.c_int64 * 5 * RECORDED
+
+
+def gemm_tiles(library: ctypes.CDLL) -> list[tuple[int, int, int]]:
+    """The tiles (m, n, k) of the CUDA library's forward product (csrc/cuda/gemm/gemm.h), in their order."""
+    sizes = (ctypes.c_int * 3 * 64)()
+    count = library.fused_cnn_gemm_tiles(sizes, len(sizes))
+    return [(m, n, k) for m, n, k in sizes[:count]]
+
+
+def choose_gemm_tile(library: ctypes.CDLL, problem: GemmProblem, tile: int) -> None:
+    """Run the forward product of this problem with the tile of this index from now on."""
+    library.fused_cnn_choose_gemm_tile.restype = ctypes.c_bool
+    assert library.fused_cnn_choose_gemm_tile((ctypes.c_int64 * 5)(*problem), tile), f"there is no tile {tile}"
+
+
+def gemms_of(library: ctypes.CDLL, work: Callable[[], object]) -> list[GemmProblem]:
+    """The problems of the forward products that a piece of work launches, each once."""
+    record = library.fused_cnn_record_gemms
+    record.restype, record.argtypes = ctypes.c_int64, [ctypes.c_bool, _Problems, ctypes.c_int64]
+    found = _Problems()
+    record(True, found, 0)
+    try:
+        work()
+    finally:
+        count = min(record(False, found, RECORDED), RECORDED)
+    return list(dict.fromkeys((d, t, m, n, k) for d, t, m, n, k in found[:count]))
+
+
 cpu.load()
 if torch.backends.cuda.is_built():
     cuda.load()

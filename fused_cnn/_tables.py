@@ -1,9 +1,10 @@
-"""What tuning.py has measured, and where it is kept.
+"""What was measured on a device, and where it is kept.
 
-A table holds two kinds of answer for one device. `choices`: the backend of a public op's call. `tiles`: a Triton kernel's configuration for
-one problem size. It is JSON. The measured one lies in the cache folder (FUSED_CNN_CACHE_DIR, or ~/.cache/fused_cnn), in a file of its own
-for each device, driver, torch, Triton and state of the kernels' sources: what was measured elsewhere, or before a change, is never found.
-Tables that ship with the package (fused_cnn/tables/) hold for a device and the sources.
+A table holds two kinds of answer for one device. `choices`: the backend of a public op's call. `tiles`: a kernel's tiles
+for one problem size. It is JSON. The measured one lies in the cache folder (FUSED_CNN_CACHE_DIR, or ~/.cache/fused_cnn),
+in a file of its own for each device, driver, torch, Triton and state of the kernels' sources: what was measured
+elsewhere, or before a change, is never found. Tables that ship with the package (fused_cnn/tables/) hold for a device
+and the sources.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from . import _library
 from ._backends import BACKENDS, driver_version
 
 VERSION = 1
+GEMM = "gemm"  # the kernel by which the CUDA library's forward product goes in `tiles`; its key is dtype, m, n, k
 PACKAGE = Path(__file__).parent
 Key = tuple[Any, ...]
 
@@ -191,6 +193,12 @@ def _load(device: torch.device) -> Table:
         found.update(load(path, wanted))
     with contextlib.suppress(RuntimeError):  # a user without a home folder has no cache
         found.update(load(cache_file(device), facts(device)))
+    if device.type == "cuda" and _library.cuda.loaded is not None:
+        tiles = [list(tile) for tile in _library.gemm_tiles(_library.cuda.loaded)]
+        for (kernel, *problem), entry in found.tiles.items():
+            if kernel == GEMM and entry["best"] in tiles:
+                chosen = (device.index or 0, *problem)
+                _library.choose_gemm_tile(_library.cuda.loaded, chosen, tiles.index(entry["best"]))
     _tables[device] = found
     kinds = {d.type for d in _tables}
     asks = any(t.choices for t in _tables.values()) or ("cuda" not in kinds and torch.backends.cuda.is_built()) or "cpu" not in kinds

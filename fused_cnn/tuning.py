@@ -7,14 +7,17 @@ nothing else measures, so that no first call stalls.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import _tables
-from ._backends import BACKENDS
+from . import _library, _tables
+from ._backends import BACKENDS, BackendUnavailable
 from ._candidates import device_of, measuring
 from ._tables import Key, Table
 from ._trees import leaves_of, mapped, tensors
@@ -87,8 +90,29 @@ def _work(call: _Call, backend: str) -> Callable[[], object]:
 def _measure(call: _Call, backends: Sequence[str], device: torch.device) -> None:
     assert measuring.table is not None
     _work(call, "reference")()  # where the library's path fails, the call itself is at fault
+    if "native" in backends and device.type == "cuda" and _library.cuda.loaded is not None:
+        with contextlib.suppress(BackendUnavailable):  # no kernel for this op
+            measure_gemm_tiles(_work(call, "native"), device, _library.cuda.loaded, measuring.table)
     timed = _seconds({backend: _work(call, backend) for backend in backends}, device)
     measuring.table.choices[call.key] = {"best": min(timed, key=timed.__getitem__), "seconds": timed}
+
+
+def measure_gemm_tiles(work: Callable[[], object], device: torch.device, library: ctypes.CDLL, table: Table) -> None:
+    """Time `work` with each tile of each forward product that it launches, keep the fastest, and leave it chosen."""
+    tiles = _library.gemm_tiles(library)
+    for problem in _library.gemms_of(library, work):
+        key = (_tables.GEMM, *problem[1:])
+        if key in table.tiles:
+            continue
+
+        def with_tile(i: int, problem: _library.GemmProblem = problem) -> object:
+            _library.choose_gemm_tile(library, problem, i)
+            return work()
+
+        timed = _seconds({i: functools.partial(with_tile, i) for i in range(len(tiles))}, device)
+        best = min(timed, key=timed.__getitem__)
+        _library.choose_gemm_tile(library, problem, best)
+        table.tiles[key] = {"best": list(tiles[best]), "seconds": {str(tiles[i]): s for i, s in timed.items()}}
 
 
 def _calls_of(model: Callable[..., Any], example: Sequence[Tensor], train: bool) -> list[_Call]:

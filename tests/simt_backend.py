@@ -30,11 +30,9 @@ SIMT = ROOT / "tests" / "simt"
 BUILD = ROOT / "build" / "simt"
 NAMESPACE = "fused_cnn_simt"
 ROOMS = {  # and their ops
-    "add_relu": ("add_relu",),
     "batch_norm": ("bn_relu", "bn_add_relu", "bn_relu_concat"),
     "concat": ("concat_bias_relu",),
-    "conv1x1_bias_relu": ("conv1x1_bias_relu",),
-    "conv": ("conv_bias_relu",),
+    "conv": ("add_relu", "conv1x1_bias_relu", "conv_bias_relu"),
     "inception": ("inception",),
 }
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-w"]
@@ -76,6 +74,7 @@ def build(csrc: Path, rooms: Sequence[str]) -> Path:
         jobs[f"{path.parent.name}-{path.stem}-{_digest(headers, path)}"] = [*STABLE, *CHECKED, register, path]
     if any("gemm/" in path.read_text() for path in sources):
         jobs[f"products-{headers}"] = [*STABLE, *CHECKED, SIMT / "gemm.cpp"]
+        jobs[f"c_api-{headers}"] = [*STABLE, *CHECKED, csrc / "cuda" / "c_api.cu"]
     library = BUILD / f"{_digest(*jobs)}.so"
 
     def make(command: list[Any], made: Path) -> None:
@@ -134,7 +133,7 @@ def main(room: str, folders: Sequence[str]) -> None:
 
 def verdict(csrc: Path, room: str) -> str:
     """ "passed", or "caught" and what was."""
-    needed = {"inception": ("conv1x1_bias_relu", "conv", "inception")}.get(room, (room,))
+    needed = {"inception": ("conv", "inception")}.get(room, (room,))
     install(csrc, needed).simt_install(True)
     _backends.BACKENDS = (*_backends.BACKENDS, "simt")
     for cases in all_cases():

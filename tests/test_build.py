@@ -96,7 +96,7 @@ import pathlib
 is_file = pathlib.Path.is_file
 pathlib.Path.is_file = lambda p: "cutlass_library" not in str(p) and is_file(p)
 """
-FEW = ("add_relu/cuda.cu", "conv1x1_bias_relu/cuda.cu", "cuda/gemm/sm80_bf16.cu", "cuda/gemm/sm90a_bf16.cu", "add_relu/cpu.cpp")
+FEW = ("conv/cuda_add_relu.cu", "conv/cuda.cu", "cuda/gemm/sm80_bf16.cu", "cuda/gemm/sm90a_bf16.cu", "conv/cpu.cpp")
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def archs_built(tree: Path, tools: dict[str, str], **environment: str) -> list[s
     shutil.rmtree(tree / "build", ignore_errors=True)
     done = build(tree, **tools, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    (call,) = nvcc_calls(tree, "csrc/add_relu/cuda.cu")
+    (call,) = nvcc_calls(tree, "csrc/conv/cuda_add_relu.cu")
     return re.findall(r"code=((?:sm|compute)_\w+)", call)
 
 
@@ -219,7 +219,7 @@ def test_products_are_built_for_their_own_architectures(
         calls = nvcc_calls(tree, f"csrc/cuda/gemm/{name}_bf16.cu")
         assert len(calls) == bool(expected)
         assert all(f"code={code}" in call for call in calls for code in expected)
-    (room,) = nvcc_calls(tree, "csrc/conv1x1_bias_relu/cuda.cu")
+    (room,) = nvcc_calls(tree, "csrc/conv/cuda.cu")
     assert f"-DFUSED_CNN_GEMM_SM90A={int(bool(hopper))}" in room and f"-DFUSED_CNN_GEMM_SM80={int(bool(others))}" in room
 
 
@@ -228,7 +228,7 @@ def test_without_cutlass_the_rest_is_built_and_a_line_says_what_is_missing(tree:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "CUTLASS's headers were not found" in done.stdout and "`pip install --no-deps nvidia-cutlass==" in done.stdout
     assert not nvcc_calls(tree, "csrc/cuda/gemm/sm90a_bf16.cu")
-    (room,) = nvcc_calls(tree, "csrc/conv1x1_bias_relu/cuda.cu")
+    (room,) = nvcc_calls(tree, "csrc/conv/cuda.cu")
     assert "-DFUSED_CNN_GEMM_SM90A=0" in room
 
 

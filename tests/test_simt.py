@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import simt_backend
 import torch
 from conftest import DEVICE
 
-from fused_cnn import _library
+from fused_cnn import _library, _tables, tuning
 from fused_cnn.ops import add_relu, concat_bias_relu, conv1x1_bias_relu
 from fused_cnn.ops._cases import LAYOUTS, Case, OpCases
 from fused_cnn.testing import all_cases, compare
@@ -68,7 +69,7 @@ def number(file: str, line: str) -> int:
     return int(found)
 
 
-COLUMNS, CONV = "cuda/column_reduction.cuh", "cuda/gemm/pointwise_conv.cuh"
+COLUMNS, CONV = "cuda/column_reduction.cuh", "conv/cuda.cu"
 OCTET = number("cuda/vector.cuh", "kOctet = #;")
 STRIP = OCTET * number(COLUMNS, "kStripOctets = #;")  # channels that a block takes
 BRANCHES = number(COLUMNS, "kBranches = #;")  # that a launch takes
@@ -163,27 +164,22 @@ def test_results_are_bitwise_equal_in_reruns() -> None:
 OUTSIDE, OFF = "outside of every tensor", "on a multiple of 16 bytes at another address"
 # Mistakes that the checks must notice, by room: a file, a piece of it, what stands there instead, and what is said of it.
 BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
-    "add_relu": {
-        "no mistake": ("add_relu/math.h", "#pragma once", "#pragma once", "passed"),
-        "an index too far": ("add_relu/cuda.cu", "if (i < n) out[i] =", "if (i <= n) out[i] =", OUTSIDE),
-        "a tail left out": ("add_relu/cuda.cu", "if (done < n) {", "if (done + 1 < n) {", "error=inf"),
-        "vectors where there are none": ("cuda/launch.cuh", "(p) % 16 == 0", "(p) % 2 == 0", OFF),
-    },
     "concat": {
         "a row too many": ("cuda/column_reduction.cuh", "if (r < place.end) load(u, r);", "if (r <= place.end) load(u, r);", OUTSIDE),
         "a channel too many": ("cuda/vector.cuh", "if (j < n) at[j] =", "if (j <= n) at[j] =", OUTSIDE),
         "a missing barrier": ("cuda/column_reduction.cuh", "= values[j];\n  __syncthreads();", "= values[j];", "error="),
     },
-    "conv1x1_bias_relu": {
-        "a rest of the rows left out": ("cuda/gemm/pointwise_conv.cuh", "if (rest > 0) {", "if (rest > 512) {", "error="),
-        "pairs of columns in the wrong place": ("cuda/gemm/epilogue.cuh", "upper ? kept : got", "upper ? got : kept", "differ"),
-        "a residual's row too far": ("cuda/gemm/epilogue.cuh", "row >= m ||", "row > m ||", OUTSIDE),
-    },
     "inception": {
         "a slice of the product in the wrong place": ("cuda/gemm/epilogue.cuh", "column -= slice.columns, slice", "slice", OUTSIDE),
     },
     "conv": {
-        "memory off 16 bytes for the library": ("shared/aten_conv.h", "% 16 != 0) return", "% 1 != 0) return", "aten::convolution: "),
+        "no mistake": ("shared/relu.h", "#pragma once", "#pragma once", "passed"),
+        "a rest of the elements left out": ("conv/cuda_add_relu.cu", "if (rest > 0)", "if (rest > 1)", "error=inf"),
+        "vectors where there are none": ("cuda/launch.cuh", "(p) % 16 == 0", "(p) % 2 == 0", OFF),
+        "a rest of the rows left out": ("conv/cuda.cu", "run(whole, 1, rest);", "run(whole, 0, rest);", "error="),
+        "pairs of columns in the wrong place": ("cuda/gemm/epilogue.cuh", "upper ? kept : got", "upper ? got : kept", "differ"),
+        "a residual's row too far": ("cuda/gemm/epilogue.cuh", "row >= m ||", "row > m ||", OUTSIDE),
+        "memory off 16 bytes for cuDNN": ("shared/aten_conv.h", "% 16 != 0) return", "% 1 != 0) return", "aten::convolution: "),
     },
     "batch_norm": {
         "a channel of the mask left out": ("batch_norm/cuda_fwd.cu", "j < place.n) byte |=", "j < place.n - 1) byte |=", "error="),
@@ -196,6 +192,38 @@ def test_broken_kernels_are_caught(room: str, tmp_path: Path) -> None:
     found = simt_backend.run_broken(room, {name: how[:3] for name, how in BREAKS[room].items()}, tmp_path)
     for name, (*_, expected) in BREAKS[room].items():
         assert found[name].startswith(("caught", "passed")) and expected in found[name], (name, found[name])
+
+
+def test_the_table_decides_which_tile_a_product_runs_with(checked_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = simt_backend.install()
+    tiles = _library.gemm_tiles(library)
+    assert len(tiles) == len(set(tiles)) >= 2
+
+    def work() -> torch.Tensor:
+        return conv1x1_bias_relu(X, W, backend="simt")
+
+    X, W = (last(torch.randn(shape, dtype=torch.float16)) for shape in ((1, 16, 4, 4), (24, 16, 1, 1)))
+    (problem,) = _library.gemms_of(library, work)
+    assert problem[2:] == (16, 24, 16)
+    used = ctypes.c_int.in_dll(library, "simt_gemm_tile")
+    work()
+    assert tiles[used.value] == (64, 64, 64)  # the smallest, for so small a product
+    table = _tables.Table()
+
+    def first_wins(variants: dict[int, Callable[[], object]], device: torch.device) -> dict[int, float]:
+        for tile, run in variants.items():
+            run()
+            assert used.value == tile
+        return {tile: float(tile) for tile in variants}
+
+    monkeypatch.setattr(tuning, "_seconds", first_wins)
+    tuning.measure_gemm_tiles(work, X.device, library, table)
+    seconds = {str(tile): float(i) for i, tile in enumerate(tiles)}
+    assert table.tiles == {(_tables.GEMM, *problem[1:]): {"best": list(tiles[0]), "seconds": seconds}}
+    work()
+    assert used.value == 0
+    with pytest.raises(AssertionError, match="no tile"):
+        _library.choose_gemm_tile(library, problem, len(tiles))
 
 
 def test_add_relu_says_where_it_went_wrong() -> None:

@@ -1,33 +1,148 @@
-// fused_cnn::conv_bias_relu_fwd and _bwd on CUDA, for kernels of any size: 1x1 as a product of our own
-// (cuda/gemm/pointwise_conv.cuh), else the library's convolution and its gradients, with one pass for bias, residual
-// and ReLU, and one for the mask and the bias's gradient.
-#include "cuda/gemm/pointwise_conv.cuh"
+// fused_cnn::conv_bias_relu_fwd and _bwd on CUDA. A 1x1 convolution is a product of our own (cuda/gemm/pointwise.cuh),
+// its weight's gradient a split-K product; others are cuDNN's convolution and gradients, with one pass for bias,
+// residual and ReLU, and one for ReLU's mask and the bias's gradient.
+#include <tuple>
+#include "cuda/drelu_bgrad.cuh"
+#include "cuda/gemm/pointwise.cuh"
 
 namespace fused_cnn {
 namespace {
 
 bool is_pointwise(const Tensor& weight, const ConvParams& params) {
-  return weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1 && params.groups == 1 &&
-         params.padding == Ints{0, 0};
+  return weight.size(2) == 1 && weight.size(3) == 1 && params.groups == 1 && params.padding == Ints{0, 0};
+}
+
+// The pixels that a strided 1x1 convolution reads, as a view.
+Tensor strided_slice(const Tensor& x, const Ints& stride) {
+  using torch::stable::detail::from;
+  Tensor view = x;
+  for (int64_t axis = 0; axis < 2; ++axis) {
+    if (stride[axis] == 1) continue;
+    std::array<StableIValue, 5> stack{from(view), from(axis + 2), from(std::optional<int64_t>()),
+                                      from(std::optional<int64_t>()), from(stride[axis])};
+    call_operator("aten::slice", "Tensor", stack);
+    view = torch::stable::detail::to<Tensor>(stack[0]);
+  }
+  return view;
 }
 
 Tensor conv_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                           std::optional<Tensor> residual, Ints stride, Ints padding, Ints dilation, int64_t groups,
                           bool relu) {
-  const char* op = "conv_bias_relu_fwd";
   const ConvParams params{stride, padding, dilation, groups};
-  if (is_pointwise(weight, params)) return pointwise_conv_forward(op, x, weight, bias, residual, stride, relu);
-  check_conv(op, x, weight, bias, residual, params);
+  check_conv("conv_bias_relu_fwd", x, weight, bias, residual, params);
   const Launch launch(x);
-  const Tensor y = library_conv(x, weight, std::nullopt, params);
   const int64_t channels = weight.size(0);
-  const RowResult out(y, channels, result_format(x));
   std::optional<RowView> addend;
   if (residual) addend = rows_of(*residual);
   if (bias) bias = torch::stable::contiguous(*bias);
-  finish_convolution(launch, y, bias, addend ? &*addend : nullptr, relu,
-                     {{out.data, channels, static_cast<int>(channels)}});
+  const RowView* added = addend ? &*addend : nullptr;
+  const auto slice = [&](const RowResult& out) {
+    return std::vector<GemmSlice>{{.data = out.data, .pitch = channels, .columns = static_cast<int>(channels)}};
+  };
+  if (is_pointwise(weight, params)) {
+    const Tensor read = strided_slice(x, stride);
+    const RowResult out(read, channels, result_format(x));
+    pointwise(launch, read, rows_of(read), torch::stable::contiguous(weight), bias, added, relu, slice(out));
+    return out.finish();
+  }
+  const Tensor y = library_conv(x, weight, std::nullopt, params);
+  const RowResult out(y, channels, result_format(x));
+  finish_convolution(launch, y, bias, added, relu, slice(out));
   return out.finish();
+}
+
+constexpr int kReduceThreads = 256;
+
+// out = the sum of `count` arrays of `size` octets, one behind the other, in order: the second stage of split-K.
+template <typename T>
+__global__ void __launch_bounds__(kReduceThreads)
+    split_k_reduce_kernel(const float* __restrict__ arrays, int count, int64_t size, T* __restrict__ out) {
+  const int64_t at = (static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x) * kOctet;
+  if (at >= size * kOctet) return;
+  Octet<float> sum = load_octet<true>(arrays + at, kOctet);
+#pragma unroll 4
+  for (int i = 1; i < count; ++i) {
+    const Octet<float> more = load_octet<true>(arrays + i * size * kOctet + at, kOctet);
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) sum.v[j] += more.v[j];
+  }
+  Octet<T> result;
+#pragma unroll
+  for (int j = 0; j < kOctet; ++j) from_compute(sum.v[j], &result.v[j]);
+  store_octet<true>(out + at, result, kOctet);
+}
+
+// grad^T x, (out, C, 1, 1), of grad and x as rows, split-K: the rows are cut into parts, as many as fill a large chip,
+// whose products are added up in order. What tensor cores do not take is cuDNN's.
+Tensor pointwise_wgrad(const Launch& launch, const RowView& any_grad, const RowView& any_in, const Tensor& weight) {
+  const DType dtype = dtype_of("pointwise_wgrad", "weight", weight);
+  const int64_t rows = row_count(any_grad.tensor), outputs = weight.size(0), inputs = weight.size(1);
+  const GemmKernels kernels(weight.get_device_index());
+  if (!kernels || !gemm_supports(dtype, rows, inputs, outputs)) {
+    return std::get<1>(
+        library_conv_backward(any_grad.tensor, any_in.tensor, weight, pointwise_params({1, 1}), false, true));
+  }
+  const RowView grad = on_16_bytes(any_grad), in = on_16_bytes(any_in);
+  constexpr int64_t kBlocks = 256, kLeast = 512;
+  const int64_t tiles = ceil_div<int64_t>(outputs, 128) * ceil_div<int64_t>(inputs, 128);
+  const int64_t size = std::max(kLeast, ceil_div(rows, ceil_div(kBlocks, tiles)) + 63 & ~int64_t{63});
+  const int64_t whole = rows / size, rest = rows % size, count = whole + (rest > 0);
+  const Tensor products = empty_vector(weight, count * outputs * inputs, ScalarType::Float);
+  // The products of so many parts from `part` on, of `length` rows each.
+  const auto run = [&](int64_t part, int64_t parts, int64_t length) {
+    if (parts == 0 || length == 0) return;
+    const auto from = [&](const RowView& view) {
+      return GemmMatrix{static_cast<const char*>(view.data) + part * size * view.stride * 2, view.stride};
+    };
+    Gemm gemm{.kind = GemmKind::wgrad,
+              .dtype = dtype,
+              .a = from(grad),
+              .b = from(in),
+              .a_batch_stride = size * grad.stride,
+              .b_batch_stride = size * in.stride,
+              .m = static_cast<int>(outputs),
+              .n = static_cast<int>(inputs),
+              .k = static_cast<int>(length),
+              .batch = static_cast<int>(parts),
+              .epilogue = {.slices = 1, .batch_stride = outputs * inputs}};
+    gemm.epilogue.slice[0] = {.data = static_cast<float*>(products.data_ptr()) + part * outputs * inputs,
+                              .pitch = inputs,
+                              .columns = static_cast<int>(inputs)};
+    kernels.run(launch, gemm);
+  };
+  run(0, whole, size);
+  run(whole, 1, rest);
+  Tensor grad_weight = empty_like_4d(weight, MemoryFormat::Contiguous);
+  const int64_t octets = outputs * inputs / kOctet;
+  const auto reduce = [&](auto element) {
+    using T = decltype(element);
+    launch.run("split_k_reduce_kernel", split_k_reduce_kernel<T>, ceil_div<int64_t>(octets, kReduceThreads), 1,
+               kReduceThreads, static_cast<const float*>(products.data_ptr()), static_cast<int>(count), octets,
+               static_cast<T*>(grad_weight.data_ptr()));
+  };
+  dtype == DType::f16 ? reduce(f16_t{}) : reduce(bf16_t{});
+  return grad_weight;
+}
+
+// grad weight at the pixels of x that the convolution read, zero elsewhere.
+Tensor pointwise_dgrad(const Launch& launch, const RowView& grad, const Tensor& x, const Tensor& read,
+                       const Tensor& weight, const Ints& stride) {
+  const RowResult at_read(read, x.size(1), MemoryFormat::ChannelsLast);
+  if (weight.size(0) > 0) {
+    pointwise(launch, grad.tensor, grad, torch::stable::contiguous(torch::stable::transpose(weight, 0, 1)),
+              std::nullopt, nullptr, false,
+              {{.data = at_read.data, .pitch = x.size(1), .columns = static_cast<int>(x.size(1))}});
+  } else {
+    Tensor zero = at_read.tensor;
+    torch::stable::zero_(zero);
+  }
+  if (stride == Ints{1, 1}) return dense(at_read.finish(), result_format(x));
+  Tensor grad_x = empty_like_4d(x, result_format(x));
+  torch::stable::zero_(grad_x);
+  Tensor view = strided_slice(grad_x, stride);
+  torch::stable::copy_(view, at_read.tensor);
+  return grad_x;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bias_relu_bwd(const Tensor& grad_out, std::optional<Tensor> out,
@@ -36,19 +151,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bias_relu_bwd(const Tensor& grad
                                                               bool needs_weight, bool needs_bias) {
   const char* op = "conv_bias_relu_bwd";
   const ConvParams params{stride, padding, dilation, groups};
-  if (is_pointwise(weight, params)) {
-    return pointwise_conv_backward(op, grad_out, out, x, weight, stride, needs_x, needs_weight, needs_bias);
-  }
   check_conv(op, x, weight, std::nullopt, grad_out, params);
   if (out) check_like(op, "grad_out", grad_out, "out", *out);
   const Launch launch(x);
   const MaskedGradient masked(launch, grad_out, out, needs_bias);
   Tensor grad_x = nothing(grad_out), grad_weight = nothing(grad_out);
-  if (needs_x || needs_weight) {
+  if (is_pointwise(weight, params)) {
+    const Tensor read = strided_slice(x, stride);
+    if (needs_x) grad_x = pointwise_dgrad(launch, masked.rows, x, read, weight, stride);
+    if (needs_weight) grad_weight = pointwise_wgrad(launch, masked.rows, rows_of(read), weight);
+  } else if (needs_x || needs_weight) {
     auto [of_x, of_weight] = library_conv_backward(masked.rows.tensor, x, weight, params, needs_x, needs_weight);
     if (needs_x) grad_x = dense(of_x, result_format(x));
-    if (needs_weight) grad_weight = dense(of_weight, result_format(weight));
+    if (needs_weight) grad_weight = of_weight;
   }
+  if (needs_weight) grad_weight = dense(grad_weight, result_format(weight));
   return {grad_x, grad_weight, masked.bias, masked.residual(grad_out)};
 }
 

@@ -2,6 +2,9 @@
 // threads as tensor cores do, then comes the epilogue of the real ones.
 #include "cuda/gemm/epilogue.cuh"
 
+extern "C" int simt_gemm_tile;
+int simt_gemm_tile = -1;  // of the last forward product
+
 namespace fused_cnn {
 namespace {
 
@@ -24,7 +27,7 @@ __global__ void product_kernel(Gemm gemm) {
         if (row >= gemm.m || column >= gemm.n) continue;
         for (int k = 0; k < gemm.k; ++k) {
           pairs[o][i] +=
-              gemm.kind == GemmKind::sums ? at(a, k, row) * at(b, k, column) : at(a, row, k) * at(b, column, k);
+              gemm.kind == GemmKind::wgrad ? at(a, k, row) * at(b, k, column) : at(a, row, k) * at(b, column, k);
         }
       }
     }
@@ -34,10 +37,11 @@ __global__ void product_kernel(Gemm gemm) {
 
 template <typename T>
 cudaError_t product(const Gemm& gemm) {
+  simt_gemm_tile = gemm.tile;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3((gemm.m + 15) / 16, (gemm.n + 31) / 32, gemm.batch);
   config.blockDim = dim3(32);
-  return cudaLaunchKernelEx(&config, gemm.kind == GemmKind::sums ? product_kernel<T, float> : product_kernel<T, T>,
+  return cudaLaunchKernelEx(&config, gemm.kind == GemmKind::wgrad ? product_kernel<T, float> : product_kernel<T, T>,
                             gemm);
 }
 

@@ -128,4 +128,14 @@ cudaError_t launch_cutlass(const Gemm& gemm, typename Kernel::StrideA a, typenam
   return cudaLaunchKernelEx(&config, kernel, parameters);
 }
 
+// body(std::integral_constant<int, i>{}) for the tile of index i.
+template <int i = 0, typename Body>
+cudaError_t with_gemm_tile(int tile, const Body& body) {
+  if constexpr (i < kGemmTileCount) {
+    return tile == i ? body(std::integral_constant<int, i>{}) : with_gemm_tile<i + 1>(tile, body);
+  } else {
+    return cudaErrorInvalidValue;
+  }
+}
+
 }  // namespace fused_cnn

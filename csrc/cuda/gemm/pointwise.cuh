@@ -1,27 +1,27 @@
-// 1x1 convolutions over rows of channels: a product on tensor cores where it takes the shape and the type, else the
-// library's convolution and one pass for what follows it (finish_rows.cuh). Float32 is the library's, which follows
+// 1x1 convolutions over rows of channels: a product on tensor cores where the shape and the type allow one, else
+// cuDNN's convolution and one pass for what follows it (bias_residual_relu.cuh). Float32 is cuDNN's, which follows
 // PyTorch's own allow_tf32.
 #pragma once
 #include <climits>
 #include "cuda/bias_residual_relu.cuh"
-#include "cuda/gemm/gemm.h"
+#include "cuda/gemm/choices.h"
 #include "shared/aten_conv.h"
 
 namespace fused_cnn {
 
-inline bool gemm_takes(DType dtype, int64_t rows, int64_t inputs, int64_t outputs) {
+inline bool gemm_supports(DType dtype, int64_t rows, int64_t inputs, int64_t outputs) {
   return (dtype == DType::f16 || dtype == DType::bf16) && rows > 0 && inputs > 0 && outputs > 0 && inputs % 8 == 0 &&
          outputs % 8 == 0 && std::max({rows, inputs, outputs}) <= INT_MAX - 128;
 }
 
-// The same, copied where it does not lie on 16 bytes.
+// A contiguous tensor, copied where it does not lie on 16 bytes.
 inline Tensor on_16_bytes(const Tensor& t) {
   return aligned16(t.data_ptr()) ? t : torch::stable::clone(t);
 }
 
 inline RowView on_16_bytes(const RowView& rows) {
   const Tensor& t = rows.tensor;
-  // Rows that overlap, as an expanded tensor's do, are none to TMA.
+  // TMA does not load rows that overlap, as an expanded tensor's do.
   if (aligned16(rows.data) && rows.stride % 8 == 0 && rows.stride >= t.size(1)) return rows;
   Tensor copy = empty_rows(t, t.size(1), t.size(2), t.size(3));
   torch::stable::copy_(copy, t);
@@ -45,10 +45,16 @@ struct GemmKernels {
   explicit GemmKernels(int device) : multiprocessors(device_attribute(cudaDevAttrMultiProcessorCount, device)) {
     const int major = device_attribute(cudaDevAttrComputeCapabilityMajor, device);
 #if FUSED_CNN_GEMM_SM80
-    if (major >= 8) f16 = gemm_sm80_f16, bf16 = gemm_sm80_bf16;
+    if (major >= 8) {
+      f16 = gemm_sm80_f16;
+      bf16 = gemm_sm80_bf16;
+    }
 #endif
 #if FUSED_CNN_GEMM_SM90A
-    if (major == 9) f16 = gemm_sm90a_f16, bf16 = gemm_sm90a_bf16;
+    if (major == 9) {
+      f16 = gemm_sm90a_f16;
+      bf16 = gemm_sm90a_bf16;
+    }
 #endif
   }
   explicit operator bool() const { return f16 != nullptr; }
@@ -62,8 +68,8 @@ struct GemmKernels {
   }
 };
 
-// relu(convolution + bias + residual) of what the library's convolution gave, its channels into the slices in order.
-// bias is contiguous.
+// relu(convolution + bias + residual) of a convolution's result, its channels into the slices in order. bias is
+// contiguous.
 inline void finish_convolution(const Launch& launch, const Tensor& convolution, const std::optional<Tensor>& bias,
                                const RowView* residual, bool relu, const std::vector<GemmSlice>& slices) {
   const RowView y = rows_of(convolution);
@@ -72,10 +78,14 @@ inline void finish_convolution(const Launch& launch, const Tensor& convolution, 
     std::vector<FinishBranch<T, T>> branches;
     int64_t first = 0;
     for (const GemmSlice& slice : slices) {
-      branches.push_back({static_cast<const T*>(y.data) + first, y.stride,
-                          bias ? static_cast<const T*>(bias->data_ptr()) + first : nullptr,
-                          residual ? static_cast<const T*>(residual->data) + first : nullptr,
-                          residual ? residual->stride : 0, static_cast<T*>(slice.data), slice.pitch, slice.columns});
+      branches.push_back({.y = static_cast<const T*>(y.data) + first,
+                          .y_pitch = y.stride,
+                          .bias = bias ? static_cast<const T*>(bias->data_ptr()) + first : nullptr,
+                          .residual = residual ? static_cast<const T*>(residual->data) + first : nullptr,
+                          .residual_pitch = residual ? residual->stride : 0,
+                          .out = static_cast<T*>(slice.data),
+                          .out_pitch = slice.pitch,
+                          .channels = slice.columns});
       first += slice.columns;
     }
     finish_rows(launch, branches, relu, row_count(convolution));
@@ -90,19 +100,27 @@ inline void pointwise(const Launch& launch, const Tensor& x, const RowView& in, 
   const DType dtype = dtype_of("pointwise", "x", x);
   const int64_t rows = row_count(x), inputs = x.size(1), outputs = weight.size(0);
   if (rows == 0 || outputs == 0) return;
-  bool takes = gemm_takes(dtype, rows, inputs, outputs) && slices.size() <= kGemmSlices;
-  for (const GemmSlice& s : slices) takes = takes && aligned16(s.data) && s.pitch % 8 == 0 && s.columns % 8 == 0;
-  if (takes) {
-    if (const GemmKernels kernels(x.get_device_index()); kernels) {
+  bool supported = gemm_supports(dtype, rows, inputs, outputs) && slices.size() <= kGemmSlices;
+  for (const GemmSlice& s : slices) supported &= aligned16(s.data) && s.pitch % 8 == 0 && s.columns % 8 == 0;
+  const int device = x.get_device_index();
+  if (supported) {
+    if (const GemmKernels kernels(device); kernels) {
       const RowView a = on_16_bytes(in), addend = residual ? on_16_bytes(*residual) : RowView{};
       const Tensor b = on_16_bytes(weight), vector = bias ? on_16_bytes(*bias) : Tensor();
-      Gemm gemm{GemmKind::narrow, dtype, {a.data, a.stride}, {b.data_ptr(), inputs}, 0, 0, 0, 0, 0, 1, {}};
-      gemm.m = static_cast<int>(rows), gemm.n = static_cast<int>(outputs), gemm.k = static_cast<int>(inputs);
-      const int64_t tiles = ceil_div<int64_t>(rows, 128) * ceil_div<int64_t>(outputs, 128);
-      if (outputs > 64 && tiles >= 2 * kernels.multiprocessors) gemm.kind = GemmKind::wide;
-      gemm.epilogue.bias = bias ? vector.data_ptr() : nullptr, gemm.epilogue.relu = relu;
-      if (residual) gemm.epilogue.residual = {addend.data, addend.stride};
-      for (const GemmSlice& slice : slices) gemm.epilogue.slice[gemm.epilogue.slices++] = slice;
+      Gemm gemm{.kind = GemmKind::forward,
+                .dtype = dtype,
+                .a = {a.data, a.stride},
+                .b = {b.data_ptr(), inputs},
+                .m = static_cast<int>(rows),
+                .n = static_cast<int>(outputs),
+                .k = static_cast<int>(inputs),
+                .batch = 1,
+                .epilogue = {.bias = bias ? vector.data_ptr() : nullptr,
+                             .residual = {addend.data, addend.stride},
+                             .relu = relu,
+                             .slices = static_cast<int>(slices.size())}};
+      std::copy(slices.begin(), slices.end(), gemm.epilogue.slice);
+      gemm.tile = GemmChoices::instance().tile(gemm, device, kernels.multiprocessors);
       return kernels.run(launch, gemm);
     }
   }

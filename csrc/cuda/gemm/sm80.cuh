@@ -26,7 +26,7 @@ struct Sm80Operand {
   using Read = cute::Copy_Atom<Either<cute::SM75_U32x4_LDSM_N, cute::SM75_U16x8_LDSM_T>, Element>;
 };
 
-template <typename T, typename Out, bool kAlongK, int kColumns>
+template <typename T, typename Out, bool kAlongK, int kRows, int kColumns, int kStep>
 cudaError_t gemm_sm80(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
   using namespace cute;
   using Element = cutlass_t<T>;
@@ -37,27 +37,25 @@ cudaError_t gemm_sm80(const Gemm& gemm, int multiprocessors, cudaStream_t stream
   using Mma = TiledMMA<MMA_Atom<Atom>, Layout<Shape<_2, Int<kWarps>, _1>>, Tile<_32, Int<16 * kWarps>, _16>>;
   using Stride = std::conditional_t<kAlongK, cute::Stride<int64_t, _1, int64_t>, cute::Stride<_1, int64_t, int64_t>>;
   using Mainloop = cutlass::gemm::collective::CollectiveMma<
-      cutlass::gemm::MainloopSm80CpAsync<3>, Shape<Int<kColumns>, Int<kColumns>, _64>, Element, Stride, Element, Stride,
-      Mma, typename Operand::Gmem, typename Operand::Smem, typename Operand::Read, identity, typename Operand::Gmem,
-      typename Operand::Smem, typename Operand::Read, identity>;
+      cutlass::gemm::MainloopSm80CpAsync<3>, Shape<Int<kRows>, Int<kColumns>, Int<kStep>>, Element, Stride, Element,
+      Stride, Mma, typename Operand::Gmem, typename Operand::Smem, typename Operand::Read, identity,
+      typename Operand::Gmem, typename Operand::Smem, typename Operand::Read, identity>;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, SliceEpilogue<T, Out>>;
   Stride a{}, b{};
-  get<kAlongK ? 0 : 1>(a) = gemm.a.pitch, get<kAlongK ? 0 : 1>(b) = gemm.b.pitch;
-  get<2>(a) = gemm.a_batch_stride, get<2>(b) = gemm.b_batch_stride;
+  get<kAlongK ? 0 : 1>(a) = gemm.a.pitch;
+  get<kAlongK ? 0 : 1>(b) = gemm.b.pitch;
+  get<2>(a) = gemm.a_batch_stride;
+  get<2>(b) = gemm.b_batch_stride;
   return launch_cutlass<Kernel>(gemm, a, b, multiprocessors, stream);
 }
 
 template <typename T>
 cudaError_t gemm_sm80(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
-  switch (gemm.kind) {
-    case GemmKind::wide:
-      return gemm_sm80<T, T, true, 128>(gemm, multiprocessors, stream);
-    case GemmKind::narrow:
-      return gemm_sm80<T, T, true, 64>(gemm, multiprocessors, stream);
-    case GemmKind::sums:
-      return gemm_sm80<T, float, false, 128>(gemm, multiprocessors, stream);
-  }
-  return cudaErrorInvalidValue;
+  if (gemm.kind == GemmKind::wgrad) return gemm_sm80<T, float, false, 128, 128, 64>(gemm, multiprocessors, stream);
+  return with_gemm_tile(gemm.tile, [&](auto index) {
+    constexpr GemmTile kTile = kGemmTiles[decltype(index)::value];
+    return gemm_sm80<T, T, true, kTile.m, kTile.n, kTile.k>(gemm, multiprocessors, stream);
+  });
 }
 
 }  // namespace fused_cnn
