@@ -202,7 +202,7 @@ def pick(
     entries = _tables.table(device).tiles if measuring.table is None else measuring.table.tiles
     if measuring.table is not None and key not in entries:
         timed = measuring.seconds({c.choice: functools.partial(launch, c.choice) for c in candidates}, device)
-        seconds = {str(tuple(tiles)): s for tiles, s in timed.items()}  # type: ignore[call-overload]
+        seconds = {str(tuple(tiles)): s for tiles, s in timed.items()}
         entries[key] = {"best": list(min(timed, key=timed.__getitem__)), "seconds": seconds}
     found = entries[key]["best"] if key in entries else None
     return next((c.choice for c in candidates if list(c.choice) == found), default)  # type: ignore[call-overload]
