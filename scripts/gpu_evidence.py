@@ -77,7 +77,7 @@ def correctness() -> list[Piece]:
     # Layers in full size run in one process, which leaves the others memory.
     pytest += ["--dist", "loadgroup", "--ran", "{out}", "--outcomes", "{folder}/outcomes"]
     workers = max(1, min(len(os.sched_getaffinity(0)) - 3, 13))
-    files = sorted(map(str, ROOT.glob("tests/test_*.py")), key=lambda name: (Path(name).stem not in FIRST, name))
+    files = sorted(map(str, ROOT.glob("tests/**/test_*.py")), key=lambda name: (Path(name).stem not in FIRST, name))
     few = ["tests/test_ops.py", "-k", "test_forward and add_relu-native-resnet50 and float32"]
     return [
         Piece("smoke native", [*smoke, "native"], 60, dry=[*smoke, "native", "--op", "add_relu"], beside=True),

@@ -9,6 +9,7 @@ import torch
 from conftest import DEVICE, backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_checks import CONVOLUTIONS, check_packed, small
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +28,7 @@ from fused_cnn.ops import (
     residual_stage,
 )
 from fused_cnn.ops._cases import LAYOUTS, Case, Maker, OpCases
-from fused_cnn.testing import all_cases, compare, judge
+from fused_cnn.testing import all_cases, compare
 
 ALL_CASES = all_cases()
 
@@ -36,12 +37,6 @@ DTYPES = {
     # Triton's interpreter multiplies bfloat16 bit patterns; on a GPU all three are compiled.
     "triton": (torch.float32, torch.float16) if DEVICE == "cpu" else (torch.float32, torch.float16, torch.bfloat16),
 }
-
-
-def small(case: Case, side: int = 14) -> Case:
-    """A real layer in the size that tests can afford: same channels, smaller image."""
-    n, c, h, w = case.shape
-    return Case(case.name, (n, c, min(h, side), min(w, side)), case.options, case.real)
 
 
 CHEAPEST = 2  # real layers of an op that Triton's interpreter takes
@@ -85,32 +80,6 @@ def every_case() -> list[object]:
 def test_forward_and_backward_agree_with_float64(op_cases: OpCases, case: Case, backend: str, dtype: torch.dtype, layout: str) -> None:
     for comparison in compare(op_cases, case, backend, dtype, layout, DEVICE):
         assert comparison.ok, comparison
-
-
-CONVOLUTIONS = [o for o in ALL_CASES if o.name in ("conv_bias_relu", "conv1x1_bias_relu")]
-
-
-def check_packed(op_cases: OpCases, case: Case, dtype: torch.dtype, layout: str) -> None:
-    """A weight packed once, as modules use it in eval, against the plain convolution in eager and in float64."""
-    (x, weight, bias, residual), kwargs = op_cases.make(case, Maker(dtype, layout, grad=False))
-    packed, left = pack_conv(weight, bias, like=x, **{k: kwargs[k] for k in ("stride", "dilation", "groups") if k in kwargs})
-    out = conv_bias_relu(x, packed, left, residual, **kwargs)
-    inputs = (x, weight, bias, residual)
-    eager = conv_bias_relu(*inputs, **kwargs, backend="reference")
-    truth = conv_bias_relu(*(None if t is None else t.double() for t in inputs), **kwargs, backend="reference")
-    comparison = judge("out", out, eager, truth, factor=2, rounding=op_cases.rounding, summation=op_cases.summation, dtype=dtype)
-    assert comparison.ok, (op_cases.name, case.name, dtype, layout, comparison)
-    adjacent = x.stride(1) == 1 and x.size(1) > 1
-    assert out.is_contiguous(memory_format=torch.channels_last if adjacent else torch.contiguous_format)
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="weights are packed for the CPU")
-@pytest.mark.usefixtures("nan_filled_memory")
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("op_cases", "case"), [(o, small(c)) for o in CONVOLUTIONS for c in o.cases], ids=lambda v: v.name)
-def test_packed_weights_agree_with_float64(op_cases: OpCases, case: Case, dtype: torch.dtype, layout: str) -> None:
-    check_packed(op_cases, case, dtype, layout)
 
 
 def smallest(op_cases: OpCases) -> Case:
@@ -319,27 +288,6 @@ def test_any_strides_and_offsets_give_the_reference_result(name: str, data: st.D
     torch.testing.assert_close(op(x, weight, bias, residual, **options).double(), expected, rtol=1e-4, atol=1e-4)
 
 
-NAN, INF = float("nan"), float("inf")
-
-
-@pytest.mark.parametrize("backend", backends())
-def test_nan_and_infinity_go_through_as_in_pytorch(backend: str) -> None:
-    values = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1e-40, -1e-40, 3.0])
-    x = values.view(1, 8, 1, 1).expand(1, 8, 8, 1).contiguous(memory_format=torch.channels_last)
-    residual = values.view(1, 1, 8, 1).expand(1, 8, 8, 1).contiguous(memory_format=torch.channels_last)
-    x, residual = x.to(DEVICE).requires_grad_(), residual.to(DEVICE)
-    out, expected = fused_cnn.add_relu(x, residual, backend=backend), torch.relu(x + residual)
-    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
-    grad, expected_grad = (torch.autograd.grad(o.nan_to_num().sum() + o.sum(), x)[0] for o in (out, expected))
-    torch.testing.assert_close(grad, expected_grad, rtol=0, atol=0, equal_nan=True)
-
-
-def test_nan_reaches_only_the_pixels_whose_window_holds_it() -> None:
-    x = torch.randn(1, 5, 9, 9, device=DEVICE)
-    x[0, 2, 4, 4] = NAN
-    weight = torch.randn(7, 5, 3, 3, device=DEVICE)
-    out = fused_cnn.conv_bias_relu(x, weight, padding=1)
-    assert torch.equal(out.isnan(), torch.relu(torch.nn.functional.conv2d(x, weight, padding=1)).isnan())
 
 
 X = torch.randn(2, 8, 5, 5)
@@ -434,44 +382,3 @@ def test_every_instruction_set_gives_the_same_results() -> None:
                     check_packed(op_cases, small(case), dtype, "channels_last")
                 for comparison in compare(op_cases, small(case), "native", dtype):
                     assert comparison.ok, (op_cases.name, case.name, dtype, comparison)
-
-
-# kernel, stride, padding, dilation
-GEOMETRIES = [
-    (1, 1, 0, 1), (1, 2, 0, 1), (1, 1, 1, 1), (3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 0, 1), (3, 3, 2, 1), (3, 1, 2, 2), (7, 2, 3, 1),
-]  # fmt: skip
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="weights are packed for the CPU")
-@pytest.mark.usefixtures("two_threads", "nan_filled_memory", "level")
-@pytest.mark.parametrize("channels", [1, 3, 16, 17, 24, 32, 48, 112, 528])
-def test_every_instruction_set_reads_the_window_and_nothing_else(channels: int) -> None:
-    """Small integers, so that sums are exact in any order; NaN in the channels beside x's, and in one pixel of x."""
-    for (kernel, stride, padding, dilation), width in itertools.product(GEOMETRIES, (7, 14, 15, 17, 28, 55)):
-        dtype = torch.float32 if width == 28 else torch.bfloat16
-        sliced, out_channels = (width + padding) % 2, (5, 16, 40, 64)[(channels + kernel + stride) % 4]
-        wide = torch.full((2, 5, width, channels + 5 * sliced), NAN).to(dtype)
-        x = wide[..., 2 * sliced :][..., :channels].permute(0, 3, 1, 2)
-        x.copy_(torch.randint(-3, 4, x.shape))
-        x[0, :, 2, width // 2] = x[1, -1, 0, 0] = NAN
-        weight, bias = torch.randint(-1, 2, (out_channels, channels, kernel, kernel)), torch.randint(-2, 3, (out_channels,))
-        plain = torch.nn.functional.conv2d(x.float(), weight.float(), bias.float(), stride, padding, dilation)
-        residual = torch.randint(-9, 10, plain.shape)
-        packed, left = pack_conv(weight.to(dtype), bias.to(dtype), like=x, stride=stride, dilation=dilation)
-        expected = torch.relu(plain + residual).to(dtype)
-        for threads in (1, 2):  # one thread takes larger blocks
-            torch.set_num_threads(threads)
-            out = conv_bias_relu(x, packed, left, residual.to(dtype), stride=stride, padding=padding, dilation=dilation)
-            same = torch.allclose(out.double(), expected.double(), rtol=0, atol=0, equal_nan=True)
-            assert same, (kernel, stride, padding, dilation, width, sliced, dtype, threads)
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="max_pool2d has a native kernel on the CPU only")
-@pytest.mark.parametrize("kernel", [2, 3])
-def test_max_pool_sends_the_gradient_of_a_window_of_minus_infinity_to_its_first_pixel(kernel: int) -> None:
-    x = torch.full((1, 17, 6, 6), -INF, device=DEVICE).requires_grad_()
-    grads = [
-        torch.autograd.grad(fused_cnn.max_pool2d(x, kernel, backend=backend), x, torch.ones(1, 17, 6 // kernel, 6 // kernel))
-        for backend in ("native", "reference")
-    ]
-    assert torch.equal(grads[0][0], grads[1][0])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._candidates import resolve, tunable
+from ..._candidates import NATIVE, REFERENCE, Candidate, Measurement, offer, resolve, tunable
 from ..._checks import check_nchw
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
@@ -47,6 +47,18 @@ define(
     _fake_bwd,
 )
 define_triton("max_pool", "max_pool2d_fwd", "max_pool2d_bwd")
+offer(
+    "max_pool2d_fwd",
+    NATIVE,
+    Candidate(
+        "triton",
+        measured=(
+            Measurement("3x3 stride 2, 64 at 112 x 112, bfloat16, batch 256", "305 us, PyTorch 825", "H200", "2026-11-26"),
+            Measurement("3x3 stride 1, 480 at 14 x 14, bfloat16, batch 256", "151 us, PyTorch 315", "H200", "2026-11-26"),
+        ),
+    ),
+    REFERENCE,
+)
 
 
 class _MaxPool2d(torch.autograd.Function):
