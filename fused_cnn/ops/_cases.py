@@ -121,8 +121,6 @@ class OpCases:
         return self.op.__module__.split(".")[2]
 
 
-AWKWARD_CHANNELS = (1, 3, 17, 65, 112, 480)
-AWKWARD_SIZES = (1, 7, 14, 28, 55)
 
 
 def awkward_shapes(batch: int = 2) -> list[tuple[int, int, int, int]]:

@@ -1,4 +1,4 @@
-"""What every room's triton.py shares: whether the interpreter is on, ReLU as PyTorch defines it, the form of its list SHIPPED."""
+"""What every room's triton.py shares: rows of pixels, ReLU as PyTorch defines it, masked sums, the form of its list SHIPPED."""
 
 from __future__ import annotations
 
@@ -52,11 +52,6 @@ def products(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "16-bit"
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
-
-
-def interpreting() -> bool:
-    """Whether TRITON_INTERPRET made Triton run kernels in Python, on CPU tensors."""
-    return bool(triton.knobs.runtime.interpret)
 
 
 def grid_1d(elements: int, block: int) -> tuple[int]:
