@@ -120,16 +120,18 @@ def set_cpu_level(name: str) -> bool:
     return bool(cpu.loaded.fused_cnn_set_cpu_level(name.encode()))
 
 
-def packed_bytes_read(x_shape: Sequence[int], out_channels: int, *geometry: Sequence[int], bfloat16: bool, in_place: bool) -> int:
-    """How many bytes of its packed weight a convolution reads, which may hold the weight in two forms. `geometry` is kernel, stride,
-    padding and dilation, (h, w) each."""
+def conv_work(
+    x_shape: Sequence[int], out_channels: int, *geometry: Sequence[int], bfloat16: bool, in_place: bool
+) -> tuple[int, int]:
+    """What the native CPU convolution does in the form in which it runs (Winograd's or direct): the bytes that it reads of its packed
+    weight, which may hold both forms, and the floating-point operations of its products. `geometry` is kernel, stride, padding and
+    dilation, (h, w) each; `in_place`: the result is added to what lies where it goes."""
     assert cpu.loaded is not None
-    count = cpu.loaded.fused_cnn_packed_bytes_read
-    count.restype = ctypes.c_int64
     pairs = [(ctypes.c_int64 * 2)(*pair) for pair in geometry]
     flags = (ctypes.c_bool(bfloat16), ctypes.c_bool(in_place))
-    found: int = count((ctypes.c_int64 * 4)(*x_shape), ctypes.c_int64(out_channels), *pairs, *flags)
-    return found
+    found = (ctypes.c_int64 * 2)()
+    cpu.loaded.fused_cnn_conv_work((ctypes.c_int64 * 4)(*x_shape), ctypes.c_int64(out_channels), *pairs, *flags, found)
+    return found[0], found[1]
 
 
 GemmProblem = tuple[int, int, int, int, int]  # device, dtype (csrc/shared/dtype.h), m, n, k

@@ -6,8 +6,6 @@ times for gradients), plus the case's absolute term; beside it stands a fixed bo
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
 from ._trees import leaves_of, mapped
-from .ops._cases import Case, Maker, OpCases
+from .ops._cases import Case, Maker, OpCases, rooms
 
 # Largest error relative to the largest true value that is ever accepted: 16 units in the last place, and for float64 and
 # float32 as many again as sums over some ten thousand terms lose.
@@ -25,12 +22,10 @@ FIXED_BOUND = {torch.float64: 1e-11, torch.float32: 2e-4, torch.float16: 0.016, 
 
 
 def all_cases() -> list[OpCases]:
-    """Every public op's cases, found in the rooms: `fused_cnn/ops/<room>/cases.py` holds CASES, one OpCases or several."""
+    """Every public op's cases, found in the rooms."""
     found: list[OpCases] = []
-    for room in pkgutil.iter_modules(ops.__path__):
-        if room.ispkg:
-            cases = importlib.import_module(f"{ops.__name__}.{room.name}.cases").CASES
-            found += [cases] if isinstance(cases, OpCases) else cases
+    for room in rooms():
+        found += [room.CASES] if isinstance(room.CASES, OpCases) else room.CASES
     return found
 
 

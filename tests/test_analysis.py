@@ -10,7 +10,7 @@ from torch import nn
 import fused_cnn
 from fused_cnn import _library, models
 from fused_cnn.analysis import count, minimum_traffic, op_costs, reduction, saved_bytes, summary
-from fused_cnn.analysis.fused_costs import FUSED_COSTS
+from fused_cnn.analysis.op_costs import FUSED_COSTS
 from fused_cnn.analysis.paper import agrees
 
 

@@ -194,7 +194,10 @@ def test_bench_saves_rows_that_report_reads(capfd: pytest.CaptureFixture[str], t
     assert code == 0 and "add_relu" in errors  # progress
     assert len(found["rows"]) == 8 and found["left_out"] == 0
     for row in found["rows"]:
-        assert row["limit"] == max(row["bytes"] / found["ceilings"]["copy"], row["flops"] / found["ceilings"]["product"]["float32"])
+        memory, products = row["bytes"] / found["ceilings"]["copy"], row["flops"] / found["ceilings"]["product"]["float32"]
+        in_cache = row["bytes"] < found["ceilings"]["cache"]
+        assert row["limit"] == (products if in_cache else max(memory, products)) and row["flops_done"] == row["flops"]
+        assert row["bound"] == ("products" if memory <= products else "cache" if in_cache else "memory")
         assert row["share_of_limit"]["fused"] == pytest.approx(row["limit"] / row["times"]["fused"]["median"])
     assert set(found["sources"]["native"]) >= {"add_relu", "batch_norm"}
     code, text, _ = run(capfd, "report", str(file), "--out", str(tmp_path))

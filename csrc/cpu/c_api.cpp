@@ -14,14 +14,17 @@ FUSED_CNN_EXPORT bool fused_cnn_set_cpu_level(const char* name) {
   return fused_cnn::set_cpu_level(name);
 }
 
-// How many bytes of its packed weight a convolution of x (N, C, H, W) reads: it may hold the weight in two forms.
-// kernel, stride, padding and dilation are (h, w) each.
-FUSED_CNN_EXPORT int64_t fused_cnn_packed_bytes_read(const int64_t x[4], int64_t out_channels, const int64_t kernel[2],
-                                                     const int64_t stride[2], const int64_t padding[2],
-                                                     const int64_t dilation[2], bool bfloat16, bool in_place) {
+// What a convolution of x (N, C, H, W) with a packed weight does in the form in which it runs: the bytes that it reads
+// of the weight, which may be packed in two forms, and the floating-point operations of its products. kernel, stride,
+// padding and dilation are (h, w) each.
+FUSED_CNN_EXPORT void fused_cnn_conv_work(const int64_t x[4], int64_t out_channels, const int64_t kernel[2],
+                                          const int64_t stride[2], const int64_t padding[2], const int64_t dilation[2],
+                                          bool bfloat16, bool in_place, int64_t bytes_and_flops[2]) {
   using namespace fused_cnn;
   const auto pair = [](const int64_t* v) { return Ints{v[0], v[1]}; };
   const engine::ConvShape shape = engine_shape(x[0], x[1], x[2], x[3], out_channels, pair(kernel),
                                                {pair(stride), pair(padding), pair(dilation), 1});
-  return engine::packed_bytes_read(shape, bfloat16 ? engine::DType::bf16 : engine::DType::f32, in_place);
+  const engine::DType dtype = bfloat16 ? engine::DType::bf16 : engine::DType::f32;
+  bytes_and_flops[0] = engine::packed_bytes_read(shape, dtype, in_place);
+  bytes_and_flops[1] = 2 * engine::multiply_adds(shape, dtype, in_place);
 }

@@ -1,9 +1,7 @@
 """What a network is made of and what running it costs: layer tables, kernel launches, memory traffic."""
 
-from .minimum import BlockTraffic, MinimumTraffic, minimum_traffic
-from .reductions import reduction
-from .summary import Summary, summary
-from .traffic import Counts, OpCounts, count, saved_bytes
+from .summary import Summary, reduction, summary
+from .traffic import BlockTraffic, Counts, MinimumTraffic, OpCounts, count, minimum_traffic, saved_bytes
 
 __all__ = [
     "BlockTraffic",

@@ -1,8 +1,8 @@
 """Which modules make up which row of a network's table, in the form of the papers' tables.
 
-GoogLeNet: arXiv 1409.4842, Table 1; ResNet: arXiv 1512.03385, Table 1. The forms are recognised by their
-parts, so torchvision's models have the papers' rows as ours do; any other network has one row for each of its
-children. What a row says about its layers is read from the modules themselves.
+GoogLeNet: arXiv 1409.4842, Table 1; ResNet: arXiv 1512.03385, Table 1. The forms are recognised by their parts, so
+torchvision's models have the papers' rows as ours do; any other network has one row for each of its children. What a
+row says about its layers is read from the modules themselves.
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ from ..nn import MaxPool2d
 
 @dataclass
 class Row:
-    """A row before it is measured: the children whose work it shows, and what it says about them."""
+    """The children whose work a row shows and what it says about them; measured: their parameters that train, their
+    multiply-adds, and their shapes in and out, None for what did not run."""
 
     name: str
     type: str
     children: list[str]
     columns: dict[str, Any] = field(default_factory=dict)
+    params: int = 0
+    macs: int = 0
+    taken: tuple[int, ...] | None = None
+    result: tuple[int, ...] | None = None
 
 
 def rows_of(model: nn.Module) -> list[Row]:

@@ -1,10 +1,10 @@
 """What one call of an op costs: the kernels it launches, and how often it reads and writes each tensor.
 
-The rule: an op is one kernel that reads every tensor argument once and writes every result once. ATen's own
-tags say which ops are pointwise or reductions, and their aliases say which are views (free). What follows
-here is the rest: ops known to follow the rule, and ops that make several passes. An op that is in none of
-these is unknown, and the counter names it. Overlapping windows, a row of a softmax and a tile of a matrix
-product are read from memory once: caches serve the repeats.
+The rule: an op is one kernel that reads every tensor argument once and writes every result once. ATen's own tags say
+which ops are pointwise or reductions, and their aliases say which are views (free). The rooms say what this package's
+ops cost (COSTS in their cases.py). What follows here is the rest: ops known to follow the rule, and ops that make
+several passes. An op that is in none of these is unknown, and the counter names it. Overlapping windows, a row of a
+softmax and a tile of a matrix product are read from memory once: caches serve the repeats.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .cost import FREE, ONE_PASS, Arguments, Cost, tensors_in
-from .fused_costs import FUSED_COSTS
+from .._trees import tensors
+from ..ops._cases import rooms
+from ..ops._cost import Arguments, Cost, conv_flops, one_pass
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
@@ -50,32 +51,40 @@ _FOLLOW_THE_RULE = {
 # fmt: on
 
 
-def _convolution(args: Arguments) -> Cost:
+def _convolution(args: Arguments, result: Any) -> Cost:
     # cuDNN's convolution takes no bias: PyTorch adds it in a second kernel.
-    return Cost(2, rewrites=1) if args["bias"] is not None and args["input"].is_cuda else ONE_PASS
+    return Cost(2, rewrites=1) if args["bias"] is not None and args["input"].is_cuda else Cost()
 
 
-def _convolution_backward(args: Arguments) -> Cost:
+def _convolution_backward(args: Arguments, result: Any) -> Cost:
     wants_x, wants_weight, wants_bias = args["output_mask"]
     kernels = wants_x + wants_weight + wants_bias  # one for each gradient, and each reads grad_output
     return Cost(kernels, {"grad_output": kernels, "input": int(wants_weight), "weight": int(wants_x)})
 
 
-def _batch_norm(args: Arguments) -> Cost:
+def _batch_norm(args: Arguments, result: Any) -> Cost:
     if not args.get("training", args.get("train", True)):
-        return ONE_PASS
-    # Statistics, then normalisation. On a GPU Welford's statistics take one pass; PyTorch's CPU kernel takes
-    # two, mean and variance.
+        return Cost()
+    # Statistics, then normalisation. On a GPU Welford's statistics take one pass; PyTorch's CPU kernel takes two, mean
+    # and variance.
     return Cost(2, {"input": 2 if args["input"].is_cuda else 3})
 
 
-def _batch_norm_backward(args: Arguments) -> Cost:
+def _batch_norm_backward(args: Arguments, result: Any) -> Cost:
     # The sums over grad_out and grad_out * x, then grad_x; with running statistics grad_x needs x no more.
     grad = "grad_out" if "grad_out" in args else "grad_output"
     return Cost(2, {grad: 2, "input": 2 if args.get("train", args.get("update", True)) else 1})
 
 
-_SEVERAL_PASSES: dict[str, Callable[[Arguments], Cost]] = {
+def _onednn_convolution(args: Arguments, result: Tensor) -> Cost:
+    return Cost(flops=conv_flops(result, args["W"].shape))
+
+
+def _onednn_linear(args: Arguments, result: Tensor) -> Cost:
+    return Cost(flops=2 * result.numel() * args["X"].size(-1))
+
+
+_SEVERAL_PASSES: dict[str, Callable[[Arguments, Any], Cost]] = {
     "convolution": _convolution,
     "convolution_backward": _convolution_backward,
     "native_batch_norm": _batch_norm,
@@ -85,6 +94,14 @@ _SEVERAL_PASSES: dict[str, Callable[[Arguments], Cost]] = {
     "native_batch_norm_backward": _batch_norm_backward,
     "batch_norm_backward": _batch_norm_backward,
     "cudnn_batch_norm_backward": _batch_norm_backward,
+}
+FUSED_COSTS: dict[str, Callable[[Arguments, Any], Cost]] = {
+    **{f"fused_cnn::{name}": cost for room in rooms() for name, cost in room.COSTS.items()},
+    "mkldnn::_convolution_pointwise": _onednn_convolution,
+    "mkldnn::_convolution_pointwise_": _onednn_convolution,
+    "mkldnn::_reorder_convolution_weight": one_pass,
+    "mkldnn::_linear_pointwise": _onednn_linear,
+    "mkldnn::_reorder_linear_weight": one_pass,
 }
 
 
@@ -99,18 +116,18 @@ def _is_view(op: OpOverload) -> bool:
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
-def cost_of(op: OpOverload, args: Arguments) -> Cost | None:
+def cost_of(op: OpOverload, args: Arguments, result: Any) -> Cost | None:
     """The cost of this call, or None where the op is not known; `args` are its arguments by name."""
     name = _name(op)
     if name in _ALLOCATE or torch.Tag.inplace_view in op.tags or op.namespace in ("prim", "profiler") or _is_view(op):
-        return FREE
+        return Cost(launches=0)
     if name.startswith("_foreach_"):  # on the CPU a loop over the tensors, on a GPU one kernel for many
         return Cost(1 if args["self"][0].is_cuda else len(args["self"]))
-    passes = _SEVERAL_PASSES.get(name) or FUSED_COSTS.get(name)
-    if passes is not None:
-        return passes(args)
+    stated = _SEVERAL_PASSES.get(name) or FUSED_COSTS.get(name)
+    if stated is not None:
+        return stated(args, result)
     tagged = torch.Tag.pointwise in op.tags or torch.Tag.reduction in op.tags
-    return ONE_PASS if tagged or name in _FOLLOW_THE_RULE or name in _WRITE_ONLY else None
+    return Cost() if tagged or name in _FOLLOW_THE_RULE or name in _WRITE_ONLY else None
 
 
 def read_arguments(op: OpOverload, args: Arguments) -> dict[str, Any]:
@@ -127,5 +144,5 @@ def read_arguments(op: OpOverload, args: Arguments) -> dict[str, Any]:
 def written_tensors(op: OpOverload, args: Arguments, result: Any) -> list[Tensor]:
     """The tensors that the call wrote: new results and changed arguments, each once."""
     changed = [args.get(a.name) for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    found = {id(t): t for t in tensors_in((changed, result))}
+    found = {id(t): t for t in tensors((changed, result))}
     return list(found.values())

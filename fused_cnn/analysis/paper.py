@@ -1,20 +1,14 @@
-"""What the papers print about their networks, and whether a measured figure is the printed one to its last
-digit.
+"""What the papers print about their networks, and whether a measured figure is the printed one to its last digit.
 
-GoogLeNet: arXiv 1409.4842, Table 1. ResNets: arXiv 1512.03385, Table 1 (multiply-adds, which the paper calls
-FLOPs), Figure 3 and Table 6. The papers round down as often as to the nearest, so a figure agrees when
-rounding it down, up or to the nearest gives the printed digits.
+GoogLeNet: arXiv 1409.4842, Table 1. ResNets: arXiv 1512.03385, Table 1 (multiply-adds, which the paper calls FLOPs),
+Figure 3 and Table 6. The papers round down as often as to the nearest, so a figure agrees when rounding it down, up or
+to the nearest gives the printed digits.
 """
 
 from __future__ import annotations
 
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import NamedTuple
-
-KILO, MILLION = (
-    1024,
-    10**6,
-)  # Table 1 of 1409.4842 counts parameters in units of 1024: 1024 x 1000 weights are its "1000K"
 
 
 class Printed(NamedTuple):
@@ -40,8 +34,8 @@ GOOGLENET = {
 }
 GOOGLENET_TOTAL = Printed(None, "1.5G")  # section 1: "a computational budget of 1.5 billion multiply-adds"
 
-# By block and blocks per stage. Plain nets: Figure 3 (3.6 billion for 34 layers), as their shortcuts cost
-# nothing in option A.
+# By block and blocks per stage. Plain nets: Figure 3 (3.6 billion for 34 layers), as their shortcuts cost nothing in
+# option A.
 RESNETS = {
     ("BasicBlock", (2, 2, 2, 2)): Printed(None, "1.8G"),
     ("BasicBlock", (3, 4, 6, 3)): Printed(None, "3.6G"),
@@ -55,13 +49,12 @@ RESNETS = {
     ("BasicBlock", (18, 18, 18)): Printed("1.7M", None),
 }
 
-_UNITS = {"K": KILO, "M": MILLION, "G": 10**9}
+# Table 1 of 1409.4842 counts parameters in units of 1024: 1024 x 1000 weights are its "1000K".
+_UNITS = {"K": 1024, "M": 10**6, "G": 10**9}
 
 
 def agrees(value: int, printed: str) -> bool:
-    """Whether `value`, rounded down or up to the digits of `printed` ("159K", "1.8G"), can be what was
-    printed.
-    """
+    """Whether `value`, rounded down or up to the digits of `printed` ("159K", "1.8G"), can be what was printed."""
     digits = Decimal(printed[:-1])
     last = Decimal(1).scaleb(int(digits.as_tuple().exponent))
     exact = Decimal(value) / _UNITS[printed[-1]]

@@ -1,9 +1,8 @@
 """summary(model, input_size): a network's layer table in the papers' form, measured on the real modules.
 
-Multiply-adds are those of convolutions and matrix products, which is what the papers count; parameters are
-everything that trains, biases and BatchNorm included. Where a paper prints figures for the network they stand
-beside the measured ones, and a footnote says where they differ. For Inception blocks `reductions` shows what
-the 1x1 layers save.
+Multiply-adds are those of convolutions and matrix products, which is what the papers count; parameters are everything
+that trains, biases and BatchNorm included. Where a paper prints figures for the network they stand beside the measured
+ones, and a footnote says where they differ. For Inception blocks `reductions` shows what the 1x1 layers save.
 """
 
 from __future__ import annotations
@@ -12,12 +11,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
+from .._trees import tensors
+from ..nn import Inception
 from . import paper
 from .layout import Row, convolutions, is_googlenet, is_paper_form, is_resnet, rows_of, stages
-from .measure import Measured, measure
-from .reductions import reduction
+from .traffic import Counter, meta_copy
 
 
 @dataclass
@@ -43,12 +44,7 @@ class Summary:
         return [_HEADINGS.get(column, column) for column in columns], body
 
 
-_HEADINGS = {
-    "patch_size": "patch/stride",
-    "output_size": "output",
-    "macs": "multiply-adds",
-    "paper": "in the paper",
-}
+_HEADINGS = {"patch_size": "patch/stride", "output_size": "output", "macs": "multiply-adds", "paper": "in the paper"}
 _COLUMNS = (
     *("name", "type", "patch_size", "layers", "output_size", "depth"),
     *("#1x1", "#3x3 reduce", "#3x3", "#5x5 reduce", "#5x5", "pool proj", "params", "macs", "paper"),
@@ -73,25 +69,25 @@ def summary(model: nn.Module, input_size: Sequence[int], name: str | None = None
     """The layer table of a network in eval, per image.
 
     Args:
-        model: any module that takes one (N, C, H, W) tensor; GoogLeNets and ResNets, torchvision's too, get
-            their papers' rows. It stays as it is: a copy without memory runs.
+        model: any module that takes one (N, C, H, W) tensor; GoogLeNets and ResNets, torchvision's too, get their
+            papers' rows. It stays as it is: a copy without memory runs.
         input_size: (C, H, W).
         name: what to call it; its class name where not given.
 
     Returns:
-        Rows with params (weights that train) and macs (multiply-adds of convolutions and matrix products),
-        and their total.
+        Rows with params (weights that train) and macs (multiply-adds of convolutions and matrix products), and their
+        total.
 
     Raises:
         ValueError: input_size is not three positive numbers.
     """
     if len(input_size) != 3 or min(input_size) < 1:
         raise ValueError(f"input_size must be three positive numbers (C, H, W), got {tuple(input_size)}")
-    specs = rows_of(model)
-    measured = measure(model, specs, (1, *input_size))
-    rows = [_row(spec, m) for spec, m in zip(specs, measured, strict=True) if m.result is not None]
-    total = {"params": sum(row["params"] for row in rows), "macs": sum(row["macs"] for row in rows)}
-    result = Summary(name or type(model).__name__, list(input_size), rows, total)
+    rows = rows_of(model)
+    measure(model, rows, (1, *input_size))
+    shown = [_shown(row) for row in rows if row.result is not None]
+    total = {"params": sum(row["params"] for row in shown), "macs": sum(row["macs"] for row in shown)}
+    result = Summary(name or type(model).__name__, list(input_size), shown, total)
     unused = sum(p.numel() for p in model.parameters()) - total["params"]
     if unused:
         result.notes.append(f"{unused:,} more parameters did not run: training uses them (auxiliary classifiers)")
@@ -99,28 +95,86 @@ def summary(model: nn.Module, input_size: Sequence[int], name: str | None = None
         _compare_googlenet(result)
     elif is_resnet(model):
         _compare_resnet(result, model)
-    blocks = zip(specs, measured, strict=True)
     result.reductions = [
-        reduction(row.name, model.get_submodule(row.children[0]), m.taken)
-        for row, m in blocks
-        if row.type == "inception" and m.taken is not None and "#3x3 reduce" in row.columns
+        reduction(row.name, model.get_submodule(row.children[0]), row.taken)
+        for row in rows
+        if row.type == "inception" and row.taken is not None and "#3x3 reduce" in row.columns
     ]
     return result
 
 
-def _row(spec: Row, measured: Measured) -> dict[str, Any]:
-    assert measured.result is not None
-    columns = {key: value for key, value in spec.columns.items() if value is not None}
-    if spec.type == "avg pool" and measured.taken is not None:
-        columns = {"patch_size": f"{measured.taken[2]}x{measured.taken[3]}/1", **columns}
-    _, channels, *size = measured.result
+def measure(model: nn.Module, rows: Sequence[Row], input_size: Sequence[int]) -> None:
+    """Run the model in eval without computing, for an input of `input_size` (N, C, H, W), and fill in the rows."""
+    stand_in = meta_copy(model).eval()
+    counter = Counter()
+    for row in rows:
+        children = [stand_in.get_submodule(name) for name in row.children]
+        row.params = sum(p.numel() for p in {p for child in children for p in child.parameters()})
+        for child in children:
+            # A watched child is called as it is, so a ResNet's stem is seen too, which fuses its children.
+            _watch(child, row, counter)
+    with counter:
+        stand_in(torch.empty(tuple(input_size), device="meta"))
+
+
+def _watch(child: nn.Module, row: Row, counter: Counter) -> None:
+    def before(module: nn.Module, taken: Any) -> None:
+        row.taken = row.taken or tuple(taken[0].shape)
+        row.macs -= counter.counts.flops // 2
+
+    def after(module: nn.Module, taken: Any, result: Any) -> None:
+        row.macs += counter.counts.flops // 2
+        row.result = next((tuple(t.shape) for t in tensors(result)), None)
+
+    child.register_forward_pre_hook(before)
+    child.register_forward_hook(after)
+
+
+def reduction(name: str, block: nn.Module, input_size: Sequence[int]) -> dict[str, Any]:
+    """What the 1x1 reductions of an Inception block save: it and its naive form (arXiv 1409.4842, figure 2, b and a) on
+    the same input.
+
+    Args:
+        name: what to call the row.
+        block: an Inception block with its 1x1 reductions.
+        input_size: (N, C, H, W) of the block's input.
+
+    Returns:
+        params, macs and channels of the block's result, and the same with "naive_" before them. The naive form
+        concatenates the pool as it is, so its result is wider, and in a network of such blocks the next one costs more
+        still.
+    """
+    convs = convolutions(block)
+    widths = [conv.out_channels for conv in convs]
+    with torch.device("meta"):
+        naive = Inception(
+            convs[0].in_channels, *widths, kernel5=convs[4].kernel_size[0], bias=convs[0].bias is not None,
+            norm=any(isinstance(m, nn.BatchNorm2d) for m in block.modules()), reduce=False,
+        )  # fmt: skip
+    figures: dict[str, Any] = {"name": name}
+    for prefix, module in (("", block), ("naive_", naive)):
+        row = Row(name, "inception", [""])
+        measure(module, [row], input_size)
+        assert row.result is not None
+        figures |= {f"{prefix}params": row.params, f"{prefix}macs": row.macs, f"{prefix}channels": row.result[1]}
+    return figures
+
+
+def _shown(row: Row) -> dict[str, Any]:
+    """The row as plain numbers."""
+    assert row.result is not None
+    columns = {key: value for key, value in row.columns.items() if value is not None}
+    if row.type == "avg pool" and row.taken is not None:
+        columns = {"patch_size": f"{row.taken[2]}x{row.taken[3]}/1", **columns}
+    _, channels, *size = row.result
+    output = [*(size or [1, 1]), channels]
     return {
-        "name": spec.name,
-        "type": spec.type,
+        "name": row.name,
+        "type": row.type,
         **columns,
-        "output_size": [*(size or [1, 1]), channels],
-        "params": measured.params,
-        "macs": measured.macs,
+        "output_size": output,
+        "params": row.params,
+        "macs": row.macs,
     }
 
 

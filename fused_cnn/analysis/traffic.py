@@ -1,14 +1,20 @@
-"""Kernel launches and memory traffic of a call, counted from the ops that really run.
+"""What a call launches, moves, computes and keeps: counted from the ops that really run, and at least.
 
-`count` watches every op that reaches a kernel and charges it by op_costs: the tensors it reads, the tensors
-it writes, temporaries included. Floating-point operations come from torch.utils.flop_counter and, for fused
-ops, from their weights. It sees what PyTorch dispatches; kernels that torch.compile generated or that a CUDA
-graph replays are not dispatched, so count the function that was compiled or captured. A library's private
-workspace is not seen. `saved_bytes` weighs what autograd keeps.
+`count` watches every op that reaches a kernel and charges it by op_costs: the tensors it reads, the tensors it writes,
+temporaries included. Floating-point operations come from torch.utils.flop_counter and, for fused ops, from their rooms.
+It sees what PyTorch dispatches; kernels that torch.compile generated or that a CUDA graph replays are not dispatched,
+so count the function that was compiled or captured. A library's private workspace is not seen. `saved_bytes` weighs
+what autograd keeps.
+
+`minimum_traffic` is the least that a network can move block by block, the bound of eager and fused: each block reads
+its inputs and its weights once and writes its outputs once; what lies between a block's layers stays on chip.
+Convolutions outside a block (the stems), pools and the last layer are blocks of their own; a BatchNorm, ReLU or dropout
+after a convolution is part of it.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,7 +24,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from .cost import tensor_bytes, tensors_in
+from .._trees import tensors
+from ..ops._cost import tensor_bytes
 from .op_costs import cost_of, read_arguments, written_tensors
 
 if TYPE_CHECKING:
@@ -26,24 +33,26 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class OpCounts:
-    """The calls of one op: kernels launched, bytes read and written, floating-point operations."""
-
-    calls: int = 0
+class _Sums:
     launches: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
     flops: int = 0
+    flops_saved: int = 0
 
 
 @dataclass
-class Counts:
-    """What a call did, in all and by op; `unknown` names each op not counted, and how often it ran."""
+class OpCounts(_Sums):
+    """The calls of one op: kernels launched, bytes read and written, floating-point operations."""
 
-    launches: int = 0
-    bytes_read: int = 0
-    bytes_written: int = 0
-    flops: int = 0
+    calls: int = 0
+
+
+@dataclass
+class Counts(_Sums):
+    """What a call did, in all and by op; `unknown` names each op not counted, and how often it ran. `flops` are those
+    of direct convolutions; the algorithms that ran did `flops_saved` fewer (Winograd's on the CPU)."""
+
     by_op: dict[str, OpCounts] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)
 
@@ -57,7 +66,9 @@ class Counts:
         return asdict(self) | {"bytes": self.bytes}
 
 
-class _Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):
+    """Counts what runs under it."""
+
     def __init__(self) -> None:
         super().__init__()
         self.counts = Counts()
@@ -71,14 +82,16 @@ class _Counter(TorchDispatchMode):
 
     def _add(self, op: OpOverload, args: dict[str, Any], result: Any, flops: int) -> None:
         name = op._schema.name
-        cost = cost_of(op, args)
+        cost = cost_of(op, args, result)
         if cost is None:
             self.counts.unknown[name] = self.counts.unknown.get(name, 0) + 1
             return
         if not cost.launches:
             return
         arguments = read_arguments(op, args).items()
-        read = cost.reads_more + sum(cost.reads.get(key, 1) * tensor_bytes(t) for key, value in arguments for t in tensors_in(value))
+        read = cost.reads_more + sum(
+            cost.reads.get(key, 1) * tensor_bytes(t) for key, value in arguments for t in tensors(value)
+        )
         written = [tensor_bytes(t) for t in written_tensors(op, args, result)]
         again = cost.scratch + (cost.rewrites * written[0] if written else 0)
         for total in (self.counts, self.counts.by_op.setdefault(name, OpCounts())):
@@ -86,6 +99,7 @@ class _Counter(TorchDispatchMode):
             total.bytes_read += read + again
             total.bytes_written += sum(written) + again
             total.flops += flops + cost.flops
+            total.flops_saved += cost.flops_saved
         self.counts.by_op[name].calls += 1
 
 
@@ -98,19 +112,23 @@ def _by_name(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 def count(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Counts:
     """Run `fn(*args, **kwargs)` once; count kernel launches, bytes and floating-point operations.
 
-    Backward passes count where `fn` runs them. A first call may fold or pack weights: call `fn` once before,
-    to count the steady state.
+    Backward passes count where `fn` runs them. A first call may fold or pack weights: call `fn` once before, to count
+    the steady state.
     """
-    with _Counter() as counter:
+    with Counter() as counter:
         fn(*args, **kwargs)
     return counter.counts
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def saved_bytes(fn: Callable[..., Any], *args: Any, model: nn.Module | None = None, **kwargs: Any) -> int:
     """Bytes that autograd keeps for the backward pass of `fn(*args, **kwargs)`, each storage once.
 
-    Parameters and buffers are not counted: those of `model`, or of `fn` itself where it is a module. The
-    input is, where a layer saves it.
+    Parameters and buffers are not counted: those of `model`, or of `fn` itself where it is a module. The input is,
+    where a layer saves it.
     """
     owner = fn if isinstance(fn, nn.Module) else model
     own = set() if owner is None else {_storage(t) for t in (*owner.parameters(), *owner.buffers())}
@@ -128,5 +146,94 @@ def saved_bytes(fn: Callable[..., Any], *args: Any, model: nn.Module | None = No
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy without memory that runs plain PyTorch: nothing is computed, every shape and op is real."""
+    stand_in = copy.deepcopy(model).to("meta")
+    for module in stand_in.modules():
+        if hasattr(module, "backend"):
+            module.backend = "reference"  # type: ignore[assignment]
+    return stand_in.requires_grad_(True)  # with gradients in sight no weights are folded
+
+
+# By class name: ours, torchvision's and timm's blocks share these.
+_BLOCKS = {
+    *("Inception", "InceptionA", "InceptionB", "InceptionC", "InceptionD", "InceptionE"),
+    *("BasicBlock", "Bottleneck", "ConvBNReLU", "BasicConv2d"),
+}
+_EPILOGUES = (nn.BatchNorm2d, nn.ReLU, nn.Dropout, nn.Identity)
+
+
+@dataclass
+class BlockTraffic:
+    """One block's least traffic in bytes."""
+
+    name: str
+    bytes_read: int
+    bytes_written: int
+
+
+@dataclass
+class MinimumTraffic:
+    """The blocks in the order in which they ran, and their sums in bytes."""
+
+    blocks: list[BlockTraffic]
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(block.bytes_read for block in self.blocks)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(block.bytes_written for block in self.blocks)
+
+    @property
+    def bytes(self) -> int:
+        return self.bytes_read + self.bytes_written
+
+
+def minimum_traffic(model: nn.Module, *inputs: Tensor, backward: bool = False) -> MinimumTraffic:
+    """The least bytes that a forward pass (with `backward`, a training step without the optimizer) moves.
+
+    Args:
+        model: any module; its mode (train or eval) is kept. It is not changed, and nothing is computed.
+        inputs: what the model takes; only shapes and dtypes matter.
+        backward: also count, per block, reading grad_out, the input and the weights again and writing their
+            gradients. What else a backward needs is, in the limit, recomputed on chip.
+    """
+    stand_in = meta_copy(model)
+    blocks: list[BlockTraffic] = []
+    alive: list[Any] = []  # results are told apart by id
+    producer: dict[int, BlockTraffic] = {}
+
+    def record(name: str, module: nn.Module, taken: Any, result: Any) -> None:
+        weights = _weight_bytes(module)
+        read, written = (sum(tensor_bytes(t) for t in tensors(v)) for v in (taken, result))
+        block = producer.get(id(taken[0])) if isinstance(module, _EPILOGUES) else None
+        if block is None:
+            block = BlockTraffic(name, read, written)
+            if backward:
+                block.bytes_read += read + written
+                block.bytes_written += read if blocks else 0  # nobody asks for the gradient of the image
+            blocks.append(block)
+        block.bytes_read += weights * (2 if backward else 1)
+        block.bytes_written += weights if backward else 0
+        producer.update((id(t), block) for t in tensors(result))
+        alive.append(result)
+
+    def watch(name: str, module: nn.Module) -> None:
+        if type(module).__name__ in _BLOCKS or next(module.children(), None) is None:
+            # A block that is watched runs its layers as they are, so a stem's convolution and BatchNorm are seen too.
+            module.register_forward_hook(lambda m, taken, result: record(name, m, taken, result))
+            return
+        for child_name, child in module.named_children():
+            watch(f"{name}.{child_name}".lstrip("."), child)
+
+    watch("", stand_in)
+    stand_in(*[t.to("meta") for t in inputs])
+    return MinimumTraffic(blocks)
+
+
+def _weight_bytes(module: nn.Module) -> int:
+    """Weights and biases; BatchNorm's scale and statistics fold into the weights before it."""
+    parameters = module.named_parameters()
+    return sum(tensor_bytes(p) for name, p in parameters if p.dim() > 1 or name.endswith("bias"))

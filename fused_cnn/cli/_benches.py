@@ -2,9 +2,8 @@
 networks are in _network_benches.py.
 
 A Bench checks its numbers before it is timed; its variants (eager, the peers at hand, fused) do the same work
-on the same tensors and are timed in interleaved rounds. Bytes are the least that the work can move and
-operations are a direct convolution's, so GB/s and TFLOP/s say how near the device's limits a variant runs; a
-form that needs fewer products (Winograd's), or a layer that stays in a CPU's cache, may pass them.
+on the same tensors and are timed in interleaved rounds. Bytes are the least that the work can move and operations a direct convolution's;
+the limit is that of the operations which the fused variant really does (`flops_done`: fewer in Winograd's form).
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from .. import _backends, _library
 from .._trees import leaves_of
+from ..analysis import count
 from ..measure import Interleaved, Timing, Work
 from ..ops._cases import Case, Maker, OpCases
 from ..testing import all_cases, compare
@@ -105,14 +105,17 @@ class Bench(ABC):
                 timings |= self._timed(made, seconds) if made else {}
             except Exception as error:  # in a process that another capture has left unfit
                 work.counted.setdefault("absent", {}).update(dict.fromkeys(made, described(error)))
-        limit = ceilings.limit(work.bytes, work.flops, short(self.dtype))
+        done = work.flops - (count(work.variants["fused"]).flops_saved if self.device == "cpu" else 0)
+        limit, bound = ceilings.limit(work.bytes, done, short(self.dtype))
         medians = {name: t.median for name, t in timings.items()}
         return {
             "kind": self.kind,
             **self.labels,
             "bytes": work.bytes,
             "flops": work.flops,
+            "flops_done": done,
             "limit": limit,
+            "bound": bound,
             **work.counted,
             "times": {name: t.to_dict() for name, t in timings.items()},
             "ratios": {name: medians["eager"] / t for name, t in medians.items() if name != "eager"},

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ._ceilings import Ceilings
 from ._common import require
 from ._result_tables import NAMES, variants_in
 
@@ -68,21 +69,24 @@ def _timed(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def roofline(result: dict[str, Any], path: Path) -> Path:
     """Every op's FLOP/s over its FLOPs per byte, eager and fused, under the measured ceilings; a panel for each dtype (Williams et al.,
-    Communications of the ACM 52(4), 2009). Returns the file.
+    Communications of the ACM 52(4), 2009). Operations are those that fused really does; what stays in the cache, which the slope does not
+    bind, is pale. Returns the file.
     """
     plt = _pyplot()
-    rows = _timed(result)
+    rows, ceilings = _timed(result), Ceilings(**result["ceilings"])
     dtypes = sorted({row["dtype"] for row in rows})
     figure, panels = plt.subplots(1, len(dtypes), figsize=(6.2 * len(dtypes), 4.8), squeeze=False, layout="constrained", sharey=True)
     for dtype, axes in zip(dtypes, panels[0], strict=True):
         of_dtype = [row for row in rows if row["dtype"] == dtype]
-        intensities = [row["flops"] / row["bytes"] for row in of_dtype]
-        copy, product = result["ceilings"]["copy"], result["ceilings"]["product"][dtype]
+        done = [row.get("flops_done", row["flops"]) for row in of_dtype]
+        intensities = [flops / row["bytes"] for flops, row in zip(done, of_dtype, strict=True)]
+        copy, product = ceilings.copy, ceilings.rate(dtype)
         edges = [min(intensities) / 2, product / copy, max(*intensities, product / copy) * 2]
         axes.plot(edges, [min(product, copy * edge) for edge in edges], color="black", linewidth=1, label="limit")
         for variant, marker in (("eager", "x"), ("fused", "o")):
-            speeds = [row["flops"] / row["times"][variant]["median"] for row in of_dtype]
-            axes.scatter(intensities, speeds, s=16, marker=marker, alpha=0.7, color=COLOURS[variant], label=variant)
+            speeds = [flops / row["times"][variant]["median"] for flops, row in zip(done, of_dtype, strict=True)]
+            alphas = [0.2 if row.get("bound") == "cache" else 0.7 for row in of_dtype]
+            axes.scatter(intensities, speeds, s=16, marker=marker, alpha=alphas, color=COLOURS[variant], label=variant)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("floating-point operations per byte")

@@ -36,6 +36,8 @@ def source(result: dict[str, Any]) -> str:
     if "ceilings" in result:
         products = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in result["ceilings"]["product"].items())
         text += f" Limits, measured in the same run: a copy {result['ceilings']['copy'] / 1e9:.4g} GB/s, a matrix product {products}."
+        if cache := result["ceilings"].get("cache"):
+            text += f" What fits in the {cache / (1 << 20):.4g} MiB of the last-level cache has no limit of memory."
     if result.get("left_out"):
         text += f" {result['left_out']} more rows of this run were not measured."
     if more := result.get("more_with_full", {}).get(result.get("table")):
@@ -74,7 +76,12 @@ def _bench_row(row: dict[str, Any], labels: Row, variants: list[str]) -> Row:
     peer = best_peer(row)
     against = times[peer]["median"] / times["fused"]["median"]
     cells += [f"{spread:.0%}", f"{row['ratios']['fused']:.2f}x", f"{against:.2f}x ({NAMES.get(peer, peer)})"]
-    return [*cells, *(f"{row[k]['fused']:.3g}" for k in ("gb_per_s", "tflop_per_s")), f"{row['share_of_limit']['fused']:.0%}"]
+    return [*cells, *(f"{row[k]['fused']:.3g}" for k in ("gb_per_s", "tflop_per_s")), of_limit(row)]
+
+
+def of_limit(row: Mapping[str, Any]) -> str:
+    """Fused's share of the limit; for work that moves its bytes within the cache the operations' limit says nothing."""
+    return "in cache" if row.get("bound") == "cache" else f"{row['share_of_limit']['fused']:.0%}"
 
 
 def failure(row: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from . import _ceilings
 from ._benches import Bench, measured, op_benches
 from ._common import DISAGREE, CommandError, Json, backend_of, dtype_of, emit, out, progress, write_json
 from ._network_benches import network_benches
+from ._result_tables import of_limit
 from ._worker import Worker
 from .info import facts_of_run
 
@@ -95,7 +96,7 @@ def _show(rows: list[dict[str, Any]], file: Path) -> None:
             table.add_row(name, "", "", f"[red]wrong: {row['error']}[/]", "", "")
             continue
         eager, fused = (f"{row['times'][v]['median'] * 1e3:.3f} ms" for v in ("eager", "fused"))
-        ratio, speed, share = (row[k]["fused"] for k in ("ratios", "gb_per_s", "share_of_limit"))
-        table.add_row(name, eager, fused, f"{ratio:.2f}x", f"{speed:.1f}", f"{share:.0%}")
+        ratio, speed = (row[k]["fused"] for k in ("ratios", "gb_per_s"))
+        table.add_row(name, eager, fused, f"{ratio:.2f}x", f"{speed:.1f}", of_limit(row))
     out().print(table)
     out().print(f"saved: {file}", highlight=False, soft_wrap=True)

@@ -5,12 +5,17 @@ Tests and benchmarks read the same cases, so what is timed is what is tested.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .. import ops
 
 LAYOUTS = ("channels_last", "contiguous", "slice", "offset")
 
@@ -33,14 +38,14 @@ class Maker:
     """Makes a case's random tensors: seeded, in one dtype, on one device, activations in one memory layout.
 
     Layouts: "channels_last"; "contiguous" (N, C, H, W); "slice" (channels of a wider channels_last tensor); "offset" (channels_last,
-    starting one element into its storage, so that nothing is 16-byte aligned).
+    starting one element into its storage, so that nothing is 16-byte aligned). On the device "meta" they have shapes alone.
     """
 
     def __init__(
         self, dtype: torch.dtype, layout: str = "channels_last", device: str = "cpu", seed: int = 0, grad: bool = True
     ) -> None:
         self.dtype, self.layout, self.device, self.grad = dtype, layout, device, grad
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
     def _normal(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         values = torch.randn(shape, generator=self.generator, dtype=torch.float32, device=self.device)
@@ -79,8 +84,16 @@ class Maker:
         return (torch.rand(n, generator=self.generator, device=self.device) * (high - low) + low).to(dtype)
 
 
+class Pass(NamedTuple):
+    """A forward or backward pass at its least: the tensors that it reads and writes (twice where it must read one twice), and its
+    floating-point operations. Vectors of one value per channel, and ReLU's bits, are left out."""
+
+    tensors: Sequence[Tensor | None]
+    flops: int
+
+
 @dataclass(frozen=True)
-class Cost:
+class CaseCost:
     """The least memory traffic in bytes and the arithmetic of one call: forward, and forward's backward."""
 
     forward_bytes: int
@@ -94,17 +107,17 @@ class OpCases:
     """One public op: its cases and how to judge and to price them.
 
     `make(case, maker)` returns the positional and keyword arguments; every tensor among them that requires grad gets a gradient.
-    `cost(case, itemsize)` prices the call. `registered` names the registered op by which a backend is known to implement this one,
-    where it is not `<name>_fwd`. `rounding` is the number of roundings to the dtype that the absolute term allows, `summation`
-    the units in the last place of the accumulator (float32, or float64) that a long sum in another order may lose, and `reason` says why
-    so many.
+    `least(out, *args, **kwargs)` is the call's forward and backward pass, of which only shapes matter. `registered` names the registered op
+    by which a backend is known to implement this one, where it is not `<name>_fwd`. `rounding` is the number of roundings to the dtype that
+    the absolute term allows, `summation` the units in the last place of the accumulator (float32, or float64) that a long sum in another
+    order may lose, and `reason` says why so many.
     """
 
     name: str
     op: Callable[..., Tensor]
     cases: tuple[Case, ...]
     make: Callable[[Case, Maker], tuple[tuple[Any, ...], dict[str, Any]]]
-    cost: Callable[[Case, int], Cost]
+    least: Callable[..., tuple[Pass, Pass]]
     rounding: float
     reason: str
     registered: str = ""
@@ -119,6 +132,19 @@ class OpCases:
     def room(self) -> str:
         """The folder of fused_cnn/ops that the op's kernels are in."""
         return self.op.__module__.split(".")[2]
+
+    def cost(self, case: Case, itemsize: int) -> CaseCost:
+        """What a call costs in a dtype of so many bytes."""
+        args, kwargs = self.make(case, Maker(torch.float32, device="meta", grad=False))
+        passes = self.least(self.op(*args, **kwargs, backend="reference"), *args, **kwargs)
+        moved = (itemsize * sum(t.numel() for t in p.tensors if t is not None) for p in passes)
+        return CaseCost(*moved, *(p.flops for p in passes))
+
+
+def rooms() -> list[ModuleType]:
+    """Every room's cases.py, which has CASES, one OpCases or several, and COSTS, what its registered ops cost (_cost.py)."""
+    found = (room.name for room in pkgutil.iter_modules(ops.__path__) if room.ispkg)
+    return [importlib.import_module(f"{ops.__name__}.{name}.cases") for name in found]
 
 
 

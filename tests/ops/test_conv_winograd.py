@@ -22,7 +22,7 @@ pytestmark = [
 def weights_read(x: Tensor, weight: Tensor, padding: int = 1, in_place: bool = False) -> int:
     geometry = (weight.shape[2:], (1, 1), (padding,) * 2, (1, 1))
     bfloat16 = x.dtype == torch.bfloat16
-    return _library.packed_bytes_read(x.shape, weight.size(0), *geometry, bfloat16=bfloat16, in_place=in_place)
+    return _library.conv_work(x.shape, weight.size(0), *geometry, bfloat16=bfloat16, in_place=in_place)[0]
 
 
 def transforms(x: Tensor, weight: Tensor, padding: int = 1, in_place: bool = False) -> bool:

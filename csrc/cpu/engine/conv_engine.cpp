@@ -65,8 +65,16 @@ double direct_cost(const Plan& plan, int64_t pixels) {
   return 9.0 * pixels / (plan.dtype == DType::bf16 ? step_size(*current(), plan.dtype) : 1);
 }
 
+int64_t all_out_channels(const ConvShape& s) {
+  return std::accumulate(s.out_channels, s.out_channels + s.destinations, int64_t{0});
+}
+
+int64_t winograd_tiles(const ConvShape& s) {  // of the whole call, those that overhang the images included
+  return s.batch * ceil_div(conv_out_h(s), 2) * ceil_div(conv_out_w(s), 4);
+}
+
 double winograd_cost(const ConvShape& s, int64_t tiles) {
-  const int64_t out = std::accumulate(s.out_channels, s.out_channels + s.destinations, int64_t{0});
+  const int64_t out = all_out_channels(s);
   return kWinogradPositions * tiles * (1.15 + 9.0 / s.C + 7.0 / out);
 }
 
@@ -85,11 +93,9 @@ bool winograd_pays(const Plan& plan, bool in_place) {
   const ConvShape& s = plan.shape;
   if (plan.winograd.panel_bytes == 0 || in_place) return false;
   const Level& level = *current();
-  const int64_t height = conv_out_h(s), width = conv_out_w(s),
-                tiles = s.batch * ceil_div(height, 2) * ceil_div(width, 4);
   const double per_byte = level.lanes / 3.0;
-  return winograd_cost(s, tiles) + kWinogradPositions * 4 * per_byte <
-         direct_cost(plan, s.batch * height * width) + 9 * element_size(level, plan.dtype) * per_byte;
+  return winograd_cost(s, winograd_tiles(s)) + kWinogradPositions * 4 * per_byte <
+         direct_cost(plan, s.batch * conv_out_h(s) * conv_out_w(s)) + 9 * element_size(level, plan.dtype) * per_byte;
 }
 
 // The part of the plan that the packed layout depends on.
@@ -279,6 +285,12 @@ int64_t packed_bytes_read(const ConvShape& shape, DType dtype, bool in_place) {
   const Plan plan = plan_weight(shape, dtype, nullptr);
   if (plan.winograd.panel_bytes == 0) return plan.packed_bytes;
   return winograd_pays(plan, in_place) ? plan.bias_bytes + plan.packed_bytes - plan.direct_bytes : plan.direct_bytes;
+}
+
+int64_t multiply_adds(const ConvShape& s, DType dtype, bool in_place) {
+  const int64_t pairs = s.C * all_out_channels(s);
+  if (winograd_pays(plan_weight(s, dtype, nullptr), in_place)) return kWinogradPositions * winograd_tiles(s) * pairs;
+  return s.batch * conv_out_h(s) * conv_out_w(s) * s.kernel_h * s.kernel_w * pairs;
 }
 
 void pack_weight(const ConvShape& shape, DType dtype, const void* const* weight, const float* const* bias,

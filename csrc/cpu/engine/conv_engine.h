@@ -71,6 +71,9 @@ void pack_weight(const ConvShape& shape, DType dtype, const void* const* weight,
 // How many of them a call of the whole batch reads, whose residual is (in_place) or is not where its output goes.
 int64_t packed_bytes_read(const ConvShape& shape, DType dtype, bool in_place);
 
+// The multiply-adds of the same call: of a direct convolution, or the fewer that Winograd's form does.
+int64_t multiply_adds(const ConvShape& shape, DType dtype, bool in_place);
+
 void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args, const ThreadPool& pool);
 
 void max_pool(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, void* out, int64_t out_pitch,

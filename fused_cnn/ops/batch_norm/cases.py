@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from .._cases import Case, Cost, Maker, OpCases, awkward_shapes
+from .._cases import Case, Maker, OpCases, Pass, awkward_shapes
+from .._cost import Arguments, Cost, one_pass
 from .args import BatchNormArgs
 from .op import bn_add_relu, bn_relu, bn_relu_concat
 
@@ -82,26 +83,37 @@ def make_bn_relu_concat(case: Case, maker: Maker) -> tuple[tuple[Any, ...], dict
     return (xs, [batch_norm_args(maker, c, training=t) for c, t in zip(channels, modes, strict=True)]), {}
 
 
-def cost(inputs: Callable[[Case], int]) -> Callable[[Case, int], Cost]:
-    """Forward reads the inputs (those that it normalises twice in training) and writes the result; backward reads the gradient
-    and the inputs twice and writes a gradient for each input."""
+BACKWARD_PASSES = 2  # the sums over the batch, then the gradients
 
-    def price(case: Case, itemsize: int) -> Cost:
-        n, c, h, w = case.shape
-        elements, count = n * c * h * w, inputs(case)
-        passes = 2 if case.options["training"] else 1
-        forward, backward = count * passes + 1, (1 + count) * 2 + count
-        return Cost(
-            forward * elements * itemsize, backward * elements * itemsize, 6 * count * elements, 12 * count * elements
-        )
 
-    return price
+def least(out: Tensor, xs: Sequence[Tensor], bns: Sequence[BatchNormArgs], residual: Tensor | None = None) -> tuple[Pass, Pass]:
+    """In training the statistics take a pass before the one that normalises."""
+    in_training = (x for x, bn in zip(xs, bns, strict=True) if bn.training)
+    normalised = sum(x.numel() for x in xs)
+    forward = Pass((*in_training, *xs, residual, out), 6 * normalised)
+    return forward, Pass((*(out, *xs) * BACKWARD_PASSES, *xs, residual), 12 * normalised)
+
+
+def least_bn_add_relu(
+    out: Tensor, x: Tensor, bn: BatchNormArgs, residual: Tensor, residual_bn: BatchNormArgs | None = None
+) -> tuple[Pass, Pass]:
+    return least(out, [x], [bn], residual) if residual_bn is None else least(out, [x, residual], [bn, residual_bn])
+
+
+def bwd_cost(args: Arguments, grads: Any) -> Cost:
+    return Cost(BACKWARD_PASSES, dict.fromkeys(("grad_out", "x", "xs", "residual", "mask"), BACKWARD_PASSES))
+
+
+COSTS = {
+    **dict.fromkeys(("bn_stats", "bn_relu_concat_fwd", "bn_add_relu_fwd"), one_pass),
+    **dict.fromkeys(("bn_relu_concat_bwd", "bn_add_relu_bwd"), bwd_cost),
+}
 
 
 def op_cases(
-    name: str, op: Callable[..., Tensor], cases: tuple[Case, ...], make: Any, price: Callable[[Case], int], registered: str
+    name: str, op: Callable[..., Tensor], cases: tuple[Case, ...], make: Any, least: Callable[..., tuple[Pass, Pass]], registered: str
 ) -> OpCases:
-    return OpCases(name, op, cases, make, cost(price), rounding=8, reason=REASON, registered=registered)
+    return OpCases(name, op, cases, make, least, rounding=8, reason=REASON, registered=registered)
 
 
 CASES = [
@@ -114,7 +126,7 @@ CASES = [
             *in_both_modes("not affine", (2, 24, 7, 7), affine=False),
         ),
         make_bn_relu,
-        lambda case: 1,
+        lambda out, x, bn, relu: least(out, [x], [bn]),
         "bn_relu_concat_fwd",
     ),
     op_cases(
@@ -122,7 +134,7 @@ CASES = [
         bn_add_relu,
         (*shapes(RESNET_ENDS), *shapes([(f"{n} downsample", s) for n, s in RESNET_ENDS], projection=True)),
         make_bn_add_relu,
-        lambda case: 2 if case.options.get("projection") else 1,
+        least_bn_add_relu,
         "bn_add_relu_fwd",
     ),
     op_cases(
@@ -135,7 +147,7 @@ CASES = [
             Case("one branch frozen", (2, 24, 7, 7), {"channels": (3, 16, 5), "training": (True, False, True)}),
         ),
         make_bn_relu_concat,
-        lambda case: 1,
+        least,
         "bn_relu_concat_fwd",
     ),
 ]

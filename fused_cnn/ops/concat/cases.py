@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from .._cases import Case, Cost, Maker, OpCases, awkward_shapes
+from torch import Tensor
+
+from .._cases import Case, Maker, OpCases, Pass, awkward_shapes
+from .._cost import one_pass
 from .op import concat_bias_relu
 
 REAL = [
@@ -36,12 +40,11 @@ def make(case: Case, maker: Maker) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (branches, bias), {"relu": case.options.get("relu", True)}
 
 
-def cost(case: Case, itemsize: int) -> Cost:
-    n, c, h, w = case.shape
-    elements = n * c * h * w
-    return Cost(2 * elements * itemsize, 3 * elements * itemsize, 2 * elements, 2 * elements)
+def least(out: Tensor, branches: Sequence[Tensor], bias: Tensor | None, *, relu: bool) -> tuple[Pass, Pass]:
+    return Pass((*branches, out), 2 * out.numel()), Pass((out, out if relu else None, *branches), 2 * out.numel())
 
 
+COSTS = {"concat_bias_relu_fwd": one_pass, "concat_bias_relu_bwd": one_pass}
 CASES = OpCases(
     name="concat_bias_relu",
     op=concat_bias_relu,
@@ -51,7 +54,7 @@ CASES = OpCases(
         *(Case("x".join(map(str, shape)), shape, {"channels": split(shape[1])}) for shape in awkward_shapes()),
     ),
     make=make,
-    cost=cost,
+    least=least,
     rounding=1,
     reason="one addition, rounded once, as eager's; the bias's gradient is a float32 sum, rounded once",
 )

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
-from .._cases import Case, Cost, Maker, OpCases, awkward_shapes
+from torch import Tensor
+
+from .._cases import Case, Maker, OpCases, Pass, awkward_shapes
 from .._conv import out_size
+from .._cost import Arguments, Cost, conv_flops, engine_conv, one_pass, tensor_bytes
 from .add_relu import add_relu
 from .op import conv1x1_bias_relu, conv_bias_relu
+from .stage import GEOMETRY
 
 Layers = list[tuple[str, tuple[int, int, int, int], dict[str, Any]]]
 REAL: Layers = [
@@ -76,28 +82,80 @@ def make(case: Case, maker: Maker) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (x, weight, bias, residual), {k: o[k] for k in names if k in o}
 
 
-def cost(case: Case, itemsize: int) -> Cost:
-    o = case.options
-    n, c, h, w = case.shape
-    _, out, height, width = _result_shape(case)
-    kh, kw = _pair(o.get("kernel", 1))
-    weights = out * (c // o.get("groups", 1)) * kh * kw
-    # A stride that is larger than the kernel leaves pixels unread.
-    x, y = n * c * min(h, height * kh) * min(w, width * kw), n * out * height * width
-    residual = y if o.get("residual") else 0
-    product = 2 * n * height * width * weights
-    forward = (x + weights + residual + y) * itemsize
-    return Cost(forward, (2 * y + 2 * x + 2 * weights + residual) * itemsize, product, 2 * product)
+def least(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *, relu: bool = True, **_: Any
+) -> tuple[Pass, Pass]:
+    """A stride that is larger than the kernel leaves pixels unread, but their gradient is written, too."""
+    (height, width), (kh, kw) = out.shape[2:], weight.shape[2:]
+    read = x[:, :, : height * kh, : width * kw]
+    flops = conv_flops(out, weight.shape)
+    forward = Pass((read, weight, residual, out), flops)
+    return forward, Pass((out, out if relu else None, read, weight, x, weight, residual), 2 * flops)
 
 
 def make_add(case: Case, maker: Maker) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (maker.activation(*case.shape), maker.activation(*case.shape)), {}
 
 
-def cost_add(case: Case, itemsize: int) -> Cost:
-    n, c, h, w = case.shape
-    elements = n * c * h * w
-    return Cost(3 * elements * itemsize, 3 * elements * itemsize, 2 * elements, elements)
+def least_add(out: Tensor, x: Tensor, residual: Tensor) -> tuple[Pass, Pass]:
+    """Backward reads the gradient and the result, and writes one gradient that both inputs share."""
+    return Pass((x, residual, out), 2 * out.numel()), Pass((out, out, x), out.numel())
+
+
+def fwd_cost(args: Arguments, out: Tensor) -> Cost:
+    """PyTorch's convolution, then the epilogue over its result."""
+    return Cost(2, rewrites=1, flops=conv_flops(out, args["weight"].shape))
+
+
+def bwd_cost(args: Arguments, grads: Sequence[Tensor]) -> Cost:
+    """One pass masks grad_out and sums grad_bias; then PyTorch's kernels make a gradient each from what it wrote."""
+    mask = args["out"] is not None or args["needs_bias"]
+    kernels = args["needs_x"] + args["needs_weight"]
+    reads = {"grad_out": mask + kernels, "x": int(args["needs_weight"]), "weight": int(args["needs_x"])}
+    return Cost(mask + kernels, reads, flops=kernels * conv_flops(args["grad_out"], args["weight"].shape))
+
+
+def packed_cost(args: Arguments, out: Tensor) -> Cost:
+    return engine_conv(args["x"], args["weight_shape"], args["stride"], args["padding"], args["dilation"])[1]
+
+
+def stage_cost(args: Arguments, out: Tensor) -> Cost:
+    """One convolution after the other. x is read by the first and by the first shortcut; a projection is written where
+    the result goes, and read there by the block's last convolution. What one block hands to the next stays inside, as
+    what lies between the convolutions does, and is read again by the next block's shortcut."""
+    x, geometry, lengths, projects = (args[name] for name in ("x", "geometry", "lengths", "projects"))
+    convolutions = [geometry[i : i + GEOMETRY] for i in range(0, len(geometry), GEOMETRY)]
+
+    def run(read: Tensor, conv: Sequence[int], in_place: bool = False) -> tuple[Tensor, Cost]:
+        channels, out_channels, kh, kw, *pairs = conv
+        return engine_conv(read, (out_channels, channels, kh, kw), pairs[:2], pairs[2:4], pairs[4:], in_place=in_place)
+
+    made, costs = [x], [run(x, convolutions[-1])[1]] if projects else []
+    for i, conv in enumerate(convolutions[:-1] if projects else convolutions, 1):
+        result, cost = run(made[-1], conv, in_place=projects and i == lengths[0])
+        made.append(result)
+        costs.append(cost)
+    handed_on = [made[i] for i in accumulate(lengths[:-1])]
+    return Cost(
+        len(convolutions),
+        {"packed": 0, "x": 1 + args["shortcut"]},
+        reads_more=sum(cost.reads_more for cost in costs) + sum(map(tensor_bytes, handed_on)),
+        rewrites=int(projects),
+        scratch=sum(map(tensor_bytes, made[1:-1])),
+        flops=sum(cost.flops for cost in costs),
+        flops_saved=sum(cost.flops_saved for cost in costs),
+    )
+
+
+COSTS = {
+    "conv_bias_relu_fwd": fwd_cost,
+    "conv_bias_relu_bwd": bwd_cost,
+    "conv_bias_relu_pack": one_pass,
+    "conv_bias_relu_packed_fwd": packed_cost,
+    "residual_stage_packed_fwd": stage_cost,
+    "add_relu_fwd": one_pass,
+    "add_relu_bwd": one_pass,
+}
 
 
 def _cases(real: Layers, odd: Layers, **options: Any) -> tuple[Case, ...]:
@@ -115,7 +173,7 @@ CASES = [
         op=conv_bias_relu,
         cases=_cases(REAL, ODD, kernel=3, padding=1),
         make=make,
-        cost=cost,
+        least=least,
         rounding=4,
         summation=16,
         reason=REASON,
@@ -125,7 +183,7 @@ CASES = [
         op=conv1x1_bias_relu,
         cases=_cases(REAL_1X1, ODD_1X1),
         make=make,
-        cost=cost,
+        least=least,
         registered="conv_bias_relu_fwd",
         rounding=4,
         summation=16,
@@ -139,7 +197,7 @@ CASES = [
             *(Case("x".join(map(str, shape)), shape) for shape in awkward_shapes()),
         ),
         make=make_add,
-        cost=cost_add,
+        least=least_add,
         rounding=1,
         reason="one addition, rounded once, as eager's: they agree to the bit where both add in float32",
     ),

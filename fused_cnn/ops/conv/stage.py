@@ -18,7 +18,7 @@ from ..._library import define, kernel
 from .._conv import IntPair, out_size, packable, pair
 from .op import pack_conv
 
-_GEOMETRY = 10  # in and out channels; kernel, stride, padding and dilation, (h, w) each
+GEOMETRY = 10  # in and out channels; kernel, stride, padding and dilation, (h, w) each
 
 
 def _fake_packed_fwd(
@@ -26,7 +26,7 @@ def _fake_packed_fwd(
 ) -> Tensor:
     channels, height, width = x.shape[1:]
     for i in range(len(packed) - projects):
-        _, channels, kh, kw, sh, sw, ph, pw, dh, dw = geometry[_GEOMETRY * i : _GEOMETRY * (i + 1)]
+        _, channels, kh, kw, sh, sw, ph, pw, dh, dw = geometry[GEOMETRY * i : GEOMETRY * (i + 1)]
         height, width = out_size(height, kh, sh, ph, dh), out_size(width, kw, sw, pw, dw)
     return empty_nchw(x, channels, height, width)
 
@@ -63,7 +63,7 @@ class PackedResidualStage(NamedTuple):
     def then(self, block: PackedResidualStage) -> PackedResidualStage:
         """This, with one more block behind it, which must add its own input."""
         assert len(block.lengths) == 1 and block.shortcut and not block.projects
-        split, ints = len(self.data) - self.projects, len(self.geometry) - _GEOMETRY * self.projects
+        split, ints = len(self.data) - self.projects, len(self.geometry) - GEOMETRY * self.projects
         return self._replace(
             data=[*self.data[:split], *block.data, *self.data[split:]],
             geometry=[*self.geometry[:ints], *block.geometry, *self.geometry[ints:]],

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
 from typing import Any
 
-from .._cases import Case, Cost, Maker, OpCases
+import torch
+from torch import Tensor
+
+from .._cases import Case, Maker, OpCases, Pass
+from .._cost import Arguments, Cost, engine_conv, one_pass, tensor_bytes
 from .op import inception
 
 # in channels, side, (1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool proj): arXiv 1409.4842, table 1
@@ -22,29 +29,74 @@ ODD = [
 ]
 
 
-def _weight_shapes(case: Case) -> list[tuple[int, int, int, int]]:
-    c = case.shape[1]
-    w1, r3, w3, r5, w5, pool = case.options["widths"]
-    k5 = case.options["kernel5"]
-    return [(w1, c, 1, 1), (r3, c, 1, 1), (w3, r3, 3, 3), (r5, c, 1, 1), (w5, r5, k5, k5), (pool, c, 1, 1)]
+def weight_shapes(in_channels: int, channels: Sequence[int], kernels: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """Of the six convolutions, in the order of CONVOLUTIONS; `kernels` are those of conv3 and conv5."""
+    inputs = (in_channels, in_channels, channels[1], in_channels, channels[3], in_channels)
+    sides = (1, 1, kernels[0], 1, kernels[1], 1)
+    return [(out, c, side, side) for out, c, side in zip(channels, inputs, sides, strict=True)]
 
 
 def make(case: Case, maker: Maker) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    shapes = _weight_shapes(case)
+    shapes = weight_shapes(case.shape[1], case.options["widths"], (3, case.options["kernel5"]))
     weights = [maker.weight(*shape) for shape in shapes]
     biases = [maker.vector(shape[0], std=0.5) for shape in shapes]
     return (maker.activation(*case.shape), weights, biases), {}
 
 
-def cost(case: Case, itemsize: int) -> Cost:
-    n, c, h, w = case.shape
-    w1, _, w3, _, w5, pool = case.options["widths"]
-    weights = sum(a * b * k * k for a, b, k, _ in _weight_shapes(case))
-    x, y = n * c * h * w, n * h * w * (w1 + w3 + w5 + pool)
-    product = 2 * n * h * w * weights
-    return Cost((x + weights + y) * itemsize, (2 * x + 2 * weights + 2 * y) * itemsize, product, 3 * product)
+def pixels(x: Tensor) -> int:
+    return x.numel() // max(1, x.size(1))
 
 
+def flops(x: Tensor, shapes: Sequence[Sequence[int]]) -> int:
+    """Of convolutions whose results are as large as x."""
+    return 2 * pixels(x) * sum(map(prod, shapes))
+
+
+def least(out: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Pass, Pass]:
+    """Backward computes the reductions again."""
+    shapes = [weight.shape for weight in weights]
+    product = flops(x, shapes)
+    backward = Pass((out, out, x, *weights, x, *weights), 2 * product + flops(x, [shapes[1], shapes[3]]))
+    return Pass((x, *weights, out), product), backward
+
+
+def block(x: Tensor, shapes: Sequence[Sequence[int]], convolutions: Sequence[Cost] = ()) -> Cost:
+    """The 1x1 convolutions of x as one, the two `convolutions` of what they reduced, the pool and its projection: x is read by the first
+    and by the pool."""
+    between = pixels(x) * (shapes[1][0] + shapes[3][0] + x.size(1)) * x.element_size()
+    saved = sum(cost.flops_saved for cost in convolutions)
+    return Cost(5, {"x": 2}, scratch=between, flops=flops(x, shapes), flops_saved=saved)
+
+
+def engine_convolutions(x: Tensor, shapes: Sequence[Sequence[int]]) -> list[Cost]:
+    """Conv3's and conv5's costs."""
+    return [
+        engine_conv(x.new_empty((x.size(0), shape[1], *x.shape[2:]), device="meta"), shape, (1, 1), (shape[2] // 2,) * 2, (1, 1))[1]
+        for shape in (shapes[2], shapes[4])
+    ]
+
+
+def inception_fwd(args: Arguments, out: Tensor) -> Cost:
+    x, weights = args["x"], args["weights"]
+    shapes = [weight.shape for weight in weights]
+    # On the CPU the weights are packed at every call, where the image is worth it (csrc/inception/cpu.cpp: kWorthPacking).
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() >= 512 * x.size(1):
+        cost = block(x, shapes, engine_convolutions(x, shapes))
+        return replace(cost, launches=6, scratch=cost.scratch + sum(map(tensor_bytes, weights)))
+    # Six of PyTorch's convolutions with an epilogue each, the pool, and a copy of every branch into its slice.
+    return replace(block(x, shapes), launches=17, rewrites=2)
+
+
+def inception_packed_fwd(args: Arguments, out: Tensor) -> Cost:
+    x, packed = args["x"], args["packed"]
+    shapes = weight_shapes(x.size(1), args["channels"], args["kernels"])
+    convolutions = engine_convolutions(x, shapes)
+    pointwise = tensor_bytes(packed[0]) + tensor_bytes(packed[3])  # of one form only
+    weights = pointwise + sum(cost.reads_more for cost in convolutions)
+    return replace(block(x, shapes, convolutions), reads={"x": 2, "packed": 0}, reads_more=weights)
+
+
+COSTS = {"inception_fwd": inception_fwd, "inception_pack": one_pass, "inception_packed_fwd": inception_packed_fwd}
 CASES = OpCases(
     name="inception",
     op=inception,
@@ -57,7 +109,7 @@ CASES = OpCases(
         *(Case(name, shape, options) for name, shape, options in ODD),
     ),
     make=make,
-    cost=cost,
+    least=least,
     rounding=8,
     summation=16,
     reason="two convolutions in a row, each with the free summation order and the single rounding of conv_bias_relu",

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
-from .._cases import Case, Cost, Maker, OpCases, awkward_shapes
-from .op import max_pool2d, out_size
+from torch import Tensor
+
+from .._cases import Case, Maker, OpCases, Pass, awkward_shapes
+from .._conv import IntPair, pair
+from .._cost import one_pass
+from .op import max_pool2d
 
 REAL: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
     ("resnet50 maxpool", (1, 64, 112, 112), {"kernel_size": 3, "stride": 2, "padding": 1}),
@@ -25,15 +30,11 @@ def make(case: Case, maker: Maker) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (maker.activation(*case.shape),), dict(case.options)
 
 
-def cost(case: Case, itemsize: int) -> Cost:
-    n, c, h, w = case.shape
-    o = case.options
-    k, s, p = (o.get(key, d) for key, d in (("kernel_size", 1), ("stride", 1), ("padding", 0)))
-    sides = [out_size(side, k, s, p, 1, o.get("ceil_mode", False)) for side in (h, w)]
-    x, out = n * c * h * w, n * c * sides[0] * sides[1]
-    return Cost((x + out) * itemsize, (2 * x + out) * itemsize, out * k * k, out)
+def least(out: Tensor, x: Tensor, *, kernel_size: IntPair, **window: Any) -> tuple[Pass, Pass]:
+    return Pass((x, out), out.numel() * prod(pair(kernel_size))), Pass((out, x, x), out.numel())
 
 
+COSTS = {"max_pool2d_fwd": one_pass, "max_pool2d_bwd": one_pass}
 CASES = OpCases(
     name="max_pool2d",
     op=max_pool2d,
@@ -46,7 +47,7 @@ CASES = OpCases(
         ),
     ),
     make=make,
-    cost=cost,
+    least=least,
     rounding=0,
     reason="a maximum is one of its inputs: nothing is rounded",
 )

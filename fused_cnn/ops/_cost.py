@@ -1,0 +1,77 @@
+"""What one call of a registered op launches, reads, writes and computes: the unit of account of fused_cnn.analysis.
+
+A room states it for its registered ops in its cases.py (COSTS). What convolutions have in common is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _library
+from ._conv import empty_result
+
+Arguments = Mapping[str, Any]  # an op's arguments by the names in its schema
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One call: one kernel reads every argument once and writes every result once, unless stated.
+
+    `reads` says how often an argument is read, by name; `reads_more` is bytes read besides; `rewrites` counts further
+    passes that read the first result and write it again; `scratch` is bytes of temporaries inside the op, written once
+    and read once; `flops` is of ops that PyTorch's own counter does not know, those of a direct convolution, of which
+    the algorithm that runs spares `flops_saved`.
+    """
+
+    launches: int = 1
+    reads: Mapping[str, int] = field(default_factory=dict)
+    reads_more: int = 0
+    rewrites: int = 0
+    scratch: int = 0
+    flops: int = 0
+    flops_saved: int = 0
+
+
+def one_pass(args: Arguments, result: Any) -> Cost:
+    """The rule, without an exception."""
+    return Cost()
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """Bytes of memory behind the elements; a dimension expanded with stride 0 counts once."""
+    elements = tensor.numel()
+    if elements and tensor.layout is torch.strided:
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            if stride == 0:
+                elements //= size
+    return elements * tensor.element_size()
+
+
+def conv_flops(out: Tensor, weight_shape: Sequence[int]) -> int:
+    """A multiply-add for each weight of an output channel at each element of the result, two operations each."""
+    return 2 * out.numel() * prod(weight_shape[1:])
+
+
+def engine_conv(
+    x: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    *,
+    in_place: bool = False,
+) -> tuple[Tensor, Cost]:
+    """The native CPU convolution of x with a packed weight: its result, on the meta device, and its cost."""
+    out = empty_result(x.to("meta"), weight_shape, stride, padding, dilation)
+    geometry = (weight_shape[2:], stride, padding, dilation)
+    read, done = _library.conv_work(
+        x.shape, weight_shape[0], *geometry, bfloat16=x.dtype == torch.bfloat16, in_place=in_place
+    )
+    flops = conv_flops(out, weight_shape)
+    return out, Cost(reads={"packed": 0}, reads_more=read, flops=flops, flops_saved=flops - done)
