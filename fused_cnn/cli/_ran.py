@@ -40,7 +40,8 @@ def evidence(results: Iterable[Mapping[str, Any]]) -> dict[Key, Run]:
             continue
         for op, backend, dtype, passed in _kernels(result):
             device = result["device_name"].partition(",")[0]
-            source = result["sources"][backend][rooms[op]]
+            sources = result["sources"][backend]
+            source = sources[rooms[op] if rooms[op] in sources else op]  # saved when the room had the op's own name
             key = (op, backend, dtype, result["arch"])
             before = found.get(key)
             # A failed test stands until that test passes: neither a run that left it out, nor a benchmark of these sources, clears it.
