@@ -1,10 +1,10 @@
-"""What is timed, for `fused-cnn bench` and for `pytest benchmarks` alike: here what any piece of work is, and every op's real cases; whole
-networks are in _network_benches.py.
+"""What is timed, for `fused-cnn bench` and for `pytest benchmarks` alike: here what any piece of work is, and every
+op's real cases; whole networks are in network_benches.py.
 
-A Bench checks its numbers before it is timed; its variants (eager, the peers at hand, fused) do the same work
-on the same tensors and are timed in interleaved rounds. Bytes are the least that the work can move and
-operations are a direct convolution's, so GB/s and TFLOP/s say how near the device's limits a variant runs; a
-form that needs fewer products (Winograd's), or a layer that stays in a CPU's cache, may pass them.
+A Bench checks its numbers before it is timed; its variants (eager, the peers at hand, fused) do the same work on the
+same tensors and are timed in interleaved rounds. Bytes are the least that the work can move and operations are a direct
+convolution's, so GB/s and TFLOP/s say how near the device's limits a variant runs; a form that needs fewer products
+(Winograd's), or a layer that stays in a CPU's cache, may pass them.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ from .. import _backends, _library
 from .._trees import leaves_of
 from ..measure import Interleaved, Timing, Work
 from ..ops._cases import Case, Maker, OpCases
-from ..testing import all_cases, compare
-from . import _peers
-from ._ceilings import Ceilings
-from ._numbers import LARGEST, relative
-from ._worker import Worker, WorkFailed, described
+from ..testing import all_cases, compare, relative
+from . import peers
+from .ceilings import Ceilings, short
+from .numbers import LARGEST
+from .worker import Worker, described
 
+# By device, where none are asked for.
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float16)}
+BATCHES = {"cpu": (1, 8), "cuda": (32, 256, 1)}
 Makers = Mapping[str, Callable[[], Work]]
 
 
 @dataclass
 class Prepared:
-    """A piece of work, ready to be timed: its variants, the least bytes that it moves, its floating-point operations, and what
-    was counted of it (launches, traffic, memory), for the row. `captures` are variants that are made and timed after all others, because
-    one that fails leaves its process unfit for more.
-    """
+    """A piece of work, ready to be timed: its variants, the least bytes that it moves, its floating-point operations,
+    and what was counted of it (launches, traffic, memory), for the row. `captures` are variants that are made and timed
+    after all others, because one that fails leaves its process unfit for more."""
 
     variants: dict[str, Work]
     bytes: int
@@ -44,7 +46,8 @@ class Prepared:
     captures: Makers = field(default_factory=dict)
 
     def add_peers(self, makers: Makers, bound: float) -> None:
-        """Add the peers that can be made and whose result is eager's within `bound`; of the others the row says why they are not there."""
+        """Add the peers that can be made and whose result is eager's within `bound`; of the others the row says why
+        they are not there."""
         eager = self.variants["eager"]()
         for name, make in makers.items():
             try:
@@ -59,7 +62,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Bench(ABC):
-    """One piece of work: what it is, how to check it, and its variants. It can be pickled: it is made ready where it runs."""
+    """One piece of work: what it is, how to check it, and its variants. Pickled, and made ready where it runs."""
 
     dtype: torch.dtype
     device: str
@@ -127,15 +130,8 @@ class Bench(ABC):
 
 
 def measured(worker: Worker, bench: Bench, seconds: float, ceilings: Ceilings, check: bool = True) -> dict[str, Any]:
-    """The bench's row, run in a process of its room's; of one that fails, or loses its process, the row has the `error`."""
-    try:
-        return worker.call(bench.room, bench.run, seconds, ceilings, check)
-    except WorkFailed as error:
-        return {"kind": bench.kind, **bench.labels, "error": str(error)}
-
-
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    """The bench's row, run in a process of its room's."""
+    return worker.row({"kind": bench.kind, **bench.labels}, bench.room, bench.run, seconds, ceilings, check)
 
 
 def op_benches(
@@ -148,7 +144,8 @@ def op_benches(
     only: Sequence[str] = (),
     telling: bool = False,
 ) -> Iterator[OpBench]:
-    """Every op x real case x batch x dtype, forward and backward; channels_last. `telling`: of each op the two cases that differ most."""
+    """Every op x real case x batch x dtype, forward and backward; channels_last. `telling`: of each op the two cases
+    that differ most."""
     for batch in batches:
         for op_cases in all_cases():
             if only and op_cases.name not in only:
@@ -161,7 +158,8 @@ def op_benches(
 
 
 def extremes(op_cases: OpCases, cases: Iterable[Case]) -> list[Case]:
-    """The case with the least arithmetic for each byte, of equals the largest; and that with the most, of equals the smallest."""
+    """The case with the least arithmetic for each byte, of equals the largest; and that with the most, of equals the
+    smallest."""
 
     def intensity(case: Case) -> tuple[float, int]:
         cost = op_cases.cost(case, 4)
@@ -191,6 +189,10 @@ class OpBench(Bench):
         return self.op
 
     @property
+    def backward(self) -> bool:
+        return self.direction == "backward"
+
+    @property
     def _cases(self) -> OpCases:
         return next(op_cases for op_cases in all_cases() if op_cases.name == self.op)
 
@@ -199,38 +201,38 @@ class OpBench(Bench):
         """The GPU's backends that implement the op here: each is a variant of its own there."""
         if self.device == "cpu":
             return []
-        decides = self._cases.decides
-        return [b for b in ("native", "triton") if _backends.status(b, self.device).on and _library.has_kernel(decides, b, self.device)]
+        on = [b for b in ("native", "triton") if _backends.status(b, self.device).on]
+        return [b for b in on if _library.has_kernel(self._cases.decides, b, self.device)]
 
     def check(self) -> None:
-        backward = self.direction == "backward"
+        where = f"{self.op}, {self.case.name}, {short(self.dtype)}"
+        options: dict[str, Any] = {"device": self.device, "backward": self.backward}
         for chosen in (self.backend, *self._by_name):
-            for comparison in compare(self._cases, self.case, chosen, self.dtype, device=self.device, backward=backward):
-                assert comparison.ok, f"{self.op}, {self.case.name}, {short(self.dtype)}, {chosen or 'auto'}: {comparison}"
+            for comparison in compare(self._cases, self.case, chosen, self.dtype, **options):
+                assert comparison.ok, f"{where}, {chosen or 'auto'}: {comparison}"
 
     def make(self) -> Prepared:
-        op_cases, backward = self._cases, self.direction == "backward"
+        op_cases = self._cases
         cost = op_cases.cost(self.case, self.dtype.itemsize)
-        variants = {"eager": self._variant(op_cases.op, backend="reference"), "fused": self._variant(op_cases.op, backend=self.backend)}
-        variants |= {name: self._variant(op_cases.op, backend=name) for name in self._by_name}
-        counts = (cost.backward_bytes, cost.backward_flops) if backward else (cost.forward_bytes, cost.forward_flops)
-        work = Prepared(variants, *counts)
-        library = _peers.library_call(op_cases.name, self.device)
-        if library is not None and not backward:
+        backends = {"eager": "reference", "fused": self.backend, **{name: name for name in self._by_name}}
+        variants = {name: self._variant(op_cases.op, backend=backend) for name, backend in backends.items()}
+        forward, backward = (cost.forward_bytes, cost.forward_flops), (cost.backward_bytes, cost.backward_flops)
+        work = Prepared(variants, *(backward if self.backward else forward))
+        library = peers.library_call(op_cases.name, self.device)
+        if library is not None and not self.backward:
             work.add_peers({"library": lambda: self._variant(library)}, LARGEST[self.dtype])
         for name in self.compilers:
-            if (peer := _peers.COMPILERS[name]).of == "eager":
+            if (peer := peers.COMPILERS[name]).of == "eager":
                 variants[name] = self._variant(torch.compile(op_cases.op, mode=peer.mode), backend="reference")
         return work
 
     def _variant(self, function: Callable[..., Tensor], **chosen: Any) -> Work:
-        backward = self.direction == "backward"
-        args, kwargs = self._cases.make(self.case, Maker(self.dtype, device=self.device, grad=backward))
+        args, kwargs = self._cases.make(self.case, Maker(self.dtype, device=self.device, grad=self.backward))
 
         def forward() -> Tensor:
             return function(*args, **kwargs, **chosen)
 
-        if not backward:
+        if not self.backward:
             return torch.no_grad()(forward)
         leaves = leaves_of((args, kwargs))
         result = forward()

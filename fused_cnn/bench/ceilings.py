@@ -30,6 +30,11 @@ class Ceilings:
         return asdict(self)
 
 
+def short(dtype: torch.dtype) -> str:
+    """A dtype's name in rows and files: float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def measure(device: str, dtypes: Sequence[torch.dtype], seconds: float = 0.5) -> Ceilings:
     """Copy and multiply for about so long each; medians."""
     source = torch.ones(COPIED[device], dtype=torch.uint8, device=device)
@@ -38,6 +43,6 @@ def measure(device: str, dtypes: Sequence[torch.dtype], seconds: float = 0.5) ->
     side = SIDE[device]
     for dtype in dtypes:
         matrix = torch.randn(side, side, device=device).to(dtype)
-        works[str(dtype).removeprefix("torch.")] = lambda m=matrix: m @ m  # type: ignore[misc]
+        works[short(dtype)] = lambda m=matrix: m @ m  # type: ignore[misc]
     taken = {name: t.median for name, t in Interleaved(works, device).run(seconds * len(works)).items()}
     return Ceilings(2 * source.numel() / taken.pop("copy"), {name: 2 * side**3 / t for name, t in taken.items()})

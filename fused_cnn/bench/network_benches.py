@@ -1,22 +1,28 @@
-"""Whole networks, timed: torchvision's, in inference and in training steps, eager and fused, against every peer at hand."""
+"""Whole networks, timed: torchvision's, in inference and in training steps, eager, fused, and every peer at hand."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import gc
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..analysis import count, minimum_traffic, saved_bytes
-from ..measure import Work
-from . import _kernels, _memory, _networks, _peers
-from ._benches import Bench, Prepared, short
-from ._numbers import LARGEST, Autocast, Pair, compare_scores, compare_training, scores, training_step
+from ..measure import Interleaved, Work, synchronize
+from . import kernels, memory, networks, peers
+from .benches import Bench, Makers, Prepared
+from .ceilings import short
+from .numbers import LARGEST, Autocast, Pair, compare_scores, compare_training, work
 
+MODELS = ("googlenet", "resnet50")
+# By the name of its table, what a row calls it.
+PASSES = {"inference": "inference", "training": "training step"}
+MOST_KERNELS = 45  # of a profile
 TRAINING_CHECK = (2, 96)  # images and pixels: float64 gradients in full size take minutes
 
 
@@ -26,14 +32,13 @@ def network_benches(
     batches: Sequence[int],
     *,
     device: str,
-    passes: Sequence[str] = ("inference", "training step"),
+    passes: Iterable[str] = PASSES.values(),
     backend: str | None = None,
     compilers: Sequence[str] = (),
     size: int = 224,
 ) -> Iterator[NetworkBench]:
-    """torchvision's networks with their BatchNorm statistics made real: inference at every batch, and a
-    training step at the largest; a training step in a 16-bit dtype is float32 under autocast.
-    """
+    """torchvision's networks with their BatchNorm statistics made real: inference at every batch, and a training step
+    at the largest; a training step in a 16-bit dtype is float32 under autocast."""
     for direction in passes:
         for dtype in dtypes:
             for batch in batches if direction == "inference" else [max(batches)]:
@@ -66,9 +71,8 @@ class NetworkBench(Bench):
 
     def prepared(self, batch: int, size: int) -> tuple[Pair, Tensor]:
         """The network, eager and fused, and images; to train, in float32 under autocast where the dtype has 16 bits."""
-        numbers = (len(_networks.PHOTOGRAPHS), batch)
-        every, images = (_networks.photographs(_networks.PHOTOGRAPHS, n, size).to(self.device) for n in numbers)
-        network = _networks.network(self.model, every)
+        each, images = (networks.photographs(n, size).to(self.device) for n in (len(networks.PHOTOGRAPHS), batch))
+        network = networks.network(self.model, each)
         if not self.training:
             return Pair.of(network.to(self.dtype), self.backend), images.to(self.dtype)
         pair = Pair.of(network, self.backend).training()
@@ -79,59 +83,78 @@ class NetworkBench(Bench):
     def check(self) -> None:
         few, pixels = TRAINING_CHECK
         pair, images = self.prepared(few, pixels if self.training else self.size)
-        numbers = compare_training(pair, images, in_float64=False)[0] if self.training else [compare_scores(pair, images)[0]]
+        if self.training:
+            numbers, _ = compare_training(pair, images, in_float64=False)
+        else:
+            numbers = [compare_scores(pair, images)[0]]
         wrong = [n for n in numbers if not n.ok]
         assert not wrong, f"{self.model}, {short(self.dtype)}, {self.direction}: {wrong[0]}"
 
     def make(self) -> Prepared:
         pair, images = self.prepared(self.batch, self.size)
-        models = {"eager": pair.eager, "fused": pair.fused}
-        variants = {variant: self.work(model, images) for variant, model in models.items()}
-        plain = pair.eager.model if isinstance(pair.eager, Autocast) else pair.eager
-        least = minimum_traffic(copy.deepcopy(plain).to(self.dtype), images.to(self.dtype), backward=self.training).bytes
-        counted, flops = self._counted(models, images)
-        work = Prepared(variants, least, flops, counted)
-        peers: dict[str, Callable[[], Work]] = {} if self.training else {**_peers.runtimes(pair.eager, images)}
-        peers |= {name: partial(self.compiled, name, models, images) for name in self.compilers}
-        work.add_peers(peers, LARGEST[self.dtype])
+        variants = pair.works(images, training=self.training)
+        plain = copy.deepcopy(pair.eager.model if isinstance(pair.eager, Autocast) else pair.eager).to(self.dtype)
+        least = minimum_traffic(plain, images.to(self.dtype), backward=self.training).bytes
+        counted, flops = self._counted(pair, images)
+        prepared = Prepared(variants, least, flops, counted)
+        makers: Makers = {} if self.training else peers.runtimes(pair.eager, images)
+        compiled = {name: partial(self.compiled, name, pair, images) for name in self.compilers}
+        prepared.add_peers({**makers, **compiled}, LARGEST[self.dtype])
         if self.device == "cuda":
-            counted["launches"] = {variant: _kernels.launches(each, self.device) for variant, each in variants.items()}
-            counted["peak"] = {variant: _memory.peak_on_gpu(model, variants[variant]) for variant, model in models.items()}
+            counted["launches"] = {name: kernels.launches(each, self.device) for name, each in variants.items()}
+            counted["peak"] = {name: memory.peak_on_gpu(model, variants[name]) for name, model in pair.models.items()}
             graphs = {"fused graph": "fused", "graph": "eager"}
-            work.captures = {name: partial(_peers.graphed, variants[of]) for name, of in graphs.items()}
+            prepared.captures = {name: partial(peers.graphed, variants[of]) for name, of in graphs.items()}
         else:
-            counted["peak"] = _memory.peaks_in_children({variant: partial(self.variant, variant) for variant in models})
-        return work
+            counted["peak"] = memory.peaks_in_children({name: partial(self.variant, name) for name in pair.models})
+        return prepared
 
-    def work(self, model: nn.Module, images: Tensor) -> Work:
-        if self.training:
-            return lambda: scores(training_step(model, images)).detach()  # nothing is kept of its graph
-        return torch.no_grad()(lambda: model(images))
-
-    def compiled(self, name: str, models: Mapping[str, nn.Module], images: Tensor) -> Work:
-        """One of _peers.COMPILERS over the eager or the fused network."""
-        peer = _peers.COMPILERS[name]
-        return _peers.compiled(models[peer.of], peer.mode, lambda model: self.work(model, images), frozen=not self.training)
+    def compiled(self, name: str, pair: Pair, images: Tensor) -> Work:
+        """One of peers.COMPILERS over the eager or the fused network."""
+        peer = peers.COMPILERS[name]
+        work_of = partial(work, images=images, training=self.training)
+        return peers.compiled(pair.models[peer.of], peer.mode, work_of, frozen=not self.training)
 
     def variant(self, name: str) -> Work:
-        """One variant by itself: eager, fused or one of _peers.COMPILERS."""
+        """One variant by itself: eager, fused or one of peers.COMPILERS."""
         pair, images = self.prepared(self.batch, self.size)
-        models = {"eager": pair.eager, "fused": pair.fused}
-        return self.compiled(name, models, images) if name in _peers.COMPILERS else self.work(models[name], images)
+        if name in peers.COMPILERS:
+            return self.compiled(name, pair, images)
+        return work(pair.models[name], images, training=self.training)
 
-    def _counted(self, models: Mapping[str, nn.Module], images: Tensor) -> tuple[dict[str, Any], int]:
-        """What is counted at the dispatcher, with the CPU kernels' costs: launches, bytes moved, ops that it does not know; for a
-        training step bytes kept for its backward; and the eager network's operations.
-        """
-        works = {variant: self.work(model, images) for variant, model in models.items()}
-        for work in works.values():
-            work()  # folds and packs
-        counts = {variant: count(work) for variant, work in works.items()}
+    def _counted(self, pair: Pair, images: Tensor) -> tuple[dict[str, Any], int]:
+        """What is counted at the dispatcher, with the CPU kernels' costs: launches, bytes moved, ops that it does not
+        know; for a training step bytes kept for its backward; and the eager network's operations."""
+        works = pair.works(images, training=self.training)
+        for each in works.values():
+            each()  # folds and packs
+        counts = {variant: count(each) for variant, each in works.items()}
         found: dict[str, Any] = {}
         if self.device == "cpu":
             found["launches"] = {variant: c.launches for variant, c in counts.items()}
             found["traffic"] = {variant: c.bytes for variant, c in counts.items()}
             found["unknown"] = {variant: c.unknown for variant, c in counts.items() if c.unknown}
         if self.training:
-            found["saved"] = {variant: saved_bytes(model, images) for variant, model in models.items()}
+            found["saved"] = {variant: saved_bytes(model, images) for variant, model in pair.models.items()}
         return found, counts["eager"].flops
+
+    def profile(self, variant: str, seconds: float, with_host: bool) -> dict[str, Any]:
+        """A variant's milliseconds a step, how long of these the device was busy and with how many launches, and its
+        kernels. `peak` is the most bytes that were allocated on a GPU during a step, weights and images among them."""
+        torch.compiler.reset()  # forgets the row before
+        step = self.variant(variant)
+        gc.collect()  # the other variant's network
+        timing = Interleaved({variant: step}, self.device).run(seconds)[variant]
+        row: dict[str, Any] = {"ms": timing.median * 1e3, "peak": None}
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            synchronize(self.device)
+            row["peak"] = torch.cuda.max_memory_allocated()
+        found = kernels.kernels(step, self.device)
+        row["busy_ms"] = sum(microseconds for *_, microseconds in found) / 1e3
+        row["launches"] = sum(launches for _, launches, _ in found)
+        row["kernels"] = [list(kernel) for kernel in found[:MOST_KERNELS]]
+        if with_host:
+            row["host"] = kernels.host(step, self.device)
+        return row

@@ -1,6 +1,4 @@
-"""One network eager against fused: do the numbers agree, how long does each take, what does each launch and
-move, and which backend ran each op.
-"""
+"""One network eager against fused: do the numbers agree, what does each take, launch and move, and what ran each op."""
 
 from __future__ import annotations
 
@@ -15,17 +13,16 @@ from torch import Tensor, nn
 
 from .. import _backends
 from ..analysis import count, minimum_traffic, saved_bytes
-from ..measure import Interleaved, synchronize
-from ._numbers import Pair, compare_scores, compare_training, training_step
+from ..measure import Interleaved, Work, synchronize
+from .numbers import Pair, compare_scores, compare_training
 
 GRADIENT_IMAGES = 2  # float64 convolutions are slow; batch statistics need two images where they are small
 Say = Callable[[str], None]
 
 
 def stage_starts(model: nn.Module) -> dict[str, str]:
-    """Child name -> stage: a child with several convolutions starts one; what comes before is the stem,
-    pooling and after the head.
-    """
+    """Child name -> stage: a child with several convolutions starts one; what comes before is the stem, pooling and
+    after the head."""
     starts = {}
     for name, child in model.named_children():
         if sum(isinstance(m, nn.Conv2d) for m in child.modules()) > 1:
@@ -35,13 +32,13 @@ def stage_starts(model: nn.Module) -> dict[str, str]:
     return starts
 
 
+@torch.no_grad()
 def stage_times(pair: Pair, images: Tensor, rounds: int) -> list[dict[str, Any]]:
     """Median seconds of each stage of the forward pass, eager and fused, in interleaved rounds."""
     starts = stage_starts(pair.eager)
-    models = {"eager": pair.eager, "fused": pair.fused}
-    samples: dict[str, dict[str, list[float]]] = {variant: {} for variant in models}
+    samples: dict[str, dict[str, list[float]]] = {variant: {} for variant in pair.models}
     for _ in range(rounds):
-        for variant, model in models.items():
+        for variant, model in pair.models.items():
             for stage, seconds in _one_pass(model, images, starts).items():
                 samples[variant].setdefault(stage, []).append(seconds)
     median = {v: {s: float(torch.tensor(t).median()) for s, t in by_stage.items()} for v, by_stage in samples.items()}
@@ -67,21 +64,24 @@ def _one_pass(model: nn.Module, images: Tensor, starts: dict[str, str]) -> dict[
     return {stage: after - start for (stage, start), (_, after) in itertools.pairwise(marks)}
 
 
-def timed(variants: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, Any]:
-    timings = Interleaved(variants, device).run(seconds)
+def timed(works: dict[str, Work], device: torch.device, seconds: float) -> dict[str, Any]:
+    timings = Interleaved(works, device).run(seconds)
     ratio = timings["eager"].median / timings["fused"].median
     return {name: t.to_dict() for name, t in timings.items()} | {"ratio": ratio}
 
 
-def traffic(pair: Pair, images: Tensor) -> dict[str, Any]:
-    counted = {name: count(m, images).to_dict() for name, m in (("eager", pair.eager), ("fused", pair.fused))}
-    return counted | {"minimum": {"bytes": minimum_traffic(pair.eager, images).bytes}}
+def counted(pair: Pair, images: Tensor, backend: str | None, *, training: bool) -> dict[str, Any]:
+    """Traffic and launches of each variant, the least traffic, and which backend ran each op of the fused network."""
+    traffic = {name: count(each).to_dict() for name, each in pair.works(images, training=training).items()}
+    least = {"bytes": minimum_traffic(pair.eager, images, backward=training).bytes}
+    ran = who_ran(traffic["fused"]["by_op"], backend, images.device.type)
+    return {"traffic": traffic | {"minimum": least}, "backends": ran}
 
 
 def who_ran(by_op: dict[str, Any], backend: str | None, device_type: str) -> list[dict[str, Any]]:
     """Which backend ran each op, and why."""
     rows = []
-    for name, counted in sorted(by_op.items(), key=lambda item: -item[1]["launches"]):
+    for name, of_op in sorted(by_op.items(), key=lambda item: -item[1]["launches"]):
         namespace = name.partition("::")[0]
         ours = {"fused_cnn": "native", "fused_cnn_triton": "triton"}.get(namespace)
         if ours is None:
@@ -94,15 +94,14 @@ def who_ran(by_op: dict[str, Any], backend: str | None, device_type: str) -> lis
             why = f"auto takes {ours} where it has a kernel for {device_type}"
         else:
             why = f"asked for with --backend {backend}"
-        rows.append({"op": name, "calls": counted["calls"], "backend": ours or "PyTorch", "why": why})
+        rows.append({"op": name, "calls": of_op["calls"], "backend": ours or "PyTorch", "why": why})
     return rows
 
 
-def verify_network(model: nn.Module, images: Tensor, *, backend: str | None, train: bool, seconds: float, say: Say) -> dict[str, Any]:
-    """Everything that the main job says about one network (eval mode, in images' dtype and device), as
-    JSON.
-    """
-    device = images.device
+def verify_network(
+    model: nn.Module, images: Tensor, *, backend: str | None, train: bool, seconds: float, say: Say
+) -> dict[str, Any]:
+    """Everything that the main job says about one network (eval mode, in images' dtype and device), as JSON."""
     pair = Pair.of(model, backend)
     entries = {k: [asdict(e) for e in getattr(pair.report, k)] for k in ("fused", "skipped")}
     say("comparing scores with float64")
@@ -110,37 +109,25 @@ def verify_network(model: nn.Module, images: Tensor, *, backend: str | None, tra
     say("comparing every gradient with float64")
     few = torch.cat([images, images.flip(3)])[:GRADIENT_IMAGES].contiguous(memory_format=torch.channels_last)
     gradients, exact = compare_training(pair, few)
-    numbers = [score, *gradients, *exact]
     found: dict[str, Any] = {
         **entries,
-        "ok": all(n.ok for n in numbers),
+        "ok": all(n.ok for n in (score, *gradients, *exact)),
         "scores": score.to_dict(),
         "training": [n.to_dict() for n in gradients],
         "training_float64": [n.to_dict() for n in exact],
         "top5": agreement,
     }
-    with torch.no_grad():
-        say("timing eager and fused")
-        variants = {"eager": lambda: pair.eager(images), "fused": lambda: pair.fused(images)}
-        found["time"] = {"eval": timed(variants, device, seconds)}
-        found["stages"] = stage_times(pair, images, rounds=5)
-        say("counting launches and bytes")
-        found["traffic"] = {"eval": traffic(pair, images)}
-    found["backends"] = {"eval": who_ran(found["traffic"]["eval"]["fused"]["by_op"], backend, device.type)}
+    say("timing eager and fused")
+    found["time"] = {"eval": timed(pair.works(images, training=False), images.device, seconds)}
+    found["stages"] = stage_times(pair, images, rounds=5)
+    say("counting launches and bytes")
+    found |= {key: {"eval": value} for key, value in counted(pair, images, backend, training=False).items()}
     if train:
         say("timing a training step")
-        found |= {"train": training_facts(pair.training(), images, backend, seconds)}
+        pair = pair.training()
+        found["train"] = {
+            "time": timed(pair.works(images, training=True), images.device, seconds),
+            **counted(pair, images, backend, training=True),
+            "saved_bytes": {n: saved_bytes(m, images) for n, m in pair.models.items()},
+        }
     return found
-
-
-def training_facts(pair: Pair, images: Tensor, backend: str | None, seconds: float) -> dict[str, Any]:
-    """Time, traffic, memory kept for backward and ops of a training step."""
-    models = {"eager": pair.eager, "fused": pair.fused}
-    variants: dict[str, Callable[[], object]] = {n: lambda m=m: training_step(m, images) for n, m in models.items()}  # type: ignore[misc]
-    counted = {n: count(training_step, m, images).to_dict() for n, m in models.items()}
-    return {
-        "time": timed(variants, images.device, seconds),
-        "traffic": counted | {"minimum": {"bytes": minimum_traffic(pair.eager, images, backward=True).bytes}},
-        "saved_bytes": {n: saved_bytes(m, images) for n, m in models.items()},
-        "backends": who_ran(counted["fused"]["by_op"], backend, images.device.type),
-    }
