@@ -41,7 +41,7 @@ def options(
 
 
 for command in (info, summary, verify, bench, profile, tune, report):
-    app.command()(command)
+    app.command(help=" ".join(str(command.__doc__).split()))(command)  # its line breaks are the source's alone
 
 
 def run(arguments: list[str]) -> int:
