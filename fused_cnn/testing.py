@@ -1,8 +1,7 @@
 """Compares a backend with the reference in higher precision, by the contract that ops and networks are held to.
 
-The reference in float64 is the truth. A backend's largest error against it is at most twice eager PyTorch's in the same
-dtype (three times for gradients), plus an absolute term; beside it stands a fixed bound, so that a bad eager result
-hides nothing.
+The reference in float64 is the truth. The largest error against it is at most twice eager PyTorch's in the same dtype
+(three times for gradients) plus an absolute term; beside it stands a fixed bound, lest a bad eager result hide any.
 """
 
 from __future__ import annotations
@@ -102,28 +101,10 @@ def judge(
     return Comparison(name, max_error(actual, truth), eager_error, bound)
 
 
-@dataclass
-class _Run:
-    """One call of an op: its result, and the leaves to differentiate for."""
-
-    out: Tensor
-    leaves: list[Tensor]
-
-    @classmethod
-    def of(cls, op_cases: OpCases, inputs: Any, backend: str | None) -> _Run:
-        args, kwargs = inputs
-        leaves = leaves_of(inputs)
-        return cls(op_cases.op(*args, **kwargs, backend=backend), leaves)
-
-    def results(self, grad_out: Tensor | None) -> dict[str, Tensor]:
-        found = {"out": self.out}
-        if grad_out is not None and self.leaves:
-            found |= zip(
-                (f"grad {i}" for i in range(len(self.leaves))),
-                torch.autograd.grad(self.out, self.leaves, grad_out.to(self.out.dtype)),
-                strict=True,
-            )
-        return found
+def _results(out: Tensor, leaves: list[Tensor], grad_out: Tensor | None) -> dict[str, Tensor]:
+    """What one call of an op computed: its result, and given grad_out the gradients of its leaves."""
+    grads = torch.autograd.grad(out, leaves, grad_out.to(out.dtype)) if grad_out is not None and leaves else ()
+    return {"out": out, **{f"grad {i}": grad for i, grad in enumerate(grads)}}
 
 
 def _same_side_of_the_kink(grad_out: Tensor, outs: list[Tensor]) -> Tensor:
@@ -149,7 +130,7 @@ def compare(
     # Eager's own gradients on a GPU do not take memory that is not on 16 bytes: it gets the same values on such.
     theirs = "channels_last" if layout == "offset" and torch.device(device).type == "cuda" else layout
 
-    def inputs(layout: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def inputs(layout: str) -> Any:
         return op_cases.make(case, Maker(dtype, layout, device, grad=backward))
 
     def to_float64(leaf: Tensor) -> Tensor:
@@ -157,17 +138,19 @@ def compare(
             return leaf
         return leaf.detach().to(torch.float64).requires_grad_(leaf.requires_grad)
 
-    runs = [
-        _Run.of(op_cases, mapped(to_float64, inputs(theirs), Tensor), "reference"),
-        _Run.of(op_cases, inputs(theirs), "reference"),
-        _Run.of(op_cases, inputs(layout), backend),
+    calls = [
+        (mapped(to_float64, inputs(theirs), Tensor), "reference"),
+        (inputs(theirs), "reference"),
+        (inputs(layout), backend),
     ]
+    outs = [op_cases.op(*args, **kwargs, backend=chosen) for (args, kwargs), chosen in calls]
     grad_out = None
     if backward:
-        grad_out = Maker(dtype, layout, device, seed=1, grad=False).activation(*runs[0].out.shape)
-        grad_out = _same_side_of_the_kink(grad_out, [run.out for run in runs])
+        grad_out = Maker(dtype, layout, device, seed=1, grad=False).activation(*outs[0].shape)
+        grad_out = _same_side_of_the_kink(grad_out, outs)
     aligned = grad_out if theirs == layout or grad_out is None else grad_out.clone()
-    truth, eager, actual = (run.results(grad) for run, grad in zip(runs, (aligned, aligned, grad_out), strict=True))
+    leaves = [leaves_of(given) for given, _ in calls]
+    truth, eager, actual = map(_results, outs, leaves, (aligned, aligned, grad_out))
     for what, true_value in truth.items():
         if actual[what].dtype != eager[what].dtype:
             raise AssertionError(f"{what}: expected dtype {eager[what].dtype}, got {actual[what].dtype}")

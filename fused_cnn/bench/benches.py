@@ -1,5 +1,4 @@
-"""What is timed, for `fused-cnn bench` and for `pytest benchmarks` alike: here what any piece of work is, and every
-op's real cases; whole networks are in network_benches.py.
+"""What `fused-cnn bench` and `pytest benchmarks` time: any piece of work, and every op's real cases.
 
 A Bench checks its numbers before it is timed; its variants (eager, the peers at hand, fused) do the same work on the
 same tensors and are timed in interleaved rounds. Bytes are the least that the work can move and operations are a direct
@@ -25,6 +24,7 @@ from ..testing import all_cases, compare, relative
 from . import peers
 from .ceilings import Ceilings, short
 from .numbers import LARGEST
+from .results import Row
 from .worker import Worker, described
 
 # By device, where none are asked for.
@@ -35,9 +35,8 @@ Makers = Mapping[str, Callable[[], Work]]
 
 @dataclass
 class Prepared:
-    """A piece of work, ready to be timed: its variants, the least bytes that it moves, its floating-point operations,
-    and what was counted of it (launches, traffic, memory), for the row. `captures` are variants that are made and timed
-    after all others, because one that fails leaves its process unfit for more."""
+    """Work ready to be timed: its variants, its least bytes, its floating-point operations, and for the row what was
+    counted of it. `captures` come after all other variants: one that fails leaves its process unfit for more."""
 
     variants: dict[str, Work]
     bytes: int
@@ -46,8 +45,7 @@ class Prepared:
     captures: Makers = field(default_factory=dict)
 
     def add_peers(self, makers: Makers, bound: float) -> None:
-        """Add the peers that can be made and whose result is eager's within `bound`; of the others the row says why
-        they are not there."""
+        """Add the peers that can be made and whose result is eager's within `bound`; of others `absent` says why."""
         eager = self.variants["eager"]()
         for name, make in makers.items():
             try:
@@ -73,13 +71,8 @@ class Bench(ABC):
 
     @property
     @abstractmethod
-    def labels(self) -> dict[str, Any]:
+    def labels(self) -> Row:
         """What tells this row from others."""
-
-    @property
-    @abstractmethod
-    def room(self) -> str:
-        """Rows of one room share a process."""
 
     @abstractmethod
     def check(self) -> None:
@@ -93,7 +86,12 @@ class Bench(ABC):
     def name(self) -> str:
         return "-".join(str(v) for v in self.labels.values()).replace(" ", "_")
 
-    def run(self, seconds: float, ceilings: Ceilings, check: bool = True) -> dict[str, Any]:
+    @property
+    def room(self) -> str:
+        """Rows of one room share a process: all of an op; a network's row has one of its own."""
+        return self.labels.get("op", self.name)
+
+    def run(self, seconds: float, ceilings: Ceilings, check: bool = True) -> Row:
         """Check, then time for so long; returns the row as JSON. `limit` is in seconds."""
         if check:
             self.check()
@@ -129,7 +127,7 @@ class Bench(ABC):
         return Interleaved(variants, self.device, cold=cold).run(seconds)
 
 
-def measured(worker: Worker, bench: Bench, seconds: float, ceilings: Ceilings, check: bool = True) -> dict[str, Any]:
+def measured(worker: Worker, bench: Bench, seconds: float, ceilings: Ceilings, check: bool = True) -> Row:
     """The bench's row, run in a process of its room's."""
     return worker.row({"kind": bench.kind, **bench.labels}, bench.room, bench.run, seconds, ceilings, check)
 
@@ -144,8 +142,7 @@ def op_benches(
     only: Sequence[str] = (),
     telling: bool = False,
 ) -> Iterator[OpBench]:
-    """Every op x real case x batch x dtype, forward and backward; channels_last. `telling`: of each op the two cases
-    that differ most."""
+    """Every op x real case x batch x dtype, forward and backward; channels_last. `telling`: two cases of each op."""
     for batch in batches:
         for op_cases in all_cases():
             if only and op_cases.name not in only:
@@ -158,8 +155,7 @@ def op_benches(
 
 
 def extremes(op_cases: OpCases, cases: Iterable[Case]) -> list[Case]:
-    """The case with the least arithmetic for each byte, of equals the largest; and that with the most, of equals the
-    smallest."""
+    """The cases that differ most: least arithmetic for each byte (of equals the largest), and most (the smallest)."""
 
     def intensity(case: Case) -> tuple[float, int]:
         cost = op_cases.cost(case, 4)
@@ -180,13 +176,9 @@ class OpBench(Bench):
     kind = "op"
 
     @property
-    def labels(self) -> dict[str, Any]:
-        of_op = {"op": self.op, "case": self.case.name, "batch": self.case.shape[0]}
-        return {**of_op, "dtype": short(self.dtype), "pass": self.direction}
-
-    @property
-    def room(self) -> str:
-        return self.op
+    def labels(self) -> Row:
+        case = {"op": self.op, "case": self.case.name, "batch": self.case.shape[0]}
+        return {**case, "dtype": short(self.dtype), "pass": self.direction}
 
     @property
     def backward(self) -> bool:
@@ -213,17 +205,16 @@ class OpBench(Bench):
 
     def make(self) -> Prepared:
         op_cases = self._cases
-        cost = op_cases.cost(self.case, self.dtype.itemsize)
         backends = {"eager": "reference", "fused": self.backend, **{name: name for name in self._by_name}}
         variants = {name: self._variant(op_cases.op, backend=backend) for name, backend in backends.items()}
-        forward, backward = (cost.forward_bytes, cost.forward_flops), (cost.backward_bytes, cost.backward_flops)
-        work = Prepared(variants, *(backward if self.backward else forward))
-        library = peers.library_call(op_cases.name, self.device)
-        if library is not None and not self.backward:
-            work.add_peers({"library": lambda: self._variant(library)}, LARGEST[self.dtype])
+        cost = vars(op_cases.cost(self.case, self.dtype.itemsize))
+        work = Prepared(variants, cost[f"{self.direction}_bytes"], cost[f"{self.direction}_flops"])
+        if self.op in ("conv1x1_bias_relu", "conv_bias_relu") and not self.backward:
+            work.add_peers({"library": lambda: self._variant(peers.fused_convolution)}, LARGEST[self.dtype])
         for name in self.compilers:
-            if (peer := peers.COMPILERS[name]).of == "eager":
-                variants[name] = self._variant(torch.compile(op_cases.op, mode=peer.mode), backend="reference")
+            of, mode = peers.COMPILERS[name]
+            if of == "eager":
+                variants[name] = self._variant(torch.compile(op_cases.op, mode=mode), backend="reference")
         return work
 
     def _variant(self, function: Callable[..., Tensor], **chosen: Any) -> Work:

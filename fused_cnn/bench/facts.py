@@ -16,7 +16,8 @@ import torch
 
 from .. import _backends, _library, _sources, _tables
 
-PACKAGES = ["fused_cnn", "torch", "torchvision", "timm", "triton", "numpy", "scikit-image", "matplotlib", "onnxruntime", "openvino"]
+PICTURES = ("numpy", "scikit-image", "matplotlib")
+PACKAGES = ("fused_cnn", "torch", "torchvision", "timm", "triton", *PICTURES, "onnxruntime", "openvino")
 
 
 def collect() -> dict[str, Any]:

@@ -18,8 +18,7 @@ STEPS = 10  # that the host's profile is the mean of
 
 
 def kernels(work: Work, device: str) -> list[Kernel]:
-    """What one call runs, as PyTorch's profiler saw it, the longest first: kernels, copies and fills of a GPU; on a CPU
-    ops, each without those that it calls."""
+    """What one call runs, the longest first: kernels, copies and fills of a GPU; on a CPU ops, callees apart."""
     on_gpu = device == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
         work()
@@ -38,8 +37,7 @@ def launches(work: Work, device: str) -> int:
 
 
 def host(work: Work, device: str, most: int = 25) -> list[list[Any]]:
-    """The Python functions in which one call spends most of the host's time, their callees' apart: file:line(function),
-    calls, seconds."""
+    """The Python functions in which a call spends most of the host's own time: file:line(function), calls, seconds."""
     profiler = cProfile.Profile()
     profiler.enable()
     for _ in range(STEPS):

@@ -7,7 +7,6 @@ import gc
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +17,10 @@ from . import kernels, memory, networks, peers
 from .benches import Bench, Makers, Prepared
 from .ceilings import short
 from .numbers import LARGEST, Autocast, Pair, compare_scores, compare_training, work
+from .results import PASSES, Row
+from .worker import Worker
 
 MODELS = ("googlenet", "resnet50")
-# By the name of its table, what a row calls it.
-PASSES = {"inference": "inference", "training": "training step"}
 MOST_KERNELS = 45  # of a profile
 TRAINING_CHECK = (2, 96)  # images and pixels: float64 gradients in full size take minutes
 
@@ -58,12 +57,8 @@ class NetworkBench(Bench):
     kind = "model"
 
     @property
-    def labels(self) -> dict[str, Any]:
+    def labels(self) -> Row:
         return {"model": self.model, "batch": self.batch, "dtype": short(self.dtype), "pass": self.direction}
-
-    @property
-    def room(self) -> str:
-        return self.name  # each row has a process of its own
 
     @property
     def training(self) -> bool:
@@ -93,10 +88,16 @@ class NetworkBench(Bench):
     def make(self) -> Prepared:
         pair, images = self.prepared(self.batch, self.size)
         variants = pair.works(images, training=self.training)
+        for each in variants.values():
+            each()  # folds and packs
+        # At the dispatcher, with the CPU kernels' costs: what a GPU launches is profiled.
+        counts = {name: count(each) for name, each in variants.items()}
         plain = copy.deepcopy(pair.eager.model if isinstance(pair.eager, Autocast) else pair.eager).to(self.dtype)
         least = minimum_traffic(plain, images.to(self.dtype), backward=self.training).bytes
-        counted, flops = self._counted(pair, images)
-        prepared = Prepared(variants, least, flops, counted)
+        prepared = Prepared(variants, least, counts["eager"].flops)
+        counted = prepared.counted
+        if self.training:
+            counted["saved"] = {name: saved_bytes(model, images) for name, model in pair.models.items()}
         makers: Makers = {} if self.training else peers.runtimes(pair.eager, images)
         compiled = {name: partial(self.compiled, name, pair, images) for name in self.compilers}
         prepared.add_peers({**makers, **compiled}, LARGEST[self.dtype])
@@ -106,14 +107,17 @@ class NetworkBench(Bench):
             graphs = {"fused graph": "fused", "graph": "eager"}
             prepared.captures = {name: partial(peers.graphed, variants[of]) for name, of in graphs.items()}
         else:
+            counted["launches"] = {name: c.launches for name, c in counts.items()}
+            counted["traffic"] = {name: c.bytes for name, c in counts.items()}
+            counted["unknown"] = {name: c.unknown for name, c in counts.items() if c.unknown}
             counted["peak"] = memory.peaks_in_children({name: partial(self.variant, name) for name in pair.models})
         return prepared
 
     def compiled(self, name: str, pair: Pair, images: Tensor) -> Work:
         """One of peers.COMPILERS over the eager or the fused network."""
-        peer = peers.COMPILERS[name]
+        of, mode = peers.COMPILERS[name]
         work_of = partial(work, images=images, training=self.training)
-        return peers.compiled(pair.models[peer.of], peer.mode, work_of, frozen=not self.training)
+        return peers.compiled(pair.models[of], mode, work_of, frozen=not self.training)
 
     def variant(self, name: str) -> Work:
         """One variant by itself: eager, fused or one of peers.COMPILERS."""
@@ -122,39 +126,27 @@ class NetworkBench(Bench):
             return self.compiled(name, pair, images)
         return work(pair.models[name], images, training=self.training)
 
-    def _counted(self, pair: Pair, images: Tensor) -> tuple[dict[str, Any], int]:
-        """What is counted at the dispatcher, with the CPU kernels' costs: launches, bytes moved, ops that it does not
-        know; for a training step bytes kept for its backward; and the eager network's operations."""
-        works = pair.works(images, training=self.training)
-        for each in works.values():
-            each()  # folds and packs
-        counts = {variant: count(each) for variant, each in works.items()}
-        found: dict[str, Any] = {}
-        if self.device == "cpu":
-            found["launches"] = {variant: c.launches for variant, c in counts.items()}
-            found["traffic"] = {variant: c.bytes for variant, c in counts.items()}
-            found["unknown"] = {variant: c.unknown for variant, c in counts.items() if c.unknown}
-        if self.training:
-            found["saved"] = {variant: saved_bytes(model, images) for variant, model in pair.models.items()}
-        return found, counts["eager"].flops
-
-    def profile(self, variant: str, seconds: float, with_host: bool) -> dict[str, Any]:
-        """A variant's milliseconds a step, how long of these the device was busy and with how many launches, and its
-        kernels. `peak` is the most bytes that were allocated on a GPU during a step, weights and images among them."""
+    def profile(self, variant: str, seconds: float, with_host: bool) -> Row:
         torch.compiler.reset()  # forgets the row before
         step = self.variant(variant)
         gc.collect()  # the other variant's network
-        timing = Interleaved({variant: step}, self.device).run(seconds)[variant]
-        row: dict[str, Any] = {"ms": timing.median * 1e3, "peak": None}
+        ms = Interleaved({variant: step}, self.device).run(seconds)[variant].median * 1e3
+        peak = None
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             step()
             synchronize(self.device)
-            row["peak"] = torch.cuda.max_memory_allocated()
+            peak = torch.cuda.max_memory_allocated()
         found = kernels.kernels(step, self.device)
-        row["busy_ms"] = sum(microseconds for *_, microseconds in found) / 1e3
-        row["launches"] = sum(launches for _, launches, _ in found)
-        row["kernels"] = [list(kernel) for kernel in found[:MOST_KERNELS]]
-        if with_host:
-            row["host"] = kernels.host(step, self.device)
-        return row
+        busy = sum(microseconds for *_, microseconds in found) / 1e3
+        launches = sum(n for _, n, _ in found)
+        longest = [list(kernel) for kernel in found[:MOST_KERNELS]]
+        host = {"host": kernels.host(step, self.device)} if with_host else {}
+        return {"ms": ms, "peak": peak, "busy_ms": busy, "launches": launches, "kernels": longest, **host}
+
+
+def profiled(worker: Worker, bench: NetworkBench, variant: str, seconds: float, with_host: bool) -> Row:
+    """A variant's milliseconds a step, how long of these the device was busy and with how many launches, and its
+    kernels. `peak` is the most bytes that were allocated on a GPU during a step, weights and images among them."""
+    labels = {**bench.labels, "variant": variant}
+    return worker.row(labels, bench.model, bench.profile, variant, seconds, with_host)

@@ -51,8 +51,7 @@ def photograph(name: str, size: int) -> Tensor:
 
 
 def photographs(batch: int, size: int, names: Sequence[str] = PHOTOGRAPHS) -> Tensor:
-    """(batch, 3, size, size), channels_last; where there are fewer photographs, they come again mirrored and
-    shifted."""
+    """(batch, 3, size, size), channels_last; fewer photographs than that come again, mirrored and shifted."""
     single = [photograph(name, size) for name in names]
     images = []
     for i in range(batch):
@@ -62,8 +61,7 @@ def photographs(batch: int, size: int, names: Sequence[str] = PHOTOGRAPHS) -> Te
 
 
 def network(name: str, images: Tensor) -> nn.Module:
-    """torchvision's architecture of that name, float32, with seeded weights and statistics of `images`, in eval
-    mode."""
+    """torchvision's architecture of that name, float32, in eval, with seeded weights and statistics of `images`."""
     torchvision = require("torchvision", INSTALL_TORCHVISION)
     known = torchvision.models.list_models(torchvision.models)
     if name not in known:
@@ -82,8 +80,7 @@ def network(name: str, images: Tensor) -> nn.Module:
 
 
 def make_statistics_real(model: nn.Module, images: Tensor) -> None:
-    """Give every BatchNorm random gamma and beta and the running statistics of `images` and noise, and centre the last
-    layer."""
+    """Give every BatchNorm random gamma and beta and the statistics of `images` and noise; centre the last layer."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [m.momentum for m in norms]
     for norm in norms:

@@ -14,7 +14,7 @@ import importlib.util
 import io
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +27,11 @@ INSTALL = "`pip install fused_cnn[peers]`"
 OURS = ("fused", "fused graph", "fused compile", "native", "triton")  # every other variant is a peer
 
 
-class Compiler(NamedTuple):
-    """torch.compile of the eager or of the fused network, in one of its modes."""
-
-    of: str
-    mode: str | None
-
-
-COMPILERS = {
-    "compile": Compiler("eager", None),
-    "fused compile": Compiler("fused", None),
-    "autotune": Compiler("eager", "max-autotune"),
+# torch.compile: of the eager or of the fused network, and in which mode.
+COMPILERS: dict[str, tuple[str, str | None]] = {
+    "compile": ("eager", None),
+    "fused compile": ("fused", None),
+    "autotune": ("eager", "max-autotune"),
 }
 
 
@@ -73,44 +67,37 @@ def graphed(work: Work) -> Work:
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         out = work()
 
-    def replay(_graph: torch.cuda.CUDAGraph = graph) -> object:
-        _graph.replay()
+    def replay() -> object:
+        graph.replay()
         return out
 
     return replay
 
 
-def library_call(op: str, device: str) -> Callable[..., Tensor] | None:
+def fused_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    *,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    relu: bool = True,
+) -> Tensor:
     """oneDNN's fused convolution on a CPU, cuDNN's on a GPU, with the arguments of ours and weights as they are."""
-    return {"cpu": _onednn, "cuda": _cudnn}[device] if op in ("conv1x1_bias_relu", "conv_bias_relu") else None
-
-
-def _onednn(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, *, relu: bool = True, **given: Any
-) -> Tensor:
-    stride, padding, dilation, groups = _geometry(**given)
-    geometry = padding, stride, dilation, groups
-    op, after = torch.ops.mkldnn._convolution_pointwise, "relu" if relu else "none"
+    strides, padded, dilated = (list(pair(value)) for value in (stride, padding, dilation))
+    if x.is_cuda:
+        if not relu:
+            raise NotImplementedError("cuDNN's fused calls end in a ReLU")
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, weight, bias, strides, padded, dilated, groups)
+        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, strides, padded, dilated, groups)
+    op, geometry = torch.ops.mkldnn._convolution_pointwise, (padded, strides, dilated, groups)
     if residual is None:
-        return op(x, weight, bias, *geometry, after, [], "")
-    return op.binary(x, residual, weight, bias, *geometry, "add", 1.0, after if relu else None, [], "")
-
-
-def _cudnn(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, *, relu: bool = True, **given: Any
-) -> Tensor:
-    if not relu:
-        raise NotImplementedError("cuDNN's fused calls end in a ReLU")
-    geometry = _geometry(**given)
-    if residual is None:
-        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
-    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
-
-
-def _geometry(
-    stride: IntPair = 1, padding: IntPair = 0, dilation: IntPair = 1, groups: int = 1
-) -> tuple[list[int], list[int], list[int], int]:
-    return list(pair(stride)), list(pair(padding)), list(pair(dilation)), groups
+        return op(x, weight, bias, *geometry, "relu" if relu else "none", [], "")
+    return op.binary(x, residual, weight, bias, *geometry, "add", 1.0, "relu" if relu else None, [], "")
 
 
 class Exported:
@@ -152,8 +139,7 @@ class Exported:
 
 
 def runtimes(model: nn.Module, images: Tensor) -> dict[str, Callable[[], Work]]:
-    """What makes ONNX Runtime's variant (float32 alone: its CPU kernels know no bfloat16) and OpenVINO's, where they
-    are installed."""
+    """What makes ONNX Runtime's (float32 alone: its CPU kernels know no bfloat16) and OpenVINO's, where installed."""
     at_hand = {name for name in ("onnxruntime", "openvino", "onnxscript") if importlib.util.find_spec(name)}
     wanted = at_hand & ({"onnxruntime", "openvino"} if images.dtype == torch.float32 else {"openvino"})
     if "onnxscript" not in at_hand or not wanted or images.device.type != "cpu":

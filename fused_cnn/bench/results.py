@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RequestError
-from .network_benches import PASSES
 
 KINDS = ("bench", "kernels", "verify", "tests")
+# By the name of its table, what a row calls a pass.
+PASSES = {"inference": "inference", "training": "training step"}
 TABLES = {step: table for table, step in PASSES.items()}
 LABELS = ("op", "case", "model", "pass", "dtype", "batch", "variant")  # what tells it from others
 OF_VARIANTS = ("times", "ratios", "gb_per_s", "tflop_per_s", "share_of_limit", "launches")
@@ -45,8 +46,7 @@ def take_rows(
 
 
 def load_all(places: Iterable[Path]) -> list[Result]:
-    """Every result in files and folders; a stage of scripts/gpu.sh without one (a build, the sanitizer) is passed
-    over."""
+    """Every result in files and folders; a stage of scripts/gpu.sh may have none."""
     files = [f for place in places for f in (sorted(place.rglob("*.json")) if place.is_dir() else [place])]
     if not files:
         where = ", ".join(map(str, places))

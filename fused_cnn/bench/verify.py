@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,8 +22,7 @@ Say = Callable[[str], None]
 
 
 def stage_starts(model: nn.Module) -> dict[str, str]:
-    """Child name -> stage: a child with several convolutions starts one; what comes before is the stem, pooling and
-    after the head."""
+    """Child -> stage: one with several convolutions starts one, the last pooling the head; before comes the stem."""
     starts = {}
     for name, child in model.named_children():
         if sum(isinstance(m, nn.Conv2d) for m in child.modules()) > 1:
@@ -36,13 +36,15 @@ def stage_starts(model: nn.Module) -> dict[str, str]:
 def stage_times(pair: Pair, images: Tensor, rounds: int) -> list[dict[str, Any]]:
     """Median seconds of each stage of the forward pass, eager and fused, in interleaved rounds."""
     starts = stage_starts(pair.eager)
-    samples: dict[str, dict[str, list[float]]] = {variant: {} for variant in pair.models}
+    passes: dict[str, list[dict[str, float]]] = {variant: [] for variant in pair.models}
     for _ in range(rounds):
         for variant, model in pair.models.items():
-            for stage, seconds in _one_pass(model, images, starts).items():
-                samples[variant].setdefault(stage, []).append(seconds)
-    median = {v: {s: float(torch.tensor(t).median()) for s, t in by_stage.items()} for v, by_stage in samples.items()}
-    return [{"stage": s, "eager": t, "fused": median["fused"][s]} for s, t in median["eager"].items()]
+            passes[variant].append(_one_pass(model, images, starts))
+
+    def median(variant: str, stage: str) -> float:
+        return statistics.median(seconds[stage] for seconds in passes[variant])
+
+    return [{"stage": stage, **{v: median(v, stage) for v in passes}} for stage in passes["eager"][0]]
 
 
 def _one_pass(model: nn.Module, images: Tensor, starts: dict[str, str]) -> dict[str, float]:

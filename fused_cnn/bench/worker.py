@@ -6,14 +6,16 @@ import gc
 import signal
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 import torch
 
+from .results import Row
+
 T = TypeVar("T")
-Row = dict[str, Any]
 PATIENCE = 10  # seconds that a process has for its own end before it is killed
 
 
@@ -21,7 +23,7 @@ class WorkFailed(Exception):
     """What was called in another process raised an exception, or ended the process; the message says which."""
 
 
-class Worker:
+class Worker(AbstractContextManager["Worker"]):
     """Calls functions in another process, one at a time; to be used in a `with` statement.
 
     Calls of one `room` share a process, which is replaced when one of them fails: what it leaves behind (a CUDA context
@@ -32,9 +34,6 @@ class Worker:
         self._room = ""
         self._process: Any = None
         self._pipe: Connection
-
-    def __enter__(self) -> Worker:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -1,5 +1,4 @@
-"""The command line `fused-cnn`: info, summary, verify, bench, profile, tune, report; one file per command, each with
-`--json`.
+"""The command line `fused-cnn`: one file for each command, each with `--json`.
 
 Exit codes: 0 all is well, 1 the numbers do not agree, 2 what was asked for cannot be done, 3 an error inside fused_cnn.
 Every error is one line on standard error; `fused-cnn --traceback COMMAND ...` shows where it came from.

@@ -1,7 +1,6 @@
 """What every command shares: its two consoles, JSON on request, options by name, and how it shows measured rows.
 
-Standard output carries the answer and nothing else; progress and errors go to standard error, so that `--json | jq`
-always works.
+Standard output carries the answer alone, progress and errors go to standard error: `--json | jq` always works.
 """
 
 from __future__ import annotations

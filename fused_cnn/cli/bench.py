@@ -1,9 +1,7 @@
-"""`fused-cnn bench`: times every op's real cases and whole networks against eager PyTorch, and saves the result as
-JSON.
+"""`fused-cnn bench`: times every op's real cases and whole networks against eager PyTorch, and saves JSON.
 
 Nothing is timed before its numbers are checked, unless that is left out; a row that fails the check, or whose process
-is lost, is reported without a time and makes the exit code 1. Each network's row is measured in a process of its own,
-an op's rows in one process.
+is lost, is reported without a time and makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -21,8 +19,8 @@ from ..bench import ceilings
 from ..bench.benches import BATCHES, DTYPES, Bench, measured, op_benches
 from ..bench.errors import RequestError
 from ..bench.facts import facts_of_run
-from ..bench.network_benches import MODELS, PASSES, network_benches
-from ..bench.results import Result, Row, take_rows
+from ..bench.network_benches import MODELS, network_benches
+from ..bench.results import PASSES, Result, Row, take_rows
 from ..bench.worker import Worker
 from ._common import Backend, Json, Minutes, Networks, Seconds, backend_of, device, dtype_of, progress, show_rows
 

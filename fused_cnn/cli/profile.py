@@ -1,6 +1,5 @@
-"""`fused-cnn profile`: where a network's step spends its time: which kernels keep the device busy and for how long, how
-long the device waits, and with --host which Python functions the host is in. Nothing is checked here; `fused-cnn bench`
-and `verify` do that.
+"""`fused-cnn profile`: which kernels keep the device busy in a network's step, how long it waits, and with --host which
+Python functions the host is in. Nothing is checked here; `fused-cnn bench` and `verify` do that.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from rich.table import Table
 from ..bench.benches import BATCHES, DTYPES
 from ..bench.errors import RequestError
 from ..bench.facts import facts_of_run
-from ..bench.network_benches import MODELS, PASSES, NetworkBench
+from ..bench.network_benches import MODELS, NetworkBench, profiled
 from ..bench.peers import COMPILERS
-from ..bench.results import Result, Row, take_rows
+from ..bench.results import PASSES, Result, Row, take_rows
 from ..bench.worker import Worker
 from ._common import Json, Minutes, Networks, Seconds, device, dtype_of, progress, show_rows
 
@@ -60,11 +59,9 @@ def profile(
     end = time.monotonic() + 60 * minutes
     result: Result = {"kind": "kernels", **facts_of_run(device())}
     with progress("profile") as say, Worker() as worker:
-        jobs = []
-        for bench, each in wanted:
-            labels = {**bench.labels, "variant": each}
-            row = partial(worker.row, labels, bench.model, bench.profile, each, seconds, host)
-            jobs.append((f"{bench.name} {each}", row))
+        jobs = [
+            (f"{bench.name} {each}", partial(profiled, worker, bench, each, seconds, host)) for bench, each in wanted
+        ]
         take_rows(result, jobs, file, end, say)
     show_rows(result, _table(result["rows"]), file, minutes, json)
 

@@ -1,8 +1,6 @@
-"""`fused-cnn report [FILE | FOLDER]...`: turns saved results (verify, bench, profile, pytest-benchmark, scripts/gpu.sh)
-into Markdown tables and PNG plots.
+"""`fused-cnn report`: turns results (verify, bench, profile, pytest-benchmark, scripts/gpu.sh) into tables and plots.
 
-`--update README.md` rewrites the text between `<!-- table:NAME -->` and `<!-- /table -->`; fused_cnn/bench/report names
-the tables.
+`--update README.md` rewrites the text between `<!-- table:NAME -->` and `<!-- /table -->`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""`fused-cnn tune MODEL`: measures, for every op of a fused network whose weights are not packed, each backend and the
-tiles of the Triton kernels, and keeps the fastest; backend=None uses it from then on. With --out the table is saved as
-one that can ship with the package.
+"""`fused-cnn tune`: measures, for every op of a fused network whose weights are not packed, each backend and the tiles
+of the Triton kernels, and keeps the fastest; backend=None uses it from then on.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""`fused-cnn verify`: the main job. Real photographs through torchvision's networks, eager and after fuse_, with the
-same weights.
+"""`fused-cnn verify`: the main job. Photographs through torchvision's networks, eager and after fuse_, same weights.
 
 For each network it prints what was fused, how far the numbers are from float64 beside eager's own distance, what each
-variant takes, launches and moves, and which backend ran each op; it draws the time by stage. Exit code 1 where the
-numbers do not agree.
+variant takes, launches and moves, and which backend ran each op; it draws the time by stage.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ MOST = 10  # kernels of each
 LONGEST_NAME = 64
 # Templates that serve many purposes, and the words around the argument that says which.
 GENERAL = re.compile(r"^(\w*elementwise_kernel|reduce_kernel|device_kernel|Kernel)$")
-AROUND = set(["at", "native", "c10", "cutlass", "gemm", "kernel", "gpu_kernel_impl_nocast", "ReduceOp", "BFloat16", "Half", "float"])
+AROUND = re.compile("at|native|c10|cutlass|gemm|kernel|gpu_kernel_impl_nocast|ReduceOp|BFloat16|Half|float")
 
 
 def name(row: Row) -> str:
@@ -58,6 +58,6 @@ def short_name(kernel: str) -> str:
     if rest or kernel.startswith("void "):
         head = head.rpartition("::")[2]
     if rest and GENERAL.search(head):
-        words = (word for word in re.findall(r"[A-Za-z_]\w*", rest[0]) if word not in AROUND)
+        words = (word for word in re.findall(r"[A-Za-z_]\w*", rest[0]) if not AROUND.fullmatch(word))
         head = f"{head} {next(words, '')}".rstrip()
     return head if len(head) <= LONGEST_NAME else f"{head[: LONGEST_NAME - 3]}..."
