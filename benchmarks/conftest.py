@@ -20,14 +20,13 @@ from typing import Any
 import pytest
 import torch
 
-from fused_cnn.cli import _ceilings
-from fused_cnn.cli._benches import Bench, measured, op_benches
-from fused_cnn.cli._ceilings import Ceilings
-from fused_cnn.cli._common import dtype_of
-from fused_cnn.cli._network_benches import network_benches
-from fused_cnn.cli._worker import Worker
-from fused_cnn.cli.bench import BATCHES, DTYPES, MODELS
-from fused_cnn.cli.info import facts_of_run
+from fused_cnn.bench.benches import BATCHES, DTYPES, Bench, measured, op_benches
+from fused_cnn.bench.ceilings import Ceilings
+from fused_cnn.bench.ceilings import measure as measure_ceilings
+from fused_cnn.bench.facts import facts_of_run
+from fused_cnn.bench.network_benches import MODELS, network_benches
+from fused_cnn.bench.results import table_of
+from fused_cnn.bench.worker import Worker
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MINUTES = 10  # that the telling rows may take
@@ -41,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def rows(*, full: bool) -> list[Bench]:
     """Networks first, then ops."""
-    dtypes, batches = [dtype_of(name) for name in DTYPES[DEVICE]], BATCHES[DEVICE]
+    dtypes, batches = DTYPES[DEVICE], BATCHES[DEVICE]
     if full:
         networks = network_benches(MODELS, dtypes, batches, device=DEVICE, compilers=COMPILERS)
         return [*networks, *op_benches(dtypes, batches, device=DEVICE)]
@@ -51,7 +50,7 @@ def rows(*, full: bool) -> list[Bench]:
 
 def table(bench: Bench) -> str:
     """The table of `fused-cnn report` that the row goes to; rows of one table take about as long as each other."""
-    return {"inference": "inference", "training step": "training"}.get(bench.labels["pass"], "ops")
+    return table_of(bench.labels)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -166,7 +165,7 @@ def progress(request: pytest.FixtureRequest) -> Progress:
 
 @pytest.fixture(scope="session")
 def ceilings(worker: Worker, progress: Progress) -> Ceilings:
-    found = worker.call("ceilings", _ceilings.measure, DEVICE, [dtype_of(name) for name in DTYPES[DEVICE]])
+    found = worker.call("ceilings", measure_ceilings, DEVICE, DTYPES[DEVICE])
     progress.facts = {**facts_of_run(DEVICE), "ceilings": found.to_dict()}
     return found
 

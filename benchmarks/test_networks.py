@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 from conftest import CLOCK
 
-from fused_cnn.cli._benches import Bench
+from fused_cnn.bench.benches import Bench
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 

@@ -1,13 +1,14 @@
-"""Compares a backend with the reference in higher precision, by the contract that every op is held to.
+"""Compares a backend with the reference in higher precision, by the contract that ops and networks are held to.
 
-The reference in float64 is the truth. A backend's largest error against it is at most twice eager PyTorch's in the same dtype (three
-times for gradients), plus the case's absolute term; beside it stands a fixed bound, so that a bad eager result hides nothing.
+The reference in float64 is the truth. The largest error against it is at most twice eager PyTorch's in the same dtype
+(three times for gradients) plus an absolute term; beside it stands a fixed bound, lest a bad eager result hide any.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from torch import Tensor
 from ._trees import leaves_of, mapped
 from .ops._cases import Case, Maker, OpCases, rooms
 
-# Largest error relative to the largest true value that is ever accepted: 16 units in the last place, and for float64 and
-# float32 as many again as sums over some ten thousand terms lose.
+OUT_FACTOR, GRAD_FACTOR = 2.0, 3.0  # of eager's error
+# Largest error relative to the largest true value that an op may ever have: 16 units in the last place, and for float64
+# and float32 as many again as sums over some ten thousand terms lose.
 FIXED_BOUND = {torch.float64: 1e-11, torch.float32: 2e-4, torch.float16: 0.016, torch.bfloat16: 0.125}
 
 
 def all_cases() -> list[OpCases]:
-    """Every public op's cases, found in the rooms."""
+    """Every public op's cases, found in the rooms: `ops/<room>/cases.py` holds CASES, one OpCases or several."""
     found: list[OpCases] = []
     for room in rooms():
         found += [room.CASES] if isinstance(room.CASES, OpCases) else room.CASES
@@ -31,16 +33,21 @@ def all_cases() -> list[OpCases]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Largest absolute errors against float64 of one output or gradient, and the bound that `error` must keep."""
+    """One tensor's largest error against the truth, eager PyTorch's own, and the bound that `error` must keep: absolute
+    for an op, relative to the largest true value for a network, which states its `difference` from eager, too."""
 
-    what: str
+    name: str
     error: float
     eager_error: float
     bound: float
+    difference: float | None = None
 
     @property
     def ok(self) -> bool:
         return self.error <= self.bound  # False for NaN
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"ok": self.ok}
 
 
 def max_error(actual: Tensor, truth: Tensor) -> float:
@@ -55,8 +62,18 @@ def max_error(actual: Tensor, truth: Tensor) -> float:
     return difference.nan_to_num(nan=float("inf")).max().item()
 
 
+def relative(actual: Tensor, truth: Tensor) -> float:
+    """The largest difference, relative to the largest true value."""
+    return max_error(actual, truth.double()) / max(truth.abs().max().item(), 1e-30)
+
+
+def bound_of(eager_error: float, factor: float, absolute: float, largest: float = math.inf) -> float:
+    """The contract: an error is at most `factor` times eager's own plus `absolute`, and never more than `largest`."""
+    return min(factor * eager_error + absolute, largest)
+
+
 def judge(
-    what: str,
+    name: str,
     actual: Tensor,
     eager: Tensor,
     truth: Tensor,
@@ -66,46 +83,27 @@ def judge(
     summation: float = 0.0,
     dtype: torch.dtype,
 ) -> Comparison:
-    """Hold one tensor to the contract: `factor` times eager's error plus units in the last place of the largest value, `rounding` of
-    them in the tensor's dtype and `summation` in the accumulator's."""
+    """Hold one of an op's tensors to the contract. Its absolute term is units in the last place of the largest true
+    value: `rounding` of them in the tensor's dtype and `summation` in the accumulator's."""
     finite = truth[truth.isfinite()]
     scale = finite.abs().max().item() if finite.numel() else 0.0
-    eager_error = max_error(eager, truth)
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     units = rounding * torch.finfo(dtype).eps + summation * torch.finfo(accumulator).eps
     if dtype == torch.float64:
         units *= 4  # the truth is eager's own float64: its sums err as much, and no error of eager's widens the bound
-    bound = factor * eager_error + units * scale
-    bound = min(bound, FIXED_BOUND[dtype] * max(scale, 1.0))
-    return Comparison(what, max_error(actual, truth), eager_error, bound)
+    eager_error = max_error(eager, truth)
+    bound = bound_of(eager_error, factor, units * scale, largest=FIXED_BOUND[dtype] * max(scale, 1.0))
+    return Comparison(name, max_error(actual, truth), eager_error, bound)
 
 
-@dataclass
-class _Run:
-    """One call of an op: its result, and the leaves to differentiate for."""
-
-    out: Tensor
-    leaves: list[Tensor]
-
-    @classmethod
-    def of(cls, op_cases: OpCases, inputs: Any, backend: str | None) -> _Run:
-        args, kwargs = inputs
-        leaves = leaves_of(inputs)
-        return cls(op_cases.op(*args, **kwargs, backend=backend), leaves)
-
-    def results(self, grad_out: Tensor | None) -> dict[str, Tensor]:
-        found = {"out": self.out}
-        if grad_out is not None and self.leaves:
-            found |= zip(
-                (f"grad {i}" for i in range(len(self.leaves))),
-                torch.autograd.grad(self.out, self.leaves, grad_out.to(self.out.dtype)),
-                strict=True,
-            )
-        return found
+def _results(out: Tensor, leaves: list[Tensor], grad_out: Tensor | None) -> dict[str, Tensor]:
+    """What one call of an op computed: its result, and given grad_out the gradients of its leaves."""
+    grads = torch.autograd.grad(out, leaves, grad_out.to(out.dtype)) if grad_out is not None and leaves else ()
+    return {"out": out, **{f"grad {i}": grad for i, grad in enumerate(grads)}}
 
 
 def _same_side_of_the_kink(grad_out: Tensor, outs: list[Tensor]) -> Tensor:
-    """grad_out without the elements that rounding moved across ReLU's kink, where the gradient jumps and no bound could hold."""
+    """grad_out without the elements that rounding moved across ReLU's kink, where the gradient jumps past any bound."""
     positive = [out.detach() > 0 for out in outs]
     agree = torch.stack([p == positive[0] for p in positive]).all(0)
     if agree.numel() and agree.double().mean() < 0.97:
@@ -127,7 +125,7 @@ def compare(
     # Eager's own gradients on a GPU do not take memory that is not on 16 bytes: it gets the same values on such.
     theirs = "channels_last" if layout == "offset" and torch.device(device).type == "cuda" else layout
 
-    def inputs(layout: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def inputs(layout: str) -> Any:
         return op_cases.make(case, Maker(dtype, layout, device, grad=backward))
 
     def to_float64(leaf: Tensor) -> Tensor:
@@ -135,28 +133,22 @@ def compare(
             return leaf
         return leaf.detach().to(torch.float64).requires_grad_(leaf.requires_grad)
 
-    runs = [
-        _Run.of(op_cases, mapped(to_float64, inputs(theirs), Tensor), "reference"),
-        _Run.of(op_cases, inputs(theirs), "reference"),
-        _Run.of(op_cases, inputs(layout), backend),
+    calls = [
+        (mapped(to_float64, inputs(theirs), Tensor), "reference"),
+        (inputs(theirs), "reference"),
+        (inputs(layout), backend),
     ]
+    outs = [op_cases.op(*args, **kwargs, backend=chosen) for (args, kwargs), chosen in calls]
     grad_out = None
     if backward:
-        grad_out = Maker(dtype, layout, device, seed=1, grad=False).activation(*runs[0].out.shape)
-        grad_out = _same_side_of_the_kink(grad_out, [run.out for run in runs])
+        grad_out = Maker(dtype, layout, device, seed=1, grad=False).activation(*outs[0].shape)
+        grad_out = _same_side_of_the_kink(grad_out, outs)
     aligned = grad_out if theirs == layout or grad_out is None else grad_out.clone()
-    truth, eager, actual = (run.results(grad) for run, grad in zip(runs, (aligned, aligned, grad_out), strict=True))
+    leaves = [leaves_of(given) for given, _ in calls]
+    truth, eager, actual = map(_results, outs, leaves, (aligned, aligned, grad_out))
     for what, true_value in truth.items():
         if actual[what].dtype != eager[what].dtype:
             raise AssertionError(f"{what}: expected dtype {eager[what].dtype}, got {actual[what].dtype}")
-        factor = 2.0 if what == "out" else 3.0
-        yield judge(
-            what,
-            actual[what],
-            eager[what],
-            true_value,
-            factor=factor,
-            rounding=op_cases.rounding,
-            summation=op_cases.summation,
-            dtype=dtype,
-        )
+        factor = OUT_FACTOR if what == "out" else GRAD_FACTOR
+        units = {"rounding": op_cases.rounding, "summation": op_cases.summation}
+        yield judge(what, actual[what], eager[what], true_value, factor=factor, **units, dtype=dtype)

@@ -21,11 +21,11 @@ from torch import nn
 
 from fused_cnn import _library, fuse_
 from fused_cnn.analysis import Counts, count, saved_bytes
-from fused_cnn.cli._numbers import training_step
+from fused_cnn.bench.network_benches import MODELS
+from fused_cnn.bench.numbers import training_step
 
 TABLE = Path(__file__).resolve().parents[1] / "benchmarks" / "guard.json"
 LEVEL = "avx2"  # counts depend on the instruction set that weights are packed for
-MODELS = ("googlenet", "resnet50")
 COSTS = ("registers", "spilled", "stack", "shared")
 Numbers = dict[str, int]
 

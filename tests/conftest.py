@@ -66,7 +66,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     path = session.config.getoption("--ran")
     if path is None or hasattr(session.config, "workerinput"):
         return
-    from fused_cnn.cli.info import facts_of_run
+    from fused_cnn.bench.facts import facts_of_run
 
     ran = [{"op": op, "backend": backend, "dtype": dtype, "passed": passed} for (op, backend, dtype), passed in sorted(_ran.items())]
     chosen = " and ".join(filter(None, (session.config.option.keyword, session.config.option.markexpr)))

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from fused_cnn.cli._benches import Bench, Prepared, extremes, measured
-from fused_cnn.cli._ceilings import Ceilings
-from fused_cnn.cli._worker import Worker, WorkFailed
-from fused_cnn.cli.report import load
+from fused_cnn.bench.benches import Bench, Prepared, extremes, measured
+from fused_cnn.bench.ceilings import Ceilings
+from fused_cnn.bench.results import load
+from fused_cnn.bench.worker import Worker, WorkFailed
 from fused_cnn.measure import Work
 from fused_cnn.testing import all_cases
 

@@ -13,9 +13,9 @@ import torch
 from conftest import DEVICE
 
 from fused_cnn import cli
-from fused_cnn.cli import _numbers
-from fused_cnn.cli._benches import Prepared
-from fused_cnn.cli.report import rewrite
+from fused_cnn.bench import numbers
+from fused_cnn.bench.benches import Prepared
+from fused_cnn.bench.report import rewrite
 from fused_cnn.measure import Work
 
 needs_pictures = pytest.mark.skipif(
@@ -171,14 +171,14 @@ def test_report_keeps_tables_that_it_was_not_given(tmp_path: Path) -> None:
 
 @needs_pictures
 def test_verify_notices_wrong_numbers(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pair_of = _numbers.Pair.of.__func__  # type: ignore[attr-defined]
+    pair_of = numbers.Pair.of.__func__  # type: ignore[attr-defined]
 
-    def spoiled(cls: type, model: Any, backend: str | None) -> _numbers.Pair:
-        pair: _numbers.Pair = pair_of(cls, model, backend)
+    def spoiled(cls: type, model: Any, backend: str | None) -> numbers.Pair:
+        pair: numbers.Pair = pair_of(cls, model, backend)
         pair.fused.layer3[0].bn1.weight.data.mul_(1.001)
         return pair
 
-    monkeypatch.setattr(_numbers.Pair, "of", classmethod(spoiled))
+    monkeypatch.setattr(numbers.Pair, "of", classmethod(spoiled))
     code, text, _ = run(capfd, "verify", *SMALL, "--out", str(tmp_path), "--json")
     found = json.loads(text)
     assert code == 1 and not found["ok"]

@@ -18,7 +18,7 @@ import typer
 from conftest import DEVICE
 
 import fused_cnn.cli
-from fused_cnn.cli.report import load_all
+from fused_cnn.bench.results import load_all
 from fused_cnn.testing import all_cases
 
 ROOT = Path(__file__).resolve().parents[1]

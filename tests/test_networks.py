@@ -15,8 +15,8 @@ import torchvision
 from conftest import DEVICE
 from torch import Tensor, nn
 
-from fused_cnn.cli._networks import make_statistics_real
-from fused_cnn.cli._numbers import Autocast, Pair, compare_scores, compare_training
+from fused_cnn.bench.networks import make_statistics_real
+from fused_cnn.bench.numbers import Autocast, Pair, compare_scores, compare_training
 
 GPU = DEVICE == "cuda"
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and the side of their images

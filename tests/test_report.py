@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from fused_cnn import _sources
-from fused_cnn.cli import _kernel_tables, _ran, _result_tables
-from fused_cnn.cli._peers import COMPILERS, OURS
-from fused_cnn.cli.report import load, load_all, newest, rewritten, tables_of
+from fused_cnn.bench.peers import COMPILERS, OURS
+from fused_cnn.bench.report import kernel_tables, ran, rewritten, tables, tables_of
+from fused_cnn.bench.results import load, load_all, newest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOW = _sources.hashes("cuda")
@@ -31,7 +31,7 @@ def run_of_the_tests(date: str, passed: bool = True, sources: Any = NOW) -> dict
 
 def state(*results: dict[str, Any]) -> list[str]:
     """The row of add_relu, native, float16: its state on sm_90 and elsewhere."""
-    headings, rows = _ran.table(results)
+    headings, rows = ran.table(results)
     assert headings[3] == "sm_90" and "sm_90" not in headings[4]
     (row,) = (r for r in rows if r[:2] == ["add_relu", "native"] and "float16" in r[2].split(", "))
     assert row[2] == "float16"  # the other dtypes have not run
@@ -39,13 +39,13 @@ def state(*results: dict[str, Any]) -> list[str]:
 
 
 def test_without_a_gpus_results_nothing_has_run() -> None:
-    _, rows = _ran.table([{**run_of_the_tests("2026-11-25"), "device": "cpu"}])
-    assert len(rows) == 17 and all(row[3:] == [_ran.NEVER] for row in rows)
+    _, rows = ran.table([{**run_of_the_tests("2026-11-25"), "device": "cpu"}])
+    assert len(rows) == 17 and all(row[3:] == [ran.NEVER] for row in rows)
 
 
 def test_a_run_is_named_with_its_gpu_date_and_source() -> None:
     here, elsewhere = state(run_of_the_tests("2026-11-25T10:00:00"))
-    assert here == f"NVIDIA H200, 2026-11-25, `{NOW['native']['add_relu'][:8]}`" and elsewhere == _ran.NEVER
+    assert here == f"NVIDIA H200, 2026-11-25, `{NOW['native']['add_relu'][:8]}`" and elsewhere == ran.NEVER
 
 
 def test_a_changed_source_makes_a_run_stale_until_it_is_run_again() -> None:
@@ -81,7 +81,7 @@ def test_a_benchmark_is_evidence_because_it_checks_first() -> None:
     rows = [{**labels, "dtype": "float16", "times": {"native": {}, "eager": {}}}, {**labels, "dtype": "float32", "error": "wrong"}]
     bench = {"kind": "bench", **FACTS, "date": "2026-11-25", "rows": rows}
     assert state(bench)[0].startswith("NVIDIA H200, 2026-11-25")
-    assert all(line[3:] == [_ran.NEVER] for line in _ran.table([{**bench, "checked": False}])[1])
+    assert all(line[3:] == [ran.NEVER] for line in ran.table([{**bench, "checked": False}])[1])
 
 
 def test_a_kernels_hash_follows_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,15 +172,15 @@ def test_the_headline_names_the_fastest_peer_and_who_loses() -> None:
 
 def test_kernels_of_one_name_are_added_and_the_rest_is_counted() -> None:
     product = "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cute::tuple<int, int>"
-    few = [(f"kernel_{i}", 1, 10.0) for i in range(_kernel_tables.MOST)]
+    few = [(f"kernel_{i}", 1, 10.0) for i in range(kernel_tables.MOST)]
     fused = kernel_row("fused", 2, (product + ", 1", 3, 600.0), (product + ", 2", 1, 200.0), *few, step="inference")
-    headings, rows = _kernel_tables.kernels([fused, kernel_row("compile", 1, ("b", 1, 1.0)), {**fused, "variant": "eager"}])
+    headings, rows = kernel_tables.kernels([fused, kernel_row("compile", 1, ("b", 1, 1.0)), {**fused, "variant": "eager"}])
     assert rows[0][headings.index("kernel") :] == ["`device_kernel GemmUniversal`", "4", "0.8", "89%"]
     assert [line[headings.index("launches")] for line in rows if "all others" in line] == ["1"]
     assert {line[headings.index("variant")] for line in rows} == {"fused", "torch.compile"}
     failed = {**kernel_row("fused", 1), "error": "its process was ended by SIGKILL"}
-    assert "**failed**: its process was ended by SIGKILL" in _kernel_tables.steps([failed])[1][0]
-    assert _kernel_tables.kernels([failed])[1] == []
+    assert "**failed**: its process was ended by SIGKILL" in kernel_tables.steps([failed])[1][0]
+    assert kernel_tables.kernels([failed])[1] == []
 
 
 @pytest.mark.parametrize(
@@ -195,11 +195,11 @@ def test_kernels_of_one_name_are_added_and_the_rest_is_counted() -> None:
     ],
 )
 def test_a_kernels_short_name_still_tells_it(kernel: str, short: str) -> None:
-    assert _kernel_tables.short_name(kernel) == short
+    assert kernel_tables.short_name(kernel) == short
 
 
 def test_every_variant_that_is_timed_has_a_place_in_the_tables() -> None:
-    assert set(_result_tables.VARIANTS) >= {*COMPILERS, *OURS} and not set(_result_tables.PEERS) & set(OURS)
+    assert set(tables.VARIANTS) >= {*COMPILERS, *OURS} and not set(tables.PEERS) & set(OURS)
 
 
 def test_results_that_report_does_not_know_are_passed_over(tmp_path: Path) -> None:

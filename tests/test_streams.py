@@ -12,7 +12,7 @@ from conftest import DEVICE
 from torch import Tensor, nn
 
 from fused_cnn import fuse_, models
-from fused_cnn.cli._peers import graphed
+from fused_cnn.bench.peers import graphed
 
 THREADS = 4
 

@@ -1,9 +1,7 @@
-"""The command line `fused-cnn`: info, summary, verify, bench, profile, tune, report; one file per command, each
-with `--json`.
+"""The command line `fused-cnn`: one file for each command, each with `--json`.
 
-Exit codes: 0 all is well, 1 the numbers do not agree, 2 what was asked for cannot be done, 3 an error inside
-fused_cnn. Every error is one line on standard error; `fused-cnn --traceback COMMAND ...` shows where it came
-from.
+Exit codes: 0 all is well, 1 the numbers do not agree, 2 what was asked for cannot be done, 3 an error inside fused_cnn.
+Every error is one line on standard error; `fused-cnn --traceback COMMAND ...` shows where it came from.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from typing import Annotated
 import typer
 
 from .._backends import BackendUnavailable
-from ._common import USAGE, CommandError
+from ..bench.errors import RequestError
 from .bench import bench
 from .info import info
 from .profile import profile
@@ -23,6 +21,7 @@ from .summary import summary
 from .tune import tune
 from .verify import verify
 
+USAGE = 2  # what was asked for cannot be done: a wrong option, a missing package, an unavailable backend
 INTERNAL = 3
 INTERRUPTED = 130
 
@@ -41,7 +40,7 @@ def options(
 
 
 for command in (info, summary, verify, bench, profile, tune, report):
-    app.command()(command)
+    app.command(help=" ".join(str(command.__doc__).split()))(command)  # its line breaks are the source's alone
 
 
 def run(arguments: list[str]) -> int:
@@ -51,16 +50,12 @@ def run(arguments: list[str]) -> int:
         return app(args=arguments or ["--help"], prog_name="fused-cnn", standalone_mode=False) or 0
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
-    except CommandError as error:
-        if show:
-            raise
-        return _fail(str(error), error.exit_code)
     except Exception as error:
         if show:
             raise
         if hasattr(error, "format_message"):  # what typer raises for a wrong command line
             return _fail(error.format_message(), USAGE)
-        if isinstance(error, (BackendUnavailable, OSError)):
+        if isinstance(error, (RequestError, BackendUnavailable, OSError)):
             return _fail(str(error), USAGE)
         return _fail(f"internal error: {type(error).__name__}: {error}", INTERNAL)
 

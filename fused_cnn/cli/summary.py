@@ -1,6 +1,4 @@
-"""`fused-cnn summary MODEL`: a network's layer table in the papers' form, and what Inception's 1x1
-reductions save.
-"""
+"""`fused-cnn summary MODEL`: a network's layer table in the papers' form, and what Inception's 1x1 reductions save."""
 
 from __future__ import annotations
 
@@ -12,7 +10,8 @@ from rich.table import Table
 
 from .. import models
 from ..analysis import summary as summarize
-from ._common import CommandError, Json, emit, out
+from ..bench.errors import RequestError
+from ._common import Json, emit, out
 
 
 def summary(
@@ -24,7 +23,7 @@ def summary(
     try:
         network = models.build(model)
     except ValueError as error:
-        raise CommandError(str(error)) from error
+        raise RequestError(str(error)) from error
     channels, height, width = models.input_size(model)
     found = summarize(network, (channels, size or height, size or width), name=model)
     if json:

@@ -1,5 +1,5 @@
-"""`fused-cnn tune MODEL`: measures, for every op of a fused network whose weights are not packed, each backend and the tiles of the Triton
-kernels, and keeps the fastest; backend=None uses it from then on. With --out the table is saved as one that can ship with the package.
+"""`fused-cnn tune`: measures, for every op of a fused network whose weights are not packed, each backend and the tiles
+of the Triton kernels, and keeps the fastest; backend=None uses it from then on.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from .. import _tables, fuse_, tuning
-from . import _networks
-from ._common import Json, dtype_of, emit, out, progress, write_json
-from ._numbers import Autocast
+from ..bench import networks
+from ..bench.numbers import Autocast
+from ..bench.results import write_json
+from ._common import Json, device, dtype_of, emit, out, progress
 
 
 def tune(
@@ -23,14 +24,17 @@ def tune(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 1,
     size: Annotated[int, typer.Option(min=32, help="Height and width of the images.")] = 224,
-    train: Annotated[bool, typer.Option("--train", help="Tune forward and backward, 16 bits by autocast, not inference.")] = False,
-    file: Annotated[Path | None, typer.Option("--out", help="Save what was measured here, too, as a table to ship.")] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Tune forward and backward, 16 bits by autocast, not inference.")
+    ] = False,
+    file: Annotated[
+        Path | None, typer.Option("--out", help="Save what was measured here, too, as a table to ship.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure which backend and tiles are fastest for each op of a network; backend=None then uses them."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = _networks.photographs(_networks.PHOTOGRAPHS, batch, size).to(device)
-    network = _networks.network(model, images).train(train)
+    images = networks.photographs(batch, size).to(device())
+    network = networks.network(model, images).train(train)
     fuse_(network)
     chosen = dtype_of(dtype)
     if not train:
@@ -46,7 +50,8 @@ def tune(
     if json:
         emit({"file": str(saved), **document})
         return
-    table = Table("op", "input", "best", "library", "tried", box=SIMPLE, title=f"{model}, {'training' if train else 'inference'}")
+    title = f"{model}, {'training' if train else 'inference'}"
+    table = Table("op", "input", "best", "library", "tried", box=SIMPLE, title=title)
     for key, entry in _tables.in_order(measured.choices):
         seconds = entry["seconds"]
         gain = seconds["reference"] / seconds[entry["best"]]

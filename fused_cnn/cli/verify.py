@@ -1,29 +1,27 @@
-"""`fused-cnn verify`: the main job. Real photographs through torchvision's networks, eager and after fuse_,
-with the same weights.
+"""`fused-cnn verify`: the main job. Photographs through torchvision's networks, eager and after fuse_, same weights.
 
-For each network it prints what was fused, how far the numbers are from float64 beside eager's own distance,
-what each variant takes, launches and moves, and which backend ran each op; it draws the time by stage. Exit
-code 1 where the numbers do not agree.
+For each network it prints what was fused, how far the numbers are from float64 beside eager's own distance, what each
+variant takes, launches and moves, and which backend ran each op; it draws the time by stage.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from . import _networks
-from ._common import DISAGREE, Json, backend_of, dtype_of, emit, out, progress, write_json
-from ._verify import verify_network
-from .info import facts_of_run
-
-MODELS = ("googlenet", "resnet50")
-Backend = Annotated[str, typer.Option(help="auto, reference, native or triton.")]
+from ..bench import networks
+from ..bench.facts import facts_of_run
+from ..bench.network_benches import MODELS
+from ..bench.report.plots import stages
+from ..bench.results import write_json
+from ..bench.verify import verify_network
+from ._common import DISAGREE, Backend, Json, backend_of, device, dtype_of, emit, out, progress
 
 
 def verify(
@@ -40,61 +38,52 @@ def verify(
 ) -> None:
     """Run photographs through torchvision's networks, eager and fused: same numbers? how much faster?"""
     chosen, torch_dtype = backend_of(backend), dtype_of(dtype)
-    names = tuple(image or _networks.PHOTOGRAPHS)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    images = _networks.photographs(names, batch or len(names), size).to(device)
+    names = tuple(image or networks.PHOTOGRAPHS)
+    images = networks.photographs(batch or len(names), size, names).to(device())
     result: dict[str, Any] = {
         "kind": "verify",
         "images": names,
         "shape": tuple(images.shape),
         "dtype": dtype,
         "backend": backend,
-        **facts_of_run(device),
+        **facts_of_run(device()),
         "models": {},
     }
     for name in model or MODELS:
         with progress(name) as say:
             say("making the network and its statistics")
-            network = _networks.network(name, images).to(torch_dtype)
+            network = networks.network(name, images).to(torch_dtype)
             inputs = images.to(torch_dtype)
             found = verify_network(network, inputs, backend=chosen, train=train, seconds=seconds, say=say)
         result["models"][name] = found
         if not json:
             show(name, found, out())
     result["ok"] = all(found["ok"] for found in result["models"].values())
-    result["picture"] = draw(result, folder / "verify.png").name  # beside the JSON
+    result["picture"] = stages(result, folder / "verify.png").name  # beside the JSON
     write_json(folder / "verify.json", result)
     if json:
         emit(result)
     else:
-        out().print(f"picture: {folder / result['picture']}\nnumbers: {folder / 'verify.json'}", highlight=False, soft_wrap=True)
-        verdict = "[green]the numbers agree[/]" if result["ok"] else "[red]the numbers do NOT agree[/]"
-        out().print(verdict)
+        files = f"picture: {folder / result['picture']}\nnumbers: {folder / 'verify.json'}"
+        out().print(files, highlight=False, soft_wrap=True)
+        out().print("[green]the numbers agree[/]" if result["ok"] else "[red]the numbers do NOT agree[/]")
     if not result["ok"]:
         raise typer.Exit(DISAGREE)
-
-
-def draw(result: dict[str, Any], path: Path) -> Path:
-    from ._picture import stages
-
-    return stages(result, path)
 
 
 def show(name: str, found: dict[str, Any], console: Console) -> None:
     """Print one network's tables."""
     console.rule(f"[bold]{name}")
     fused, skipped = found["fused"], found["skipped"]
-    kinds = sorted({e["module"] for e in fused})
-    counted = ", ".join(f"{sum(e['module'] == kind for e in fused)} {kind}" for kind in kinds)
+    kinds = Counter(entry["module"] for entry in fused)
+    counted = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
     console.print(f"{len(fused)} blocks fused ({counted}), {len(skipped)} not fused", highlight=False)
     for entry in skipped:
         console.print(f"  not fused: {entry['name']} ({entry['module']}): {entry['reason']}", highlight=False)
     console.print(_numbers(found))
     top5 = found["top5"]
-    console.print(
-        f"top-5 classes shared: fused and eager {top5['fused_and_eager']:.0%}, eager and float64 {top5['eager_and_float64']:.0%}",
-        highlight=False,
-    )
+    shared = f"fused and eager {top5['fused_and_eager']:.0%}, eager and float64 {top5['eager_and_float64']:.0%}"
+    console.print(f"top-5 classes shared: {shared}", highlight=False)
     console.print(_costs("inference", found["time"]["eval"], found["traffic"]["eval"], None))
     if "train" in found:
         train = found["train"]
@@ -103,7 +92,8 @@ def show(name: str, found: dict[str, Any], console: Console) -> None:
 
 
 def _numbers(found: dict[str, Any]) -> Table:
-    table = Table("tensor", "fused - eager", "fused - float64", "eager - float64", "bound", "", title="Largest differences", box=SIMPLE)
+    headings = ("tensor", "fused - eager", "fused - float64", "eager - float64", "bound", "")
+    table = Table(*headings, title="Largest differences", box=SIMPLE)
     training, exact = found["training"], found["training_float64"]
     shown = [
         ("scores, eval", found["scores"]),
@@ -115,7 +105,8 @@ def _numbers(found: dict[str, Any]) -> Table:
         keys = ("difference", "error", "eager_error", "bound")
         figures = (f"{row[k]:.1e}" if row[k] else "" for k in keys)
         table.add_row(label, *figures, "[green]ok[/]" if row["ok"] else "[red]no[/]")
-    table.caption = f"relative to each tensor's largest value; {len(training)} tensors of a training step, all in --out's JSON"
+    all_of_them = f"{len(training)} tensors of a training step, all in --out's JSON"
+    table.caption = f"relative to each tensor's largest value; {all_of_them}"
     return table
 
 
@@ -136,14 +127,16 @@ def _costs(title: str, time: dict[str, Any], traffic: dict[str, Any], saved: dic
         table.add_row(*row, *([f"{saved[variant] / 1e6:.1f} MB"] if saved else []))
     table.add_row("minimum", "", "", f"{traffic['minimum']['bytes'] / 1e6:.1f} MB")
     unknown = sorted({op for v in ("eager", "fused") for op in traffic[v]["unknown"]})
-    samples = time["fused"]["samples"]
-    table.caption = f"medians of {samples} interleaved rounds" + (f"; not counted: {', '.join(unknown)}" if unknown else "")
+    not_counted = f"; not counted: {', '.join(unknown)}" if unknown else ""
+    table.caption = f"medians of {time['fused']['samples']} interleaved rounds{not_counted}"
     return table
 
 
 def _who_ran(found: dict[str, Any]) -> Table:
     table = Table("pass", "backend", "op and calls", "why", title="What ran in the fused network", box=SIMPLE)
-    passes = {"inference": found["backends"]["eval"]} | ({"training": found["train"]["backends"]} if "train" in found else {})
+    passes = {"inference": found["backends"]["eval"]}
+    if "train" in found:
+        passes["training"] = found["train"]["backends"]
     for name, rows in passes.items():
         for backend, why in dict.fromkeys((row["backend"], row["why"]) for row in rows):
             ops = [f"{r['op']} x {r['calls']}" for r in rows if (r["backend"], r["why"]) == (backend, why)]

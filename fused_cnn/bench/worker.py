@@ -1,4 +1,4 @@
-"""A process of its own for work that may take its process with it: a GPU's lost context, a library that crashes, memory that runs out."""
+"""A process of its own for work that may end its process: a GPU's lost context, a crash, memory that runs out."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import gc
 import signal
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 import torch
+
+from .results import Row
 
 T = TypeVar("T")
 PATIENCE = 10  # seconds that a process has for its own end before it is killed
@@ -20,11 +23,11 @@ class WorkFailed(Exception):
     """What was called in another process raised an exception, or ended the process; the message says which."""
 
 
-class Worker:
+class Worker(AbstractContextManager["Worker"]):
     """Calls functions in another process, one at a time; to be used in a `with` statement.
 
-    Calls of one `room` share a process, which is replaced when one of them fails: what it leaves behind (a CUDA context that is lost, a
-    half-captured graph) reaches no other call.
+    Calls of one `room` share a process, which is replaced when one of them fails: what it leaves behind (a CUDA context
+    that is lost, a half-captured graph) reaches no other call.
     """
 
     def __init__(self) -> None:
@@ -32,14 +35,11 @@ class Worker:
         self._process: Any = None
         self._pipe: Connection
 
-    def __enter__(self) -> Worker:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def call(self, room: str, function: Callable[..., T], *args: Any) -> T:
-        """function(*args), all of which can be pickled. Raises WorkFailed where it raised anything or its process ended."""
+        """function(*args), all of which can be pickled. Raises WorkFailed where it raised or its process ended."""
         if room != self._room:
             self.close()
         if self._process is None:
@@ -58,6 +58,13 @@ class Worker:
             raise WorkFailed(value)
         result: T = value
         return result
+
+    def row(self, labels: Row, room: str, function: Callable[..., Row], *args: Any) -> Row:
+        """The labels with what a call returns; of one that fails, or loses its process, with the `error`."""
+        try:
+            return {**labels, **self.call(room, function, *args)}
+        except WorkFailed as error:
+            return {**labels, "error": str(error)}
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -80,7 +87,9 @@ class Worker:
     def _obituary(self) -> str:
         self._process.join(PATIENCE)
         code = self._process.exitcode
-        return f"its process was ended by {signal.Signals(-code).name}" if code and code < 0 else f"its process ended with exit code {code}"
+        if code and code < 0:
+            return f"its process was ended by {signal.Signals(-code).name}"
+        return f"its process ended with exit code {code}"
 
 
 def described(error: BaseException) -> str:

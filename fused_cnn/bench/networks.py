@@ -1,9 +1,8 @@
-"""The main job's real input: photographs that scikit-image ships, and torchvision's networks with statistics
-taken from them.
+"""The real input: photographs that scikit-image ships, and torchvision's networks with statistics taken from them.
 
-Nothing is downloaded. Weights are random, so the BatchNorm statistics are made real: gamma and beta are
-random, and the running mean and variance are those of the photographs and of noise. The last layer is centred
-on them, so that the scores tell photographs apart.
+Nothing is downloaded. Weights are random, so the BatchNorm statistics are made real: gamma and beta are random, and the
+running mean and variance are those of the photographs and of noise. The last layer is centred on them, so that the
+scores tell photographs apart.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ._common import CommandError, require
+from .errors import RequestError, require
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,12 +27,12 @@ def _photograph_file(name: str) -> Path:
         return Path(name)
     package = importlib.util.find_spec("skimage")
     if package is None or not package.submodule_search_locations:
-        raise CommandError("the photographs are scikit-image's, which is not installed: `pip install scikit-image`")
+        raise RequestError("the photographs are scikit-image's, which is not installed: `pip install scikit-image`")
     folder = Path(package.submodule_search_locations[0]) / "data"
     for suffix in (".png", ".jpg"):
         if (folder / f"{name}{suffix}").is_file():
             return folder / f"{name}{suffix}"
-    raise CommandError(f"--image {name!r} is neither a file nor one of scikit-image's {', '.join(PHOTOGRAPHS)}")
+    raise RequestError(f"--image {name!r} is neither a file nor one of scikit-image's {', '.join(PHOTOGRAPHS)}")
 
 
 def photograph(name: str, size: int) -> Tensor:
@@ -43,7 +42,7 @@ def photograph(name: str, size: int) -> Tensor:
     try:
         picture = image_module.open(_photograph_file(name)).convert("RGB")
     except OSError as error:
-        raise CommandError(f"--image {name!r} cannot be read as a picture: {error}") from error
+        raise RequestError(f"--image {name!r} cannot be read as a picture: {error}") from error
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     picture = picture.resize((size, size), box=(left, top, left + side, top + side))
@@ -51,10 +50,8 @@ def photograph(name: str, size: int) -> Tensor:
     return (pixels - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
 
 
-def photographs(names: Sequence[str], batch: int, size: int) -> Tensor:
-    """(batch, 3, size, size), channels_last; where there are fewer photographs, they come again mirrored
-    and shifted.
-    """
+def photographs(batch: int, size: int, names: Sequence[str] = PHOTOGRAPHS) -> Tensor:
+    """(batch, 3, size, size), channels_last; fewer photographs than that come again, mirrored and shifted."""
     single = [photograph(name, size) for name in names]
     images = []
     for i in range(batch):
@@ -64,14 +61,12 @@ def photographs(names: Sequence[str], batch: int, size: int) -> Tensor:
 
 
 def network(name: str, images: Tensor) -> nn.Module:
-    """torchvision's architecture of that name, float32, with seeded weights and statistics of `images`, in
-    eval mode.
-    """
+    """torchvision's architecture of that name, float32, in eval, with seeded weights and statistics of `images`."""
     torchvision = require("torchvision", INSTALL_TORCHVISION)
     known = torchvision.models.list_models(torchvision.models)
     if name not in known:
         near = [k for k in known if k.startswith(name[:6])]
-        raise CommandError(f"torchvision has no model {name!r}; it has {', '.join(near or known)}")
+        raise RequestError(f"torchvision has no model {name!r}; it has {', '.join(near or known)}")
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, weights=None, **options)
@@ -80,14 +75,12 @@ def network(name: str, images: Tensor) -> nn.Module:
         with torch.no_grad():
             make_statistics_real(model, images)
     except (RuntimeError, ValueError) as error:
-        raise CommandError(f"{name} does not run on {images.size(2)} x {images.size(3)} pixels: {error}") from error
+        raise RequestError(f"{name} does not run on {images.size(2)} x {images.size(3)} pixels: {error}") from error
     return model.eval()
 
 
 def make_statistics_real(model: nn.Module, images: Tensor) -> None:
-    """Give every BatchNorm random gamma and beta and the running statistics of `images` and noise, and
-    centre the last layer.
-    """
+    """Give every BatchNorm random gamma and beta and the statistics of `images` and noise; centre the last layer."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [m.momentum for m in norms]
     for norm in norms:
@@ -96,9 +89,10 @@ def make_statistics_real(model: nn.Module, images: Tensor) -> None:
         norm.bias.normal_(0, 0.2)
         norm.momentum = None  # the plain average over the passes below
     few = images[:4]
+    both = torch.cat([few, few.flip(3)])
     model.train()
     for scale in (0.0, 0.3, 1.0):
-        model(torch.cat([few, few.flip(3)]) + scale * torch.randn(1, device=few.device) * torch.randn_like(few).repeat(2, 1, 1, 1))
+        model(both + scale * torch.randn(1, device=few.device) * torch.randn_like(few).repeat(2, 1, 1, 1))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()

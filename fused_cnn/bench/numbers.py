@@ -1,17 +1,16 @@
 """Do an eager and a fused network compute the same? Scores, every gradient and every running statistic.
 
-The truth is plain PyTorch in float64. An error of the fused network is at most FACTOR times eager's
-own error in the same dtype, plus rounding, plus for gradients the kink: an activation that is zero but for
-rounding may fall on either side of ReLU, and one that does moves its gradients by its whole share, which is
-far more than rounding. Eager's own worst gradient shows how much. Because that term is wide, the same
-gradients are also compared in float64, where no activation is so close to zero and the bound is rounding
-alone.
+The truth is plain PyTorch in float64, and the contract that of fused_cnn.testing: an error of the fused network is at
+most a factor times eager's own error in the same dtype, plus rounding, plus for gradients the kink: an activation that
+is zero but for rounding may fall on either side of ReLU, and one that does moves its gradients by its whole share,
+which is far more than rounding. Eager's own worst gradient shows how much. Because that term is wide, the same
+gradients are also compared in float64, where no activation is so close to zero and the bound is rounding alone.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,36 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..fuse import fuse_
-from ..testing import max_error
-from ._common import CommandError
-from ._networks import without_dropout
+from ..measure import Work
+from ..testing import GRAD_FACTOR, OUT_FACTOR, Comparison, bound_of, relative
+from .errors import RequestError
+from .networks import without_dropout
 
-OUT_FACTOR, GRAD_FACTOR = 2.0, 3.0
 ROUNDING = 16  # units in the last place of the largest value: sums of thousands of terms, taken in another order
 KINK = 0.1  # of the largest value: the least that one activation beyond the kink is allowed to move a gradient
-# No scores may be further from the truth than this. Random weights amplify every rounding: in bfloat16 eager ResNet-50 is itself 0.3 off.
+# No scores may be further from the truth than this. Random weights amplify every rounding: in bfloat16 eager ResNet-50
+# is itself 0.3 off.
 LARGEST = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 FLOAT64_LARGEST = 1e-9
-
-
-@dataclass(frozen=True)
-class Number:
-    """One tensor: fused against eager, each against float64, and the bound that `error` must keep; relative
-    to the largest value.
-    """
-
-    name: str
-    difference: float
-    error: float
-    eager_error: float
-    bound: float
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.bound  # False for NaN
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"ok": self.ok}
 
 
 @dataclass
@@ -64,12 +44,19 @@ class Pair:
         fused = copy.deepcopy(model)
         report = fuse_(fused, backend=backend)
         if not report.fused:
-            raise CommandError(f"nothing in {type(model).__name__} can be fused")
+            raise RequestError(f"nothing in {type(model).__name__} can be fused")
         return cls(model, fused, report)
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        return {"eager": self.eager, "fused": self.fused}
 
     def training(self) -> Pair:
         """Copies in training mode that two runs can be compared on."""
         return Pair(without_dropout(self.eager).train(), without_dropout(self.fused).train(), self.report)
+
+    def works(self, images: Tensor, *, training: bool) -> dict[str, Work]:
+        return {variant: work(model, images, training=training) for variant, model in self.models.items()}
 
 
 class Autocast(nn.Module):
@@ -106,6 +93,13 @@ def training_step(model: nn.Module, images: Tensor) -> Any:
     return out
 
 
+def work(model: nn.Module, images: Tensor, *, training: bool) -> Work:
+    """One inference or one training step, of whose graph nothing is kept."""
+    if training:
+        return lambda: scores(training_step(model, images)).detach()
+    return torch.no_grad()(lambda: model(images))
+
+
 def step_results(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Scores, gradients and running statistics after one training step of a copy."""
     model = without_dropout(model).train()
@@ -114,30 +108,22 @@ def step_results(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return results | {n: b for n, b in model.named_buffers() if b.is_floating_point()}
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    return max_error(a, b.double()) / max(b.abs().max().item(), 1e-30)
-
-
 def contiguous(model: nn.Module) -> nn.Module:
-    """A copy that runs in the other memory layout, by other algorithms: a second sample of eager's own
-    error.
-    """
+    """A copy that runs in the other memory layout, by other algorithms: a second sample of eager's own error."""
     other: Any = copy.deepcopy(model)  # whose `to` the stubs of some torch do not know with memory_format alone
     return other.to(memory_format=torch.contiguous_format)
 
 
-def compare_scores(pair: Pair, images: Tensor) -> tuple[Number, dict[str, float]]:
-    """Scores in eval mode, and how many of the five best classes fused shares with eager, and eager with
-    float64.
-    """
+def compare_scores(pair: Pair, images: Tensor) -> tuple[Comparison, dict[str, float]]:
+    """Scores in eval mode, and how many of the five best classes fused shares with eager, and eager with float64."""
     dtype = images.dtype
     with torch.no_grad():
         truth = copy.deepcopy(pair.eager).double()(images.double())
         eager, fused = pair.eager(images), pair.fused(images)
         other = contiguous(pair.eager)(images.contiguous())
     eager_error = max(relative(eager, truth), relative(other, truth))
-    bound = min(OUT_FACTOR * eager_error + ROUNDING * torch.finfo(dtype).eps, LARGEST[dtype])
-    number = Number("scores", relative(fused, eager), relative(fused, truth), eager_error, bound)
+    bound = bound_of(eager_error, OUT_FACTOR, ROUNDING * torch.finfo(dtype).eps, LARGEST[dtype])
+    number = Comparison("scores", relative(fused, truth), eager_error, bound, relative(fused, eager))
     return number, {"fused_and_eager": top5(fused, eager), "eager_and_float64": top5(eager, truth)}
 
 
@@ -147,7 +133,7 @@ def top5(a: Tensor, b: Tensor) -> float:
     return both.any(2).double().mean().item()
 
 
-def compare_training(pair: Pair, images: Tensor, in_float64: bool = True) -> tuple[list[Number], list[Number]]:
+def compare_training(pair: Pair, images: Tensor, in_float64: bool = True) -> tuple[list[Comparison], list[Comparison]]:
     """Every gradient and running statistic of one training step: in the images' dtype, and with both in float64."""
     truth = step_results(copy.deepcopy(pair.eager).double(), images.double())
     eager = step_results(pair.eager, images)
@@ -159,10 +145,11 @@ def compare_training(pair: Pair, images: Tensor, in_float64: bool = True) -> tup
     kink = max([KINK, *(errors[n] for n in gradients)])
     numbers = []
     for n, t in truth.items():
-        bound = GRAD_FACTOR * errors[n] + kink if n in gradients else OUT_FACTOR * errors[n]
-        numbers.append(Number(n, relative(fused[n], eager[n]), relative(fused[n], t), errors[n], bound + rounding))
+        factor, absolute = (GRAD_FACTOR, kink + rounding) if n in gradients else (OUT_FACTOR, rounding)
+        bound = bound_of(errors[n], factor, absolute)
+        numbers.append(Comparison(n, relative(fused[n], t), errors[n], bound, relative(fused[n], eager[n])))
     if not in_float64:
         return numbers, []
     wide = step_results(copy.deepcopy(pair.fused).double(), images.double())
     distances = {n: relative(wide[n], t) for n, t in truth.items()}
-    return numbers, [Number(n, d, d, 0.0, FLOAT64_LARGEST) for n, d in distances.items()]
+    return numbers, [Comparison(n, d, 0.0, FLOAT64_LARGEST, d) for n, d in distances.items()]

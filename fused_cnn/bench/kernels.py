@@ -1,4 +1,4 @@
-"""Which kernels a piece of work launches and for how long each keeps the device busy, and where the host's time goes."""
+"""Which kernels a piece of work launches, for how long each keeps the device busy, and where the host's time goes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ STEPS = 10  # that the host's profile is the mean of
 
 
 def kernels(work: Work, device: str) -> list[Kernel]:
-    """What one call runs, as PyTorch's profiler saw it, the longest first: kernels, copies and fills of a GPU; on a CPU ops, each without
-    those that it calls."""
+    """What one call runs, the longest first: kernels, copies and fills of a GPU; on a CPU ops, callees apart."""
     on_gpu = device == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
         work()
@@ -27,9 +26,9 @@ def kernels(work: Work, device: str) -> list[Kernel]:
     found: dict[str, tuple[int, float]] = {}
     for event in profiled.events():
         if (event.device_type == DeviceType.CUDA) == on_gpu:
-            launches, microseconds = found.get(event.name[:LONGEST_NAME], (0, 0.0))
-            taken = event.device_time if on_gpu else event.self_cpu_time_total
-            found[event.name[:LONGEST_NAME]] = launches + 1, microseconds + taken
+            name = event.name[:LONGEST_NAME]
+            launches, microseconds = found.get(name, (0, 0.0))
+            found[name] = launches + 1, microseconds + (event.device_time if on_gpu else event.self_cpu_time_total)
     return sorted(((name, *of) for name, of in found.items()), key=lambda kernel: -kernel[2])
 
 
@@ -38,15 +37,16 @@ def launches(work: Work, device: str) -> int:
 
 
 def host(work: Work, device: str, most: int = 25) -> list[list[Any]]:
-    """The Python functions in which one call spends most of the host's time, their callees' apart: file:line(function), calls, seconds."""
+    """The Python functions in which a call spends most of the host's own time: file:line(function), calls, seconds."""
     profiler = cProfile.Profile()
     profiler.enable()
     for _ in range(STEPS):
         work()
     profiler.disable()
     synchronize(device)
-    rows = [(_where(*at), calls / STEPS, own / STEPS) for at, (_, calls, own, *_) in pstats.Stats(profiler).stats.items()]  # type: ignore[attr-defined]
-    return [list(row) for row in sorted(rows, key=lambda row: -row[2])[:most]]
+    stats = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
+    rows = [[_where(*at), calls / STEPS, own / STEPS] for at, (_, calls, own, *_) in stats.items()]
+    return sorted(rows, key=lambda row: -row[2])[:most]
 
 
 def _where(file: str, line: int, function: str) -> str:

@@ -1,7 +1,7 @@
 """The most memory that a variant of a network needs beyond its weights and images, in bytes.
 
-On a GPU PyTorch's allocator knows. A CPU's allocators do not keep that number (nor does oneDNN), so each variant runs in a process of its
-own, whose largest resident size the kernel keeps (Linux, proc(5): VmHWM); there the first call's folded and packed weights count.
+On a GPU PyTorch's allocator knows. On a CPU each variant runs in a process of its own, whose largest resident size
+Linux keeps (proc(5): VmHWM); there the first call's folded and packed weights count.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..measure import Work
-from ._worker import Worker
+from .worker import Worker
 
 
 def peak_on_gpu(model: nn.Module, work: Work) -> int:

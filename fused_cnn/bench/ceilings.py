@@ -50,6 +50,11 @@ def last_level_cache() -> int:
     return max((int(file.read_text().strip().removesuffix("K")) << 10 for file in files), default=0)
 
 
+def short(dtype: torch.dtype) -> str:
+    """A dtype's name in rows and files: float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def measure(device: str, dtypes: Sequence[torch.dtype], seconds: float = 0.5) -> Ceilings:
     """Copy and multiply for about so long each; medians."""
     source = torch.ones(COPIED[device], dtype=torch.uint8, device=device)
@@ -58,7 +63,7 @@ def measure(device: str, dtypes: Sequence[torch.dtype], seconds: float = 0.5) ->
     side = SIDE[device]
     for dtype in dtypes if device == "cuda" else dict.fromkeys([*dtypes, torch.float32]):
         matrix = torch.randn(side, side, device=device).to(dtype)
-        works[str(dtype).removeprefix("torch.")] = lambda m=matrix: m @ m  # type: ignore[misc]
+        works[short(dtype)] = lambda m=matrix: m @ m  # type: ignore[misc]
     taken = {name: t.median for name, t in Interleaved(works, device).run(seconds * len(works)).items()}
     copy = 2 * source.numel() / taken.pop("copy")
     products = {name: 2 * side**3 / t for name, t in taken.items()}

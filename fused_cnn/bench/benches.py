@@ -1,9 +1,9 @@
-"""What is timed, for `fused-cnn bench` and for `pytest benchmarks` alike: here what any piece of work is, and every op's real cases; whole
-networks are in _network_benches.py.
+"""What `fused-cnn bench` and `pytest benchmarks` time: any piece of work, and every op's real cases.
 
-A Bench checks its numbers before it is timed; its variants (eager, the peers at hand, fused) do the same work
-on the same tensors and are timed in interleaved rounds. Bytes are the least that the work can move and operations a direct convolution's;
-the limit is that of the operations which the fused variant really does (`flops_done`: fewer in Winograd's form).
+A Bench checks its numbers before it is timed; its variants (eager, the peers at hand, fused) do the same work on the
+same tensors and are timed in interleaved rounds. Bytes are the least that the work can move and operations a direct
+convolution's; the limit is that of the operations which the fused variant really does (`flops_done`: fewer in
+Winograd's form).
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ from .._trees import leaves_of
 from ..analysis import count
 from ..measure import Interleaved, Timing, Work
 from ..ops._cases import Case, Maker, OpCases
-from ..testing import all_cases, compare
-from . import _peers
-from ._ceilings import Ceilings
-from ._numbers import LARGEST, relative
-from ._worker import Worker, WorkFailed, described
+from ..testing import all_cases, compare, relative
+from . import peers
+from .ceilings import Ceilings, short
+from .numbers import LARGEST
+from .results import Row
+from .worker import Worker, described
 
+# By device, where none are asked for.
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float16)}
+BATCHES = {"cpu": (1, 8), "cuda": (32, 256, 1)}
 Makers = Mapping[str, Callable[[], Work]]
 
 
 @dataclass
 class Prepared:
-    """A piece of work, ready to be timed: its variants, the least bytes that it moves, its floating-point operations, and what
-    was counted of it (launches, traffic, memory), for the row. `captures` are variants that are made and timed after all others, because
-    one that fails leaves its process unfit for more.
-    """
+    """Work ready to be timed: its variants, its least bytes, its floating-point operations, and for the row what was
+    counted of it. `captures` come after all other variants: one that fails leaves its process unfit for more."""
 
     variants: dict[str, Work]
     bytes: int
@@ -44,7 +46,7 @@ class Prepared:
     captures: Makers = field(default_factory=dict)
 
     def add_peers(self, makers: Makers, bound: float) -> None:
-        """Add the peers that can be made and whose result is eager's within `bound`; of the others the row says why they are not there."""
+        """Add the peers that can be made and whose result is eager's within `bound`; of others `absent` says why."""
         eager = self.variants["eager"]()
         for name, make in makers.items():
             try:
@@ -59,7 +61,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Bench(ABC):
-    """One piece of work: what it is, how to check it, and its variants. It can be pickled: it is made ready where it runs."""
+    """One piece of work: what it is, how to check it, and its variants. Pickled, and made ready where it runs."""
 
     dtype: torch.dtype
     device: str
@@ -70,13 +72,8 @@ class Bench(ABC):
 
     @property
     @abstractmethod
-    def labels(self) -> dict[str, Any]:
+    def labels(self) -> Row:
         """What tells this row from others."""
-
-    @property
-    @abstractmethod
-    def room(self) -> str:
-        """Rows of one room share a process."""
 
     @abstractmethod
     def check(self) -> None:
@@ -90,7 +87,12 @@ class Bench(ABC):
     def name(self) -> str:
         return "-".join(str(v) for v in self.labels.values()).replace(" ", "_")
 
-    def run(self, seconds: float, ceilings: Ceilings, check: bool = True) -> dict[str, Any]:
+    @property
+    def room(self) -> str:
+        """Rows of one room share a process: all of an op; a network's row has one of its own."""
+        return self.labels.get("op", self.name)
+
+    def run(self, seconds: float, ceilings: Ceilings, check: bool = True) -> Row:
         """Check, then time for so long; returns the row as JSON. `limit` is in seconds."""
         if check:
             self.check()
@@ -129,16 +131,9 @@ class Bench(ABC):
         return Interleaved(variants, self.device, cold=cold).run(seconds)
 
 
-def measured(worker: Worker, bench: Bench, seconds: float, ceilings: Ceilings, check: bool = True) -> dict[str, Any]:
-    """The bench's row, run in a process of its room's; of one that fails, or loses its process, the row has the `error`."""
-    try:
-        return worker.call(bench.room, bench.run, seconds, ceilings, check)
-    except WorkFailed as error:
-        return {"kind": bench.kind, **bench.labels, "error": str(error)}
-
-
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def measured(worker: Worker, bench: Bench, seconds: float, ceilings: Ceilings, check: bool = True) -> Row:
+    """The bench's row, run in a process of its room's."""
+    return worker.row({"kind": bench.kind, **bench.labels}, bench.room, bench.run, seconds, ceilings, check)
 
 
 def op_benches(
@@ -151,7 +146,7 @@ def op_benches(
     only: Sequence[str] = (),
     telling: bool = False,
 ) -> Iterator[OpBench]:
-    """Every op x real case x batch x dtype, forward and backward; channels_last. `telling`: of each op the two cases that differ most."""
+    """Every op x real case x batch x dtype, forward and backward; channels_last. `telling`: two cases of each op."""
     for batch in batches:
         for op_cases in all_cases():
             if only and op_cases.name not in only:
@@ -164,7 +159,7 @@ def op_benches(
 
 
 def extremes(op_cases: OpCases, cases: Iterable[Case]) -> list[Case]:
-    """The case with the least arithmetic for each byte, of equals the largest; and that with the most, of equals the smallest."""
+    """The cases that differ most: least arithmetic for each byte (of equals the largest), and most (the smallest)."""
 
     def intensity(case: Case) -> tuple[float, int]:
         cost = op_cases.cost(case, 4)
@@ -185,13 +180,13 @@ class OpBench(Bench):
     kind = "op"
 
     @property
-    def labels(self) -> dict[str, Any]:
-        of_op = {"op": self.op, "case": self.case.name, "batch": self.case.shape[0]}
-        return {**of_op, "dtype": short(self.dtype), "pass": self.direction}
+    def labels(self) -> Row:
+        case = {"op": self.op, "case": self.case.name, "batch": self.case.shape[0]}
+        return {**case, "dtype": short(self.dtype), "pass": self.direction}
 
     @property
-    def room(self) -> str:
-        return self.op
+    def backward(self) -> bool:
+        return self.direction == "backward"
 
     @property
     def _cases(self) -> OpCases:
@@ -202,38 +197,37 @@ class OpBench(Bench):
         """The GPU's backends that implement the op here: each is a variant of its own there."""
         if self.device == "cpu":
             return []
-        decides = self._cases.decides
-        return [b for b in ("native", "triton") if _backends.status(b, self.device).on and _library.has_kernel(decides, b, self.device)]
+        on = [b for b in ("native", "triton") if _backends.status(b, self.device).on]
+        return [b for b in on if _library.has_kernel(self._cases.decides, b, self.device)]
 
     def check(self) -> None:
-        backward = self.direction == "backward"
+        where = f"{self.op}, {self.case.name}, {short(self.dtype)}"
+        options: dict[str, Any] = {"device": self.device, "backward": self.backward}
         for chosen in (self.backend, *self._by_name):
-            for comparison in compare(self._cases, self.case, chosen, self.dtype, device=self.device, backward=backward):
-                assert comparison.ok, f"{self.op}, {self.case.name}, {short(self.dtype)}, {chosen or 'auto'}: {comparison}"
+            for comparison in compare(self._cases, self.case, chosen, self.dtype, **options):
+                assert comparison.ok, f"{where}, {chosen or 'auto'}: {comparison}"
 
     def make(self) -> Prepared:
-        op_cases, backward = self._cases, self.direction == "backward"
-        cost = op_cases.cost(self.case, self.dtype.itemsize)
-        variants = {"eager": self._variant(op_cases.op, backend="reference"), "fused": self._variant(op_cases.op, backend=self.backend)}
-        variants |= {name: self._variant(op_cases.op, backend=name) for name in self._by_name}
-        counts = (cost.backward_bytes, cost.backward_flops) if backward else (cost.forward_bytes, cost.forward_flops)
-        work = Prepared(variants, *counts)
-        library = _peers.library_call(op_cases.name, self.device)
-        if library is not None and not backward:
-            work.add_peers({"library": lambda: self._variant(library)}, LARGEST[self.dtype])
+        op_cases = self._cases
+        backends = {"eager": "reference", "fused": self.backend, **{name: name for name in self._by_name}}
+        variants = {name: self._variant(op_cases.op, backend=backend) for name, backend in backends.items()}
+        cost = vars(op_cases.cost(self.case, self.dtype.itemsize))
+        work = Prepared(variants, cost[f"{self.direction}_bytes"], cost[f"{self.direction}_flops"])
+        if self.op in ("conv1x1_bias_relu", "conv_bias_relu") and not self.backward:
+            work.add_peers({"library": lambda: self._variant(peers.fused_convolution)}, LARGEST[self.dtype])
         for name in self.compilers:
-            if (peer := _peers.COMPILERS[name]).of == "eager":
-                variants[name] = self._variant(torch.compile(op_cases.op, mode=peer.mode), backend="reference")
+            of, mode = peers.COMPILERS[name]
+            if of == "eager":
+                variants[name] = self._variant(torch.compile(op_cases.op, mode=mode), backend="reference")
         return work
 
     def _variant(self, function: Callable[..., Tensor], **chosen: Any) -> Work:
-        backward = self.direction == "backward"
-        args, kwargs = self._cases.make(self.case, Maker(self.dtype, device=self.device, grad=backward))
+        args, kwargs = self._cases.make(self.case, Maker(self.dtype, device=self.device, grad=self.backward))
 
         def forward() -> Tensor:
             return function(*args, **kwargs, **chosen)
 
-        if not backward:
+        if not self.backward:
             return torch.no_grad()(forward)
         leaves = leaves_of((args, kwargs))
         result = forward()

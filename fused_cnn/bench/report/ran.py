@@ -1,19 +1,19 @@
-"""What has run on a GPU: for each op, backend, dtype and architecture which GPU, when, and whether the kernels' sources are still those.
+"""What has run on a GPU: for each op, backend, dtype and architecture the GPU, the day, and whether it is stale.
 
-Evidence is a test run on a GPU (tests/conftest.py writes what passed and what failed) or a benchmark that checked its numbers first. A run
-of the tests that left some out says `without` what.
+Evidence is a test run on a GPU (tests/conftest.py writes what passed and what failed) or a benchmark that checked its
+numbers first. A run of the tests that left some out says `without` what.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from .. import _library, _sources
-from ..ops._cases import OpCases
-from ..testing import all_cases
-from ._result_tables import Row, Table
+from ... import _library, _sources
+from ...ops._cases import OpCases
+from ...testing import all_cases
+from ..results import Result
+from .tables import Cells, Table
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = {"native": ("float64", "float32", "float16", "bfloat16"), "triton": ("float32", "float16", "bfloat16")}
@@ -31,7 +31,7 @@ class Run:
     passed: bool
 
 
-def evidence(results: Iterable[Mapping[str, Any]]) -> dict[Key, Run]:
+def evidence(results: Iterable[Result]) -> dict[Key, Run]:
     """The latest run of each kernel among saved results."""
     rooms = {cases.name: cases.room for cases in all_cases()}
     found: dict[Key, Run] = {}
@@ -40,34 +40,35 @@ def evidence(results: Iterable[Mapping[str, Any]]) -> dict[Key, Run]:
             continue
         for op, backend, dtype, passed in _kernels(result):
             device = result["device_name"].partition(",")[0]
-            source = result["sources"][backend][rooms[op]]
+            sources = result["sources"][backend]
+            source = sources[rooms[op] if rooms[op] in sources else op]  # saved when the room had the op's own name
             key = (op, backend, dtype, result["arch"])
             before = found.get(key)
-            # A failed test stands until that test passes: neither a run that left it out, nor a benchmark of these sources, clears it.
-            left_out = "without" in result or (result["kind"] != "tests" and before is not None and before.source == source)
-            if before is not None and left_out:
+            # A failed test stands until that test passes: neither a run that left it out, nor a benchmark of these
+            # sources, clears it.
+            tested = result["kind"] == "tests"
+            if before is not None and ("without" in result or (not tested and before.source == source)):
                 passed = passed and before.passed
             found[key] = Run(device, result["date"][:10], source, passed)
     return found
 
 
-def _kernels(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, bool]]:
+def _kernels(result: Result) -> Iterator[tuple[str, str, str, bool]]:
     if result["kind"] == "tests":
         yield from ((r["op"], r["backend"], r["dtype"], r["passed"]) for r in result["ran"])
     elif result["kind"] == "bench" and result.get("checked", True):
         for row in result["rows"]:
             if row["kind"] == "op":
-                yield from ((row["op"], b, row["dtype"], True) for b in ("native", "triton") if b in row.get("times", {}))
+                yield from ((row["op"], b, row["dtype"], True) for b in DTYPES if b in row.get("times", {}))
 
 
-def table(results: Iterable[Mapping[str, Any]], current: Mapping[str, Mapping[str, str | None]] | None = None) -> Table:
-    """A row for each op, backend and group of dtypes in one state; architectures without evidence share a column. `current` are the
-    sources' hashes now."""
+def table(results: Iterable[Result]) -> Table:
+    """A row for each op, backend and group of dtypes in one state; architectures without evidence share a column."""
     runs = evidence(results)
     seen = sorted({architecture for *_, architecture in runs})
     others = [a for a in ARCHITECTURES if a not in seen]
-    now = _sources.hashes("cuda") if current is None else current
-    rows: list[Row] = []
+    now = _sources.hashes("cuda")
+    rows: list[Cells] = []
     for cases in all_cases():
         for backend, dtypes in DTYPES.items():
             if not _exists(cases, backend):

@@ -1,7 +1,8 @@
-"""Who else does the work: torch.compile, CUDA graphs, the libraries' own fused calls, ONNX Runtime and OpenVINO.
+"""Who else does the work: torch.compile, CUDA graphs, oneDNN's and cuDNN's fused calls, ONNX Runtime and OpenVINO.
 
-Each function makes one peer's variant of a piece of work at its best: weights frozen where the peer can, its own memory layout, all of
-PyTorch's threads. ONNX Runtime and OpenVINO are optional (`pip install fused_cnn[peers]`) and take the unfused network as ONNX.
+Each function makes one peer's variant of a piece of work at its best: weights frozen where the peer can, its own memory
+layout, all of PyTorch's threads. ONNX Runtime and OpenVINO are optional (`pip install fused_cnn[peers]`) and take the
+unfused network as ONNX.
 """
 
 from __future__ import annotations
@@ -13,32 +14,30 @@ import importlib.util
 import io
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..measure import Work
-from ..ops._conv import pair
-from ._common import require
+from ..ops._conv import IntPair, pair
+from .errors import require
 
 INSTALL = "`pip install fused_cnn[peers]`"
 OURS = ("fused", "fused graph", "fused compile", "native", "triton")  # every other variant is a peer
 
 
-class Compiler(NamedTuple):
-    """torch.compile of the eager or of the fused network, in one of its modes."""
-
-    of: str
-    mode: str | None
-
-
-COMPILERS = {"compile": Compiler("eager", None), "fused compile": Compiler("fused", None), "autotune": Compiler("eager", "max-autotune")}
+# torch.compile: of the eager or of the fused network, and in which mode.
+COMPILERS: dict[str, tuple[str, str | None]] = {
+    "compile": ("eager", None),
+    "fused compile": ("fused", None),
+    "autotune": ("eager", "max-autotune"),
+}
 
 
 def compiled(model: nn.Module, mode: str | None, work_of: Callable[[nn.Module], Work], *, frozen: bool) -> Work:
-    """torch.compile of a copy, compiled; frozen: with weights made part of the program. torch.compiler.reset() must not follow before its
-    last call, which would compile it again, unfrozen."""
+    """torch.compile of a copy, compiled; frozen: with weights made part of the program. torch.compiler.reset() must not
+    follow before its last call, which would compile it again, unfrozen."""
     import torch._inductor.config as config
 
     work = work_of(torch.compile(copy.deepcopy(model), mode=mode))  # type: ignore[arg-type]
@@ -48,12 +47,13 @@ def compiled(model: nn.Module, mode: str | None, work_of: Callable[[nn.Module], 
 
 
 def graphed(work: Work) -> Work:
-    """The work captured as a CUDA graph; its tensors stay where they are, so each replay does it again. A capture that fails leaves
-    PyTorch's stream, allocator and generator of random numbers in it: what runs later in that process fails, too.
+    """The work captured as a CUDA graph; its tensors stay where they are, so each replay does it again. A capture that
+    fails leaves PyTorch's stream, allocator and generator of random numbers in it: what runs later in that process
+    fails, too.
 
-    Warm-up and capture share a stream: autograd adds to a parameter's gradient on the stream where that parameter was first used, and
-    outside of the capture's it may not. Graphs of earlier steps, which remember theirs, must therefore be gone: PyTorch does not collect
-    them itself.
+    Warm-up and capture share a stream: autograd adds to a parameter's gradient on the stream where that parameter was
+    first used, and outside of the capture's it may not. Graphs of earlier steps, which remember theirs, must therefore
+    be gone: PyTorch does not collect them itself.
     """
     gc.collect()
     stream = torch.cuda.Stream()
@@ -63,42 +63,41 @@ def graphed(work: Work) -> Work:
             work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # autograd's threads may allocate meanwhile
+    # Autograd's threads may allocate meanwhile, which a capture in the global mode forbids.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         out = work()
 
-    def replay(_graph: torch.cuda.CUDAGraph = graph) -> object:
-        _graph.replay()
+    def replay() -> object:
+        graph.replay()
         return out
 
     return replay
 
 
-def library_call(op: str, device: str) -> Callable[..., Tensor] | None:
-    """The library's own fused convolution with the arguments of ours, weights as they are: oneDNN's on a CPU, cuDNN's on a GPU."""
-    return {"cpu": _onednn, "cuda": _cudnn}[device] if op in ("conv1x1_bias_relu", "conv_bias_relu") else None
-
-
-def _geometry(given: dict[str, Any]) -> tuple[list[int], list[int], list[int], int]:
-    stride, padding, dilation = (list(pair(given.get(k, d))) for k, d in (("stride", 1), ("padding", 0), ("dilation", 1)))
-    return padding, stride, dilation, given.get("groups", 1)
-
-
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, *, relu: bool = True, **given: Any) -> Tensor:
-    padding, stride, dilation, groups = _geometry(given)
-    after = "relu" if relu else "none"
-    op = torch.ops.mkldnn._convolution_pointwise
+def fused_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    *,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    relu: bool = True,
+) -> Tensor:
+    """oneDNN's fused convolution on a CPU, cuDNN's on a GPU, with the arguments of ours and weights as they are."""
+    strides, padded, dilated = (list(pair(value)) for value in (stride, padding, dilation))
+    if x.is_cuda:
+        if not relu:
+            raise NotImplementedError("cuDNN's fused calls end in a ReLU")
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, weight, bias, strides, padded, dilated, groups)
+        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, strides, padded, dilated, groups)
+    op, geometry = torch.ops.mkldnn._convolution_pointwise, (padded, strides, dilated, groups)
     if residual is None:
-        return op(x, weight, bias, padding, stride, dilation, groups, after, [], "")
-    return op.binary(x, residual, weight, bias, padding, stride, dilation, groups, "add", 1.0, after if relu else None, [], "")
-
-
-def _cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, *, relu: bool = True, **given: Any) -> Tensor:
-    padding, stride, dilation, groups = _geometry(given)
-    if not relu:
-        raise NotImplementedError("cuDNN's fused calls end in a ReLU")
-    if residual is None:
-        return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
-    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride, padding, dilation, groups)
+        return op(x, weight, bias, *geometry, "relu" if relu else "none", [], "")
+    return op.binary(x, residual, weight, bias, *geometry, "add", 1.0, "relu" if relu else None, [], "")
 
 
 class Exported:
@@ -140,7 +139,7 @@ class Exported:
 
 
 def runtimes(model: nn.Module, images: Tensor) -> dict[str, Callable[[], Work]]:
-    """What makes ONNX Runtime's variant (float32 alone: its CPU kernels know no bfloat16) and OpenVINO's, where they are installed."""
+    """What makes ONNX Runtime's (float32 alone: its CPU kernels know no bfloat16) and OpenVINO's, where installed."""
     at_hand = {name for name in ("onnxruntime", "openvino", "onnxscript") if importlib.util.find_spec(name)}
     wanted = at_hand & ({"onnxruntime", "openvino"} if images.dtype == torch.float32 else {"openvino"})
     if "onnxscript" not in at_hand or not wanted or images.device.type != "cpu":
