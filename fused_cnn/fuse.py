@@ -1,7 +1,8 @@
 """fuse_(model) swaps the blocks that it knows for fused ones, in place; unfuse_(model) puts them back.
 
-One recursive walk: a child whose class is in a table is replaced by what the table's builder returns, over the very same parameters and
-buffers; all else is walked into. A network whose stem sits at its top level keeps its identity and gets a class of its own.
+One recursive walk: a child whose class is in a table is replaced by what the table's builder returns, over the very
+same parameters and buffers; all else is walked into. A network whose stem sits at its top level keeps its identity and
+gets a class of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from ._backends import BACKENDS, outlook
-from .adapters import full_name, tables
+from .adapters import BLOCKS, NETWORKS
+from .adapters._common import full_name
 from .nn import BasicBlock, Bottleneck, FusedModule, ResidualStage
 
 Filter = Callable[[str, nn.Module], bool]
@@ -31,32 +33,31 @@ class Entry:
 
 @dataclass
 class FusionReport:
-    """What fuse_ did: `fused` and `skipped` list one Entry for each block that was looked at; `runs` says which backend will run on the
-    model's device, and what is missing for a better one."""
+    """What fuse_ did: `fused` and `skipped` list one Entry for each block that was looked at; `runs` says which backend
+    will run on the model's device, and what is missing for a better one."""
 
     fused: list[Entry] = field(default_factory=list)
     skipped: list[Entry] = field(default_factory=list)
     runs: str = ""
 
     def __str__(self) -> str:
-        rows = [("fused", e.name, e.module, e.reason) for e in self.fused]
+        rows = [("", "name", "module", "reason")]
+        rows += [("fused", e.name, e.module, e.reason) for e in self.fused]
         rows += [("skipped", e.name, e.module, e.reason) for e in self.skipped]
-        rows = [("", "name", "module", "reason"), *rows]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = ["  ".join((*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3])) for row in rows]
+        width = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = ["  ".join((*map(str.ljust, row, width), row[3])).rstrip() for row in rows]
         head = f"{len(self.fused)} fused, {len(self.skipped)} skipped"
-        return "\n".join((head, *([self.runs] if self.runs else []), *(line.rstrip() for line in lines)))
+        return "\n".join((head, *([self.runs] if self.runs else []), *lines))
 
 
 def _restore_swapped(mixin: type[FusedModule], base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
-    swapped = _swapped_class(mixin, base)
-    module = swapped.__new__(swapped)
+    module = nn.Module.__new__(_swapped_class(mixin, base))
     module.__setstate__(state)
     return module
 
 
 def _swapped_class(mixin: type[FusedModule], base: type[nn.Module]) -> type[nn.Module]:
-    """`base` with the mixin's forward: the class that a fused network's instance takes on. It pickles by its two parents."""
+    """`base` with the mixin's forward: the class that a fused network's instance gets. It pickles by its parents."""
 
     def reduce(self: FusedModule, protocol: int) -> tuple[Any, ...]:
         return _restore_swapped, (mixin, base, self.__getstate__())
@@ -70,8 +71,8 @@ def fuse_(
 ) -> FusionReport:
     """Swap the blocks of `model` for fused ones, in place: same parameters, same names, same numbers.
 
-    What is not fully understood is left as it is: a subclass of a known block, hooks on an inner module, an activation other than ReLU,
-    squeeze-and-excitation, anti-aliasing, drop-path. Hooks on a block itself are kept.
+    What is not fully understood is left as it is: a subclass of a known block, hooks on an inner module, an activation
+    other than ReLU, squeeze-and-excitation, anti-aliasing, drop-path. Hooks on a block itself are kept.
 
     Args:
         model: a torchvision or timm model, one that contains their blocks, or fused_cnn's own models made with
@@ -90,84 +91,76 @@ def fuse_(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None (auto), got {backend!r}")
     weight = next(chain(model.parameters(), model.buffers()), None)
     report = FusionReport(runs="" if weight is None else outlook(backend, weight.device))
-    _Walk(backend, filter_fn, report).visit(model)
+    _Walk(backend, filter_fn, report).visit("", model)
     if strict and not report.fused:
         raise ValueError(f"fuse_: nothing in {type(model).__name__} could be fused\n{report}")
     return report
 
 
+@dataclass
 class _Walk:
-    def __init__(self, backend: str | None, filter_fn: Filter | None, report: FusionReport) -> None:
-        self.backend, self.filter_fn, self.report = backend, filter_fn, report
-        self.blocks, self.networks = tables()
-        self.made: dict[nn.Module, nn.Module] = {}  # a block that is used twice stays one block
+    backend: str | None
+    filter_fn: Filter | None
+    report: FusionReport
+    made: dict[nn.Module, nn.Module] = field(default_factory=dict)  # a block that is used twice stays one block
 
-    def visit(self, module: nn.Module, prefix: str = "") -> None:
-        if full_name(module) in self.networks and self._wanted(prefix, module):
-            self._swap(prefix, module)
-        elif isinstance(module, ResidualStage) and module.backend == "reference":  # its blocks are what is asked for and reported
+    def visit(self, name: str, module: nn.Module) -> None:
+        """Fuse what is inside the module, and its stem where it is a network that has one."""
+        if full_name(type(module)) in NETWORKS and self._is_wanted(name, module):
+            self._swap(name, module)
+        elif (
+            isinstance(module, ResidualStage) and module.backend == "reference"
+        ):  # its blocks are asked for and reported
             module.backend = self.backend
-        elif isinstance(module, FusedModule) and module.backend == "reference" and self._wanted(prefix, module):
+        elif isinstance(module, FusedModule) and module.backend == "reference" and self._is_wanted(name, module):
             module.backend = self.backend
-            self.report.fused.append(Entry(prefix, type(module).__name__, f"backend {self.backend or 'auto'}"))
+            self.report.fused.append(Entry(name, type(module).__name__, f"backend {self.backend or 'auto'}"))
         for child_name, child in list(module._modules.items()):
-            if child is None:
-                continue
-            name = f"{prefix}.{child_name}" if prefix else child_name
-            made = self._build(name, child)
-            if made is None:
-                self.visit(child, name)
-                made = self._stage(child)
-            if made is not None:
-                module._modules[child_name] = made
+            if child is not None:
+                module._modules[child_name] = self._fused(f"{name}.{child_name}" if name else child_name, child)
 
-    def _wanted(self, name: str, module: nn.Module) -> bool:
-        if self.filter_fn is None or self.filter_fn(name, module):
-            return True
-        self.report.skipped.append(Entry(name, type(module).__name__, "left out by filter_fn"))
-        return False
-
-    def _build(self, name: str, module: nn.Module) -> nn.Module | None:
+    def _fused(self, name: str, module: nn.Module) -> nn.Module:
+        """What takes the module's place: its fused form, or the module itself, with what is inside it fused."""
         if module in self.made:
             return self.made[module]
-        builder = self.blocks.get(full_name(module))
-        if builder is None:
-            self._note_subclass(name, module)
-            return None
-        if not self._wanted(name, module):
-            return module
-        made = builder(module, self.backend)
-        if isinstance(made, str):
-            self.report.skipped.append(Entry(name, type(module).__name__, made))
-            return None
-        self.made[module] = made
-        self.report.fused.append(Entry(name, type(module).__name__, type(made).__name__))
-        return made
-
-    def _stage(self, module: nn.Module) -> nn.Module | None:
-        """Fused blocks in a row, which are more than their sum: no entry of their own in the report."""
-        if module not in self.made:
-            if type(module) is not nn.Sequential or len(module) < 2 or any(type(b) not in (BasicBlock, Bottleneck) for b in module):
-                return None
-            self.made[module] = ResidualStage.from_reference(module, backend=self.backend)
-        return self.made[module]
-
-    def _note_subclass(self, name: str, module: nn.Module) -> None:
-        for parent in type(module).__mro__[1:]:
-            if f"{parent.__module__}.{parent.__qualname__}" in self.blocks:
-                reason = f"a subclass of {parent.__name__}, whose forward may differ"
-                self.report.skipped.append(Entry(name, type(module).__name__, reason))
-                return
+        build = BLOCKS.get(full_name(type(module)))
+        if build is not None:
+            if not self._is_wanted(name, module):
+                return module
+            made = build(module, self.backend)
+            if isinstance(made, nn.Module):
+                self.report.fused.append(Entry(name, type(module).__name__, type(made).__name__))
+                self.made[module] = made
+                return made
+            self._skip(name, module, made)
+        else:
+            parent = next((p for p in type(module).__mro__[1:] if full_name(p) in BLOCKS), None)
+            if parent is not None:
+                self._skip(name, module, f"a subclass of {parent.__name__}, whose forward may differ")
+        self.visit(name, module)
+        blocks = list(module) if type(module) is nn.Sequential else []
+        if len(blocks) > 1 and all(type(b) in (BasicBlock, Bottleneck) for b in blocks):
+            self.made[module] = ResidualStage.from_reference(module, backend=self.backend)  # no entry of its own
+        return self.made.get(module, module)
 
     def _swap(self, name: str, module: nn.Module) -> None:
-        mixin, base = self.networks[full_name(module)], type(module)
-        problem = mixin.problem(module)  # type: ignore[attr-defined]
+        mixin, base = NETWORKS[full_name(type(module))], type(module)
+        problem = mixin.problem(module)
         if problem is not None:
-            self.report.skipped.append(Entry(name or "(stem)", base.__name__, problem))
+            self._skip(name or "(stem)", module, problem)
             return
         module.__class__ = _swapped_class(mixin, base)
         module.backend = self.backend  # type: ignore[assignment]
         self.report.fused.append(Entry(f"{name}.conv1" if name else "conv1", base.__name__, "stem"))
+
+    def _is_wanted(self, name: str, module: nn.Module) -> bool:
+        if self.filter_fn is None or self.filter_fn(name, module):
+            return True
+        self._skip(name, module, "left out by filter_fn")
+        return False
+
+    def _skip(self, name: str, module: nn.Module, reason: str) -> None:
+        self.report.skipped.append(Entry(name, type(module).__name__, reason))
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
@@ -175,22 +168,16 @@ def unfuse_(model: nn.Module) -> nn.Module:
 
     Returns the model itself. fused_cnn's own blocks go back to backend="reference".
     """
-    if isinstance(model, FusedModule):
-        _unswap(model)
+    base = getattr(type(model), "_swapped_from", None)
+    if base is not None:
+        model.__class__ = base
+        model.__dict__.pop("backend")
+        model.__dict__.pop("_cache", None)
+    elif isinstance(model, FusedModule):
+        model.backend = "reference"
     for name, child in list(model._modules.items()):
-        if child is None:
-            continue
         if isinstance(child, FusedModule) and child._original:
             model._modules[name] = child = child.to_reference()
-        unfuse_(child)
+        if child is not None:
+            unfuse_(child)
     return model
-
-
-def _unswap(module: FusedModule) -> None:
-    base = getattr(type(module), "_swapped_from", None)
-    if base is None:
-        module.backend = "reference"
-        return
-    module.__class__ = base
-    module.__dict__.pop("backend")
-    module.__dict__.pop("_cache", None)

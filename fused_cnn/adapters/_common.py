@@ -1,11 +1,23 @@
-"""The checks that torchvision's and timm's builders share. Each returns the reason why a module is left as it is, or None."""
+"""What torchvision's and timm's adapters share: checks, the builder of residual blocks, the ResNet's trunk.
+
+A check returns the reason why a module is left as it is, or None.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
-from ..nn import FusedModule
-from ..nn._base import has_hooks
+from ..nn import BasicBlock, Bottleneck, FusedModule
+from ..nn.fold import has_hooks
+
+Builder = Callable[[nn.Module, "str | None"], "FusedModule | str"]
+
+
+def full_name(kind: type) -> str:
+    """`package.module.Class`."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def pair_problem(module: nn.Module, conv: str, norm: str) -> str | None:
@@ -21,7 +33,7 @@ def pair_problem(module: nn.Module, conv: str, norm: str) -> str | None:
 
 
 def hook_problem(module: nn.Module, *names: str) -> str | None:
-    """Whether an inner module has hooks, which would no longer be called."""
+    """Whether an inner module has hooks, which would not be called."""
     for name in names:
         child = getattr(module, name, None)
         if isinstance(child, nn.Module):
@@ -37,32 +49,41 @@ def relu_problem(module: nn.Module, name: str) -> str | None:
     return None if type(act) is nn.ReLU else f"{name} is {type(act).__name__}, not ReLU"
 
 
-def absent_problem(module: nn.Module, *names: str) -> str | None:
+def absent_problem(module: nn.Module, name: str) -> str | None:
     """Whether an optional part is there, such as squeeze-and-excitation or anti-aliasing, that no fused op computes."""
-    for name in names:
-        part = getattr(module, name, None)
-        if part is not None and not isinstance(part, nn.Identity):
-            return f"has {name} ({type(part).__name__})"
-    return None
+    part = getattr(module, name, None)
+    return None if part is None or isinstance(part, nn.Identity) else f"has {name} ({type(part).__name__})"
 
 
-def first(*problems: str | None) -> str | None:
-    """The first problem that there is."""
-    return next((p for p in problems if p is not None), None)
+def residual_block(kind: type[BasicBlock | Bottleneck], *acts: str, absent: tuple[str, ...] = ()) -> Builder:
+    """Builds `kind` from a module with conv1, bn1, conv2, ..., ReLUs by the names `acts`, and nothing at `absent`."""
+
+    def build(module: nn.Module, backend: str | None) -> FusedModule | str:
+        problems = [absent_problem(module, name) for name in absent]
+        problems += [pair_problem(module, f"conv{i}", f"bn{i}") for i in range(1, kind.num_convs + 1)]
+        problems += [relu_problem(module, name) for name in acts]
+        problems.append(hook_problem(module, *acts, "downsample"))
+        return next(filter(None, problems), None) or kind.from_reference(module, backend=backend)
+
+    return build
 
 
 class ResNetTrunk(FusedModule):
-    """The part that torchvision's and timm's ResNet share by the same names: the stem, fused, the pool and the four stages."""
+    """What torchvision's and timm's ResNet share by name: the stem, which is fused, the pool and the stages."""
 
-    conv1: nn.Module
-    bn1: nn.Module
-    maxpool: nn.Module
-    layer1: nn.Module
-    layer2: nn.Module
-    layer3: nn.Module
-    layer4: nn.Module
+    conv1: nn.Conv2d
+    bn1: nn.BatchNorm2d
+    _stem_act: str  # the name of the activation behind bn1
+
+    @classmethod
+    def problem(cls, module: nn.Module) -> str | None:
+        """Why this network's stem is left as it is, or None."""
+        act = cls._stem_act
+        return pair_problem(module, "conv1", "bn1") or relu_problem(module, act) or hook_problem(module, act)
 
     def trunk(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> the last stage's features."""
-        x = self.maxpool(self.conv_bn(self.conv1, self.bn1, x))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self.conv_bn(self.conv1, self.bn1, x)
+        for name in ("maxpool", "layer1", "layer2", "layer3", "layer4"):
+            x = getattr(self, name)(x)
+        return x

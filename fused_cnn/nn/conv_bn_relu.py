@@ -1,4 +1,4 @@
-"""ConvBNReLU: relu(bn(conv(x))), the unit that GoogLeNet and Inception v3 are built of; torchvision's BasicConv2d by its names."""
+"""ConvBNReLU: relu(bn(conv(x))), the unit of GoogLeNet and Inception v3, by the names of torchvision's BasicConv2d."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from operator import attrgetter
 from torch import Tensor, nn
 
 from ..ops._conv import IntPair
-from ._base import FusedModule
+from .module import FusedModule
 
 
 class ConvBNReLU(FusedModule):
     """relu(bn(conv(x))) as one block. Children: `conv`, and `bn` unless norm=False.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: of the convolution, as in torch.nn.Conv2d.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as torch.nn.Conv2d takes them.
         norm: False leaves BatchNorm out (relu(conv(x) + bias)).
         eps: BatchNorm's.
         relu: False leaves the ReLU out.
@@ -53,9 +53,9 @@ class ConvBNReLU(FusedModule):
         return cls.adopt(module, backend=backend, relu=True)
 
     @property
-    def norm(self) -> nn.Module | None:
+    def norm(self) -> nn.BatchNorm2d | None:
         """The BatchNorm, or None."""
-        return self._modules.get("bn")
+        return self._modules.get("bn")  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv_bn(self.conv, self.norm, x, relu=self.relu)

@@ -1,33 +1,30 @@
-"""Inception: GoogLeNet's block (arXiv 1409.4842, figure 2), with the 1x1 reductions or in the naive form, by torchvision's names."""
+"""Inception: GoogLeNet's block (arXiv 1409.4842, figure 2), reduced or in the naive form, by torchvision's names."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import (
-    BatchNormArgs,
-    bn_relu_concat,
-    concat_bias_relu,
-    inception,
-    pack_inception,
-)
+from ..ops import BatchNormArgs, bn_relu_concat, concat_bias_relu, inception, pack_inception
 from ..ops._conv import autocast, on_16_bytes, pair
-from ._base import FusedModule, fold, has_hooks, understood
 from .conv_bn_relu import ConvBNReLU
+from .fold import can_fold, fold, geometry, has_hooks, is_plain_conv_bn
 from .max_pool2d import MaxPool2d
+from .module import FusedModule
 
-Unit = tuple[nn.Conv2d, nn.BatchNorm2d | None]
+Branch = list[Any]  # its layers, in order
 
 
 class Inception(FusedModule):
     """Parallel 1x1, 3x3 and 5x5 convolutions and a max pool, concatenated along the channels.
 
-    In eval without gradients the whole block is one op; in training each branch's last BatchNorm and ReLU write straight into the
-    concatenation. Children: `branch1`, `branch2`, `branch3`, `branch4`, as torchvision has them.
+    In eval without gradients the whole block is one op; in training each branch's last BatchNorm and ReLU write
+    straight into the concatenation. Children: `branch1`, `branch2`, `branch3`, `branch4`, as torchvision has them.
 
     Args:
         in_channels: of the input.
@@ -38,7 +35,8 @@ class Inception(FusedModule):
         reduce: False makes the naive form (figure 2a): no 1x1 reductions, and the pool is concatenated as it is.
         backend: "reference", "native", or None for the best at hand.
 
-    Input (N, in_channels, H, W) -> output (N, ch1x1 + ch3x3 + ch5x5 + pool_proj, H, W); in the naive form in_channels replaces pool_proj.
+    Input (N, in_channels, H, W) -> output (N, ch1x1 + ch3x3 + ch5x5 + pool_proj, H, W); in the naive form in_channels
+    replaces pool_proj.
     """
 
     def __init__(
@@ -60,16 +58,12 @@ class Inception(FusedModule):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-
-        def conv(inputs: int, outputs: int, kernel: int) -> ConvBNReLU:
-            return ConvBNReLU(
-                inputs, outputs, kernel, padding=kernel // 2, bias=bias, norm=norm, eps=eps, backend=backend
-            )
+        conv = partial(ConvBNReLU, bias=bias, norm=norm, eps=eps, backend=backend)
 
         def branch(reduced: int, outputs: int, kernel: int) -> nn.Sequential:
-            if not reduce:
-                return nn.Sequential(conv(in_channels, outputs, kernel))
-            return nn.Sequential(conv(in_channels, reduced, 1), conv(reduced, outputs, kernel))
+            reduction = [conv(in_channels, reduced, 1)] if reduce else []
+            inputs = reduced if reduce else in_channels
+            return nn.Sequential(*reduction, conv(inputs, outputs, kernel, padding=kernel // 2))
 
         self.branch1 = conv(in_channels, ch1x1, 1)
         self.branch2 = branch(ch3x3red, ch3x3, 3)
@@ -82,120 +76,108 @@ class Inception(FusedModule):
     @classmethod
     def from_reference(cls, module: nn.Module, *, backend: str | None = None) -> Inception:
         """The fused form of torchvision's Inception block; its BasicConv2d children are fused too."""
+
+        def fuse(layer: nn.Module) -> nn.Module:
+            kind = MaxPool2d if isinstance(layer, nn.MaxPool2d) else ConvBNReLU
+            return kind.from_reference(layer, backend=backend)
+
         self = cls.adopt(module, backend=backend)
-        for name, branch in module.named_children():
-            if isinstance(branch, nn.Sequential):
-                kinds = (MaxPool2d if isinstance(layer, nn.MaxPool2d) else ConvBNReLU for layer in branch)
-                layers = [kind.from_reference(layer, backend=backend) for kind, layer in zip(kinds, branch, strict=True)]
-                self._modules[name] = _sequential(layers, branch.training)
-            else:
-                self._modules[name] = ConvBNReLU.from_reference(branch, backend=backend)
+        self._modules.update({name: _convert(branch, fuse) for name, branch in module.named_children()})
         return self
 
     def to_reference(self) -> nn.Module:
         """The unfused block, down to its convolutions."""
-        plain = super().to_reference()
-        for name, branch in list(self._modules.items()):
-            if isinstance(branch, nn.Sequential):
-                layers = [layer.to_reference() if isinstance(layer, FusedModule) else layer for layer in branch]
-                plain._modules[name] = _sequential(layers, branch.training)
-            elif isinstance(branch, FusedModule):
-                plain._modules[name] = branch.to_reference()
-        return plain
 
-    def _paths(self) -> list[list[Any]]:
-        return [list(b) if isinstance(b, nn.Sequential) else [b] for b in self.children()]
+        def unfuse(layer: nn.Module) -> nn.Module:
+            return layer.to_reference() if isinstance(layer, FusedModule) else layer
+
+        plain = super().to_reference()
+        plain._modules.update({name: branch and _convert(branch, unfuse) for name, branch in self._modules.items()})
+        return plain
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.recall("block", x)
-        if packed is not None:
+        if packed is not None:  # eval: the whole block is one op
             return inception(autocast(x)[0], *packed, backend=self.backend)
-        paths = self._paths()
-        if self.backend == "reference" or any(map(has_hooks, self.children())) or not all(map(_fusable, paths)):
-            return self._concatenate([branch(x) for branch in self.children()])
-        units: list[Any] = [(layer.conv, layer.norm) for path in paths for layer in path if isinstance(layer, ConvBNReLU)]
-        if _is_whole_block(paths) and self.folds(x, *(m for unit in units for m in unit)):
-            packed = self.remember("block", x, list(self.modules())[1:], lambda: self._pack(units, x))
-            return inception(autocast(x)[0], *packed, backend=self.backend)
-        return self._train(x)
-
-    def _pack(self, units: list[Unit], x: Tensor) -> Any:
+        children = list(self.children())
+        branches = [list(c) if isinstance(c, nn.Sequential) else [c] for c in children]
+        if self.backend == "reference" or any(map(has_hooks, children)) or not all(map(_is_plain, branches)):
+            return torch.cat(_same_size([child(x) for child in children]), 1)
+        convs = [(layer.conv, layer.norm) for branch in branches for layer in branch if isinstance(layer, ConvBNReLU)]
+        if not _is_one_op(branches) or not can_fold(x, convs):
+            return self._forward_train(x, branches)
+        folded = [fold(*pair) for pair in convs]
+        biases = [f.weight.new_zeros(f.weight.size(0)) if f.bias is None else f.bias for f in folded]
         (like,) = autocast(x[:0])
-        folded = [fold(*unit) for unit in units]
-        biases = [w.new_zeros(w.size(0)) if b is None else b for w, b in folded]
-        return pack_inception([w for w, _ in folded], biases, like=like, backend=self.backend)
+        packed = pack_inception([f.weight for f in folded], biases, like=like, backend=self.backend)
+        self.remember("block", x, packed, list(self.modules())[1:])
+        return inception(autocast(x)[0], *packed, backend=self.backend)
 
-    @staticmethod
-    def _run(path: list[Any], x: Tensor) -> Tensor:
-        for layer in path:
-            x = layer(x)
-        return x
-
-    @staticmethod
-    def _check_sizes(branches: list[Tensor]) -> None:
-        sizes = [tuple(b.shape[2:]) for b in branches]
-        for i, size in enumerate(sizes):
-            if size != sizes[0]:
-                raise ValueError(f"Inception: branch{i + 1} gives {size}, but branch1 gives {sizes[0]}: they must agree")
-
-    def _concatenate(self, branches: list[Tensor]) -> Tensor:
-        self._check_sizes(branches)
-        return torch.cat(branches, 1)
-
-    def _train(self, x: Tensor) -> Tensor:
-        """Every branch up to its last convolution, then normalisation, ReLU and the concatenation in one pass."""
-        paths = self._paths()
-        if not all(isinstance(path[-1], ConvBNReLU) for path in paths):  # the naive form's pool
-            return self._concatenate([self._run(path, x) for path in paths])
-        lasts = [path[-1] for path in paths]
-        norms = [last.norm for last in lasts]
-        if any(norm is None for norm in norms):
-            raw = [_without_bias(last.conv, self._run(path[:-1], x)) for path, last in zip(paths, lasts, strict=True)]
-            self._check_sizes(raw)
-            bias = torch.cat([last.conv.bias for last in lasts])
-            return concat_bias_relu(raw, bias.to(raw[0].dtype), backend=self.backend)
+    def _forward_train(self, x: Tensor, branches: list[Branch]) -> Tensor:
+        """Raw convolutions, and BatchNorm or bias, ReLU and the concatenation of each branch's last one in one pass."""
+        lasts = [branch[-1] for branch in branches]
         raw = []
-        for path in paths:
-            units = [layer for layer in path if isinstance(layer, ConvBNReLU)]
-            y = self._run(path[: -len(units)], x)  # the pool, where there is one
-            raw.append(self.raw_chain([(unit.conv, unit.norm) for unit in units], y))
-        self._check_sizes(raw)
-        return bn_relu_concat(raw, [BatchNormArgs.of(n) for n in norms], backend=self.backend)
+        if any(last.norm is None for last in lasts):
+            for *before, last in branches:
+                y = on_16_bytes(autocast(_run(before, x))[0])
+                raw.append(F.conv2d(y, last.conv.weight.to(y.dtype), **geometry(last.conv)))
+            bias = torch.cat([last.conv.bias for last in lasts])
+            return concat_bias_relu(_same_size(raw), bias.to(raw[0].dtype), backend=self.backend)
+        for branch in branches:
+            convs = [(layer.conv, layer.bn) for layer in branch if isinstance(layer, ConvBNReLU)]
+            raw.append(self.conv_chain(convs, _run(branch[: -len(convs)], x)))  # behind the pool, where there is one
+        return bn_relu_concat(_same_size(raw), [BatchNormArgs.of(last.bn) for last in lasts], backend=self.backend)
 
 
-def _fusable(path: list[Any]) -> bool:
-    """Whether a branch is what ConvBNReLU means, after at most something else in front, with nobody watching."""
-    first = next((i for i, layer in enumerate(path) if isinstance(layer, ConvBNReLU)), len(path))
-    return not any(map(has_hooks, path)) and all(
-        isinstance(layer, ConvBNReLU) and layer.relu and understood(layer.conv, layer.norm) for layer in path[first:]
+def _is_plain(branch: Branch) -> bool:
+    """Whether a branch ends in what ConvBNReLU means, after at most something else in front, with nobody watching."""
+    first = next((i for i, layer in enumerate(branch) if isinstance(layer, ConvBNReLU)), len(branch))
+    return (
+        first < len(branch)  # the naive form's pool stands alone
+        and not any(map(has_hooks, branch))
+        and all(isinstance(u, ConvBNReLU) and u.relu and is_plain_conv_bn(u.conv, u.norm) for u in branch[first:])
     )
 
 
-def _is_whole_block(paths: list[list[Any]]) -> bool:
-    """Whether the branches are exactly those that the fused op computes: 1x1; 1x1, k x k; 1x1, k x k; 3x3 max pool, 1x1."""
-
-    def same_padded(layer: Any, pointwise: bool) -> bool:
-        conv = layer.conv
-        k = conv.kernel_size[0]
-        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-        return geometry == ((k, k), (1, 1), (k // 2, k // 2), (1, 1), 1) and k % 2 == 1 and (k == 1 or not pointwise)
-
-    if [[isinstance(layer, ConvBNReLU) for layer in path] for path in paths] != [[True], [True] * 2, [True] * 2, [False, True]]:
+def _is_one_op(branches: list[Branch]) -> bool:
+    """Whether the fused op computes exactly these branches: 1x1; 1x1, k x k; 1x1, k x k; 3x3 max pool, 1x1."""
+    kinds = [[isinstance(layer, ConvBNReLU) for layer in branch] for branch in branches]
+    if kinds != [[True], [True, True], [True, True], [False, True]]:
         return False
-    (c1,), (r3, c3), (r5, c5), (pool, proj) = paths
-    if not isinstance(pool, MaxPool2d) or not (all(same_padded(c, True) for c in (c1, r3, r5, proj)) and same_padded(c3, False)):
-        return False
-    window = (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding), pair(pool.dilation))
-    return same_padded(c5, False) and window == ((3, 3), (1, 1), (1, 1), (1, 1))
+    (conv1,), (reduce3, conv3), (reduce5, conv5), (pool, proj) = branches
+    pointwise = [layer.conv for layer in (conv1, reduce3, reduce5, proj)]
+    return (
+        isinstance(pool, MaxPool2d)
+        and [pair(n) for n in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)] == [(3, 3), *[(1, 1)] * 3]
+        and all(conv.kernel_size == (1, 1) for conv in pointwise)
+        and all(map(_keeps_size, [*pointwise, conv3.conv, conv5.conv]))
+    )
 
 
-def _sequential(layers: list[Any], training: bool) -> nn.Sequential:
-    made = nn.Sequential(*layers)
-    made.training = training  # the container's own flag; the layers keep theirs
+def _keeps_size(conv: nn.Conv2d) -> bool:
+    k = conv.kernel_size[0]
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return k % 2 == 1 and shape == ((k, k), (1, 1), (k // 2, k // 2), (1, 1), 1)
+
+
+def _convert(branch: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A branch with its layers converted; a sequence of them keeps its own training flag."""
+    if not isinstance(branch, nn.Sequential):
+        return convert(branch)
+    made = nn.Sequential(*map(convert, branch))
+    made.training = branch.training
     return made
 
 
-def _without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """The convolution alone; its bias is added in the pass that concatenates."""
-    x = on_16_bytes(autocast(x)[0])
-    return F.conv2d(x, conv.weight.to(x.dtype), None, conv.stride, conv.padding, conv.dilation, conv.groups)
+def _run(layers: Branch, x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def _same_size(branches: list[Tensor]) -> list[Tensor]:
+    sizes = [tuple(b.shape[2:]) for b in branches]
+    for i, size in enumerate(sizes):
+        if size != sizes[0]:
+            raise ValueError(f"Inception: branch{i + 1} gives {size}, but branch1 gives {sizes[0]}: they must agree")
+    return branches

@@ -11,7 +11,9 @@ from .._backends import usable
 from .._library import has_kernel
 from ..ops import max_pool2d
 from ..ops._conv import IntPair
-from ._base import FusedModule
+from .module import FusedModule
+
+WINDOW = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
 
 
 class MaxPool2d(FusedModule):
@@ -19,13 +21,13 @@ class MaxPool2d(FusedModule):
 
     Args:
         kernel_size, stride, padding, dilation, ceil_mode: as torch.nn.MaxPool2d takes them.
-        backend: "reference", "native", "triton", or None for the best at hand; PyTorch's pool runs where the one that is named has none
-            for the input's device, as native has on a GPU.
+        backend: "reference", "native", "triton", or None for the best at hand; PyTorch's pool runs where the named one
+            has none for the input's device, as native has on a GPU.
 
     Input (N, C, H, W) -> output (N, C, H', W').
     """
 
-    settings = attrgetter("backend", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
+    settings = attrgetter("backend", *WINDOW)
 
     def __init__(
         self,
@@ -44,13 +46,12 @@ class MaxPool2d(FusedModule):
     @classmethod
     def from_reference(cls, module: nn.Module, *, backend: str | None = None) -> MaxPool2d:
         """The fused form of an nn.MaxPool2d that returns no indices."""
-        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-        return cls.adopt(module, backend=backend, **{name: getattr(module, name) for name in names})
+        return cls.adopt(module, backend=backend, **{name: getattr(module, name) for name in WINDOW})
 
     def forward(self, x: Tensor) -> Tensor:
         window = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
         named = self.backend if self.backend in ("native", "triton") else None
-        missing = named is not None and usable(named, x.device) and not has_kernel("max_pool2d_fwd", named, x.device.type)
+        missing = named and usable(named, x.device) and not has_kernel("max_pool2d_fwd", named, x.device.type)
         if missing or x.dim() != 4 or not x.is_floating_point():  # nn.MaxPool2d takes these too
             return F.max_pool2d(x, *window)
         return max_pool2d(x, *window, backend=self.backend)
