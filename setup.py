@@ -1,9 +1,9 @@
 """Builds the two native libraries: `_C` (C++, CPU; always) and `_C_cuda` (CUDA; where nvcc is found).
 
-Both use only PyTorch's stable ABI, and no Python: the build reads torch's headers from the environment that it installs into and never
-imports torch, so an isolated `pip install -e .` and one with `--no-build-isolation` are the same build, and a library that was built
-elsewhere, of the same sources, is used as it is.
-Reads MAX_JOBS, TORCH_CUDA_ARCH_LIST ("all" for every architecture), FORCE_CUDA (1: required, 0: skipped), CUDA_HOME and CXX.
+Both use only PyTorch's stable ABI, and no Python: the build reads torch's headers from the environment that it installs
+into and never imports torch, so an isolated `pip install -e .` and one with `--no-build-isolation` are the same build,
+and a library that was built elsewhere, of the same sources, is used as it is. Reads MAX_JOBS, TORCH_CUDA_ARCH_LIST
+("all" for every architecture), FORCE_CUDA (1: required, 0: skipped), CUDA_HOME and CXX.
 """
 
 from __future__ import annotations
@@ -63,8 +63,10 @@ def find_torch() -> tuple[Path, str]:
             if tuple(map(int, version.split(".")[:2])) < MIN_TORCH:
                 fail(f"torch {version} is too old: install torch>={'.'.join(map(str, MIN_TORCH))} and run this again")
             return torch, version
-    fail(f"torch is not installed for {sys.executable}: `pip install torch` first, then run this again "
-         "(builds in a separate environment need --no-build-isolation)")
+    fail(
+        f"torch is not installed for {sys.executable}: `pip install torch` first, then run this again "
+        "(builds in a separate environment need --no-build-isolation)"
+    )
 
 
 def find_nvcc() -> str | None:
@@ -85,7 +87,9 @@ def find_cutlass() -> tuple[Path, str] | None:
         header = include / "cutlass" / "version.h"
         if header.is_file():
             text = header.read_text()
-            return include, ".".join(re.search(rf"#define CUTLASS_{part} (\d+)", text)[1] for part in ("MAJOR", "MINOR", "PATCH"))
+            return include, ".".join(
+                re.search(rf"#define CUTLASS_{part} (\d+)", text)[1] for part in ("MAJOR", "MINOR", "PATCH")
+            )
     return None
 
 
@@ -104,13 +108,15 @@ def compilable(nvcc: str) -> set[tuple[int, int]]:
 
 
 def wanted_archs(built: Path) -> str:
-    """What to compile for: what TORCH_CUDA_ARCH_LIST asks for; else what the library was built for before, where that runs on the GPUs
-    at hand; else these GPUs, as far as nvcc knows them; without any, the default."""
+    """What to compile for: what TORCH_CUDA_ARCH_LIST asks for; else what the library was built for before, where that
+    runs on the GPUs at hand; else these GPUs, as far as nvcc knows them; without any, the default."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if asked:
         return ALL_ARCHS if asked == "all" else asked
     before, known = BUILDS["facts_in"](built).get("cuda_archs", ""), compilable(find_nvcc())
-    here = [gpu for gpu in gpus() if not known or gpu in known]  # others, such as one for a display, are left to PyTorch
+    here = [
+        gpu for gpu in gpus() if not known or gpu in known
+    ]  # others, such as one for a display, are left to PyTorch
     if before and all(BUILDS["covers"](before, gpu) for gpu in here):
         return before
     return ";".join(map(BUILDS["arch_for"], here)) or DEFAULT_ARCHS
@@ -181,7 +187,8 @@ def stale(target: Path, depfile: Path) -> bool:
 
 
 class Build(build_ext):
-    """Compiles csrc/ without torch.utils.cpp_extension, which would need torch importable and both CUDA versions equal."""
+    """Compiles csrc/ without torch.utils.cpp_extension, which would need torch importable and both CUDA versions
+    equal."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")).with_suffix(".so"))  # loaded by path, so it carries no Python version
@@ -213,7 +220,9 @@ class Build(build_ext):
             source, name, command = job
             target = objects_dir / name
             objects.append(str(target))
-            plain = source.endswith("cpu_kernels.cpp") or "/gemm/" in source  # made without PyTorch, and so the same for all of them
+            plain = (
+                source.endswith("cpu_kernels.cpp") or "/gemm/" in source
+            )  # made without PyTorch, and so the same for all of them
             line = [*command, *common, *([] if plain else stable), "-c", source, "-o", str(target)]
             stamp = target.with_suffix(".cmd")  # a changed flag rebuilds too
             if stale(target, target.with_suffix(".d")) or not stamp.exists() or stamp.read_text() != str(line):
@@ -231,16 +240,31 @@ class Build(build_ext):
 
     def cpu_jobs(self) -> tuple[dict[str, str], list, list[str], str]:
         compiler = host_compiler()
-        facts = {"sources": SOURCES["library_hash"]("cpu"), "ops": registered("*.cpp"), "cpu_levels": ";".join(CPU_LEVELS)}
-        base = [compiler, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi",
-                "-ffp-contract=fast", "-fno-math-errno"]  # -std=c++20 would otherwise leave fused multiply-adds out
+        facts = {
+            "sources": SOURCES["library_hash"]("cpu"),
+            "ops": registered("*.cpp"),
+            "cpu_levels": ";".join(CPU_LEVELS),
+        }
+        base = [
+            compiler,
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wextra",
+            "-Wno-unknown-pragmas",
+            "-Wno-psabi",
+            "-ffp-contract=fast",
+            "-fno-math-errno",
+        ]  # -std=c++20 would otherwise leave fused multiply-adds out
         jobs = []
         for source in sorted(ROOT.glob("csrc/**/*.cpp")):
             relative = str(source.relative_to(ROOT))
             name = "_".join(source.relative_to(ROOT / "csrc").with_suffix("").parts)
             if source.name == "cpu_kernels.cpp":
-                jobs += [(relative, f"{name}_{level}.o", [*base, *flags, f"-DFUSED_CNN_LEVEL={level}"])
-                         for level, flags in CPU_LEVELS.items()]
+                jobs += [
+                    (relative, f"{name}_{level}.o", [*base, *flags, f"-DFUSED_CNN_LEVEL={level}"])
+                    for level, flags in CPU_LEVELS.items()
+                ]
             elif name != "build_facts":
                 jobs.append((relative, f"{name}.o", base))
         return facts, jobs, [compiler], "a C++20 compiler (g++ >= 11 or clang++ >= 14) is needed"
@@ -251,29 +275,58 @@ class Build(build_ext):
         sources = {path: archs_for(path, arch_list) for path in sorted(ROOT.glob("csrc/**/*.cu"))}
         cutlass = find_cutlass()
         if cutlass is None:
-            print(f"[fused_cnn] CUTLASS's headers were not found: on CUDA 1x1 convolutions will be PyTorch's own with their "
-                  f"epilogue behind them; for ours `pip install --no-deps {BUILDS['CUTLASS']}` and build again", flush=True)
+            print(
+                f"[fused_cnn] CUTLASS's headers were not found: on CUDA 1x1 convolutions will be PyTorch's own with "
+                f"their "
+                f"epilogue behind them; for ours `pip install --no-deps {BUILDS['CUTLASS']}` and build again",
+                flush=True,
+            )
             sources = {path: archs for path, archs in sources.items() if path.parent.name != "gemm"}
-        base = [nvcc, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xptxas=-v",
-                "--expt-relaxed-constexpr", "--extended-lambda", "-lineinfo",
-                *(f"-DFUSED_CNN_GEMM_{name.upper()}={int(any(p.stem.startswith(name) and a for p, a in sources.items()))}"
-                  for name in ("sm80", "sm90a"))]
+        base = [
+            nvcc,
+            "-DUSE_CUDA",
+            "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
+            "-Xptxas=-v",
+            "--expt-relaxed-constexpr",
+            "--extended-lambda",
+            "-lineinfo",
+            *(
+                f"-DFUSED_CNN_GEMM_{name.upper()}={int(any(p.stem.startswith(name) and a for p, a in sources.items()))}"
+                for name in ("sm80", "sm90a")
+            ),
+        ]
         # CUTLASS's assertions in device code are calls, beside which wgmma instructions run one after the other.
         products = ["-isystem", str(cutlass[0]), "-DNDEBUG"] if cutlass else []
-        jobs = [(str(path.relative_to(ROOT)), "_".join(path.relative_to(ROOT / "csrc").with_suffix("").parts) + ".o",
-                 [*base, *(products if path.parent.name == "gemm" else []), *gencode(archs)])
-                for path, archs in sources.items() if archs]
+        jobs = [
+            (
+                str(path.relative_to(ROOT)),
+                "_".join(path.relative_to(ROOT / "csrc").with_suffix("").parts) + ".o",
+                [*base, *(products if path.parent.name == "gemm" else []), *gencode(archs)],
+            )
+            for path, archs in sources.items()
+            if archs
+        ]
         jobs.sort(key=lambda job: "gemm" not in job[0])  # the slowest first
-        facts = {"sources": SOURCES["library_hash"]("cuda"), "ops": registered("*.cu"), "cuda": cuda_version(nvcc), "cuda_archs": arch_list,
-                 "cutlass": cutlass[1] if cutlass else ""}
-        remedy = ("check that nvcc supports every entry of TORCH_CUDA_ARCH_LIST and your host compiler, "
-                  "or set FORCE_CUDA=0 to install the CPU part alone")
+        facts = {
+            "sources": SOURCES["library_hash"]("cuda"),
+            "ops": registered("*.cu"),
+            "cuda": cuda_version(nvcc),
+            "cuda_archs": arch_list,
+            "cutlass": cutlass[1] if cutlass else "",
+        }
+        remedy = (
+            "check that nvcc supports every entry of TORCH_CUDA_ARCH_LIST and your host compiler, "
+            "or set FORCE_CUDA=0 to install the CPU part alone"
+        )
         return facts, jobs, [nvcc, *gencode(arch_list)], remedy
 
 
 def fits(built: dict[str, str], facts: dict[str, str]) -> bool:
-    """Whether a library is what this build would make; made by another nvcc, or with CUTLASS where there is none here, it is as good."""
-    newer = int(built.get("cuda", "0").split(".")[0]) > int(facts.get("cuda", "99").split(".")[0])  # a driver may be too old for it
+    """Whether a library is what this build would make; made by another nvcc, or with CUTLASS where there is none here,
+    it is as good."""
+    newer = int(built.get("cuda", "0").split(".")[0]) > int(
+        facts.get("cuda", "99").split(".")[0]
+    )  # a driver may be too old for it
     same = ["sources", "recipe", "machine", *(name for name in ("cuda_archs", "cutlass") if facts.get(name))]
     return not newer and all(built.get(name) == facts[name] for name in same)
 
@@ -290,8 +343,11 @@ def cuda_version(nvcc: str) -> str:
 
 
 if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
-    fail(f"setuptools {setuptools.__version__} is too old to read pyproject.toml: `pip install 'setuptools>={MIN_SETUPTOOLS}'` and "
-         "run this again, or build without --no-build-isolation")
+    fail(
+        f"setuptools {setuptools.__version__} is too old to read pyproject.toml: `pip install "
+        f"'setuptools>={MIN_SETUPTOOLS}'` and "
+        "run this again, or build without --no-build-isolation"
+    )
 extensions = [Extension("fused_cnn._C", sources=[])]
 if find_nvcc():
     extensions.append(Extension("fused_cnn._C_cuda", sources=[]))

@@ -1,12 +1,12 @@
 """What both suites share: which rows are measured, how long that takes, and one timing routine.
 
-A benchmark checks its numbers and times all its variants in interleaved rounds, in another process, as `fused-cnn bench` does. Of that
-pytest-benchmark's columns show the fused variant's median, with the quartiles as Min and Max, and its JSON file has the whole result for
-`fused-cnn report`.
+A benchmark checks its numbers and times all its variants in interleaved rounds, in another process, as `fused-cnn
+bench` does. Of that pytest-benchmark's columns show the fused variant's median, with the quartiles as Min and Max, and
+its JSON file has the whole result for `fused-cnn report`.
 
-By default the telling rows alone are run, within MINUTES: both networks' inference and training step, at the largest batch and in the
-first dtype, and of each op the two layers that differ most, at the first batch. `--full` runs every row. torch.compile is timed for
-networks alone.
+By default the telling rows alone are run, within MINUTES: both networks' inference and training step, at the largest
+batch and in the first dtype, and of each op the two layers that differ most, at the first batch. `--full` runs every
+row. torch.compile is timed for networks alone.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 class Progress:
-    """A plugin: knows what is to be run and what it took, and says so on the terminal before every row and at both ends."""
+    """A plugin: knows what is to be run and what it took, and says so on the terminal before every row and at both
+    ends."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -99,7 +100,8 @@ class Progress:
             terminal.write_line(text)
 
     def estimate(self, ahead: Counter[str]) -> float:
-        """Seconds that so many rows of each table take, by those measured; a table without any counts as the mean of all."""
+        """Seconds that so many rows of each table take, by those measured; a table without any counts as the mean of
+        all."""
         every = [seconds for taken in self.taken.values() for seconds in taken]
         return sum(n * statistics.mean(self.taken.get(of, every)) for of, n in ahead.items())
 

@@ -1,6 +1,8 @@
-"""GoogLeNet and ResNet-50 on photographs, inference and a training step: eager channels_last, the peers at hand, torch.compile, fused.
+"""GoogLeNet and ResNet-50 on photographs, inference and a training step: eager channels_last, the peers at hand,
+torch.compile, fused.
 
-`pytest benchmarks/test_networks.py --benchmark-only --benchmark-json=out/networks.json`, then `fused-cnn report out/networks.json`.
+`pytest benchmarks/test_networks.py --benchmark-only --benchmark-json=out/networks.json`, then `fused-cnn report
+out/networks.json`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Ops on layers of real networks, forward and backward: eager, oneDNN's or cuDNN's own call, fused; from the cases that the tests use.
+"""Ops on layers of real networks, forward and backward: eager, oneDNN's or cuDNN's own call, fused; from the cases that
+the tests use.
 
 `pytest benchmarks/test_ops.py --benchmark-only --benchmark-json=out/ops.json`, then `fused-cnn report out/ops.json`.
 """

@@ -26,7 +26,9 @@ _keep: list[object] = []  # a torch.library.Library undoes its definitions when 
 class _BeforeTorchvision(importlib.abc.MetaPathFinder):
     """Sees the first import of torchvision, declares its ops, and leaves the finding to the others."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name == "torchvision":
             sys.meta_path.remove(self)
             declare_ops()

@@ -1,7 +1,7 @@
 """What the native libraries were built of and for, and whether that fits a GPU and its driver.
 
-A library's file holds its facts as JSON (csrc/build_facts.cpp), so that they are known without loading it. The build reads this file too:
-it imports nothing that is not Python's own.
+A library's file holds its facts as JSON (csrc/build_facts.cpp), so that they are known without loading it. The build
+reads this file too: it imports nothing that is not Python's own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import json
 import re
 from pathlib import Path
 
-CUTLASS = "nvidia-cutlass==4.2.0.0"  # the wheel whose headers the matrix products are made of; its Python dependencies are not needed
+# The wheel whose headers the matrix products are made of; its Python dependencies are not needed.
+CUTLASS = "nvidia-cutlass==4.2.0.0"
 Capability = tuple[int, int]  # compute capability: (9, 0) is Hopper's
 MARK = re.compile(rb"fused_cnn build facts: (\{[^\0]*\})\0")
 
@@ -30,8 +31,8 @@ def entries(arch_list: str) -> list[str]:
 
 
 def covers(arch_list: str, capability: Capability, ptx: bool = True) -> bool:
-    """Whether code for these architectures runs on a GPU: machine code on its own major version from its minor on (with an `a` on that one
-    alone), PTX, which the driver compiles, on all later ones too."""
+    """Whether code for these architectures runs on a GPU: machine code on its own major version from its minor on (with
+    an `a` on that one alone), PTX, which the driver compiles, on all later ones too."""
     return any(_covers(entry, capability, ptx) for entry in entries(arch_list))
 
 
@@ -40,21 +41,30 @@ def _covers(entry: str, capability: Capability, ptx: bool) -> bool:
     major, minor = (int(part.rstrip("af")) for part in number.split("."))
     if number.endswith("a"):
         return (major, minor) == capability
-    return (major == capability[0] and minor <= capability[1]) or (ptx and entry.endswith("+PTX") and (major, minor) <= capability)
+    return (major == capability[0] and minor <= capability[1]) or (
+        ptx and entry.endswith("+PTX") and (major, minor) <= capability
+    )
 
 
 def arch_for(capability: Capability) -> str:
-    """The entry of TORCH_CUDA_ARCH_LIST that a GPU's own kernels are built by: Hopper's need its architecture-specific instructions."""
+    """The entry of TORCH_CUDA_ARCH_LIST that a GPU's own kernels are built by: Hopper's need its architecture-specific
+    instructions."""
     return "9.0a" if capability == (9, 0) else "{}.{}".format(*capability)
 
 
 def mismatch(facts: dict[str, str], driver: int | None, capability: Capability) -> str:
-    """Why CUDA kernels with these facts cannot run under a driver (13000 is CUDA 13.0; None: unknown) on a GPU; "" where they can."""
+    """Why CUDA kernels with these facts cannot run under a driver (13000 is CUDA 13.0; None: unknown) on a GPU; ""
+    where they can."""
     cuda, archs = facts["cuda"], facts["cuda_archs"]
     if driver is not None and int(cuda.split(".")[0]) > driver // 1000:
-        return f"built with CUDA {cuda}, but the driver supports CUDA {driver // 1000}.{driver % 1000 // 10}: update it, or set CUDA_HOME"
+        supported = f"{driver // 1000}.{driver % 1000 // 10}"
+        return f"built with CUDA {cuda}, but the driver supports CUDA {supported}: update it, or set CUDA_HOME"
     major, minor = (int(part) for part in cuda.split(".")[:2])
-    if covers(archs, capability, ptx=driver is None or driver >= 1000 * major + 10 * minor):  # PTX of a later CUDA it cannot compile
+    if covers(
+        archs, capability, ptx=driver is None or driver >= 1000 * major + 10 * minor
+    ):  # PTX of a later CUDA it cannot compile
         return ""
     name = ".".join(map(str, capability))
-    return f"built for compute capability {archs}, but the GPU has {name}: set TORCH_CUDA_ARCH_LIST={arch_for(capability)}"
+    return (
+        f"built for compute capability {archs}, but the GPU has {name}: set TORCH_CUDA_ARCH_LIST={arch_for(capability)}"
+    )

@@ -1,8 +1,8 @@
 """What may run an op, and which of it does: every op has a list of candidates, and one rule picks.
 
 A candidate is a backend of an op, or a tile of one of its kernels: data, with the predicate under which it may run, the
-architectures that it is for, and the measurement that put it where it stands. Who asks for a backend by name gets it, or
-BackendUnavailable. Otherwise the device's table decides (_tables.py: measured by `tune`, or shipped), and without an
+architectures that it is for, and the measurement that put it where it stands. Who asks for a backend by name gets it,
+or BackendUnavailable. Otherwise the device's table decides (_tables.py: measured by `tune`, or shipped), and without an
 entry the first candidate in order whose predicate holds and that can run here.
 
 Tiles of the CUDA kernels follow the same rule where they are launched (csrc/cuda/gemm/gemm.h lists them; the table's

@@ -18,8 +18,5 @@ def result_format(x: Tensor) -> torch.memory_format:
 def empty_nchw(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     """An uninitialised (N, channels, height, width) tensor in `like`'s result format, dtype and device."""
     return torch.empty(
-        (like.size(0), channels, height, width),
-        dtype=like.dtype,
-        device=like.device,
-        memory_format=result_format(like),
+        (like.size(0), channels, height, width), dtype=like.dtype, device=like.device, memory_format=result_format(like)
     )

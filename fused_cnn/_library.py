@@ -1,8 +1,8 @@
 """One schema and one fake kernel per op, in two namespaces, and the native libraries that implement them.
 
-`fused_cnn::<op>` is native code (C++ on the CPU key, CUDA C++ on the CUDA key); `fused_cnn_triton::<op>` is Triton. The device is a
-dispatch key and the backend is a namespace, so nothing here asks a tensor where it lives. Importing this module loads the
-CPU library, and the CUDA one where torch has CUDA; neither touches a CUDA context.
+`fused_cnn::<op>` is native code (C++ on the CPU key, CUDA C++ on the CUDA key); `fused_cnn_triton::<op>` is Triton. The
+device is a dispatch key and the backend is a namespace, so nothing here asks a tensor where it lives. Importing this
+module loads the CPU library, and the CUDA one where torch has CUDA; neither touches a CUDA context.
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ NAMESPACES = {"native": "fused_cnn", "triton": "fused_cnn_triton"}
 
 _libraries = {backend: torch.library.Library(ns, "DEF") for backend, ns in NAMESPACES.items()}
 _kernels: dict[tuple[str, str], OpOverload] = {}
-_implemented: dict[tuple[str, str, str], bool] = {}  # (op, backend, device type); a table, because torch.compile traces look-ups
+_implemented: dict[
+    tuple[str, str, str], bool
+] = {}  # (op, backend, device type); a table, because torch.compile traces look-ups
 
 
 class NativeLibrary:
-    """The native kernels for one device type: their file, what its build wrote into it, and why it does not load, where it does not.
+    """The native kernels for one device type: their file, what its build wrote into it, and why it does not load, where
+    it does not.
 
-    It needs no Python and of PyTorch the stable ABI alone, so one file serves every Python and every PyTorch from 2.10 on.
+    It needs no Python and of PyTorch the stable ABI alone, so one file serves every Python and every PyTorch from 2.10
+    on.
     """
 
     def __init__(self, file: Path, device_type: str) -> None:
@@ -41,8 +45,9 @@ class NativeLibrary:
         self.error = ""
 
     def load(self) -> None:
-        """Load the library, which registers its kernels. Safe without a GPU and without a CUDA build of torch: what it needs of these it
-        looks up at a kernel's first call. Every other symbol must be there now, not when a call would end the process."""
+        """Load the library, which registers its kernels. Safe without a GPU and without a CUDA build of torch: what it
+        needs of these it looks up at a kernel's first call. Every other symbol must be there now, not when a call would
+        end the process."""
         if not self.file.exists():
             self.error = f"{self.file.name} is not there"
             return
@@ -63,7 +68,8 @@ cuda = NativeLibrary(Path(__file__).with_name("_C_cuda.so"), "cuda")
 
 
 def define(schema: str, fake: Callable[..., Any]) -> None:
-    """Declare an op, such as `add_relu_fwd(Tensor x, Tensor residual) -> Tensor`, with its fake kernel, for every backend."""
+    """Declare an op, such as `add_relu_fwd(Tensor x, Tensor residual) -> Tensor`, with its fake kernel, for every
+    backend."""
     name = schema.partition("(")[0]
     for backend, library in _libraries.items():
         library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
@@ -73,7 +79,8 @@ def define(schema: str, fake: Callable[..., Any]) -> None:
 
 
 def define_triton(room: str, *names: str) -> None:
-    """Register `fused_cnn.ops.<room>.triton.<name>` for each name; the module, and Triton, are imported at the first call."""
+    """Register `fused_cnn.ops.<room>.triton.<name>` for each name; the module, and Triton, are imported at the first
+    call."""
 
     def lazy(name: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -103,7 +110,8 @@ def op_names() -> list[str]:
 
 
 def cpu_level() -> str:
-    """The instruction set that the CPU kernels use: generic, avx2, avx512, avx512_bf16 or amx; "" where they are not loaded."""
+    """The instruction set that the CPU kernels use: generic, avx2, avx512, avx512_bf16 or amx; "" where they are not
+    loaded."""
     if cpu.loaded is None:
         return ""
     cpu.loaded.fused_cnn_cpu_level.restype = ctypes.c_char_p
@@ -112,8 +120,8 @@ def cpu_level() -> str:
 
 
 def set_cpu_level(name: str) -> bool:
-    """Use a lower instruction set from now on, for tests and counts; False where this processor lacks it. Packed weights do not carry
-    over."""
+    """Use a lower instruction set from now on, for tests and counts; False where this processor lacks it. Packed
+    weights do not carry over."""
     if cpu.loaded is None:
         return False
     cpu.loaded.fused_cnn_set_cpu_level.restype = ctypes.c_bool
@@ -123,9 +131,9 @@ def set_cpu_level(name: str) -> bool:
 def conv_work(
     x_shape: Sequence[int], out_channels: int, *geometry: Sequence[int], bfloat16: bool, in_place: bool
 ) -> tuple[int, int]:
-    """What the native CPU convolution does in the form in which it runs (Winograd's or direct): the bytes that it reads of its packed
-    weight, which may hold both forms, and the floating-point operations of its products. `geometry` is kernel, stride, padding and
-    dilation, (h, w) each; `in_place`: the result is added to what lies where it goes."""
+    """What the native CPU convolution does in the form in which it runs (Winograd's or direct): the bytes that it reads
+    of its packed weight, which may hold both forms, and the floating-point operations of its products. `geometry` is
+    kernel, stride, padding and dilation, (h, w) each; `in_place`: the result is added to what lies where it goes."""
     assert cpu.loaded is not None
     pairs = [(ctypes.c_int64 * 2)(*pair) for pair in geometry]
     flags = (ctypes.c_bool(bfloat16), ctypes.c_bool(in_place))

@@ -26,8 +26,8 @@ def files_under(folder: Path) -> list[Path]:
 
 
 def _serves(path: Path, device: str) -> bool:
-    """Whether a file of csrc/ is part of a device's native kernels. csrc/cpu and csrc/cuda are one device's; in the rooms `cpu*` is the
-    CPU's and `.cu` and `.cuh` are CUDA's; other headers are both's."""
+    """Whether a file of csrc/ is part of a device's native kernels. csrc/cpu and csrc/cuda are one device's; in the
+    rooms `cpu*` is the CPU's and `.cu` and `.cuh` are CUDA's; other headers are both's."""
     top = path.relative_to(CSRC).parts[0]
     if top in ("cpu", "cuda"):
         return top == device
@@ -65,5 +65,7 @@ def hashes(device: str) -> dict[str, dict[str, str | None]]:
     rooms = sorted(p.name for p in (PACKAGE / "ops").iterdir() if (p / "op.py").is_file())
     found: dict[str, dict[str, str | None]] = {"native": {room: kernel_hash(room, "native", device) for room in rooms}}
     if device == "cuda":
-        found["triton"] = {r: kernel_hash(r, "triton", device) for r in rooms if (PACKAGE / "ops" / r / "triton.py").is_file()}
+        found["triton"] = {
+            r: kernel_hash(r, "triton", device) for r in rooms if (PACKAGE / "ops" / r / "triton.py").is_file()
+        }
     return found

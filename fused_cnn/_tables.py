@@ -1,10 +1,10 @@
 """What was measured on a device, and where it is kept.
 
-A table holds two kinds of answer for one device. `choices`: the backend of a public op's call. `tiles`: a kernel's tiles
-for one problem size. It is JSON. The measured one lies in the cache folder (FUSED_CNN_CACHE_DIR, or ~/.cache/fused_cnn),
-in a file of its own for each device, driver, torch, Triton and state of the kernels' sources: what was measured
-elsewhere, or before a change, is never found. Tables that ship with the package (fused_cnn/tables/) hold for a device
-and the sources.
+A table holds two kinds of answer for one device. `choices`: the backend of a public op's call. `tiles`: a kernel's
+tiles for one problem size. It is JSON. The measured one lies in the cache folder (FUSED_CNN_CACHE_DIR, or
+~/.cache/fused_cnn), in a file of its own for each device, driver, torch, Triton and state of the kernels' sources: what
+was measured elsewhere, or before a change, is never found. Tables that ship with the package (fused_cnn/tables/) hold
+for a device and the sources.
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ class Table:
 
     def to_json(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         kinds = {"choices": self.choices, "tiles": self.tiles}
-        return {"version": VERSION, **facts, **{name: {repr(k): v for k, v in in_order(kind)} for name, kind in kinds.items()}}
+        return {
+            "version": VERSION,
+            **facts,
+            **{name: {repr(k): v for k, v in in_order(kind)} for name, kind in kinds.items()},
+        }
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], wanted: Mapping[str, Any]) -> Table:
@@ -75,7 +79,8 @@ def in_order(entries: Mapping[Key, Any]) -> list[tuple[Key, Any]]:
 
 @functools.lru_cache
 def source_hash(device_type: str) -> str:
-    """A hash of the sources of a device's kernels: of the Triton files as they are, of the native library as it was built."""
+    """A hash of the sources of a device's kernels: of the Triton files as they are, of the native library as it was
+    built."""
     digest = hashlib.sha256()
     for path in sorted((PACKAGE / "ops").rglob("*triton*.py")):
         digest.update(path.read_bytes())
@@ -113,7 +118,13 @@ def facts(device: torch.device) -> dict[str, Any]:
     except importlib.metadata.PackageNotFoundError:
         triton = None
     name = device_name(device)
-    return {"device": name, "driver": driver(device), "torch": torch.__version__, "triton": triton, "sources": source_hash(device.type)}
+    return {
+        "device": name,
+        "driver": driver(device),
+        "torch": torch.__version__,
+        "triton": triton,
+        "sources": source_hash(device.type),
+    }
 
 
 def cache_dir() -> Path:
@@ -132,15 +143,17 @@ def cache_file(device: torch.device) -> Path:
 
 
 def load(path: Path, wanted: Mapping[str, Any]) -> Table:
-    """The table in a file; an empty one, with a warning, where the file cannot be used. A missing file is no fault, nor is one in a
-    folder that this user may not enter."""
+    """The table in a file; an empty one, with a warning, where the file cannot be used. A missing file is no fault, nor
+    is one in a folder that this user may not enter."""
     try:
         return Table.from_json(json.loads(path.read_text()), wanted)
     except (FileNotFoundError, PermissionError, NotADirectoryError):
         return Table()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        warnings.warn(f"fused_cnn ignores the tuning table {path} ({reason}); `fused-cnn tune` makes it anew", stacklevel=2)
+        warnings.warn(
+            f"fused_cnn ignores the tuning table {path} ({reason}); `fused-cnn tune` makes it anew", stacklevel=2
+        )
         return Table()
 
 
@@ -201,7 +214,11 @@ def _load(device: torch.device) -> Table:
                 _library.choose_gemm_tile(_library.cuda.loaded, chosen, tiles.index(entry["best"]))
     _tables[device] = found
     kinds = {d.type for d in _tables}
-    asks = any(t.choices for t in _tables.values()) or ("cuda" not in kinds and torch.backends.cuda.is_built()) or "cpu" not in kinds
+    asks = (
+        any(t.choices for t in _tables.values())
+        or ("cuda" not in kinds and torch.backends.cuda.is_built())
+        or "cpu" not in kinds
+    )
     return found
 
 

@@ -1,4 +1,5 @@
-"""The arguments of a call, whose tensors lie in tuples, lists, dicts and named tuples: every one of them, and the same with others."""
+"""The arguments of a call, whose tensors lie in tuples, lists, dicts and named tuples: every one of them, and the same
+with others."""
 
 from __future__ import annotations
 

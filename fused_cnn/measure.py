@@ -18,7 +18,9 @@ import torch
 
 MIN_SAMPLE = 1e-3
 CACHE_BYTES = 256 << 20  # more than any device's last-level cache
-HEAD_START = 1_000_000  # cycles, half a millisecond: the host queues the work meanwhile, so that its own time is not measured
+HEAD_START = (
+    1_000_000  # cycles, half a millisecond: the host queues the work meanwhile, so that its own time is not measured
+)
 Work = Callable[[], object]
 
 
@@ -50,8 +52,8 @@ class Interleaved:
     """Variants of one piece of work, timed round by round."""
 
     def __init__(self, variants: Mapping[str, Work], device: torch.device | str = "cpu", *, cold: bool = False) -> None:
-        """Runs every variant a few times, to warm it up and to find how many calls make a sample. `cold` takes samples of one call each,
-        on a GPU with the caches overwritten first and the host ahead of the device."""
+        """Runs every variant a few times, to warm it up and to find how many calls make a sample. `cold` takes samples
+        of one call each, on a GPU with the caches overwritten first and the host ahead of the device."""
         self.variants, self.device = dict(variants), torch.device(device)
         on_gpu = self.device.type == "cuda"
         self.flush = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=device) if cold and on_gpu else None

@@ -80,7 +80,10 @@ def _work(call: _Call, backend: str) -> Callable[[], object]:
 
     def step() -> object:
         enabled = call.autocast is not None
-        with torch.set_grad_enabled(bool(leaves)), torch.autocast(device.type, call.autocast, enabled=enabled, cache_enabled=False):
+        with (
+            torch.set_grad_enabled(bool(leaves)),
+            torch.autocast(device.type, call.autocast, enabled=enabled, cache_enabled=False),
+        ):
             out = call.function(*args, **kwargs, backend=backend)
         return torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True) if leaves else out
 
@@ -116,7 +119,8 @@ def measure_gemm_tiles(work: Callable[[], object], device: torch.device, library
 
 
 def _calls_of(model: Callable[..., Any], example: Sequence[Tensor], train: bool) -> list[_Call]:
-    """Every different call of a public op that the model makes; its buffers, such as running statistics, are left as they were."""
+    """Every different call of a public op that the model makes; its buffers, such as running statistics, are left as
+    they were."""
     buffers = {b: b.clone() for b in model.buffers()} if isinstance(model, nn.Module) else {}
     calls: dict[Key, _Call] = {}
 
@@ -143,11 +147,12 @@ def tune(
     backends: Sequence[str] = BACKENDS,
     say: Callable[[str], None] = lambda text: None,
 ) -> Table:
-    """Measure every candidate for each op that `model` calls on `example`, and remember the fastest in the cache folder.
+    """Measure every candidate for each op that `model` calls on `example`, and remember the fastest in the cache
+    folder.
 
     Args:
-        model: a fused module, or any callable over the ops of fused_cnn; it is run once, with gradients if `train`, else without. A
-            module's buffers are left as they were; what a plain callable changes stays changed.
+        model: a fused module, or any callable over the ops of fused_cnn; it is run once, with gradients if `train`,
+            else without. A module's buffers are left as they were; what a plain callable changes stays changed.
         example: its arguments; their shapes, dtypes and device are what is tuned for.
         train: measure forward and backward, not forward alone.
         backends: the candidates; the library's path ("reference") must be among them.
@@ -156,18 +161,23 @@ def tune(
     While it runs no other thread may call the ops.
 
     Returns:
-        What was measured now. Later calls with backend=None use it, in this process at once and in others from their start.
+        What was measured now. Later calls with backend=None use it, in this process at once and in others from their
+        start.
 
     Raises:
         ValueError: "reference" is not a candidate, or the model calls no op with backend=None.
         OSError: the cache folder cannot be written.
     """
     if "reference" not in backends:
-        raise ValueError(f"tune: the library's path, 'reference', must be among the candidates, got {', '.join(backends)}")
+        raise ValueError(
+            f"tune: the library's path, 'reference', must be among the candidates, got {', '.join(backends)}"
+        )
     device = example[0].device
     calls = _calls_of(model, example, train)
     if not calls:
-        raise ValueError("tune: the model calls no fused op with backend=None on unpacked weights; is it fused, and not compiled?")
+        raise ValueError(
+            "tune: the model calls no fused op with backend=None on unpacked weights; is it fused, and not compiled?"
+        )
     path, found = _tables.cache_file(device), _tables.facts(device)
     _tables.save(path, Table(), found)  # a folder that cannot be written is an error now, not after the measuring
     measured = measuring.table = Table()
@@ -185,6 +195,8 @@ def tune(
 
 def first_shape(key: Key) -> str:
     """The first activation of a choice's key, to be shown."""
-    described = next(v for v in (*key[2], *(v for _, v in key[3])) if isinstance(v, tuple) and v and isinstance(v[0], (str, tuple)))
+    described = next(
+        v for v in (*key[2], *(v for _, v in key[3])) if isinstance(v, tuple) and v and isinstance(v[0], (str, tuple))
+    )
     dtype, shape, layout = described if isinstance(described[0], str) else described[0]
     return f"{'x'.join(map(str, shape))} {dtype} {layout}"

@@ -1,11 +1,12 @@
-"""`make compile-check` and its halves, `make cuda-check` and `make triton-check`: what every GPU kernel costs in registers, spills, stack
-and shared memory, and the instructions that matter, on a machine with or without a GPU.
+"""`make compile-check` and its halves, `make cuda-check` and `make triton-check`: what every GPU kernel costs in
+registers, spills, stack and shared memory, and the instructions that matter, on a machine with or without a GPU.
 
-CUDA kernels are built by the ordinary build where nvcc is found; ptxas's report of that build and the disassembly of its objects are read.
-Triton kernels, those that each room lists in SHIPPED, are compiled offline by the Triton wheel that is first on PYTHONPATH and read with
-its cuobjdump. The check fails where the compiler warned, where an op that a CUDA source registers is not registered, and for a kernel that
-spills to local memory, whose block wants more shared memory than the chip has, that multiplies matrices on sm_90 without wgmma, or that
-only streams activations and does not load and store them 16 bytes at a time. What cannot be checked here is said, with the reason.
+CUDA kernels are built by the ordinary build where nvcc is found; ptxas's report of that build and the disassembly of
+its objects are read. Triton kernels, those that each room lists in SHIPPED, are compiled offline by the Triton wheel
+that is first on PYTHONPATH and read with its cuobjdump. The check fails where the compiler warned, where an op that a
+CUDA source registers is not registered, and for a kernel that spills to local memory, whose block wants more shared
+memory than the chip has, that multiplies matrices on sm_90 without wgmma, or that only streams activations and does not
+load and store them 16 bytes at a time. What cannot be checked here is said, with the reason.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from rich.table import Table
 from fused_cnn import _library, ops
 
 ROOT = Path(__file__).resolve().parents[1]
-# What is compiled where nothing is asked for: bfloat16 has the largest tiles, float32 products of its own, and float16 is as bfloat16.
+# What is compiled where nothing is asked for: bfloat16 has the largest tiles, float32 products of its own, and float16
+# is as bfloat16.
 TRITON_TARGETS = {80: ("bf16",), 90: ("fp32", "bf16"), 100: ("bf16",)}
 PTXAS = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\w+)'.*?"
@@ -89,7 +91,9 @@ def demangled(names: list[str]) -> list[str]:
     tool = shutil.which("c++filt")
     if tool is None or not names:
         return names
-    lines = subprocess.run([tool, "-p"], input="\n".join(names), capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(
+        [tool, "-p"], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     return [re.sub(r"fused_cnn::|\(anonymous namespace\)::", "", line) for line in lines]
 
 
@@ -122,7 +126,9 @@ def wanted(name: str, arch: str) -> tuple[str, ...]:
 def disassembled(tool: str, file: Path) -> dict[tuple[str, str], str]:
     """The machine code of every kernel in an object file, by architecture and mangled name."""
     path = os.pathsep.join((str(Path(tool).parent), os.environ.get("PATH", "")))  # it calls nvdisasm
-    text = subprocess.run([tool, "-sass", file], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}).stdout
+    text = subprocess.run(
+        [tool, "-sass", file], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
+    ).stdout
     found, arch = {}, ""
     for part in re.split(r"(?m)^(?=\s*Function : |arch = )", text):
         head, _, body = part.partition("\n")
@@ -157,13 +163,16 @@ def cuda_kernels(skipped: list[str], broken: list[str]) -> list[Kernel]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         codes = list(pool.map(code_in, objects, logs))
     for file, text, code in zip(objects, logs, codes, strict=True):
-        broken += [f"{file.stem}: {line}" for line in text.splitlines() if "warning" in line or "Performance Loss" in line]
+        broken += [
+            f"{file.stem}: {line}" for line in text.splitlines() if "warning" in line or "Performance Loss" in line
+        ]
         matches = list(PTXAS.finditer(text))
         for m, demangled_name in zip(matches, demangled([m["name"] for m in matches]), strict=True):
             shared = re.search(r"(\d+) bytes smem", m["rest"])
             kernel = Kernel(
                 source=file.stem, name=readable(demangled_name), arch=m["arch"], registers=int(m["registers"]),
-                spilled=int(m["stores"]) + int(m["loads"]), shared=int(shared[1]) if shared else 0, stack=int(m["stack"]),
+                spilled=int(m["stores"]) + int(m["loads"]), shared=int(shared[1]) if shared else 0,
+                stack=int(m["stack"]),
             )  # fmt: skip
             if tool:
                 body = code[m["arch"], m["name"]]
@@ -234,7 +243,9 @@ def compiled(room: str, index: int, target: int, dtype: str, tool: str) -> Kerne
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     registers, stack, shared, local = map(int, RESOURCES.search(text).groups())  # type: ignore[union-attr]
     units = [unit for unit, instruction in MATRIX_UNITS.items() if instruction in kernel.asm["ptx"]]
     matrix = (units or ["none"])[0] if "tt.dot" in kernel.asm["ttir"] else ""
@@ -243,7 +254,17 @@ def compiled(room: str, index: int, target: int, dtype: str, tool: str) -> Kerne
     narrow = bool(shipped.pointers) and not matrix and WIDE_LOAD.search(kernel.asm["ptx"]) is None
     missing = ("load 16",) if narrow else ()
     shared = max(shared, kernel.metadata.shared)
-    return Kernel(f"{room}/triton.py", shipped.label(dtype), f"sm_{target}", registers, stack + local, shared, stack, matrix, missing)
+    return Kernel(
+        f"{room}/triton.py",
+        shipped.label(dtype),
+        f"sm_{target}",
+        registers,
+        stack + local,
+        shared,
+        stack,
+        matrix,
+        missing,
+    )
 
 
 def main() -> int:
@@ -251,7 +272,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also save the table here")
     parser.add_argument("--only", choices=("cuda", "triton"), help="leave the other's kernels out")
     parser.add_argument("--target", type=int, choices=TRITON_TARGETS, help="Triton kernels for this architecture alone")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), action="append", help="Triton kernels in these dtypes alone")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "fp16", "bf16"), action="append", help="Triton kernels in these dtypes alone"
+    )
     arguments = parser.parse_args()
     wanted = {arguments.target: TRITON_TARGETS[arguments.target]} if arguments.target else TRITON_TARGETS
     targets = {target: tuple(arguments.dtype or dtypes) for target, dtypes in wanted.items()}
@@ -270,7 +293,9 @@ def main() -> int:
         console.print(f"skipped: {line}", highlight=False, soft_wrap=True)
     failed = [k for k in kernels if k.faults]
     for k in failed:
-        console.print(f"fails: {k.source}, {k.name} on {k.arch}: {'; '.join(k.faults)}", highlight=False, soft_wrap=True)
+        console.print(
+            f"fails: {k.source}, {k.name} on {k.arch}: {'; '.join(k.faults)}", highlight=False, soft_wrap=True
+        )
     for line in broken:
         console.print(f"fails: {line}", highlight=False, soft_wrap=True)
     triton = version("triton") if importlib.util.find_spec("triton") else None
@@ -280,7 +305,10 @@ def main() -> int:
         rows = [asdict(k) | {"faults": k.faults} for k in kernels]
         document = {"triton": triton, "nvcc": nvcc, "kernels": rows, "broken": broken, "skipped": skipped}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"compile-check: {len(kernels)} kernels compiled (Triton {triton}), {len(failed) + len(broken)} fail, {len(skipped)} skipped")
+    print(
+        f"compile-check: {len(kernels)} kernels compiled (Triton {triton}), {len(failed) + len(broken)} fail, "
+        f"{len(skipped)} skipped"
+    )
     return 1 if failed or broken else 0
 
 

@@ -1,13 +1,15 @@
-"""What a meeting with a GPU should bring, in one call of under nine minutes and without network. `scripts/gpu.sh` starts it:
+"""What a meeting with a GPU should bring, in one call of under nine minutes and without network. `scripts/gpu.sh`
+starts it:
 
     scripts/gpu.sh quick OUTDIR [--wheels DIR]      everything, the most valuable first
     scripts/gpu.sh test,ops OUTDIR [-- ARGUMENTS]   these pieces alone, behind the build; ARGUMENTS go to their commands
     scripts/gpu.sh quick OUTDIR --dry               whatever means something without a GPU, on a small bit of work
 
-Each piece is bounded in time, and none harms another. It ends with a summary of at most 80 lines: what failed, and where the time goes.
-OUTDIR then holds at most 8 files: log.txt; summary.json, how each piece ended; tests, inference, training, ops and kernels.json, which
-`fused-cnn report` reads; and what `fused-cnn tune` measured, as fused_cnn/tables/ takes it. The exit code is 0 where every piece that was
-asked for ran and was green; rows that one of them had no time for are counted in the summary.
+Each piece is bounded in time, and none harms another. It ends with a summary of at most 80 lines: what failed, and
+where the time goes. OUTDIR then holds at most 8 files: log.txt; summary.json, how each piece ended; tests, inference,
+training, ops and kernels.json, which `fused-cnn report` reads; and what `fused-cnn tune` measured, as fused_cnn/tables/
+takes it. The exit code is 0 where every piece that was asked for ran and was green; rows that one of them had no time
+for are counted in the summary.
 """
 
 from __future__ import annotations
@@ -27,7 +29,12 @@ from gpu_summary import summary, tests
 
 MINUTES = 8.75
 SITE = ROOT / "build" / "wheels"  # where wheels are installed to: the machine's own packages stay as they are
-FIRST = ("test_ops", "test_triton", "test_networks", "test_full_size")  # the tests that say most, lest the others take their time
+FIRST = (
+    "test_ops",
+    "test_triton",
+    "test_networks",
+    "test_full_size",
+)  # the tests that say most, lest the others take their time
 NETWORKS = ("--model", "resnet50", "--model", "googlenet", "--dtype", "bfloat16")
 TINY = ("--model", "resnet18", "--size", "64", "--dtype", "float32", "--batch", "2")
 TUNED = [f"{network} --batch {of}" for of in ("256", "256 --train", "32") for network in ("resnet50", "googlenet")]
@@ -54,7 +61,9 @@ def profile(which: str, *arguments: str, variants: Sequence[str], seconds: float
 def preparation(wheels: Path | None) -> list[Piece]:
     """What every other piece needs."""
     missing = missing_wheels(wheels) if wheels else []
-    install = python("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade", "--target", str(SITE), *missing)
+    install = python(
+        "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade", "--target", str(SITE), *missing
+    )
     info = ["bash", "-c", 'nvidia-smi; exec "$@" --json >{folder}/info.json', "info", *cli("info")]
     return [
         *([Piece("wheels", install, 40, dry=install, needed=True)] if missing else []),
@@ -84,7 +93,8 @@ def correctness() -> list[Piece]:
         Piece("smoke triton", [*smoke, "triton"], 120, beside=True),
         Piece("test", [*pytest, "-n", str(workers), *files], 200, "tests", [*pytest, *few], needed=True, beside=True),
         *(Piece(f"sanitize {which}", sanitizer(*which.split()), 200, beside=True) for which in SANITIZED),
-        # Compiling takes longer than there is time; what it makes will lie in torch.compile's cache when it is to be timed.
+        # Compiling takes longer than there is time; what it makes will lie in torch.compile's cache when it is to be
+        # timed.
         *(Piece(f"compile {which}", compiler(which), 200, beside=True) for which in ("inference", "training")),
     ]
 
@@ -92,7 +102,14 @@ def correctness() -> list[Piece]:
 def sanitizer(tool: str, backend: str) -> list[str]:
     work = python("scripts/small_cases.py", "--backend", backend, "--minutes", "{minutes}")
     with_tool = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *work]
-    return ["nice", "-n", "10", "env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *with_tool]  # each tensor with bounds of its own
+    return [
+        "nice",
+        "-n",
+        "10",
+        "env",
+        "PYTORCH_NO_CUDA_MEMORY_CACHING=1",
+        *with_tool,
+    ]  # each tensor with bounds of its own
 
 
 def compiler(which: str) -> list[str]:
@@ -118,7 +135,13 @@ def timings() -> list[Piece]:
         Piece("kernels inference", profile("inference", *NETWORKS, "--batch", "256", variants=every), 30, "kernels"),
         Piece("kernels training", profile("training", *NETWORKS, "--batch", "256", variants=every), 30, "kernels"),
         Piece("host inference", profile("inference", *NETWORKS, "--batch", "1", "--host", variants=two), 15, "kernels"),
-        Piece("host training", profile("training", *NETWORKS, "--batch", "8", "--host", variants=two), 15, "kernels", tiny_host),
+        Piece(
+            "host training",
+            profile("training", *NETWORKS, "--batch", "8", "--host", variants=two),
+            15,
+            "kernels",
+            tiny_host,
+        ),
         Piece("training 32", bench("training", *compiled, "--batch", "32"), 40, "training"),
         Piece("tune", tuner(TUNED, "bfloat16"), 50, dry=tuner(["resnet18 --size 64"], "float32")),
     ]
@@ -126,7 +149,8 @@ def timings() -> list[Piece]:
 
 def tuner(networks: Sequence[str], dtype: str) -> list[str]:
     """One network after the other for as long as there is time; the table keeps what has been measured."""
-    each = 'for network in "$@"; do "$python" -m fused_cnn.cli tune $network --dtype "$dtype" || failed=$?; done; exit "${failed:-0}"'
+    tune = '"$python" -m fused_cnn.cli tune $network --dtype "$dtype"'
+    each = f'for network in "$@"; do {tune} || failed=$?; done; exit "${{failed:-0}}"'
     return ["env", f"python={sys.executable}", f"dtype={dtype}", "bash", "-c", each, "tune", *networks]
 
 
@@ -155,7 +179,9 @@ def capabilities() -> str:
 
 def environment(dry: bool) -> Mapping[str, str]:
     path = [str(ROOT), str(ROOT / "scripts"), str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    threads = {"OMP_NUM_THREADS": "1"} if dry else {}  # where others work, too, as in CI, more would wait for each other
+    threads = (
+        {"OMP_NUM_THREADS": "1"} if dry else {}
+    )  # where others work, too, as in CI, more would wait for each other
     return {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
 
 
@@ -173,10 +199,14 @@ def main() -> int:
     given, more = sys.argv[1:], []
     if "--" in given:
         given, more = given[: given.index("--")], given[given.index("--") + 1 :]
-    parser = argparse.ArgumentParser("scripts/gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "scripts/gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", help="quick, or pieces by name, with commas between them")
     parser.add_argument("outdir", type=Path)
-    parser.add_argument("--wheels", type=Path, help="folder of wheels for packages that the machine lacks, nvidia-cutlass among them")
+    parser.add_argument(
+        "--wheels", type=Path, help="folder of wheels for packages that the machine lacks, nvidia-cutlass among them"
+    )
     parser.add_argument("--minutes", type=float, default=MINUTES, help="end after so long")
     parser.add_argument("--dry", action="store_true", help="on a CPU, on a small bit of work")
     options = parser.parse_args(given)
@@ -190,7 +220,9 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # its pieces end with it, and the summary is still made
-    with Runner(options.outdir.resolve(), 60 * options.minutes, dry=options.dry, environ=environment(options.dry)) as runner:
+    with Runner(
+        options.outdir.resolve(), 60 * options.minutes, dry=options.dry, environ=environment(options.dry)
+    ) as runner:
         runner.say(f"{gpus or 'no GPU'}, {len(pieces)} pieces within {options.minutes:g} minutes")
         interrupted = False
         try:

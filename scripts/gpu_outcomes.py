@@ -1,5 +1,5 @@
-"""pytest plugin (`-p gpu_outcomes --outcomes FILE`): notes each test's outcome at once, a JSON document a line, so that a run that is cut
-off still says what passed and what failed."""
+"""pytest plugin (`-p gpu_outcomes --outcomes FILE`): notes each test's outcome at once, a JSON document a line, so that
+a run that is cut off still says what passed and what failed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ class _Outcomes:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or not report.passed:
             outcome = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
-            self.file.write(json.dumps(outcome | ({"message": _message(report.longrepr)} if report.failed else {})) + "\n")
+            self.file.write(
+                json.dumps(outcome | ({"message": _message(report.longrepr)} if report.failed else {})) + "\n"
+            )
 
 
 def _message(longrepr: Any) -> str:

@@ -1,8 +1,8 @@
-"""Runs pieces of work, one after the other or side by side, and lets none of them harm the others: each has a process group of its own,
-which is ended at its bound with all that it started, and all together have a deadline.
+"""Runs pieces of work, one after the other or side by side, and lets none of them harm the others: each has a process
+group of its own, which is ended at its bound with all that it started, and all together have a deadline.
 
-What they say goes to one log and what they measure to one JSON file for each kind of result. Both are brought up to date every second, so
-that even a kill of this process leaves what was done.
+What they say goes to one log and what they measure to one JSON file for each kind of result. Both are brought up to
+date every second, so that even a kill of this process leaves what was done.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ FIRST_ERROR = re.compile(r"^=+ (?!COMPUTE-SANITIZER)(.+)\n=+ +(at .+)", re.MULTI
 class Piece:
     """One piece of work.
 
-    In `command` {out} is the file for its result, {folder} a folder for whatever else it leaves, {minutes} how long it may take; `dry` is
-    what a dry run does instead, if anything. Those with one `result` add their rows to one file of that
-    name. `seconds` is its share of the time; a `needed` piece may take them whole, however little is then left. Neighbours that stand
-    `beside` each other run at the same time.
+    In `command` {out} is the file for its result, {folder} a folder for whatever else it leaves, {minutes} how long it
+    may take; `dry` is what a dry run does instead, if anything. Those with one `result` add their rows to one file of
+    that name. `seconds` is its share of the time; a `needed` piece may take them whole, however little is then left.
+    Neighbours that stand `beside` each other run at the same time.
     """
 
     name: str
@@ -54,7 +54,8 @@ class Piece:
 
 @dataclass
 class Outcome:
-    """What became of a piece: "ok", "failed", "stopped" at its bound, or "left out"; `why` in words where it is not ok."""
+    """What became of a piece: "ok", "failed", "stopped" at its bound, or "left out"; `why` in words where it is not
+    ok."""
 
     name: str
     state: str = "left out"
@@ -67,13 +68,24 @@ class Outcome:
 class _Process:
     """A piece that runs, and how much of what it says is in the log."""
 
-    def __init__(self, piece: Piece, command: Sequence[str], seconds: float, folder: Path, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, piece: Piece, command: Sequence[str], seconds: float, folder: Path, environ: Mapping[str, str]
+    ) -> None:
         self.piece, self.allowed, self.start = piece, seconds, time.monotonic()
         self.said, self.out = (folder / f"{piece.name}.{end}".replace(" ", "-") for end in ("txt", "json"))
-        for name, value in {"out": self.out, "folder": folder, "minutes": f"{max(seconds - MARGIN, 3) / 60:.3f}"}.items():
+        for name, value in {
+            "out": self.out,
+            "folder": folder,
+            "minutes": f"{max(seconds - MARGIN, 3) / 60:.3f}",
+        }.items():
             command = [argument.replace(f"{{{name}}}", str(value)) for argument in command]
         with open(self.said, "wb") as said:
-            options: dict[str, Any] = {"stdout": said, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "cwd": ROOT}
+            options: dict[str, Any] = {
+                "stdout": said,
+                "stderr": subprocess.STDOUT,
+                "stdin": subprocess.DEVNULL,
+                "cwd": ROOT,
+            }
             self.process = subprocess.Popen(command, env=environ, start_new_session=True, **options)
         self.logged = 0
         self.stopped = False
@@ -134,7 +146,9 @@ class _Process:
 class Runner:
     """Runs pieces into a folder until `seconds` are over, and says on standard output how each ended."""
 
-    def __init__(self, outdir: Path, seconds: float, *, dry: bool = False, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, outdir: Path, seconds: float, *, dry: bool = False, environ: Mapping[str, str] | None = None
+    ) -> None:
         self.outdir, self.dry = outdir, dry
         self.start = time.monotonic()
         self.deadline = self.start + seconds
@@ -167,7 +181,8 @@ class Runner:
         self._log.flush()
 
     def run(self, pieces: Sequence[Piece], after: Callable[[], object] = lambda: None) -> None:
-        """Run them all, and call `after` behind each; what fails, hangs or has no time left is noted, and the next one runs."""
+        """Run them all, and call `after` behind each; what fails, hangs or has no time left is noted, and the next one
+        runs."""
         groups = [list(group) for group in _groups(pieces)]
         try:
             for i, group in enumerate(groups):
@@ -241,7 +256,11 @@ class Runner:
 
     def record(self) -> dict[str, Any]:
         """How every piece ended, as JSON."""
-        return {"dry": self.dry, "seconds": round(self.seconds, 1), "pieces": [asdict(outcome) for outcome in self.outcomes]}
+        return {
+            "dry": self.dry,
+            "seconds": round(self.seconds, 1),
+            "pieces": [asdict(outcome) for outcome in self.outcomes],
+        }
 
 
 def _groups(pieces: Sequence[Piece]) -> Iterator[Iterator[Piece]]:

@@ -29,7 +29,9 @@ def tests(outcomes: Path) -> dict[str, Any]:
     return {
         **Counter(test["outcome"] for test in found),
         "failures": [{"test": test["test"], "message": test["message"]} for test in failed[:MOST_NAMED]],
-        "slowest": [{"test": t["test"], "seconds": t["seconds"]} for t in sorted(found, key=lambda t: -t["seconds"])[:20]],
+        "slowest": [
+            {"test": t["test"], "seconds": t["seconds"]} for t in sorted(found, key=lambda t: -t["seconds"])[:20]
+        ],
     }
 
 
@@ -55,7 +57,11 @@ def _result(path: Path) -> Rows:
 
 
 def _at_most(most: int, lines: Sequence[str]) -> Sequence[str]:
-    return lines if len(lines) <= most else [*lines[: most - 1], f"... and {len(lines) - most + 1} lines more, in the files"]
+    return (
+        lines
+        if len(lines) <= most
+        else [*lines[: most - 1], f"... and {len(lines) - most + 1} lines more, in the files"]
+    )
 
 
 def _pieces(outcomes: Sequence[Outcome]) -> Iterator[str]:
@@ -120,20 +126,26 @@ def _kernels(rows: Rows) -> Iterator[str]:
     for row in rows:
         if row["variant"] in ("fused", "compile") and "host" not in row and row.get("kernels"):
             yield f"{_name(row)}: {row['ms']:.2f} ms, busy {row['busy_ms']:.2f} ms in {row['launches']} launches:"
-            yield "   " + "; ".join(f"{us / 1e3:.2f} ms {n}x {NOISE.sub('', name)[:32]}" for name, n, us in row["kernels"][:3])
+            yield "   " + "; ".join(
+                f"{us / 1e3:.2f} ms {n}x {NOISE.sub('', name)[:32]}" for name, n, us in row["kernels"][:3]
+            )
 
 
 def _host(rows: Rows) -> Iterator[str]:
     """The Python functions that take longest where the host is the limit."""
     for row in rows:
         if row["variant"] == "fused" and row.get("host"):
-            own = "; ".join(f"{seconds * 1e3:.2f} ms {where.rpartition('/')[2][:60]}" for where, _, seconds in row["host"][:2])
+            own = "; ".join(
+                f"{seconds * 1e3:.2f} ms {where.rpartition('/')[2][:60]}" for where, _, seconds in row["host"][:2]
+            )
             yield f"host, {_name(row)}: {row['ms']:.2f} ms, of these {own}"
 
 
 def _ops(rows: Rows) -> Iterator[str]:
     """The ops that lose the most time against their limit."""
-    timed = sorted((row for row in rows if "times" in row), key=lambda row: row["limit"] - row["times"]["fused"]["median"])
+    timed = sorted(
+        (row for row in rows if "times" in row), key=lambda row: row["limit"] - row["times"]["fused"]["median"]
+    )
     if timed:
         yield f"{'slowest ops, us':60}" + "".join(f"{name:>10}" for name in ("limit", *BACKENDS))
     for row in timed[:9]:

@@ -1,9 +1,9 @@
 """`make guard`: holds the project to benchmarks/guard.json, a table of what needs no GPU and no clock to be measured.
 
-For GoogLeNet and ResNet-50: kernel launches, counted bytes of traffic and bytes kept for backward, on the CPU with AVX2's kernels. For
-every GPU kernel, from what `scripts/compile_check.py --json` saved: the most registers, spilled bytes, stack and shared memory that any
-of its instances needs. A number that became larger fails, and so does a kernel that the table does not know or no longer finds;
-`make guard-update` writes the table anew, for a change that is meant.
+For GoogLeNet and ResNet-50: kernel launches, counted bytes of traffic and bytes kept for backward, on the CPU with
+AVX2's kernels. For every GPU kernel, from what `scripts/compile_check.py --json` saved: the most registers, spilled
+bytes, stack and shared memory that any of its instances needs. A number that became larger fails, and so does a kernel
+that the table does not know or no longer finds; `make guard-update` writes the table anew, for a change that is meant.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def models() -> dict[str, Numbers]:
     for name in MODELS:
         options = {"init_weights": False} if name == "googlenet" else {}
         for variant in ("eager", "fused"):
-            network: nn.Module = torchvision.models.get_model(name, weights=None, **options).to(memory_format=torch.channels_last)
+            network: nn.Module = torchvision.models.get_model(name, weights=None, **options).to(
+                memory_format=torch.channels_last
+            )
             if variant == "fused":
                 fuse_(network)
             network.eval()
@@ -66,7 +68,9 @@ def kernels(checks: list[dict[str, Any]]) -> dict[str, dict[str, Numbers]]:
         for kernel in check["kernels"]:
             compiler = f"triton {check['triton']}" if kernel["source"].endswith(".py") else f"nvcc {check['nvcc']}"
             name = re.split(r"[<\s]", kernel["name"])[0]  # without types and tiles
-            row = found.setdefault(compiler, {}).setdefault(f"{kernel['source']}: {name}, {kernel['arch']}", dict.fromkeys(COSTS, 0))
+            row = found.setdefault(compiler, {}).setdefault(
+                f"{kernel['source']}: {name}, {kernel['arch']}", dict.fromkeys(COSTS, 0)
+            )
             for cost in COSTS:
                 row[cost] = max(row[cost], kernel[cost])
     return found
@@ -110,7 +114,11 @@ def written(document: dict[str, Any]) -> str:
 
     def lines(rows: dict[str, Numbers], indent: int) -> str:
         pad = " " * indent
-        return "{\n" + ",\n".join(f"{pad}{json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows.items())) + f"\n{pad[:-2]}}}"
+        return (
+            "{\n"
+            + ",\n".join(f"{pad}{json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows.items()))
+            + f"\n{pad[:-2]}}}"
+        )
 
     compilers = ",\n".join(f"    {json.dumps(c)}: {lines(rows, 6)}" for c, rows in sorted(document["kernels"].items()))
     return f'{{\n  "models": {lines(document["models"], 4)},\n  "kernels": {{\n{compilers}\n  }}\n}}\n'
@@ -134,8 +142,15 @@ def main() -> int:
     for line in worse:
         print(f"worse: {line}")
     kernels_here = sum(map(len, now["kernels"].values()))
-    print(f"guard: compared {len(now['models'])} passes and {kernels_here} kernels of {', '.join(now['kernels']) or 'no compiler'}")
-    print(f"guard: {len(worse)} worse than {TABLE.name}; `make guard-update` accepts them" if worse else "guard: nothing is worse")
+    print(
+        f"guard: compared {len(now['models'])} passes and {kernels_here} kernels of "
+        f"{', '.join(now['kernels']) or 'no compiler'}"
+    )
+    print(
+        f"guard: {len(worse)} worse than {TABLE.name}; `make guard-update` accepts them"
+        if worse
+        else "guard: nothing is worse"
+    )
     return 1 if worse else 0
 
 

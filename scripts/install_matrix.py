@@ -1,7 +1,9 @@
-"""`make install-matrix`: `pip install -e .` as people do it, each way in a copy of this checkout and a virtual environment of its own.
+"""`make install-matrix`: `pip install -e .` as people do it, each way in a copy of this checkout and a virtual
+environment of its own.
 
-With and without nvcc, with and without build isolation, with and without CUTLASS's headers; after each, `fused-cnn info` must say what was
-built, and an op must run. Objects are kept from one way to the next, so the first of each kind takes the time.
+With and without nvcc, with and without build isolation, with and without CUTLASS's headers; after each, `fused-cnn
+info` must say what was built, and an op must run. Objects are kept from one way to the next, so the first of each kind
+takes the time.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-RUN_AN_OP = "import torch, fused_cnn.ops as ops; x = torch.ones(2, 8, 3, 3); assert ops.add_relu(x, -x, backend='native').eq(0).all()"
+RUN_AN_OP = (
+    "import torch, fused_cnn.ops as ops; x = torch.ones(2, 8, 3, 3); "
+    "assert ops.add_relu(x, -x, backend='native').eq(0).all()"
+)
 
 
 def main() -> int:
@@ -40,7 +45,9 @@ def main() -> int:
 
         def pip(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
             command = [python, "-m", "pip", "-q", *arguments]
-            return subprocess.run(command, capture_output=True, text=True, cwd=checkout, env={**os.environ, **variables})
+            return subprocess.run(
+                command, capture_output=True, text=True, cwd=checkout, env={**os.environ, **variables}
+            )
 
         pip("install", "setuptools>=77", "wheel", f"torch=={TORCH}").check_returncode()
         for cuda, headers, isolated in product((False, True), (False, True), (True, False)):
@@ -54,25 +61,43 @@ def main() -> int:
             seconds = time.perf_counter() - start
             built, wrong = "", done.stderr.strip()[-300:] if done.returncode else ""
             if not wrong:
-                info = subprocess.run([venv / "bin" / "fused-cnn", "info", "--json"], capture_output=True, text=True, cwd=folder)
+                info = subprocess.run(
+                    [venv / "bin" / "fused-cnn", "info", "--json"], capture_output=True, text=True, cwd=folder
+                )
                 wrong = info.stderr.strip()[-300:] if info.returncode else ""
                 ran = subprocess.run([python, "-c", RUN_AN_OP], capture_output=True, text=True, cwd=folder)
                 wrong = wrong or (ran.stderr.strip()[-300:] if ran.returncode else "")
                 if not wrong:
                     facts = json.loads(info.stdout)
-                    build, native = facts["build"], {b["device"]: b for b in facts["backends"] if b["backend"] == "native"}
+                    build, native = (
+                        facts["build"],
+                        {b["device"]: b for b in facts["backends"] if b["backend"] == "native"},
+                    )
                     kernels = build["_C_cuda.so"] if cuda else {}
-                    built = f"{kernels['cuda']} for {kernels['cuda_archs']}, CUTLASS {kernels['cutlass'] or 'none'}" if cuda else "none"
+                    built = (
+                        f"{kernels['cuda']} for {kernels['cuda_archs']}, CUTLASS {kernels['cutlass'] or 'none'}"
+                        if cuda
+                        else "none"
+                    )
                     expected = {
                         "the CPU backend is on": native["cpu"]["on"],
                         "the CUDA library is there or not, as asked": isinstance(build["_C_cuda.so"], dict) == cuda,
                         "CUTLASS is named where it was used": bool(kernels.get("cutlass")) == headers,
-                        "a reason why CUDA is off": native["cuda"]["on"] or bool(native["cuda"]["reason"] and native["cuda"]["hint"]),
+                        "a reason why CUDA is off": native["cuda"]["on"]
+                        or bool(native["cuda"]["reason"] and native["cuda"]["hint"]),
                     }
                     wrong = "; ".join(f"not so: {what}" for what, so in expected.items() if not so)
             failed += bool(wrong)
             yes = {True: "yes", False: "no"}
-            table.add_row(yes[cuda], yes[headers], yes[isolated], f"{seconds:.0f}", built, wrong or "ok", style="red" if wrong else None)
+            table.add_row(
+                yes[cuda],
+                yes[headers],
+                yes[isolated],
+                f"{seconds:.0f}",
+                built,
+                wrong or "ok",
+                style="red" if wrong else None,
+            )
     console = Console()
     console.width = max(console.width, 150)
     console.print(table)

@@ -41,7 +41,10 @@ def requirements(python: str, *extras: str) -> list[str]:
     """What pyproject.toml says that the project and these extras need."""
     done = subprocess.run([python, "-c", READ_PROJECT], capture_output=True, text=True, check=True)
     project = json.loads(done.stdout)
-    return [*project["dependencies"], *(needed for extra in extras for needed in project["optional-dependencies"][extra])]
+    return [
+        *project["dependencies"],
+        *(needed for extra in extras for needed in project["optional-dependencies"][extra]),
+    ]
 
 
 def step(text: str) -> None:
@@ -55,7 +58,9 @@ def main(folder: Path) -> None:
         step(f"making {folder}" + (" over this Python's own torch" if shared else ""))
         options = ["--system-site-packages"] if shared else []
         subprocess.run([sys.executable, "-m", "venv", *options, str(folder)], check=True)
-        if shared and sys.prefix != sys.base_prefix:  # a virtual environment's packages are not the system's: they are named one by one
+        if (
+            shared and sys.prefix != sys.base_prefix
+        ):  # a virtual environment's packages are not the system's: they are named one by one
             version = f"python{sys.version_info.major}.{sys.version_info.minor}"
             (folder / "lib" / version / "site-packages" / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
@@ -77,7 +82,10 @@ def main(folder: Path) -> None:
     if version_of(python, "torchvision") is None:
         step("installing torchvision, for its architectures")
         pip("--no-deps", f"torchvision==0.{torch[1] + 15}.*")
-    step("building fused_cnn (MAX_JOBS limits how many compilers run at once), and installing what its tests and commands need")
+    step(
+        "building fused_cnn (MAX_JOBS limits how many compilers run at once), and installing what its tests and "
+        "commands need"
+    )
     with subprocess.Popen([python, "setup.py", "--quiet", "build_ext", "--inplace"]) as build:
         pip(*requirements(python, "verify", "test", "lint"))
     if build.returncode:

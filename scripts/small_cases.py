@@ -1,8 +1,8 @@
 """Runs every op on small work, forward and backward, and names each call that fails.
 
-`--smoke`: one real layer of each op, compared with float64, to see in seconds whether anything is broken. Without it: all small cases in
-each dtype and layout, work for `compute-sanitizer --tool memcheck python scripts/small_cases.py`; numbers are then the tests' business.
-On a GPU where there is one, else on the CPU.
+`--smoke`: one real layer of each op, compared with float64, to see in seconds whether anything is broken. Without it:
+all small cases in each dtype and layout, work for `compute-sanitizer --tool memcheck python scripts/small_cases.py`;
+numbers are then the tests' business. On a GPU where there is one, else on the CPU.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ def small(ops: list[OpCases], backend: str) -> Iterator[Call]:
             for cases in ops:
                 for case in cases.cases:
                     if torch.Size(case.shape).numel() <= LARGEST:
-                        yield f"{cases.name}, {case.name}, {dtype}, {layout}", partial(_call, cases, case, dtype, layout, backend)
+                        yield (
+                            f"{cases.name}, {case.name}, {dtype}, {layout}",
+                            partial(_call, cases, case, dtype, layout, backend),
+                        )
 
 
 def _compare(cases: OpCases, case: Case, dtype: torch.dtype, backend: str) -> None:
@@ -91,7 +94,10 @@ def main() -> None:
             except Exception:
                 print("small_cases: the device is lost, and with it every later call", flush=True)
                 break
-    print(f"small_cases: {made} of {len(calls)} calls of {backend} on {DEVICE}, forward and backward; {len(failed)} failed")
+    print(
+        f"small_cases: {made} of {len(calls)} calls of {backend} on {DEVICE}, forward and backward; {len(failed)} "
+        f"failed"
+    )
     if failed:
         raise SystemExit("\n".join(failed[:10]))
 

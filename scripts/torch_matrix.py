@@ -1,11 +1,12 @@
 """`make torch-matrix`: the native libraries against every PyTorch that the README promises.
 
-For each version the headers come out of its wheel; everything is compiled against them, the CPU part and, where nvcc is, the CUDA part.
-Then, in an environment of its own for each version, every library made, whichever version it was built against, must load and run an op,
-and under TESTED the ops', the modules' and fuse_'s tests run on the CPU. All of it takes an hour on two cores and 10 GB for a while.
+For each version the headers come out of its wheel; everything is compiled against them, the CPU part and, where nvcc
+is, the CUDA part. Then, in an environment of its own for each version, every library made, whichever version it was
+built against, must load and run an op, and under TESTED the ops', the modules' and fuse_'s tests run on the CPU. All of
+it takes an hour on two cores and 10 GB for a while.
 
-`--syntax` is what CI runs: the oldest and the newest version's headers, read by the host compiler for every source that includes them, the
-CUDA ones by way of the stand-in in tests/simt. It takes a minute.
+`--syntax` is what CI runs: the oldest and the newest version's headers, read by the host compiler for every source that
+includes them, the CUDA ones by way of the stand-in in tests/simt. It takes a minute.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def run(command: list[object], cwd: Path = ROOT, **environment: str) -> str:
     """What went wrong, or nothing."""
     text = [os.fspath(part) if isinstance(part, Path) else str(part) for part in command]
     done = subprocess.run(text, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment})
-    return "" if done.returncode == 0 else (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}")
+    return (
+        "" if done.returncode == 0 else (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}")
+    )
 
 
 def unpacked(version: str) -> Path:
@@ -94,7 +97,9 @@ def syntax(version: str) -> list[str]:
     compiler = os.environ.get("CXX") or shutil.which("g++") or "clang++"
     stable = ["-std=c++20", "-fsyntax-only", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", include]
     simt = ["-x", "c++", "-DUSE_CUDA", "-DFUSED_CNN_GEMM_SM80=1", "-DFUSED_CNN_GEMM_SM90A=1", "-Itests/simt"]
-    sources = [p for p in sorted((ROOT / "csrc").rglob("*.c*")) if p.suffix in (".cpp", ".cu") and reads_torch(p, set())]
+    sources = [
+        p for p in sorted((ROOT / "csrc").rglob("*.c*")) if p.suffix in (".cpp", ".cu") and reads_torch(p, set())
+    ]
 
     def check(path: Path) -> str:
         wrong = run([compiler, *stable, *(simt if path.suffix == ".cu" else []), "-Icsrc", path])
@@ -152,7 +157,9 @@ def used(version: str, versions: list[str], checkout: Path) -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("versions", nargs="*", default=VERSIONS, help="of torch; without any, all that are promised")
-    parser.add_argument("--syntax", action="store_true", help="read the oldest's and the newest's headers, build nothing")
+    parser.add_argument(
+        "--syntax", action="store_true", help="read the oldest's and the newest's headers, build nothing"
+    )
     arguments = parser.parse_args()
     if arguments.syntax:
         wrong = [line for version in (arguments.versions[0], arguments.versions[-1]) for line in syntax(version)]

@@ -1,4 +1,5 @@
-"""Shared set-up: Triton's interpreter where there is no GPU, torchvision beside a CPU build of torch, NaN-filled and checked memory."""
+"""Shared set-up: Triton's interpreter where there is no GPU, torchvision beside a CPU build of torch, NaN-filled and
+checked memory."""
 
 import importlib.util
 import json
@@ -21,7 +22,8 @@ torch.backends.cudnn.allow_tf32 = False  # float32's bounds are those of float32
 
 
 def _define_torchvision_ops() -> None:
-    """torchvision's wheels carry ops for CUDA builds of torch only; beside a CPU build its import wants these two declared."""
+    """torchvision's wheels carry ops for CUDA builds of torch only; beside a CPU build its import wants these two
+    declared."""
     try:
         import torchvision  # noqa: F401
     except ImportError:
@@ -40,13 +42,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips what needs a GPU where there is none. Tests that compare an op's backend with float64 say so in their report, which reaches
-    the process that writes the file."""
+    """Skips what needs a GPU where there is none. Tests that compare an op's backend with float64 say so in their
+    report, which reaches the process that writes the file."""
     if DEVICE == "cpu" and item.get_closest_marker("gpu"):
         pytest.skip("needs a GPU")
     params = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
     if params and {"op_cases", "backend", "dtype"} <= params.keys():
-        item.user_properties.append(("ran", (params["op_cases"].name, params["backend"], str(params["dtype"]).removeprefix("torch."))))
+        item.user_properties.append(
+            ("ran", (params["op_cases"].name, params["backend"], str(params["dtype"]).removeprefix("torch.")))
+        )
 
 
 _ran: dict[tuple[str, str, str], bool] = {}
@@ -68,7 +72,10 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         return
     from fused_cnn.bench.facts import facts_of_run
 
-    ran = [{"op": op, "backend": backend, "dtype": dtype, "passed": passed} for (op, backend, dtype), passed in sorted(_ran.items())]
+    ran = [
+        {"op": op, "backend": backend, "dtype": dtype, "passed": passed}
+        for (op, backend, dtype), passed in sorted(_ran.items())
+    ]
     chosen = " and ".join(filter(None, (session.config.option.keyword, session.config.option.markexpr)))
     reasons = [f"tests that are not {chosen!r}"] if chosen else []
     reasons += [f"{len(_lost)} tests that ended their process"] if _lost else []
@@ -113,8 +120,8 @@ def nan_filled_memory() -> Iterator[None]:
 
 @pytest.fixture
 def checked_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The CUDA kernels run on this processor, as a backend "simt": tensors lie in memory whose bounds they are held to, filled with NaN
-    before anybody writes."""
+    """The CUDA kernels run on this processor, as a backend "simt": tensors lie in memory whose bounds they are held to,
+    filled with NaN before anybody writes."""
     simt_backend = importlib.import_module("simt_backend")
     backends = importlib.import_module("fused_cnn._backends")
     if simt_backend.compiler() is None:

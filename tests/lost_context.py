@@ -1,8 +1,8 @@
 """Keeps a lost CUDA context from failing the tests after it.
 
-A kernel that reads where it must not ends its process's context: from then on every call fails, for tests that did nothing wrong. So a test
-ends with a synchronisation, that an error that comes late is still its own; and where the context is lost, so does the process: under xdist
-the worker, which xdist replaces, else the session.
+A kernel that reads where it must not ends its process's context: from then on every call fails, for tests that did
+nothing wrong. So a test ends with a synchronisation, that an error that comes late is still its own; and where the
+context is lost, so does the process: under xdist the worker, which xdist replaces, else the session.
 """
 
 from __future__ import annotations

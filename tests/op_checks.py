@@ -21,12 +21,16 @@ CONVOLUTIONS = [o for o in all_cases() if o.name in ("conv_bias_relu", "conv1x1_
 def check_packed(op_cases: OpCases, case: Case, dtype: torch.dtype, layout: str) -> None:
     """A weight packed once, as modules use it in eval, against the plain convolution in eager and in float64."""
     (x, weight, bias, residual), kwargs = op_cases.make(case, Maker(dtype, layout, grad=False))
-    packed, left = pack_conv(weight, bias, like=x, **{k: kwargs[k] for k in ("stride", "dilation", "groups") if k in kwargs})
+    packed, left = pack_conv(
+        weight, bias, like=x, **{k: kwargs[k] for k in ("stride", "dilation", "groups") if k in kwargs}
+    )
     out = conv_bias_relu(x, packed, left, residual, **kwargs)
     inputs = (x, weight, bias, residual)
     eager = conv_bias_relu(*inputs, **kwargs, backend="reference")
     truth = conv_bias_relu(*(None if t is None else t.double() for t in inputs), **kwargs, backend="reference")
-    comparison = judge("out", out, eager, truth, factor=2, rounding=op_cases.rounding, summation=op_cases.summation, dtype=dtype)
+    comparison = judge(
+        "out", out, eager, truth, factor=2, rounding=op_cases.rounding, summation=op_cases.summation, dtype=dtype
+    )
     assert comparison.ok, (op_cases.name, case.name, dtype, layout, comparison)
     adjacent = x.stride(1) == 1 and x.size(1) > 1
     assert out.is_contiguous(memory_format=torch.channels_last if adjacent else torch.contiguous_format)

@@ -1,8 +1,10 @@
-"""The CUDA kernels on this processor: csrc/*/*.cu, unchanged, compiled by the host compiler against tests/simt, as a backend "simt".
+"""The CUDA kernels on this processor: csrc/*/*.cu, unchanged, compiled by the host compiler against tests/simt, as a
+backend "simt".
 
 CUTLASS's main loops need tensor cores: plain loops stand in for them, and the epilogue behind them is the real one.
 
-`install()` builds the library, once for its sources, and registers it; it changes nothing but the tables of fused_cnn._library.
+`install()` builds the library, once for its sources, and registers it; it changes nothing but the tables of
+fused_cnn._library.
 """
 
 from __future__ import annotations
@@ -118,11 +120,14 @@ def run_broken(room: str, breaks: Mapping[str, tuple[str, str, str]], folder: Pa
     command = [sys.executable, __file__, room, *(str(folder / name) for name in breaks)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     verdicts = {name: folder / name / "verdict" for name in breaks}
-    return {name: path.read_text() if path.exists() else f"no verdict: {done.stderr}" for name, path in verdicts.items()}
+    return {
+        name: path.read_text() if path.exists() else f"no verdict: {done.stderr}" for name, path in verdicts.items()
+    }
 
 
 def main(room: str, folders: Sequence[str]) -> None:
-    """In a process for each folder compare a room's kernels in its csrc with float64, and write down what came of it."""
+    """In a process for each folder compare a room's kernels in its csrc with float64, and write down what came of
+    it."""
     for folder in folders:
         child = os.fork()  # torch's import is the most of what a small room costs
         if child == 0:

@@ -45,18 +45,8 @@ def test_googlenet_paper_rows_are_those_of_table_1(paper_table):
     for name, expected in TABLE_1.items():
         assert tuple(rows[name][column] for column in COLUMNS) == expected
         assert rows[name]["depth"] == 2
-    others = {
-        "conv1": [112, 112, 64],
-        "maxpool1": [56, 56, 64],
-        "conv2": [56, 56, 192],
-        "maxpool2": [28, 28, 192],
-    }
-    others |= {
-        "maxpool3": [14, 14, 480],
-        "maxpool4": [7, 7, 832],
-        "avgpool": [1, 1, 1024],
-        "linear": [1, 1, 1000],
-    }
+    others = {"conv1": [112, 112, 64], "maxpool1": [56, 56, 64], "conv2": [56, 56, 192], "maxpool2": [28, 28, 192]}
+    others |= {"maxpool3": [14, 14, 480], "maxpool4": [7, 7, 832], "avgpool": [1, 1, 1024], "linear": [1, 1, 1000]}
     assert {name: rows[name]["output_size"] for name in others} == others
     assert rows["conv1"]["patch_size"] == "7x7/2" and rows["maxpool4"]["patch_size"] == "3x3/2"
     assert rows["avgpool"]["patch_size"] == "7x7/1" and rows["dropout"]["type"] == "dropout (40%)"

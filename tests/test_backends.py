@@ -22,7 +22,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     monkeypatch.setattr(_backends, "_usable", {})
 
     def machine(
-        facts: dict[str, str] | None = None, capability: tuple[int, int] = (9, 0), driver: int | None = 13000, error: str = "",
+        facts: dict[str, str] | None = None, capability: tuple[int, int] = (9, 0), driver: int | None = 13000,
+        error: str = "",
         triton: bool = True,
     ) -> None:  # fmt: skip
         monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
@@ -83,19 +84,29 @@ def test_a_candidate_that_was_measured_to_be_faster_on_an_architecture_runs_ther
 
 # what is wrong, and what an explicit native says of it
 BROKEN = {
-    "another architecture": ({"capability": (8, 0)}, "built for compute capability 9.0a, but the GPU has 8.0: set TORCH_CUDA_ARCH_LIST=8"),
+    "another architecture": (
+        {"capability": (8, 0)},
+        "built for compute capability 9.0a, but the GPU has 8.0: set TORCH_CUDA_ARCH_LIST=8",
+    ),
     "an old driver": ({"driver": 12080}, "built with CUDA 13.0, but the driver supports CUDA 12.8"),
-    "a library that does not load": ({"error": "undefined symbol: x"}, "the CUDA library does not load: undefined symbol: x"),
+    "a library that does not load": (
+        {"error": "undefined symbol: x"},
+        "the CUDA library does not load: undefined symbol: x",
+    ),
 }
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_build_that_does_not_fit_leaves_the_work_to_triton_and_says_why_when_asked_for(gpu: Callable[..., None], what: str) -> None:
+def test_a_build_that_does_not_fit_leaves_the_work_to_triton_and_says_why_when_asked_for(
+    gpu: Callable[..., None], what: str
+) -> None:
     broken, message = BROKEN[what]
     gpu(**broken)
     assert chosen("add_relu_fwd") == "triton"
     assert chosen("add_relu_fwd", torch.float64) == "reference"  # Triton's kernels compute in float32
-    assert convolution(3) == "reference" and convolution(1) == "triton"  # cuDNN's kernels before Triton's, but for products
+    assert (
+        convolution(3) == "reference" and convolution(1) == "triton"
+    )  # cuDNN's kernels before Triton's, but for products
     assert message in refused("native") and "pip install -e ." in refused("native")
     outlook = _backends.outlook(None, CUDA)
     assert outlook.startswith("triton on cuda:0: Triton kernels; native is off: ") and message in outlook
@@ -117,7 +128,9 @@ def test_a_triton_that_does_not_import_is_off(gpu: Callable[..., None], monkeypa
     assert "Triton does not import: ImportError: libtriton.so: wrong ELF class" in refused("triton")
 
 
-def test_without_what_triton_compiles_its_launcher_with_it_is_off(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_what_triton_compiles_its_launcher_with_it_is_off(
+    gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     looks = _backends._missing_for_triton
     gpu(capability=(8, 0))
     monkeypatch.setattr(_backends, "_missing_for_triton", looks)
@@ -168,17 +181,29 @@ def test_cuda_kernels_run_where_their_architectures_say(capability: tuple[int, i
 def test_a_mismatch_with_driver_or_gpu_is_one_line() -> None:
     assert _builds.mismatch(BUILT, 12080, (9, 0)).startswith("built with CUDA 13.0, but the driver supports CUDA 12.8")
     line = _builds.mismatch(BUILT, 13000, (7, 5))
-    assert line == "built for compute capability 8.0;9.0a;10.0;12.0+PTX, but the GPU has 7.5: set TORCH_CUDA_ARCH_LIST=7.5"
+    assert (
+        line == "built for compute capability 8.0;9.0a;10.0;12.0+PTX, but the GPU has 7.5: set TORCH_CUDA_ARCH_LIST=7.5"
+    )
     assert _builds.mismatch({"cuda": "13.0", "cuda_archs": "9.0a"}, 13010, (10, 0)) != ""
-    assert _builds.mismatch(BUILT, 13000, (13, 0)) == "" and _builds.mismatch({**BUILT, "cuda": "13.2"}, 13000, (12, 0)) == ""
-    assert _builds.mismatch({**BUILT, "cuda": "13.2"}, 13000, (13, 0)) != ""  # PTX of a CUDA that is newer than the driver
+    assert (
+        _builds.mismatch(BUILT, 13000, (13, 0)) == ""
+        and _builds.mismatch({**BUILT, "cuda": "13.2"}, 13000, (12, 0)) == ""
+    )
+    assert (
+        _builds.mismatch({**BUILT, "cuda": "13.2"}, 13000, (13, 0)) != ""
+    )  # PTX of a CUDA that is newer than the driver
     assert _builds.covers("10.0f", (10, 3)) and not _builds.covers("10.0a", (10, 3))
     assert "TORCH_CUDA_ARCH_LIST=9.0a" in _builds.mismatch({"cuda": "13.0", "cuda_archs": "8.0"}, 13000, (9, 0))
 
 
-@pytest.mark.parametrize(("device", "address", "copied"), [("cuda", 4096, False), ("cuda", 4098, True), ("cpu", 4098, False)])
-def test_what_the_librarys_gradients_are_given_on_a_gpu_lies_on_16_bytes(device: str, address: int, copied: bool) -> None:
-    """Native kernels are held to it by the stand-in for a GPU (tests/simt); this is what Triton's and the modules' convolutions ask."""
+@pytest.mark.parametrize(
+    ("device", "address", "copied"), [("cuda", 4096, False), ("cuda", 4098, True), ("cpu", 4098, False)]
+)
+def test_what_the_librarys_gradients_are_given_on_a_gpu_lies_on_16_bytes(
+    device: str, address: int, copied: bool
+) -> None:
+    """Native kernels are held to it by the stand-in for a GPU (tests/simt); this is what Triton's and the modules'
+    convolutions ask."""
 
     class Given:
         def __init__(self) -> None:

@@ -1,4 +1,5 @@
-"""Benchmarks: a row that takes its process with it costs that row alone, and the rows that are run by default are the telling ones."""
+"""Benchmarks: a row that takes its process with it costs that row alone, and the rows that are run by default are the
+telling ones."""
 
 from __future__ import annotations
 
@@ -65,7 +66,9 @@ class Sum(Bench):
 
 def test_a_peer_that_ends_its_process_costs_one_row() -> None:
     with Worker() as worker:
-        first, exits, second, killed = (measured(worker, Sum(peer), 0, CEILINGS) for peer in ("adds", "exits", "adds", "is killed"))
+        first, exits, second, killed = (
+            measured(worker, Sum(peer), 0, CEILINGS) for peer in ("adds", "exits", "adds", "is killed")
+        )
     assert exits["error"] == "its process ended with exit code 7" and exits["peer"] == "exits" and "times" not in exits
     assert killed["error"] == "its process was ended by SIGKILL"
     assert set(first["times"]) == set(second["times"]) == {"eager", "fused", "peer"}
@@ -93,7 +96,9 @@ def test_a_row_is_checked_unless_that_is_left_out(monkeypatch: pytest.MonkeyPatc
 
 def test_a_capture_that_fails_leaves_the_other_variants_times() -> None:
     row = Sum("raises", captured=True).run(0, CEILINGS)
-    assert set(row["times"]) == {"eager", "fused"} and row["absent"] == {"peer": "RuntimeError: Offset increment outside graph capture"}
+    assert set(row["times"]) == {"eager", "fused"} and row["absent"] == {
+        "peer": "RuntimeError: Offset increment outside graph capture"
+    }
     assert set(Sum("adds", captured=True).run(0, CEILINGS)["share_of_limit"]) == {"eager", "fused", "peer"}
 
 
@@ -115,7 +120,9 @@ def test_the_telling_rows_are_few_and_of_every_kind(suite: ModuleType) -> None:
     ops, networks = ([bench for bench in telling if bench.kind == kind] for kind in ("op", "model"))
     assert {bench.op for bench in ops} == {op_cases.name for op_cases in all_cases()}
     assert set(Counter((b.op, b.dtype, b.direction) for b in ops).values()) == {2} and len({b.dtype for b in ops}) == 2
-    assert {(b.model, b.direction) for b in networks} == {(m, d) for m in suite.MODELS for d in ("inference", "training step")}
+    assert {(b.model, b.direction) for b in networks} == {
+        (m, d) for m in suite.MODELS for d in ("inference", "training step")
+    }
     assert all(bench.compilers == ("compile",) for bench in networks) and not any(bench.compilers for bench in ops)
 
 
@@ -140,7 +147,11 @@ def test_pytest_benchmarks_says_what_it_left_out_and_leaves_a_result(suite: Modu
     command += ["-p", "no:cacheprovider", *(f"benchmarks/test_ops.py::test_op[{name}]" for name in chosen)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=kept, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 rows: the telling rows" in done.stdout and "rows to go: 1; " in done.stdout and "with --full, take " in done.stdout
+    assert (
+        "2 rows: the telling rows" in done.stdout
+        and "rows to go: 1; " in done.stdout
+        and "with --full, take " in done.stdout
+    )
     document = json.loads(file.read_text())
     result = load(file)
     assert result is not None and result["left_out"] == 0 and result["more_with_full"]["ops"] > 400

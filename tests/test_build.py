@@ -20,7 +20,8 @@ from fused_cnn import _builds, _library
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ("setup.py", "--quiet", "build_ext", "--inplace")
-RUN = f"import runpy, sys; sys.argv = {list(BUILD)}; runpy.run_path('setup.py', run_name='__main__')"  # after a change by the test
+# After a change by the test.
+RUN = f"import runpy, sys; sys.argv = {list(BUILD)}; runpy.run_path('setup.py', run_name='__main__')"
 
 
 @pytest.fixture
@@ -39,7 +40,11 @@ def tree(tmp_path: Path) -> Path:
 
 def build(tree: Path, *before: str, **environment: str) -> subprocess.CompletedProcess[str]:
     script = [sys.executable, *(before or BUILD)]
-    kept = {k: v for k, v in os.environ.items() if k not in ("CXX", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST", "FORCE_CUDA", "CUDA_HOME")}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("CXX", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST", "FORCE_CUDA", "CUDA_HOME")
+    }
     return subprocess.run(script, cwd=tree, env=kept | environment, capture_output=True, text=True, timeout=300)
 
 
@@ -56,7 +61,9 @@ def test_a_missing_compiler_is_named(tree: Path) -> None:
 
 def test_a_compiler_that_fails_says_what_is_needed(tree: Path) -> None:
     bad = tree / "cxx"
-    bad.write_text('#!/bin/sh\n[ "$1" = --version ] && echo old 1.0 && exit 0\necho "unknown option -std=c++20" >&2; exit 1\n')
+    bad.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo old 1.0 && exit 0\necho "unknown option -std=c++20" >&2; exit 1\n'
+    )
     bad.chmod(0o755)
     line = last_line(build(tree, CXX=str(bad), FORCE_CUDA="0", MAX_JOBS="1"))
     assert line.startswith("fused_cnn: compiling csrc/") and "a C++20 compiler" in line
@@ -101,12 +108,14 @@ FEW = ("conv/cuda_add_relu.cu", "conv/cuda.cu", "cuda/gemm/sm80_bf16.cu", "cuda/
 
 @pytest.fixture
 def fake_tools(tree: Path) -> dict[str, str]:
-    """Compilers that write empty files and note how they were called, in the tree's `calls`; and a few sources alone, to be quick."""
+    """Compilers that write empty files and note how they were called, in the tree's `calls`; and a few sources alone,
+    to be quick."""
     shutil.rmtree(tree / "csrc")
     for name in (*FEW, "build_facts.cpp"):
         (tree / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "csrc" / name, tree / "csrc" / name)
-    script = '#!/bin/sh\necho "$@" >> calls\nfor a; do [ "$last" = -o ] && : > "$a"; last=$a; done\necho "release 13.0, V13.0.1"\n'
+    writes = 'for a; do [ "$last" = -o ] && : > "$a"; last=$a; done'
+    script = f'#!/bin/sh\necho "$@" >> calls\n{writes}\necho "release 13.0, V13.0.1"\n'
     for name in ("cxx", "bin/nvcc"):
         path = tree / name
         path.parent.mkdir(exist_ok=True)
@@ -123,7 +132,8 @@ def test_compilers_share_the_memory_that_can_be_had(tree: Path, limit: str | Non
         "setuptools.setup = lambda **_: None\n"
         "os.sched_getaffinity = lambda _: range(64)\n"
         "read, is_file = pathlib.Path.read_text, pathlib.Path.is_file\n"
-        f"said = {{'/proc/meminfo': 'MemFree: 100 kB\\nMemAvailable: {14 << 20} kB\\n', '/sys/fs/cgroup/memory.max': {limit!r},\n"
+        f"said = {{'/proc/meminfo': 'MemFree: 100 kB\\nMemAvailable: {14 << 20} kB\\n',\n"
+        f"    '/sys/fs/cgroup/memory.max': {limit!r},\n"
         f"    '/sys/fs/cgroup/memory.stat': 'anon {1 << 30}\\nfile {9 << 30}\\n'}}\n"
         "pathlib.Path.read_text = lambda p, *a, **k: said.get(str(p)) or read(p, *a, **k)\n"
         "pathlib.Path.is_file = lambda p: said[str(p)] is not None if str(p) in said else is_file(p)\n"
@@ -157,7 +167,9 @@ def with_gpu(tree: Path, *capabilities: str) -> dict[str, str]:
     return {"PATH": f"{smi.parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def test_without_a_word_the_build_is_for_the_gpu_at_hand_or_for_one_of_each_generation(tree: Path, fake_tools: dict[str, str]) -> None:
+def test_without_a_word_the_build_is_for_the_gpu_at_hand_or_for_one_of_each_generation(
+    tree: Path, fake_tools: dict[str, str]
+) -> None:
     assert archs_built(tree, fake_tools, **with_gpu(tree)) == ["sm_80", "sm_90a", "sm_100", "compute_100"]
     assert archs_built(tree, fake_tools, **with_gpu(tree, "9.0", "9.0")) == ["sm_90a"]
     assert archs_built(tree, fake_tools, **with_gpu(tree, "8.6", "12.0")) == ["sm_86", "sm_120"]
@@ -167,14 +179,18 @@ def test_without_a_word_the_build_is_for_the_gpu_at_hand_or_for_one_of_each_gene
 
 def test_a_gpu_that_nvcc_does_not_know_is_none_to_build_for(tree: Path, fake_tools: dict[str, str]) -> None:
     nvcc = tree / "bin" / "nvcc"
-    nvcc.write_text(nvcc.read_text() + "[ $1 = --list-gpu-arch ] && printf 'compute_80\\ncompute_90\\ncompute_120\\n'; true\n")
+    nvcc.write_text(
+        nvcc.read_text() + "[ $1 = --list-gpu-arch ] && printf 'compute_80\\ncompute_90\\ncompute_120\\n'; true\n"
+    )
     assert archs_built(tree, fake_tools, **with_gpu(tree, "6.1", "9.0")) == ["sm_90a"]
     assert archs_built(tree, fake_tools, **with_gpu(tree, "6.1")) == ["sm_80", "sm_90a", "sm_100", "compute_100"]
 
 
 def pretend(tree: Path, **facts: str) -> None:
     """A CUDA library that a build left: what it says of itself."""
-    (tree / "fused_cnn" / "_C_cuda.so").write_bytes(b"\x7fELF fused_cnn build facts: " + json.dumps(facts).encode() + b"\0")
+    (tree / "fused_cnn" / "_C_cuda.so").write_bytes(
+        b"\x7fELF fused_cnn build facts: " + json.dumps(facts).encode() + b"\0"
+    )
 
 
 def test_a_second_build_keeps_the_architectures_of_the_first(tree: Path, fake_tools: dict[str, str]) -> None:
@@ -185,10 +201,19 @@ def test_a_second_build_keeps_the_architectures_of_the_first(tree: Path, fake_to
         assert archs_built(tree, fake_tools, **with_gpu(tree, *gpus)) == expected
 
 
-def test_a_library_built_elsewhere_of_these_sources_is_kept_and_one_of_others_is_not(tree: Path, fake_tools: dict[str, str]) -> None:
+def test_a_library_built_elsewhere_of_these_sources_is_kept_and_one_of_others_is_not(
+    tree: Path, fake_tools: dict[str, str]
+) -> None:
     recipe = hashlib.sha256((tree / "setup.py").read_bytes()).hexdigest()[:16]
     sources = run_path(str(tree / "fused_cnn" / "_sources.py"))["library_hash"]("cuda")
-    carried = {"sources": sources, "recipe": recipe, "cuda_archs": "9.0a", "cutlass": "", "cuda": "12.9", "machine": platform.machine()}
+    carried = {
+        "sources": sources,
+        "recipe": recipe,
+        "cuda_archs": "9.0a",
+        "cutlass": "",
+        "cuda": "12.9",
+        "machine": platform.machine(),
+    }
     others = ({"sources": "0"}, {"recipe": "0"}, {"cuda_archs": "8.0"}, {"machine": "pdp11"}, {"cuda": "14.0"})
     for changed, kept in (({}, True), *((other, False) for other in others)):
         shutil.rmtree(tree / "build", ignore_errors=True)
@@ -205,7 +230,11 @@ def nvcc_calls(tree: Path, file: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("archs", "hopper", "others"),
-    [("8.0;9.0a", ["sm_90a"], ["sm_80"]), ("9.0a", ["sm_90a"], []), ("8.0;12.0+PTX", [], ["sm_80", "sm_120", "compute_120"])],
+    [
+        ("8.0;9.0a", ["sm_90a"], ["sm_80"]),
+        ("9.0a", ["sm_90a"], []),
+        ("8.0;12.0+PTX", [], ["sm_80", "sm_120", "compute_120"]),
+    ],
 )
 def test_products_are_built_for_their_own_architectures(
     tree: Path, fake_tools: dict[str, str], archs: str, hopper: list[str], others: list[str]
@@ -220,13 +249,19 @@ def test_products_are_built_for_their_own_architectures(
         assert len(calls) == bool(expected)
         assert all(f"code={code}" in call for call in calls for code in expected)
     (room,) = nvcc_calls(tree, "csrc/conv/cuda.cu")
-    assert f"-DFUSED_CNN_GEMM_SM90A={int(bool(hopper))}" in room and f"-DFUSED_CNN_GEMM_SM80={int(bool(others))}" in room
+    assert (
+        f"-DFUSED_CNN_GEMM_SM90A={int(bool(hopper))}" in room and f"-DFUSED_CNN_GEMM_SM80={int(bool(others))}" in room
+    )
 
 
-def test_without_cutlass_the_rest_is_built_and_a_line_says_what_is_missing(tree: Path, fake_tools: dict[str, str]) -> None:
+def test_without_cutlass_the_rest_is_built_and_a_line_says_what_is_missing(
+    tree: Path, fake_tools: dict[str, str]
+) -> None:
     done = build(tree, "-c", f"{WITHOUT_CUTLASS}\n{RUN}", TORCH_CUDA_ARCH_LIST="9.0a", **fake_tools)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "CUTLASS's headers were not found" in done.stdout and "`pip install --no-deps nvidia-cutlass==" in done.stdout
+    assert (
+        "CUTLASS's headers were not found" in done.stdout and "`pip install --no-deps nvidia-cutlass==" in done.stdout
+    )
     assert not nvcc_calls(tree, "csrc/cuda/gemm/sm90a_bf16.cu")
     (room,) = nvcc_calls(tree, "csrc/conv/cuda.cu")
     assert "-DFUSED_CNN_GEMM_SM90A=0" in room
@@ -269,7 +304,9 @@ def test_a_library_needs_no_python() -> None:
         pytest.skip("binutils is not installed")
     for library in (_library.cpu, _library.cuda):
         if library.file.exists():
-            listed = subprocess.run([tool, "-D", "--undefined-only", library.file], capture_output=True, text=True, check=True).stdout
+            listed = subprocess.run(
+                [tool, "-D", "--undefined-only", library.file], capture_output=True, text=True, check=True
+            ).stdout
             wanted = re.findall(r"(?m)^ +[Uw] ([^\s@]+)$", listed)  # what is versioned is the C library's
             strange = [n for n in wanted if n.startswith("Py") or re.match(r"_ZNK?[0-9]*(c10|2at|5torch)", n)]
             assert wanted and not strange, f"{library.file.name} wants {strange}"

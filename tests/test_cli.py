@@ -40,7 +40,11 @@ def test_info_lists_every_backend_with_its_state(capfd: pytest.CaptureFixture[st
         (b, d) for b in ("reference", "native", "triton") for d in ("cpu", "cuda")
     }
     assert all(b["on"] or (b["reason"] and b["hint"]) for b in facts["backends"])
-    assert facts["build"]["_C.so"]["compiler"] and facts["versions"]["torch"] == torch.__version__ and facts["devices"]["cpu"]
+    assert (
+        facts["build"]["_C.so"]["compiler"]
+        and facts["versions"]["torch"] == torch.__version__
+        and facts["devices"]["cpu"]
+    )
 
 
 def test_info_prints_tables(capfd: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +88,9 @@ def test_every_command_takes_json_and_explains_itself(capfd: pytest.CaptureFixtu
     ids=lambda value: " ".join(value).replace("/", "_") if isinstance(value, list) else "",
 )
 @needs_pictures
-def test_what_cannot_be_done_is_one_line_and_exit_code_2(capfd: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(
+    capfd: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
     code, text, errors = run(capfd, *arguments)
     last = errors.strip().splitlines()[-1]
     assert code == 2 and text == ""
@@ -102,7 +108,9 @@ def test_an_internal_error_is_one_line(capfd: pytest.CaptureFixture[str], monkey
         cli.run(["--traceback", "info"])
 
 
-def test_a_missing_package_says_how_to_get_it(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_says_how_to_get_it(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
     code, _, errors = run(capfd, "verify", *SMALL)
     assert code == 2 and "this command needs torchvision" in errors and "make venv" in errors
@@ -153,11 +161,15 @@ def test_report_makes_tables_and_plots_and_updates_marked_text(
     verified: tuple[int, Path], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n<!-- table:verify{SUFFIX} -->\nold\n<!-- /table -->\n<!-- table:ran -->\n<!-- /table -->\nafter\n")
+    page.write_text(
+        f"before\n<!-- table:verify{SUFFIX} -->\nold\n<!-- /table -->\n<!-- table:ran -->\n<!-- /table -->\nafter\n"
+    )
     result = str(verified[1] / "verify.json")
     code, text, _ = run(capfd, "report", result, "--update", str(page), "--out", str(tmp_path), "--json")
     found = json.loads(text)
-    assert code == 0 and found["updated"] == {str(page): ["ran", f"verify{SUFFIX}"]} and Path(found["plots"][0]).exists()
+    assert (
+        code == 0 and found["updated"] == {str(page): ["ran", f"verify{SUFFIX}"]} and Path(found["plots"][0]).exists()
+    )
     assert "| resnet18 |" in page.read_text() and "old" not in page.read_text()
     assert page.read_text().startswith("before\n") and page.read_text().endswith("<!-- /table -->\nafter\n")
 
@@ -170,7 +182,9 @@ def test_report_keeps_tables_that_it_was_not_given(tmp_path: Path) -> None:
 
 
 @needs_pictures
-def test_verify_notices_wrong_numbers(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_verify_notices_wrong_numbers(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     pair_of = numbers.Pair.of.__func__  # type: ignore[attr-defined]
 
     def spoiled(cls: type, model: Any, backend: str | None) -> numbers.Pair:
@@ -194,7 +208,10 @@ def test_bench_saves_rows_that_report_reads(capfd: pytest.CaptureFixture[str], t
     assert code == 0 and "add_relu" in errors  # progress
     assert len(found["rows"]) == 8 and found["left_out"] == 0
     for row in found["rows"]:
-        memory, products = row["bytes"] / found["ceilings"]["copy"], row["flops"] / found["ceilings"]["product"]["float32"]
+        memory, products = (
+            row["bytes"] / found["ceilings"]["copy"],
+            row["flops"] / found["ceilings"]["product"]["float32"],
+        )
         in_cache = row["bytes"] < found["ceilings"]["cache"]
         assert row["limit"] == (products if in_cache else max(memory, products)) and row["flops_done"] == row["flops"]
         assert row["bound"] == ("products" if memory <= products else "cache" if in_cache else "memory")
@@ -218,22 +235,42 @@ def test_a_peer_that_fails_or_computes_something_else_is_left_out_with_the_reaso
         raise RuntimeError("no engine")
 
     work = Prepared({"eager": lambda: torch.ones(3)}, bytes=1, flops=1)
-    work.add_peers({"broken": fails, "other": lambda: lambda: torch.zeros(3), "same": lambda: lambda: torch.ones(3)}, bound=0.1)
+    work.add_peers(
+        {"broken": fails, "other": lambda: lambda: torch.zeros(3), "same": lambda: lambda: torch.ones(3)}, bound=0.1
+    )
     assert set(work.variants) == {"eager", "same"}
-    assert work.counted["absent"]["broken"] == "RuntimeError: no engine" and "1.0e+00 off eager's" in work.counted["absent"]["other"]
+    assert (
+        work.counted["absent"]["broken"] == "RuntimeError: no engine"
+        and "1.0e+00 off eager's" in work.counted["absent"]["other"]
+    )
 
 
 @needs_pictures
 def test_bench_times_a_network_and_counts_its_memory(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "models.json"
-    options = ("--model", "resnet18", "--dtype", "bfloat16", "--batch", "2", "--size", "64", "--seconds", "0", "--out", str(file))
+    options = (
+        "--model",
+        "resnet18",
+        "--dtype",
+        "bfloat16",
+        "--batch",
+        "2",
+        "--size",
+        "64",
+        "--seconds",
+        "0",
+        "--out",
+        str(file),
+    )
     code, _, _ = run(capfd, "bench", "models", *options)
     inference, training = json.loads(file.read_text())["rows"]
     assert code == 0 and inference["pass"] == "inference" and training["pass"] == "training step"
     for row in (inference, training):
         assert row["launches"]["fused"] < row["launches"]["eager"] and row["flops"] > 1e8
         assert row["bytes"] > 0 and row["peak"]["fused"] > 0
-        assert DEVICE == "cuda" or row["bytes"] < row["traffic"]["fused"]  # traffic is counted by the CPU kernels' costs
+        assert (
+            DEVICE == "cuda" or row["bytes"] < row["traffic"]["fused"]
+        )  # traffic is counted by the CPU kernels' costs
     assert training["saved"]["fused"] < training["saved"]["eager"]
     code, text, _ = run(capfd, "report", str(file), "--out", str(tmp_path))
     assert code == 0 and text.count("| resnet18 |") == 4
@@ -244,7 +281,21 @@ def test_bench_times_a_network_and_counts_its_memory(capfd: pytest.CaptureFixtur
 @needs_pictures
 def test_profile_lists_what_ran_and_report_tables_it(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "kernels.json"
-    options = ("--model", "resnet18", "--dtype", "float32", "--batch", "2", "--size", "64", "--seconds", "0", "--host", "--out", str(file))
+    options = (
+        "--model",
+        "resnet18",
+        "--dtype",
+        "float32",
+        "--batch",
+        "2",
+        "--size",
+        "64",
+        "--seconds",
+        "0",
+        "--host",
+        "--out",
+        str(file),
+    )
     code, text, _ = run(capfd, "profile", *options, "--variant", "eager", "--variant", "fused")
     found = json.loads(file.read_text())
     assert code == 0 and text.count("resnet18") == 4 and found["kind"] == "kernels" and found["left_out"] == 0
@@ -257,10 +308,14 @@ def test_profile_lists_what_ran_and_report_tables_it(capfd: pytest.CaptureFixtur
         where, calls, seconds = row["host"][0]
         assert where and calls > 0 and seconds > 0
     assert rows["inference", "fused"]["launches"] < rows["inference", "eager"]["launches"]
-    longest = rows["inference", "fused"]["kernels"][0][0] if DEVICE == "cuda" else "fused_cnn::residual_stage_packed_fwd"
+    longest = (
+        rows["inference", "fused"]["kernels"][0][0] if DEVICE == "cuda" else "fused_cnn::residual_stage_packed_fwd"
+    )
     assert any(name == longest for name, *_ in rows["inference", "fused"]["kernels"])
     code, text, _ = run(capfd, "report", str(file))
-    assert code == 0 and f"## kernels-resnet18-inference{SUFFIX}" in text and (DEVICE == "cuda" or f"`{longest}`" in text)
+    assert (
+        code == 0 and f"## kernels-resnet18-inference{SUFFIX}" in text and (DEVICE == "cuda" or f"`{longest}`" in text)
+    )
 
 
 def test_profile_counts_what_its_minutes_left_out(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

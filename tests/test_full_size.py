@@ -1,8 +1,10 @@
-"""Real layers in full size, at batch 32 and 256: wide products, second tiles, gradients in chunks, statistics over thousands of rows.
+"""Real layers in full size, at batch 32 and 256: wide products, second tiles, gradients in chunks, statistics over
+thousands of rows.
 
-The truth cannot be held for a whole batch of 256 in many processes at once, so plain PyTorch computes it, and eager's own result, in parts:
-some of the images, where gradients of weights are summed over the parts, or for BatchNorm, whose statistics need every image, some of the
-channels. It is float64 beside float32, and float32 beside 16 bits, whose rounding is a thousand times coarser.
+The truth cannot be held for a whole batch of 256 in many processes at once, so plain PyTorch computes it, and eager's
+own result, in parts: some of the images, where gradients of weights are summed over the parts, or for BatchNorm, whose
+statistics need every image, some of the channels. It is float64 beside float32, and float32 beside 16 bits, whose
+rounding is a thousand times coarser.
 """
 
 from __future__ import annotations
@@ -24,12 +26,18 @@ from fused_cnn._trees import leaves_of
 from fused_cnn.ops._cases import Case, Maker, OpCases
 from fused_cnn.testing import Comparison, _same_side_of_the_kink, all_cases, judge
 
-pytestmark = [pytest.mark.full_size, pytest.mark.xdist_group("full_size"), pytest.mark.usefixtures("nan_filled_memory", "freed_memory")]
+pytestmark = [
+    pytest.mark.full_size,
+    pytest.mark.xdist_group("full_size"),
+    pytest.mark.usefixtures("nan_filled_memory", "freed_memory"),
+]
 
 GPU = DEVICE == "cuda"
 IMAGES = 32 if GPU else 1  # in a part
 RUNS = (  # batch and dtype
-    [(32, torch.float32), *((n, d) for n in (32, 256) for d in (torch.bfloat16, torch.float16))] if GPU else [(2, torch.float32)]
+    [(32, torch.float32), *((n, d) for n in (32, 256) for d in (torch.bfloat16, torch.float16))]
+    if GPU
+    else [(2, torch.float32)]
 )
 LAYERS = {  # of each op the largest and the most different
     "add_relu": ("resnet50 layer1", "resnet50 layer4"),
@@ -38,9 +46,11 @@ LAYERS = {  # of each op the largest and the most different
     "bn_relu_concat": ("googlenet 3a training", "googlenet 5b training"),
     "concat_bias_relu": ("googlenet 3b", "googlenet 5b"),
     "conv1x1_bias_relu": (
-        "resnet50 layer1 conv1", "resnet50 layer1 conv3", "resnet50 layer2 downsample", "resnet50 layer4 conv3", "googlenet 4a reduce5x5",
+        "resnet50 layer1 conv1", "resnet50 layer1 conv3", "resnet50 layer2 downsample", "resnet50 layer4 conv3",
+        "googlenet 4a reduce5x5",
     ),
-    "conv_bias_relu": ("googlenet stem 7x7", "resnet50 layer2 conv2 stride 2", "resnet18 layer1 conv2", "googlenet_paper 4a 5x5"),
+    "conv_bias_relu": ("googlenet stem 7x7", "resnet50 layer2 conv2 stride 2", "resnet18 layer1 conv2",
+    "googlenet_paper 4a 5x5"),
     "inception": ("googlenet 3b", "googlenet 5b"),
     "max_pool2d": ("resnet50 maxpool", "googlenet 4a branch4"),
 }  # fmt: skip
@@ -72,7 +82,9 @@ class Part:
     """A piece of the work that can be done by itself."""
 
     inputs: Any  # the op's positional and keyword arguments, of which it takes
-    cut: Callable[[Tensor, Tensor], Tensor]  # (one of them, that or its gradient) -> what belongs to this part; all of it if it is shared
+    cut: Callable[
+        [Tensor, Tensor], Tensor
+    ]  # (one of them, that or its gradient) -> what belongs to this part; all of it if it is shared
     out: Callable[[Tensor], Tensor]  # the result or its gradient -> what belongs to this part
 
 
@@ -86,11 +98,17 @@ def parts_of(case: Case, inputs: Any, images: list[Tensor]) -> Iterator[Part]:
     if "training" not in case.options:
         for i in range(count):
             take = partial(piece, i, count)
-            yield Part(inputs, lambda t, v, take=take: take(v, 0) if any(t is x for x in images) else v, lambda v, take=take: take(v, 0))
+            yield Part(
+                inputs,
+                lambda t, v, take=take: take(v, 0) if any(t is x for x in images) else v,
+                lambda v, take=take: take(v, 0),
+            )
     elif "channels" not in case.options:
         for i in range(count):
             take = partial(piece, i, count)
-            yield Part(inputs, lambda t, v, take=take: take(v, 1 if t.dim() == 4 else 0), lambda v, take=take: take(v, 1))
+            yield Part(
+                inputs, lambda t, v, take=take: take(v, 1 if t.dim() == 4 else 0), lambda v, take=take: take(v, 1)
+            )
     else:  # a branch at a time
         (xs, norms), options = inputs
         first = 0
@@ -101,7 +119,8 @@ def parts_of(case: Case, inputs: Any, images: list[Tensor]) -> Iterator[Part]:
 
 
 def reference(op_cases: OpCases, part: Part, dtype: torch.dtype | None, grad_out: Tensor | None = None) -> list[Tensor]:
-    """Plain PyTorch on a part, in `dtype` or the inputs' own: its result, or given grad_out the gradients of the inputs that want one."""
+    """Plain PyTorch on a part, in `dtype` or the inputs' own: its result, or given grad_out the gradients of the inputs
+    that want one."""
 
     def own(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -174,8 +193,14 @@ def less_gradient(t: Tensor) -> Tensor:
 BREAKS = {
     "an image": ("conv1x1_bias_relu", lambda op, x, *rest, **o: op(torch.cat([x[:-1], x[-1:] * 1.01]), *rest, **o)),
     "a sum": ("conv1x1_bias_relu", lambda op, x, weight, *rest, **o: op(x, less_gradient(weight), *rest, **o)),
-    "a channel": ("bn_relu", lambda op, x, bn, **o: op(x, bn._replace(bias=torch.cat([bn.bias[:-1], bn.bias[-1:] + 0.01])), **o)),
-    "a gradient in a branch": ("bn_relu_concat", lambda op, xs, norms, **o: op([*xs[:-1], less_gradient(xs[-1])], norms, **o)),
+    "a channel": (
+        "bn_relu",
+        lambda op, x, bn, **o: op(x, bn._replace(bias=torch.cat([bn.bias[:-1], bn.bias[-1:] + 0.01])), **o),
+    ),
+    "a gradient in a branch": (
+        "bn_relu_concat",
+        lambda op, xs, norms, **o: op([*xs[:-1], less_gradient(xs[-1])], norms, **o),
+    ),
 }
 
 
@@ -188,5 +213,9 @@ def test_what_is_wrong_in_one_part_is_found(what: str) -> None:
         return right.op(*args, **kwargs) if kwargs["backend"] == "reference" else wrong(right.op, *args, **kwargs)
 
     case = next(c for c in right.cases if c.name == LAYERS[name][0])
-    found = list(compare_in_parts(replace(right, op=op), Case("small", (2, case.shape[1], 7, 7), case.options), "native", torch.float32))
+    found = list(
+        compare_in_parts(
+            replace(right, op=op), Case("small", (2, case.shape[1], 7, 7), case.options), "native", torch.float32
+        )
+    )
     assert not all(comparison.ok for comparison in found)

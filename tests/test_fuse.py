@@ -1,4 +1,5 @@
-"""fuse_ on real torchvision and timm models: same numbers, same names, shared parameters, reversible, and honest about what it leaves."""
+"""fuse_ on real torchvision and timm models: same numbers, same names, shared parameters, reversible, and honest about
+what it leaves."""
 
 from __future__ import annotations
 
@@ -95,11 +96,23 @@ def test_a_training_step_agrees(name: str) -> None:
         logits(model.train()(inputs)).square().mean().backward()
     for key, buffer in double.state_dict().items():
         if "running" in key:
-            assert relative(fused.state_dict()[key], buffer) <= 2 * relative(eager.state_dict()[key], buffer) + 1e-6, key
-    used = [(k, p, q, r) for (k, p), q, r in zip(
-        double.named_parameters(), eager.parameters(), fused.parameters(), strict=True) if p.grad is not None]  # fmt: skip
+            assert relative(fused.state_dict()[key], buffer) <= 2 * relative(eager.state_dict()[key], buffer) + 1e-6, (
+                key
+            )
+    used = [
+        (k, p, q, r)
+        for (k, p), q, r in zip(
+            # Fmt: skip.
+            double.named_parameters(),
+            eager.parameters(),
+            fused.parameters(),
+            strict=True,
+        )
+        if p.grad is not None
+    ]
     errors = torch.tensor([[relative(q.grad, p.grad), relative(r.grad, p.grad)] for _, p, q, r in used])
-    # One parameter may be luckier in eager; over all of them the contract's factor of three holds, and no single one is far off.
+    # One parameter may be luckier in eager; over all of them the contract's factor of three holds, and no single one is
+    # far off.
     assert errors[:, 1].median() <= 3 * errors[:, 0].median() + 1e-6
     assert errors[:, 1].max() <= 3 * errors[:, 0].max() + 1e-6
 
@@ -169,7 +182,9 @@ def sgd_step(model: nn.Module, x: Tensor) -> None:
 
 CHANGES = {
     "optimizer step": sgd_step,
-    "load_state_dict": lambda m, x: m.load_state_dict({k: v * 1.01 if v.is_floating_point() else v for k, v in m.state_dict().items()}),
+    "load_state_dict": lambda m, x: m.load_state_dict(
+        {k: v * 1.01 if v.is_floating_point() else v for k, v in m.state_dict().items()}
+    ),
     "in-place weight": lambda m, x: m.layer1[0].conv1.weight.mul_(1.5),
     "running_var": lambda m, x: m.layer2[0].bn2.running_var.mul_(2.0),
     "bn bias": lambda m, x: m.bn1.bias.add_(0.1),
@@ -372,7 +387,10 @@ def test_pools_keep_taking_what_pytorch_takes_and_backward_hooks_fire() -> None:
     model = nn.Sequential(nn.MaxPool2d(2))
     hits: list[str] = []
     model[0].register_full_backward_hook(lambda *a: hits.append("pool"))
-    inputs = [torch.arange(64.0, device=DEVICE).view(1, 8, 8), torch.arange(64).view(1, 1, 8, 8)]  # CUDA has no pool of integers
+    inputs = [
+        torch.arange(64.0, device=DEVICE).view(1, 8, 8),
+        torch.arange(64).view(1, 1, 8, 8),
+    ]  # CUDA has no pool of integers
     expected = [model(x) for x in inputs]
     fuse_(model)
     assert all(torch.equal(model(x), out) for x, out in zip(inputs, expected, strict=True))

@@ -1,4 +1,5 @@
-"""scripts/gpu.sh: what means something without a GPU runs here, on a small bit of work; what fails, hangs or has no time harms no other."""
+"""scripts/gpu.sh: what means something without a GPU runs here, on a small bit of work; what fails, hangs or has no
+time harms no other."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def started(*arguments: str) -> subprocess.Popen[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_INTERPRET"))}
     command = ["bash", str(ROOT / "scripts" / "gpu.sh"), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=kept | {"PATH": path})
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=kept | {"PATH": path}
+    )
 
 
 def gpu_sh(*arguments: str) -> tuple[int, str, str]:
@@ -53,7 +56,8 @@ def shell(name: str, script: str, seconds: float = 1, **more: Any) -> Piece:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs pieces into tmp_path, in tmp_path / "work", with less patience than for real ones; returns what became of them."""
+    """Runs pieces into tmp_path, in tmp_path / "work", with less patience than for real ones; returns what became of
+    them."""
     (tmp_path / "work").mkdir()
     for name, value in {"LEAST": 0.4, "GRACE": 0.3, "FRESH": 0.1, "ROOT": tmp_path / "work"}.items():
         monkeypatch.setattr(gpu_runner, name, value)
@@ -112,16 +116,24 @@ def test_the_deadline_is_kept_and_what_is_left_out_is_named(run: Any, tmp_path: 
     start = time.monotonic()
     outcomes = run(*(shell(f"piece {i}", HANGS, needed=i == 0) for i in range(20)), seconds=4)
     assert time.monotonic() - start < 4 + 4
-    assert [o.state for o in outcomes] == sorted((o.state for o in outcomes), reverse=True)  # the first ones run, the last are left out
+    assert [o.state for o in outcomes] == sorted(
+        (o.state for o in outcomes), reverse=True
+    )  # the first ones run, the last are left out
     assert all(o.seconds > 0.6 for o in outcomes if o.state == "stopped")  # as long as anything needs, and the grace
-    assert outcomes[0].state == "stopped" and outcomes[0].seconds > 0.9  # needed: its second is its own, whatever comes later
+    assert (
+        outcomes[0].state == "stopped" and outcomes[0].seconds > 0.9
+    )  # needed: its second is its own, whatever comes later
     assert outcomes[-1] == Outcome("piece 19", why="no time was left")
-    (said,) = " ".join(gpu_summary.summary(outcomes, {"failures": []}, tmp_path)).split("left out, no time was left: ")[1:]
+    (said,) = " ".join(gpu_summary.summary(outcomes, {"failures": []}, tmp_path)).split("left out, no time was left: ")[
+        1:
+    ]
     assert "piece 19" in said.partition("STOPPED")[0]
 
 
 def test_pieces_share_the_time_that_is_left(run: Any) -> None:
-    outcomes = run(shell("early", "true", 50), shell("large", "sleep 100", 4), shell("small", "sleep 100", 1), seconds=3.5)
+    outcomes = run(
+        shell("early", "true", 50), shell("large", "sleep 100", 4), shell("small", "sleep 100", 1), seconds=3.5
+    )
     assert [o.state for o in outcomes] == ["ok", "stopped", "stopped"]
     assert outcomes[1].seconds > 2 * outcomes[2].seconds > 0.6  # what "early" did not need went to both
 
@@ -135,16 +147,22 @@ def test_what_may_run_beside_others_does_and_a_timing_has_the_machine_for_itself
     assert {o.name: o.state for o in outcomes} == {"a": "ok", "b": "ok", "alone": "ok"}
 
 
-def test_results_are_on_disk_while_a_piece_still_runs_and_those_of_one_name_are_one_file(run: Any, tmp_path: Path) -> None:
+def test_results_are_on_disk_while_a_piece_still_runs_and_those_of_one_name_are_one_file(
+    run: Any, tmp_path: Path
+) -> None:
     on_disk = f"until test -e {tmp_path}/rows.json; do sleep 0.05; done"
     write = """echo '{"kind": "bench", "rows": [%d], "left_out": %d}' >{out}"""
-    outcomes = run(shell("one", f"{write % (1, 0)}; {on_disk}", result="rows"), shell("two", write % (2, 5), result="rows"))
+    outcomes = run(
+        shell("one", f"{write % (1, 0)}; {on_disk}", result="rows"), shell("two", write % (2, 5), result="rows")
+    )
     assert [o.state for o in outcomes] == ["ok", "ok"]
     assert json.loads((tmp_path / "rows.json").read_text()) == {"kind": "bench", "rows": [1, 2], "left_out": 5}
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_piece_that_says_too_much_is_cut_in_the_log_and_its_end_kept(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_piece_that_says_too_much_is_cut_in_the_log_and_its_end_kept(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gpu_runner, "MOST_LOG", 2000)
     run(shell("talks", "seq 100000; echo the end"))
     log = (tmp_path / "log.txt").read_text()
@@ -152,30 +170,50 @@ def test_a_piece_that_says_too_much_is_cut_in_the_log_and_its_end_kept(run: Any,
 
 
 def test_a_sanitizers_first_error_is_in_the_summary(run: Any, tmp_path: Path) -> None:
-    report = "\n".join((
-        "========= COMPUTE-SANITIZER",
-        "========= Invalid __global__ read of size 16 bytes",
-        "=========     at some_kernel+0x10",
-        "========= Invalid __shared__ read of size 4 bytes",
-        "=========     at other_kernel",
-        "========= ERROR SUMMARY: 2 errors",
-    ))
+    report = "\n".join(
+        (
+            "========= COMPUTE-SANITIZER",
+            "========= Invalid __global__ read of size 16 bytes",
+            "=========     at some_kernel+0x10",
+            "========= Invalid __shared__ read of size 4 bytes",
+            "=========     at other_kernel",
+            "========= ERROR SUMMARY: 2 errors",
+        )
+    )
     outcomes = run(shell("sanitize", f"echo '{report}'; exit 9"))
-    assert outcomes[0].said == ["Invalid __global__ read of size 16 bytes at some_kernel+0x10", "========= ERROR SUMMARY: 2 errors"]
+    assert outcomes[0].said == [
+        "Invalid __global__ read of size 16 bytes at some_kernel+0x10",
+        "========= ERROR SUMMARY: 2 errors",
+    ]
 
 
 def test_a_summary_has_80_lines_at_most_and_something_of_everything(tmp_path: Path) -> None:
-    row = {"model": "resnet50", "batch": 256, "pass": "inference", "limit": 0.002, "times": {"fused": {"median": 0.0155}}}
+    row = {
+        "model": "resnet50",
+        "batch": 256,
+        "pass": "inference",
+        "limit": 0.002,
+        "times": {"fused": {"median": 0.0155}},
+    }
     kernels = {"variant": "fused", "ms": 15.5, "busy_ms": 15.4, "launches": 96, "kernels": [["product", 36, 11060.0]]}
     files = {
-        "inference": [{**row, "absent": {"fused graph": "RuntimeError: no capture"}}, {**row, "error": "AssertionError: wrong"}] * 50,
-        "ops": [{"op": "conv", "case": f"layer{i}", "limit": 1e-6, "times": {"fused": {"median": i * 1e-6}}} for i in range(100)],
+        "inference": [
+            {**row, "absent": {"fused graph": "RuntimeError: no capture"}},
+            {**row, "error": "AssertionError: wrong"},
+        ]
+        * 50,
+        "ops": [
+            {"op": "conv", "case": f"layer{i}", "limit": 1e-6, "times": {"fused": {"median": i * 1e-6}}}
+            for i in range(100)
+        ],
         "kernels": [{**row, **kernels}, {**row, **kernels, "host": [["a.py:1(f)", 10, 0.001]]}] * 50,
     }
     for name, rows in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows}))
     outcomes = [Outcome(f"piece {i}", "failed", "exit code 1", 1, 2.0, ["first", "last"]) for i in range(50)]
-    failures = [{"test": f"tests/test_{i // 2}.py::test_it[case]", "message": "AssertionError: off"} for i in range(100)]
+    failures = [
+        {"test": f"tests/test_{i // 2}.py::test_it[case]", "message": "AssertionError: off"} for i in range(100)
+    ]
     lines = gpu_summary.summary(outcomes, {"passed": 7, "failed": 100, "failures": failures}, tmp_path)
     assert len(lines) <= 80 and max(map(len, lines)) <= gpu_summary.WIDTH
     text = "\n".join(lines)
@@ -205,16 +243,35 @@ def test_tests_outcomes_are_kept_as_they_come_even_of_one_that_ends_its_process(
         "def broken(): raise ValueError('in set-up')\n"
         "def test_error(broken): pass\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_outcomes", "-p", "no:cacheprovider", "--outcomes", "outcomes", "-n", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "gpu_outcomes",
+        "-p",
+        "no:cacheprovider",
+        "--outcomes",
+        "outcomes",
+        "-n",
+        "1",
+    ]
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    subprocess.run(command, cwd=tmp_path, env=kept | {"PYTHONPATH": str(ROOT / "scripts")}, capture_output=True, timeout=120)
+    subprocess.run(
+        command, cwd=tmp_path, env=kept | {"PYTHONPATH": str(ROOT / "scripts")}, capture_output=True, timeout=120
+    )
     outcomes = tmp_path / "outcomes"
     outcomes.write_text(outcomes.read_text() + '{"test": "cut o')  # killed while it wrote
     found = gpu_summary.tests(outcomes)
     assert {name: found[name] for name in ("passed", "failed", "skipped")} == {"passed": 1, "failed": 3, "skipped": 1}
     said = {failure["test"].rpartition("::")[2]: failure["message"] for failure in found["failures"]}
     assert said.keys() == {"test_wrong", "test_ends_its_process", "test_error"}
-    assert "what it says" in said["test_wrong"] and "crashed" in said["test_ends_its_process"] and "in set-up" in said["test_error"]
+    assert (
+        "what it says" in said["test_wrong"]
+        and "crashed" in said["test_ends_its_process"]
+        and "in set-up" in said["test_error"]
+    )
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="its pieces would be the real ones")
@@ -232,7 +289,9 @@ def test_whoever_ends_the_call_ends_its_pieces_and_still_gets_the_summary(tmp_pa
     assert json.loads((tmp_path / "summary.json").read_text())["pieces"][-1]["name"] == "tune"
 
 
-def test_small_cases_name_what_fails_and_run_the_rest(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_small_cases_name_what_fails_and_run_the_rest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken(*args: Any, **kwargs: Any) -> torch.Tensor:
         raise RuntimeError("it broke")
 
@@ -244,7 +303,9 @@ def test_small_cases_name_what_fails_and_run_the_rest(monkeypatch: pytest.Monkey
     assert "small_cases: 4 of 4 calls of native on" in capsys.readouterr().out
 
 
-def test_the_commands_that_only_a_gpu_runs_exist(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_that_only_a_gpu_runs_exist(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     commands = typer.main.get_command(fused_cnn.cli.app).commands  # type: ignore[attr-defined]
     pieces = [*gpu_evidence.preparation(None), *gpu_evidence.correctness(), *gpu_evidence.timings()]
     given = [[a.replace("{minutes}", "0") for a in piece.command] for piece in pieces]
@@ -272,7 +333,9 @@ def test_wheels_are_only_those_of_missing_packages_and_pieces_are_found_by_name(
         gpu_evidence.chosen("test,polish", [], None)
 
 
-@pytest.mark.parametrize("arguments", [(), ("quick",), ("polish", "out", "--dry"), ("quick", "out", "--dry", "--", "-k", "foo")])
+@pytest.mark.parametrize(
+    "arguments", [(), ("quick",), ("polish", "out", "--dry"), ("quick", "out", "--dry", "--", "-k", "foo")]
+)
 def test_wrong_use_prints_how_it_is_used(arguments: tuple[str, ...], tmp_path: Path) -> None:
     code, _, err = gpu_sh(*(str(tmp_path / "out") if a == "out" else a for a in arguments))
     assert code == 2 and "usage: scripts/gpu.sh" in err and not list(tmp_path.iterdir())

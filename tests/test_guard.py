@@ -57,12 +57,19 @@ def test_a_kernel_that_spills_a_new_one_and_a_lost_one_are_seen(guard: Any, tabl
 
 def test_other_compilers_and_architectures_are_not_compared(guard: Any, table: dict[str, Any]) -> None:
     now = copy.deepcopy(table)
-    now["kernels"] = {"nvcc 99.0": {}, **{c: {k: v for k, v in r.items() if k.endswith("sm_80")} for c, r in table["kernels"].items()}}
+    now["kernels"] = {
+        "nvcc 99.0": {},
+        **{c: {k: v for k, v in r.items() if k.endswith("sm_80")} for c, r in table["kernels"].items()},
+    }
     assert guard.compare(table, now) == ([], ["not compared: the table has no nvcc 99.0"])
 
 
 def test_instances_of_a_kernel_are_one_row_with_the_largest_numbers(guard: Any) -> None:
     costs = {"registers": 10, "spilled": 0, "stack": 0, "shared": 64}
     kernel = {"source": "room_cuda", "name": "kernel<float>", "arch": "sm_80", **costs}
-    check = {"nvcc": "13.0", "triton": "3.9.0", "kernels": [kernel, {**kernel, "name": "kernel<double>", "registers": 20}]}
+    check = {
+        "nvcc": "13.0",
+        "triton": "3.9.0",
+        "kernels": [kernel, {**kernel, "name": "kernel<double>", "registers": 20}],
+    }
     assert guard.kernels([check]) == {"nvcc 13.0": {"room_cuda: kernel, sm_80": {**costs, "registers": 20}}}

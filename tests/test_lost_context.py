@@ -1,4 +1,5 @@
-"""One lost context fails one test: pytest in processes of its own, with a torch in which only the synchronisation is left."""
+"""One lost context fails one test: pytest in processes of its own, with a torch in which only the synchronisation is
+left."""
 
 from __future__ import annotations
 
@@ -47,5 +48,7 @@ def test_under_xdist_a_new_worker_runs_the_rest(tmp_path: Path) -> None:
 
 def test_in_one_process_the_session_stops_and_says_why(tmp_path: Path) -> None:
     found = run(tmp_path)
-    assert "test_it[2] lost the CUDA context: CUDA error: an illegal address; with -n the tests after it" in found, found
+    assert "test_it[2] lost the CUDA context: CUDA error: an illegal address; with -n the tests after it" in found, (
+        found
+    )
     assert "1 failed, 2 passed" in found, found

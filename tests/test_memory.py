@@ -46,7 +46,12 @@ def test_results_are_ordinary_tensors() -> None:
     x = large(0)
     out = conv_bias_relu(x, *pack_conv(torch.randn(32, 32, 1, 1), None, like=x))
     assert out.is_contiguous(memory_format=torch.channels_last) and out.storage_offset() == 0
-    for other in (copy.deepcopy(out), pickle.loads(pickle.dumps(out)), out.clone(), torch.from_numpy(out.numpy().copy())):
+    for other in (
+        copy.deepcopy(out),
+        pickle.loads(pickle.dumps(out)),
+        out.clone(),
+        torch.from_numpy(out.numpy().copy()),
+    ):
         assert torch.equal(other, out)
     before = out.clone()
     out.share_memory_()

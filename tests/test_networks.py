@@ -1,7 +1,8 @@
-"""Whole networks, eager and fused, by the contract of `fused-cnn verify`: scores, and every gradient and statistic of a training step.
+"""Whole networks, eager and fused, by the contract of `fused-cnn verify`: scores, and every gradient and statistic of a
+training step.
 
-On a GPU in every dtype and layout. Elsewhere one network in what tests/test_fuse.py does not have: real statistics, and a step under
-autocast.
+On a GPU in every dtype and layout. Elsewhere one network in what tests/test_fuse.py does not have: real statistics, and
+a step under autocast.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and the side of 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 each_network = pytest.mark.parametrize("name", NETWORKS if GPU else ["resnet18"])
-each_layout = pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
+each_layout = pytest.mark.parametrize(
+    "layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"]
+)
 
 
 def network(name: str, layout: torch.memory_format) -> tuple[nn.Module, Tensor]:
@@ -52,7 +55,9 @@ def test_scores_agree(name: str, dtype: str, layout: torch.memory_format) -> Non
 
 
 @each_network
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format] if GPU else [torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "layout", [torch.channels_last, torch.contiguous_format] if GPU else [torch.channels_last], ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES if GPU else ["bfloat16"])
 def test_a_training_step_agrees(name: str, dtype: str, layout: torch.memory_format) -> None:
     """In 16 bits under autocast, as people train."""

@@ -1,4 +1,5 @@
-"""The drop-in modules by themselves: against plain PyTorch, in every form, converted both ways, and honest about wrong input."""
+"""The drop-in modules by themselves: against plain PyTorch, in every form, converted both ways, and honest about wrong
+input."""
 
 from __future__ import annotations
 
@@ -21,7 +22,12 @@ googlenet = importlib.import_module("torchvision.models.googlenet")  # the funct
 def lively(module: nn.Module) -> nn.Module:
     for m in module.modules():
         if isinstance(m, nn.BatchNorm2d):
-            for t, low, high in ((m.running_mean, -0.2, 0.2), (m.running_var, 0.5, 1.5), (m.weight, 0.6, 1.4), (m.bias, -0.3, 0.3)):
+            for t, low, high in (
+                (m.running_mean, -0.2, 0.2),
+                (m.running_var, 0.5, 1.5),
+                (m.weight, 0.6, 1.4),
+                (m.bias, -0.3, 0.3),
+            ):
                 t.data.uniform_(low, high)
     return module.to(DEVICE)
 
@@ -78,7 +84,9 @@ def test_fused_is_as_close_to_float64_as_eager_is(name: str, mode: str, dtype: t
     for truth, theirs, mine in zip(*results, strict=True):
         assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
         scale = truth.norm().item() + 1e-12
-        assert (mine.double() - truth).norm().item() / scale <= 3 * (theirs.double() - truth).norm().item() / scale + floor
+        assert (mine.double() - truth).norm().item() / scale <= 3 * (
+            theirs.double() - truth
+        ).norm().item() / scale + floor
     for key, value in double.state_dict().items():
         torch.testing.assert_close(fused.state_dict()[key].double(), value.double(), rtol=0.02, atol=0.02)
 
@@ -190,7 +198,8 @@ def _train_in_a_process(rank: int, world: int, address: str, results: object) ->
 
 
 def test_two_processes_average_their_gradients(tmp_path: object) -> None:
-    """DistributedDataParallel over gloo, in real processes, on the CPU: on GPUs it needs two. The mean of what each shard gives alone."""
+    """DistributedDataParallel over gloo, in real processes, on the CPU: on GPUs it needs two. The mean of what each
+    shard gives alone."""
     context = torch.multiprocessing.get_context("spawn")
     results = context.Manager().dict()
     address = f"file://{tmp_path}/rendezvous"

@@ -1,4 +1,5 @@
-"""Every op x case x backend x dtype x layout against float64, and what must hold of every op: gradcheck, compile, reruns."""
+"""Every op x case x backend x dtype x layout against float64, and what must hold of every op: gradcheck, compile,
+reruns."""
 
 from __future__ import annotations
 
@@ -45,9 +46,10 @@ CHEAPEST = 2  # real layers of an op that Triton's interpreter takes
 def chosen(op_cases: OpCases, backend: str, dtype: torch.dtype, layout: str) -> list[Case]:
     """The cases in the sizes that tests run.
 
-    On a CPU real layers in float16 are at 7 x 7 and in channels_last, because eager's convolutions in it are slow there. Triton's
-    interpreter, which is slower, takes the cheapest real layers of those, and every awkward case in float32 and channels_last; in float16
-    and in the other layouts, which differ in casts and before the kernel, it takes a third of the awkward cases.
+    On a CPU real layers in float16 are at 7 x 7 and in channels_last, because eager's convolutions in it are slow
+    there. Triton's interpreter, which is slower, takes the cheapest real layers of those, and every awkward case in
+    float32 and channels_last; in float16 and in the other layouts, which differ in casts and before the kernel, it
+    takes a third of the awkward cases.
     """
     interpreted = backend == "triton" and DEVICE == "cpu"
     slow = interpreted or (dtype == torch.float16 and DEVICE == "cpu")
@@ -77,7 +79,9 @@ def every_case() -> list[object]:
 
 @pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize(("op_cases", "case", "backend", "dtype", "layout"), every_case())
-def test_forward_and_backward_agree_with_float64(op_cases: OpCases, case: Case, backend: str, dtype: torch.dtype, layout: str) -> None:
+def test_forward_and_backward_agree_with_float64(
+    op_cases: OpCases, case: Case, backend: str, dtype: torch.dtype, layout: str
+) -> None:
     for comparison in compare(op_cases, case, backend, dtype, layout, DEVICE):
         assert comparison.ok, comparison
 
@@ -107,7 +111,9 @@ def test_gradcheck_in_float64(op_cases: OpCases) -> None:
 
 
 @each_op
-def test_backward_runs_without_an_autocast_that_its_forward_did_not_have(op_cases: OpCases, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backward_runs_without_an_autocast_that_its_forward_did_not_have(
+    op_cases: OpCases, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On CUDA such an autocast would reach into the kernels' own convolutions."""
     args, kwargs = op_cases.make(smallest(op_cases), Maker(torch.float32, device=DEVICE))
     leaves = leaves_of((args, kwargs))
@@ -146,7 +152,8 @@ def test_compiles_without_graph_breaks(op_cases: OpCases) -> None:
         torch.testing.assert_close(actual, expected)
 
 
-# Ops whose gradients are, on a GPU, partly PyTorch's own, which repeat themselves where torch.use_deterministic_algorithms asks for it.
+# Ops whose gradients are, on a GPU, partly PyTorch's own, which repeat themselves where
+# torch.use_deterministic_algorithms asks for it.
 LIBRARY_GRADIENTS = ("conv_bias_relu", "inception", "conv1x1_bias_relu")  # the last in float32, as here
 
 
@@ -154,12 +161,15 @@ LIBRARY_GRADIENTS = ("conv_bias_relu", "inception", "conv1x1_bias_relu")  # the 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("backend", [None, "triton"])
 def test_reruns_are_bitwise_equal(op_cases: OpCases, backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our kernels in any case; what PyTorch computes for them where its own switch says so, which nothing of ours refuses."""
+    """Our kernels in any case; what PyTorch computes for them where its own switch says so, which nothing of ours
+    refuses."""
     if DEVICE == "cuda" and op_cases.name in LIBRARY_GRADIENTS:
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    if backend not in (None, *backends()) or not (backend is None or _library.has_kernel(op_cases.decides, backend, DEVICE)):
+    if backend not in (None, *backends()) or not (
+        backend is None or _library.has_kernel(op_cases.decides, backend, DEVICE)
+    ):
         pytest.skip(f"no {backend} kernels here")
     interpreted = backend == "triton" and DEVICE == "cpu"
     real = next(c for c in op_cases.cases if c.real)
@@ -199,7 +209,10 @@ def test_double_backward_is_right_or_refused(op_cases: OpCases) -> None:
     (grad,) = torch.autograd.grad(op_cases.op(*args, **kwargs).square().sum(), leaf, create_graph=True)
     if best(op_cases.decides, leaf.device, leaf.dtype) == "reference":  # on a GPU, what has no native kernel in float64
         (again,) = torch.autograd.grad(grad.sum(), leaf)
-        assert torch.autograd.gradgradcheck(lambda t: op_cases.op(t, *args[1:], **kwargs), leaf, fast_mode=True) and again.isfinite().all()
+        assert (
+            torch.autograd.gradgradcheck(lambda t: op_cases.op(t, *args[1:], **kwargs), leaf, fast_mode=True)
+            and again.isfinite().all()
+        )
         return
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -236,7 +249,9 @@ def recorded_calls() -> dict[str, tuple[object, tuple, dict]]:
             maker = Maker(torch.float32)
             x, weight = maker.activation(2, 8, 5, 5), maker.weight(6, 8, 3, 3)
             conv_bias_relu(x, *pack_conv(weight, maker.vector(6), like=x))
-            block = pack_residual_block([FoldedConv(weight, None, 2)], FoldedConv(weight, None, 2), shortcut=True, like=x)
+            block = pack_residual_block(
+                [FoldedConv(weight, None, 2)], FoldedConv(weight, None, 2), shortcut=True, like=x
+            )
             residual_stage(x, block)
             widths = [(3, 8, 1), (4, 8, 1), (5, 4, 3), (2, 8, 1), (3, 2, 3), (4, 8, 1)]
             weights = [maker.weight(o, i, k, k) for o, i, k in widths]
@@ -288,22 +303,44 @@ def test_any_strides_and_offsets_give_the_reference_result(name: str, data: st.D
     torch.testing.assert_close(op(x, weight, bias, residual, **options).double(), expected, rtol=1e-4, atol=1e-4)
 
 
-
-
 X = torch.randn(2, 8, 5, 5)
 WRONG = {
-    "rank": (lambda: fused_cnn.add_relu(X[0], X[0]), ValueError, r"x must have 4 dimensions \(N, C, H, W\), got shape \(8, 5, 5\)"),
+    "rank": (
+        lambda: fused_cnn.add_relu(X[0], X[0]),
+        ValueError,
+        r"x must have 4 dimensions \(N, C, H, W\), got shape \(8, 5, 5\)",
+    ),
     "integers": (
         lambda: fused_cnn.add_relu(X.long(), X.long()),
         TypeError,
         "must be float64, float32, float16 or bfloat16, got torch.int64",
     ),
-    "shape": (lambda: fused_cnn.add_relu(X, X[:1]), ValueError, r"residual must have x's shape \(2, 8, 5, 5\), got \(1, 8, 5, 5\)"),
-    "dtype": (lambda: fused_cnn.add_relu(X, X.double()), TypeError, "residual must have x's dtype torch.float32, got torch.float64"),
+    "shape": (
+        lambda: fused_cnn.add_relu(X, X[:1]),
+        ValueError,
+        r"residual must have x's shape \(2, 8, 5, 5\), got \(1, 8, 5, 5\)",
+    ),
+    "dtype": (
+        lambda: fused_cnn.add_relu(X, X.double()),
+        TypeError,
+        "residual must have x's dtype torch.float32, got torch.float64",
+    ),
     "device": (lambda: fused_cnn.add_relu(X, X.to("meta")), ValueError, "residual must be on x's device cpu, got meta"),
-    "channels": (lambda: fused_cnn.conv_bias_relu(X, torch.randn(4, 7, 3, 3)), ValueError, "x has 8 channels; a weight of shape"),
-    "not 1x1": (lambda: fused_cnn.conv1x1_bias_relu(X, torch.randn(4, 8, 3, 3)), ValueError, r"weight must be \(out, in, 1, 1\), got"),
-    "too small": (lambda: fused_cnn.conv_bias_relu(X, torch.randn(4, 8, 7, 7)), ValueError, "larger than the padded input"),
+    "channels": (
+        lambda: fused_cnn.conv_bias_relu(X, torch.randn(4, 7, 3, 3)),
+        ValueError,
+        "x has 8 channels; a weight of shape",
+    ),
+    "not 1x1": (
+        lambda: fused_cnn.conv1x1_bias_relu(X, torch.randn(4, 8, 3, 3)),
+        ValueError,
+        r"weight must be \(out, in, 1, 1\), got",
+    ),
+    "too small": (
+        lambda: fused_cnn.conv_bias_relu(X, torch.randn(4, 8, 7, 7)),
+        ValueError,
+        "larger than the padded input",
+    ),
     "stride": (
         lambda: fused_cnn.conv_bias_relu(X, torch.randn(4, 8, 3, 3), stride=0),
         ValueError,
@@ -320,10 +357,18 @@ WRONG = {
         r"residual must have the result's shape \(2, 4, 3, 3\), got \(2, 8, 5, 5\)",
     ),
     "six weights": (lambda: fused_cnn.inception(X, [torch.randn(4, 8, 1, 1)], []), ValueError, "must be six each"),
-    "backend": (lambda: fused_cnn.add_relu(X, X, backend="cuda"), ValueError, "backend must be one of reference, native, triton"),
+    "backend": (
+        lambda: fused_cnn.add_relu(X, X, backend="cuda"),
+        ValueError,
+        "backend must be one of reference, native, triton",
+    ),
     # The registered ops guard themselves too: anyone can call them.
     "raw rank": (lambda: torch.ops.fused_cnn.add_relu_fwd(X[0], X[0]), RuntimeError, "x must have 4 dimensions"),
-    "raw shape": (lambda: torch.ops.fused_cnn.add_relu_bwd(X, X[:1]), RuntimeError, "out must have the shape of grad_out"),
+    "raw shape": (
+        lambda: torch.ops.fused_cnn.add_relu_bwd(X, X[:1]),
+        RuntimeError,
+        "out must have the shape of grad_out",
+    ),
     "raw dtype": (
         lambda: torch.ops.fused_cnn.add_relu_fwd(X.int(), X.int()),
         RuntimeError,
@@ -337,7 +382,9 @@ WRONG = {
         "packed must be the .* bytes",
     ),
     "raw kernel": (
-        lambda: torch.ops.fused_cnn.conv_bias_relu_fwd(X, torch.ones(4, 8, 7, 7), None, None, [8, 8], [0, 0], [1, 1], 1, True),
+        lambda: torch.ops.fused_cnn.conv_bias_relu_fwd(
+            X, torch.ones(4, 8, 7, 7), None, None, [8, 8], [0, 0], [1, 1], 1, True
+        ),
         RuntimeError,
         "larger than the padded input",
     ),
@@ -347,7 +394,9 @@ WRONG = {
         "larger than the padded input",
     ),
     "raw channels": (
-        lambda: torch.ops.fused_cnn.conv_bias_relu_fwd(X, torch.randn(4, 9, 1, 1), None, None, [1, 1], [0, 0], [1, 1], 1, True),
+        lambda: torch.ops.fused_cnn.conv_bias_relu_fwd(
+            X, torch.randn(4, 9, 1, 1), None, None, [1, 1], [0, 0], [1, 1], 1, True
+        ),
         RuntimeError,
         "x has 8 channels",
     ),
@@ -364,12 +413,16 @@ def test_bad_input_is_refused_with_what_was_expected_and_what_came(what: str) ->
 def test_an_explicit_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_cnn._backends, "triton_interprets", lambda: False)
     monkeypatch.setattr(fused_cnn._backends, "_usable", {})
-    with pytest.raises(fused_cnn._backends.BackendUnavailable, match=r"cannot run add_relu_fwd on cpu: .* GPUs only; .*"):
+    with pytest.raises(
+        fused_cnn._backends.BackendUnavailable, match=r"cannot run add_relu_fwd on cpu: .* GPUs only; .*"
+    ):
         fused_cnn._candidates.resolve("add_relu_fwd", "triton", X)
 
 
 def test_triton_refuses_float64_rather_than_losing_half_of_it() -> None:
-    with pytest.raises(fused_cnn._backends.BackendUnavailable, match="add_relu_fwd in float64: its kernels compute in float32"):
+    with pytest.raises(
+        fused_cnn._backends.BackendUnavailable, match="add_relu_fwd in float64: its kernels compute in float32"
+    ):
         fused_cnn.add_relu(X.double(), X.double(), backend="triton")
 
 

@@ -1,4 +1,5 @@
-"""PyTorch's private names in use: each may be gone in the next version, so each is listed here, with what happens then."""
+"""PyTorch's private names in use: each may be gone in the next version, so each is listed here, with what happens
+then."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import fused_cnn
 PACKAGE = Path(fused_cnn.__file__).parent
 WITHOUT_IT = {
     "torch._ops.OpOverload": "a type in annotations, which nothing evaluates",
-    "torch.utils._python_dispatch.TorchDispatchMode": "counting (fused_cnn.analysis) does not import; ops, modules and fuse_ do without",
+    "torch.utils._python_dispatch.TorchDispatchMode": "counting (fused_cnn.analysis) does not import; "
+    "ops, modules and fuse_ do without",
     "torch.ops.mkldnn._convolution_pointwise": "a peer in a benchmark: its column is left out, with the reason",
     "torch.cuda._sleep": "cold timings on a GPU start without the host's head start",
     "_dynamo_marked_constant": "torch.compile traces the first look-up of a backend, and finds later ones in a table",
@@ -20,7 +22,8 @@ WITHOUT_IT = {
 
 
 def private_names(text: str) -> Iterator[str]:
-    """Of PyTorch: imported or reached by attributes from `torch`, up to the first thing that is called or is not private any more."""
+    """Of PyTorch: imported or reached by attributes from `torch`, up to the first thing that is called or is not
+    private any more."""
     aliases = {"torch": "torch"}
     tree = ast.parse(text)
     for node in ast.walk(tree):
@@ -49,7 +52,11 @@ def dotted(node: ast.expr) -> str:
 
 
 def test_every_private_name_of_torch_is_known_and_can_be_done_without() -> None:
-    used = {name: path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) for name in private_names(path.read_text())}
+    used = {
+        name: path.relative_to(PACKAGE)
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for name in private_names(path.read_text())
+    }
     unknown = {name: str(path) for name, path in used.items() if name not in WITHOUT_IT}
     assert not unknown, f"find a public way, or a fallback, for {unknown}"
     assert used.keys() == WITHOUT_IT.keys(), "a name that is not used any more is still listed"
@@ -57,5 +64,13 @@ def test_every_private_name_of_torch_is_known_and_can_be_done_without() -> None:
 
 def test_the_search_sees_private_names() -> None:
     text = "import torch._dynamo\n"
-    text += "from torch import nn, _C\nfrom torch.nn import functional as F\nF._pad(1); nn._x.y; torch.a._b.c(1); nn.ok(2)"
-    assert set(private_names(text)) == {"torch._dynamo", "torch._C", "torch.nn.functional._pad", "torch.nn._x", "torch.a._b"}
+    text += (
+        "from torch import nn, _C\nfrom torch.nn import functional as F\nF._pad(1); nn._x.y; torch.a._b.c(1); nn.ok(2)"
+    )
+    assert set(private_names(text)) == {
+        "torch._dynamo",
+        "torch._C",
+        "torch.nn.functional._pad",
+        "torch.nn._x",
+        "torch.a._b",
+    }

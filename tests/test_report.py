@@ -55,16 +55,24 @@ def test_a_changed_source_makes_a_run_stale_until_it_is_run_again() -> None:
 
 
 def test_a_failure_is_named_one() -> None:
-    assert state(run_of_the_tests("2026-11-25"), run_of_the_tests("2026-11-26", passed=False))[0].startswith("**fails**: ")
+    assert state(run_of_the_tests("2026-11-25"), run_of_the_tests("2026-11-26", passed=False))[0].startswith(
+        "**fails**: "
+    )
 
 
 def test_what_failed_in_other_sources_is_stale_and_named_a_failure() -> None:
     old = {**NOW, "native": {**NOW["native"], "add_relu": "0123456789abcdef"}}
-    assert state(run_of_the_tests("2026-11-25", passed=False, sources=old))[0] == "*stale*, failed: NVIDIA H200, 2026-11-25, `01234567`"
+    assert (
+        state(run_of_the_tests("2026-11-25", passed=False, sources=old))[0]
+        == "*stale*, failed: NVIDIA H200, 2026-11-25, `01234567`"
+    )
 
 
 def test_a_run_that_left_tests_out_does_not_clear_a_failure() -> None:
-    failed, partly = run_of_the_tests("2026-11-25", passed=False), {**run_of_the_tests("2026-11-26"), "without": "the layout offset"}
+    failed, partly = (
+        run_of_the_tests("2026-11-25", passed=False),
+        {**run_of_the_tests("2026-11-26"), "without": "the layout offset"},
+    )
     assert state(failed, partly)[0].startswith("**fails**: ")
     assert not state(failed, partly, run_of_the_tests("2026-11-27"))[0].startswith("**")
     assert not state(partly)[0].startswith("**")
@@ -78,7 +86,10 @@ def test_a_benchmark_does_not_hide_a_failed_test_of_the_same_sources() -> None:
 
 def test_a_benchmark_is_evidence_because_it_checks_first() -> None:
     labels = {"kind": "op", "op": "add_relu", "case": "c", "batch": 1, "pass": "forward"}
-    rows = [{**labels, "dtype": "float16", "times": {"native": {}, "eager": {}}}, {**labels, "dtype": "float32", "error": "wrong"}]
+    rows = [
+        {**labels, "dtype": "float16", "times": {"native": {}, "eager": {}}},
+        {**labels, "dtype": "float32", "error": "wrong"},
+    ]
     bench = {"kind": "bench", **FACTS, "date": "2026-11-25", "rows": rows}
     assert state(bench)[0].startswith("NVIDIA H200, 2026-11-25")
     assert all(line[3:] == [ran.NEVER] for line in ran.table([{**bench, "checked": False}])[1])
@@ -91,7 +102,8 @@ def test_a_kernels_hash_follows_its_own_files(tmp_path: Path, monkeypatch: pytes
         (tmp_path / file).write_text("")
     before = {device: _sources.kernel_hash("room", "native", device) for device in ("cpu", "cuda")}
     touched = {
-        "room/cuda.cu": {"cuda"}, "cuda/launch.cuh": {"cuda"}, "shared/rows.h": {"cpu", "cuda"}, "room/cpu.cpp": {"cpu"},
+        "room/cuda.cu": {"cuda"}, "cuda/launch.cuh": {"cuda"}, "shared/rows.h": {"cpu", "cuda"},
+        "room/cpu.cpp": {"cpu"},
         "cpu/simd.h": {"cpu"}, "other/cuda.cu": set(),
     }  # fmt: skip
     for file, devices in touched.items():
@@ -111,14 +123,25 @@ def test_inference_and_training_may_come_from_two_results() -> None:
     rows = [{"kind": "model", "pass": what} for what in ("inference", "training step")]
     dated = (("2026-11-24", rows), ("2026-11-25", rows[1:]))
     found = newest([{"kind": "bench", "device": "cuda", "date": date, "rows": of} for date, of in dated])
-    assert [(r["table"], r["date"], len(r["rows"])) for r in found] == [("inference", "2026-11-24", 1), ("training", "2026-11-25", 1)]
+    assert [(r["table"], r["date"], len(r["rows"])) for r in found] == [
+        ("inference", "2026-11-24", 1),
+        ("training", "2026-11-25", 1),
+    ]
 
 
 def row(batch: int, **ms: float) -> dict[str, Any]:
     """A network's inference at so many milliseconds."""
     medians = {name.replace("_", " "): value / 1e3 for name, value in ms.items()}
     times = {name: {"median": t, "low": t, "high": t, "samples": 5} for name, t in medians.items()}
-    labels = {"kind": "model", "model": "resnet50", "pass": "inference", "dtype": "bfloat16", "batch": batch, "bytes": 1, "flops": 1}
+    labels = {
+        "kind": "model",
+        "model": "resnet50",
+        "pass": "inference",
+        "dtype": "bfloat16",
+        "batch": batch,
+        "bytes": 1,
+        "flops": 1,
+    }
     counted = {"launches": {"eager": 2, "fused": 1}, "peak": {"eager": 2, "fused": 1}, "limit": 1e-3}
     shares = {key: dict.fromkeys(medians, 1.0) for key in ("ratios", "gb_per_s", "tflop_per_s", "share_of_limit")}
     return {**labels, **counted, "times": times, **shares}
@@ -130,11 +153,17 @@ def result(date: str, *rows: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def test_results_of_one_device_and_commit_are_one_in_which_the_later_row_counts() -> None:
-    first = result("2026-11-25T10", row(1, eager=4, fused=2, graph=1), row(8, eager=8, fused=4), {**row(32), "error": "lost"})
+    first = result(
+        "2026-11-25T10", row(1, eager=4, fused=2, graph=1), row(8, eager=8, fused=4), {**row(32), "error": "lost"}
+    )
     then = result("2026-11-25T11", row(1, eager=3, fused=1, compile=2), row(32, eager=9, fused=8))
     (found,) = newest([then, first])
     medians = {r["batch"]: {name: t["median"] * 1e3 for name, t in r["times"].items()} for r in found["rows"]}
-    assert medians == {1: {"eager": 3, "fused": 1, "compile": 2, "graph": 1}, 8: {"eager": 8, "fused": 4}, 32: {"eager": 9, "fused": 8}}
+    assert medians == {
+        1: {"eager": 3, "fused": 1, "compile": 2, "graph": 1},
+        8: {"eager": 8, "fused": 4},
+        32: {"eager": 9, "fused": 8},
+    }
     assert "error" not in found["rows"][2] and set(found["rows"][0]["ratios"]) == set(found["rows"][0]["times"])
     (elsewhere,) = newest([first, {**then, "commit": "another"}])
     assert [r["batch"] for r in elsewhere["rows"]] == [1, 32] and "graph" not in elsewhere["rows"][0]["times"]
@@ -149,12 +178,16 @@ def test_a_variant_that_fails_later_is_not_shown_with_its_earlier_time() -> None
 
 
 def test_a_table_says_which_rows_it_has() -> None:
-    text = tables_of([result("2026-11-25", row(1, eager=4, fused=2), left_out=3, more_with_full={"inference": 5, "ops": 70})])
+    text = tables_of(
+        [result("2026-11-25", row(1, eager=4, fused=2), left_out=3, more_with_full={"inference": 5, "ops": 70})]
+    )
     assert "3 more rows of this run were not measured." in text["inference-cuda"]
     assert "These are the telling rows; `pytest benchmarks --full` has 5 more." in text["inference-cuda"]
 
 
-def kernel_row(variant: str, ms: float, *kernels: tuple[str, int, float], step: str = "training step") -> dict[str, Any]:
+def kernel_row(
+    variant: str, ms: float, *kernels: tuple[str, int, float], step: str = "training step"
+) -> dict[str, Any]:
     labels = {"model": "resnet50", "batch": 256, "dtype": "bfloat16", "pass": step, "variant": variant}
     busy = sum(us for *_, us in kernels) / 1e3
     counted = {"launches": sum(n for _, n, _ in kernels), "peak": None}
@@ -163,18 +196,27 @@ def kernel_row(variant: str, ms: float, *kernels: tuple[str, int, float], step: 
 
 def test_the_headline_names_the_fastest_peer_and_who_loses() -> None:
     steps = [kernel_row("eager", 50, ("a", 1, 1e3)), kernel_row("fused", 40, ("a", 1, 1e3))]
-    inference = result("2026-11-25", row(1, eager=4, fused=2, compile=9), row(256, eager=10, fused=9, compile=6, fused_graph=5))
+    inference = result(
+        "2026-11-25", row(1, eager=4, fused=2, compile=9), row(256, eager=10, fused=9, compile=6, fused_graph=5)
+    )
     text = tables_of([inference, {**result("2026-11-26", *steps), "kind": "kernels"}])["headlines-cuda"]
-    assert "resnet50, inference, bfloat16, batch 256, NVIDIA H200: fused takes 9 ms, eager 10 ms, torch.compile 6 ms." in text
+    assert (
+        "resnet50, inference, bfloat16, batch 256, NVIDIA H200: fused takes 9 ms, eager 10 ms, torch.compile 6 ms."
+        in text
+    )
     assert "**Fused loses to torch.compile by 1.50x** (fused as a CUDA graph 5 ms)." in text
-    assert "training step, bfloat16, batch 256, NVIDIA H200: fused takes 40 ms, eager 50 ms. Fused wins by 1.25x." in text
+    assert (
+        "training step, bfloat16, batch 256, NVIDIA H200: fused takes 40 ms, eager 50 ms. Fused wins by 1.25x." in text
+    )
 
 
 def test_kernels_of_one_name_are_added_and_the_rest_is_counted() -> None:
     product = "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cute::tuple<int, int>"
     few = [(f"kernel_{i}", 1, 10.0) for i in range(kernel_tables.MOST)]
     fused = kernel_row("fused", 2, (product + ", 1", 3, 600.0), (product + ", 2", 1, 200.0), *few, step="inference")
-    headings, rows = kernel_tables.kernels([fused, kernel_row("compile", 1, ("b", 1, 1.0)), {**fused, "variant": "eager"}])
+    headings, rows = kernel_tables.kernels(
+        [fused, kernel_row("compile", 1, ("b", 1, 1.0)), {**fused, "variant": "eager"}]
+    )
     assert rows[0][headings.index("kernel") :] == ["`device_kernel GemmUniversal`", "4", "0.8", "89%"]
     assert [line[headings.index("launches")] for line in rows if "all others" in line] == ["1"]
     assert {line[headings.index("variant")] for line in rows} == {"fused", "torch.compile"}
@@ -187,8 +229,14 @@ def test_kernels_of_one_name_are_added_and_the_rest_is_counted() -> None:
     ("kernel", "short"),
     [
         ("void fused_cnn::(anonymous namespace)::bn_reduce_kernel<fused_cnn::bf16_t, true>(fused", "bn_reduce_kernel"),
-        ("void at::native::vectorized_elementwise_kernel<8, at::native::Functor_add<c", "vectorized_elementwise_kernel Functor_add"),
-        ("void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<at::native::Mul", "elementwise_kernel Mul"),
+        (
+            "void at::native::vectorized_elementwise_kernel<8, at::native::Functor_add<c",
+            "vectorized_elementwise_kernel Functor_add",
+        ),
+        (
+            "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<at::native::Mul",
+            "elementwise_kernel Mul",
+        ),
         ("Memset (Device)", "Memset (Device)"),
         ("aten::convolution_backward", "aten::convolution_backward"),
         ("triton_poi_fused_add_relu_8", "triton_poi_fused_add_relu_8"),

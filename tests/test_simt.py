@@ -1,4 +1,5 @@
-"""The CUDA kernels, run on this processor over the cases of every other backend, with checked pointers (simt_backend.py)."""
+"""The CUDA kernels, run on this processor over the cases of every other backend, with checked pointers
+(simt_backend.py)."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ pytestmark = [
     pytest.mark.usefixtures("checked_memory"),
 ]
 COVERED = [c for c in all_cases() if c.name in sum(simt_backend.ROOMS.values(), ())]
-DTYPES = {  # in which layouts: the kernels' paths are a type's with and without vectors, and float32 goes through all of them
+# In which layouts: the kernels' paths are a type's with and without vectors, and float32 goes through all of them.
+DTYPES = {
     torch.float64: ["channels_last"],
     torch.float32: LAYOUTS,
     torch.float16: ["channels_last", "offset"],
@@ -46,7 +48,9 @@ RUNS = [
 
 
 @pytest.mark.parametrize(("op_cases", "case", "dtype", "layout"), RUNS)
-def test_forward_and_backward_agree_with_float64(op_cases: OpCases, case: Case, dtype: torch.dtype, layout: str) -> None:
+def test_forward_and_backward_agree_with_float64(
+    op_cases: OpCases, case: Case, dtype: torch.dtype, layout: str
+) -> None:
     for comparison in compare(op_cases, case, "simt", dtype, layout):
         assert comparison.ok, comparison
 
@@ -131,12 +135,16 @@ SUMS = [(LEAST // 2, 64, 40), *((r, 24, 40) for r in (*around(LEAST), 2 * LEAST,
     ("pixels", "channels", "outputs", "dtype"),
     [(*size, dtype) for size in SUMS for dtype in (torch.float16, torch.bfloat16)] + [(MOST + 1, 8, 8, torch.bfloat16)],
 )
-def test_weight_gradients_of_whole_and_of_part_filled_chunks_of_rows(pixels: int, channels: int, outputs: int, dtype: torch.dtype) -> None:
+def test_weight_gradients_of_whole_and_of_part_filled_chunks_of_rows(
+    pixels: int, channels: int, outputs: int, dtype: torch.dtype
+) -> None:
     x, grad = (last(torch.randn(1, c, 1, pixels)).to(dtype) for c in (channels, outputs))
     weight = torch.randn(outputs, channels, 1, 1).to(dtype).requires_grad_()
     (found,) = torch.autograd.grad(conv1x1_bias_relu(x, weight, relu=False, backend="simt"), weight, grad)
     exact = torch.einsum("nkhw,nchw->kc", grad.double(), x.double())[:, :, None, None]
-    torch.testing.assert_close(found.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-4 * exact.abs().max().item())
+    torch.testing.assert_close(
+        found.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-4 * exact.abs().max().item()
+    )
 
 
 def test_products_take_what_does_not_lie_on_16_bytes() -> None:
@@ -162,15 +170,31 @@ def test_results_are_bitwise_equal_in_reruns() -> None:
 
 
 OUTSIDE, OFF = "outside of every tensor", "on a multiple of 16 bytes at another address"
-# Mistakes that the checks must notice, by room and what of it: a file, a piece of it, what stands there instead, and what is said of it.
+# Mistakes that the checks must notice, by room and what of it: a file, a piece of it, what stands there instead, and
+# what is said of it.
 BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
     "concat": {
-        "a row too many": ("cuda/column_reduction.cuh", "if (r < place.end) load(u, r);", "if (r <= place.end) load(u, r);", OUTSIDE),
+        "a row too many": (
+            "cuda/column_reduction.cuh",
+            "if (r < place.end) load(u, r);",
+            "if (r <= place.end) load(u, r);",
+            OUTSIDE,
+        ),
         "a channel too many": ("cuda/vector.cuh", "if (j < n) at[j] =", "if (j <= n) at[j] =", OUTSIDE),
-        "a missing barrier": ("cuda/column_reduction.cuh", "= values[j];\n  __syncthreads();", "= values[j];", "error="),
+        "a missing barrier": (
+            "cuda/column_reduction.cuh",
+            "= values[j];\n  __syncthreads();",
+            "= values[j];",
+            "error=",
+        ),
     },
     "inception": {
-        "a slice of the product in the wrong place": ("cuda/gemm/epilogue.cuh", "column -= slice.columns, slice", "slice", OUTSIDE),
+        "a slice of the product in the wrong place": (
+            "cuda/gemm/epilogue.cuh",
+            "column -= slice.columns, slice",
+            "slice",
+            OUTSIDE,
+        )
     },
     "conv": {
         "no mistake": ("shared/relu.h", "#pragma once", "#pragma once", "passed"),
@@ -179,14 +203,29 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
     },
     "conv products": {
         "a rest of the rows left out": ("conv/cuda.cu", "run(whole, 1, rest);", "run(whole, 0, rest);", "error="),
-        "pairs of columns in the wrong place": ("cuda/gemm/epilogue.cuh", "upper ? kept : got", "upper ? got : kept", "differ"),
+        "pairs of columns in the wrong place": (
+            "cuda/gemm/epilogue.cuh",
+            "upper ? kept : got",
+            "upper ? got : kept",
+            "differ",
+        ),
         "a residual's row too far": ("cuda/gemm/epilogue.cuh", "row >= m ||", "row > m ||", OUTSIDE),
     },
     "conv cudnn": {
-        "memory off 16 bytes for cuDNN": ("shared/aten_conv.h", "% 16 != 0) return", "% 1 != 0) return", "aten::convolution: "),
+        "memory off 16 bytes for cuDNN": (
+            "shared/aten_conv.h",
+            "% 16 != 0) return",
+            "% 1 != 0) return",
+            "aten::convolution: ",
+        )
     },
     "batch_norm": {
-        "a channel of the mask left out": ("batch_norm/cuda_fwd.cu", "j < place.n) byte |=", "j < place.n - 1) byte |=", "error="),
+        "a channel of the mask left out": (
+            "batch_norm/cuda_fwd.cu",
+            "j < place.n) byte |=",
+            "j < place.n - 1) byte |=",
+            "error=",
+        )
     },
 }
 
@@ -198,7 +237,9 @@ def test_broken_kernels_are_caught(kind: str, tmp_path: Path) -> None:
         assert found[name].startswith(("caught", "passed")) and expected in found[name], (name, found[name])
 
 
-def test_the_table_decides_which_tile_a_product_runs_with(checked_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_decides_which_tile_a_product_runs_with(
+    checked_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     library = simt_backend.install()
     tiles = _library.gemm_tiles(library)
     assert len(tiles) == len(set(tiles)) >= 2

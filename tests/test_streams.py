@@ -1,4 +1,5 @@
-"""One fused model, many callers: threads, each on a stream of its own where there is a GPU, and CUDA graphs of its forward pass."""
+"""One fused model, many callers: threads, each on a stream of its own where there is a GPU, and CUDA graphs of its
+forward pass."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def images(seed: int, batch: int = 2) -> Tensor:
 
 @pytest.mark.parametrize("name", ["resnet18", "googlenet"])
 def test_threads_share_a_model(name: str) -> None:
-    """On a CPU from the first call on, which folds the weights. On a GPU that is one stream's, and others may start when it is done."""
+    """On a CPU from the first call on, which folds the weights. On a GPU that is one stream's, and others may start
+    when it is done."""
     model = network(name)
     inputs = [images(seed, batch=1 + seed % 3) for seed in range(2 * THREADS)]
     with torch.no_grad():

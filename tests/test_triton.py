@@ -1,4 +1,5 @@
-"""Networks on the Triton backend: whole on a GPU where there is one, else their first stages in Triton's interpreter."""
+"""Networks on the Triton backend: whole on a GPU where there is one, else their first stages in Triton's
+interpreter."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ from fused_cnn.ops._cases import Maker, OpCases
 from fused_cnn.testing import all_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(not status("triton", DEVICE).on, reason="Triton runs neither on a GPU nor in its interpreter here")
+pytestmark = pytest.mark.skipif(
+    not status("triton", DEVICE).on, reason="Triton runs neither on a GPU nor in its interpreter here"
+)
 
 MODELS = {
     "resnet18": lambda: torchvision.models.resnet18(num_classes=10),
@@ -38,7 +41,8 @@ MODELS = {
 
 
 def shortened(model: nn.Module) -> nn.Module:
-    """On a GPU the whole network; for the interpreter what comes before the last layers, whose blocks are the same with more channels."""
+    """On a GPU the whole network; for the interpreter what comes before the last layers, whose blocks are the same with
+    more channels."""
     if DEVICE == "cpu":
         for name in ("layer3", "layer4", *(f"inception4{i}" for i in "abcde"), "inception5a", "inception5b"):
             if hasattr(model, name):
@@ -91,19 +95,22 @@ def test_a_training_step_agrees_with_eager(name: str) -> None:
     exact, eager = dict(truth.named_parameters()), dict(model.named_parameters())
     for key, parameter in fused.named_parameters():
         want = exact[key].grad
-        # At this size a ReLU or a window's choice that turns over moves one sum visibly; eager's own gradient moves as much.
+        # At this size a ReLU or a window's choice that turns over moves one sum visibly; eager's own gradient moves as
+        # much.
         allowed = 3 * (eager[key].grad - want).abs().max() + 1e-3 * want.abs().max() + 1e-6
         assert (parameter.grad - want).abs().max() <= allowed, key
     for key, buffer in fused.named_buffers():
         want = truth.get_buffer(key).double()
-        # A deep layer's statistics carry the rounding of all layers before it, eager's as well as ours: relative to the largest of them.
+        # A deep layer's statistics carry the rounding of all layers before it, eager's as well as ours: relative to the
+        # largest of them.
         allowed = 3 * (model.get_buffer(key) - want).abs().max() + 1e-4 * want.abs().max()
         assert (buffer - want).abs().max() <= allowed, key
 
 
 @pytest.mark.parametrize("channels", [1, 17, 65])
 def test_convolutions_read_their_channels_and_nothing_else(channels: int) -> None:
-    """NaN in the channels beside x's, and in one pixel: it reaches the outputs whose windows hold that pixel, and no others."""
+    """NaN in the channels beside x's, and in one pixel: it reaches the outputs whose windows hold that pixel, and no
+    others."""
     generator = torch.Generator().manual_seed(channels)
     for kernel, stride, padding in ((1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 0)):
         wide = torch.full((2, 7, 6, channels + 5), float("nan"))
@@ -124,13 +131,16 @@ def test_convolutions_read_their_channels_and_nothing_else(channels: int) -> Non
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_gradient_of_the_weight_is_summed_over_all_its_parts(stride: int) -> None:
-    """Thousands of pixels: the product over them is cut into parts, which a second stage adds up. Small integers, so sums are exact."""
+    """Thousands of pixels: the product over them is cut into parts, which a second stage adds up. Small integers, so
+    sums are exact."""
     side = 50 * stride
     x = torch.randint(-2, 3, (2, 5, side, side)).float().to(DEVICE)
     weight = torch.randint(-2, 3, (7, 5, 1, 1)).float().to(DEVICE).requires_grad_()
     bias = torch.zeros(7, device=DEVICE, requires_grad=True)
     grad_out = torch.randint(-2, 3, (2, 7, 50, 50)).float().to(DEVICE)
-    found = torch.autograd.grad(conv1x1_bias_relu(x, weight, bias, stride=stride, backend="triton"), (weight, bias), grad_out)
+    found = torch.autograd.grad(
+        conv1x1_bias_relu(x, weight, bias, stride=stride, backend="triton"), (weight, bias), grad_out
+    )
     plain = torch.relu(nn.functional.conv2d(x, weight, bias, stride))
     for actual, expected in zip(found, torch.autograd.grad(plain, (weight, bias), grad_out), strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
@@ -149,7 +159,8 @@ SENTINEL = 7.0
 
 @pytest.mark.parametrize("channels", [1, 17, 65])
 def test_a_slice_is_written_whole_and_its_neighbours_are_not(channels: int) -> None:
-    """Each kernel that writes into a slice of a wider tensor, alone: in an op, the next branch would write over what overran."""
+    """Each kernel that writes into a slice of a wider tensor, alone: in an op, the next branch would write over what
+    overran."""
     from fused_cnn.ops._triton_conv import Geometry, conv_forward, weight_rows
     from fused_cnn.ops.batch_norm.triton import TILE, apply_kernel
     from fused_cnn.ops.concat.triton import CHANNELS as BC
@@ -189,7 +200,14 @@ class NoSynchronisation(TorchDispatchMode):
     """Fails where a launcher waits for the device: reads a value, asks for an unknown size, or copies to the host."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        waits = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::unique"}
+        waits = {
+            "aten::_local_scalar_dense",
+            "aten::item",
+            "aten::nonzero",
+            "aten::is_nonzero",
+            "aten::equal",
+            "aten::unique",
+        }
         assert func.name() not in waits, f"{func.name()} waits for the device"
         return func(*args, **(kwargs or {}))
 
@@ -216,8 +234,12 @@ def _six(c: int) -> tuple[list[Tensor], list[Tensor]]:
 
 
 ROOMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "conv1x1_bias_relu": lambda x: conv1x1_bias_relu(x, torch.ones(8, 8, 1, 1, device=DEVICE).to(x.dtype), stride=2, backend="triton"),
-    "conv_bias_relu": lambda x: conv_bias_relu(x, torch.ones(8, 8, 3, 3, device=DEVICE).to(x.dtype), padding=1, backend="triton"),
+    "conv1x1_bias_relu": lambda x: conv1x1_bias_relu(
+        x, torch.ones(8, 8, 1, 1, device=DEVICE).to(x.dtype), stride=2, backend="triton"
+    ),
+    "conv_bias_relu": lambda x: conv_bias_relu(
+        x, torch.ones(8, 8, 3, 3, device=DEVICE).to(x.dtype), padding=1, backend="triton"
+    ),
     "inception": lambda x: inception(x, *([t.to(x.dtype) for t in part] for part in _six(8)), backend="triton"),
     "concat_bias_relu": lambda x: concat_bias_relu([x, x], backend="triton"),
     "bn_relu": lambda x: bn_relu(x, _vectors(8), backend="triton"),
@@ -237,7 +259,9 @@ def far_apart(pixels: int = 1100, pitch: int = 2_000_003) -> Tensor:
     """Pixels so far apart that the last lie past 2^31 elements. Only the pages that hold a pixel ever get memory."""
     memory = torch.empty((pixels - 1) * pitch + 8, dtype=torch.float16)
     assert memory.numel() > 2**31
-    return memory.as_strided((1, 8, 1, pixels), (pixels * pitch, 1, pixels * pitch, pitch)).copy_(torch.randn(1, 8, 1, pixels))
+    return memory.as_strided((1, 8, 1, pixels), (pixels * pitch, 1, pixels * pitch, pitch)).copy_(
+        torch.randn(1, 8, 1, pixels)
+    )
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the memory would be allocated")

@@ -1,4 +1,5 @@
-"""tuning.py: what is measured decides, and only where it holds; tables survive bad files and many processes. Times are made up."""
+"""tuning.py: what is measured decides, and only where it holds; tables survive bad files and many processes. Times are
+made up."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def reference_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_seconds", lambda variants, device: {name: 1.0 + (name != "reference") for name in variants})
+    monkeypatch.setattr(
+        tuning, "_seconds", lambda variants, device: {name: 1.0 + (name != "reference") for name in variants}
+    )
 
 
 def ops_of(work: Any) -> set[str]:
@@ -71,7 +74,9 @@ def test_the_fastest_runs_for_that_shape_and_nowhere_else() -> None:
     assert ops_of(add(other)) >= own
     assert ops_of(add(x.to(torch.bfloat16))) >= own
     assert ops_of(add(x.contiguous(memory_format=torch.channels_last))) >= own
-    assert ops_of(add(x, backend="native" if DEVICE == "cpu" else "triton")) >= own  # an explicit backend is not asked about
+    assert (
+        ops_of(add(x, backend="native" if DEVICE == "cpu" else "triton")) >= own
+    )  # an explicit backend is not asked about
     assert ops_of(add(x.clone().requires_grad_())) >= own  # nor is training, which was not measured
 
 
@@ -100,7 +105,9 @@ def test_the_models_own_tensors_are_left_alone() -> None:
 def test_nothing_is_measured_unless_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_seconds", lambda variants, device: pytest.fail("measured"))
     for backend in (None, *backends()):
-        conv1x1_bias_relu(torch.randn(1, 16, 4, 4, device=DEVICE), torch.randn(16, 16, 1, 1, device=DEVICE), backend=backend)
+        conv1x1_bias_relu(
+            torch.randn(1, 16, 4, 4, device=DEVICE), torch.randn(16, 16, 1, 1, device=DEVICE), backend=backend
+        )
     assert not folder.exists()
 
 
@@ -126,8 +133,12 @@ def test_tritons_tiles_are_measured_kept_and_used(folder: Path, monkeypatch: pyt
     monkeypatch.setattr(tuning, "_seconds", last_wins)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # exact float32 has one choice of tiles in a backward
     x, weight = torch.randn(1, 16, 4, 4, device=DEVICE), torch.randn(32, 16, 1, 1, device=DEVICE, requires_grad=train)
-    measured = tuning.tune(lambda t: conv1x1_bias_relu(t.requires_grad_(train), weight), x, train=train, backends=("reference", "triton"))
-    assert {key[0] for key in measured.tiles} == {"conv_fwd_kernel"} | ({"dgrad_kernel", "wgrad_kernel"} if train else set())
+    measured = tuning.tune(
+        lambda t: conv1x1_bias_relu(t.requires_grad_(train), weight), x, train=train, backends=("reference", "triton")
+    )
+    assert {key[0] for key in measured.tiles} == {"conv_fwd_kernel"} | (
+        {"dgrad_kernel", "wgrad_kernel"} if train else set()
+    )
     from fused_cnn.ops._triton_conv import TILES, Tiles, products
 
     key = next(k for k in measured.tiles if k[0] == "conv_fwd_kernel")
@@ -178,7 +189,9 @@ def test_a_file_with_a_nonsensical_entry_is_not_used(folder: Path, entry: Any) -
 
 
 def test_a_table_of_other_sources_is_another_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _tables.save(_tables.cache_file(PLACE), _tables.Table({KEY: {"best": "reference", "seconds": {}}}), _tables.facts(PLACE))
+    _tables.save(
+        _tables.cache_file(PLACE), _tables.Table({KEY: {"best": "reference", "seconds": {}}}), _tables.facts(PLACE)
+    )
     assert _tables.table(PLACE).choices
     changed = {**_tables.facts(PLACE), "sources": "changed"}
     monkeypatch.setattr(_tables, "facts", lambda device: changed)
@@ -229,7 +242,9 @@ def test_a_strided_call_and_a_list_of_branches_have_keys_that_json_keeps(folder:
     bn = fused_cnn.ops.BatchNormArgs(*(torch.rand(8, device=DEVICE) for _ in range(4)))
 
     def model(t: Tensor) -> Tensor:
-        return bn_relu_concat([max_pool2d(t[:, :, ::2], 3, 1, 1), max_pool2d(t[:, :, 1::2], kernel_size=3, stride=1, padding=1)], [bn, bn])
+        return bn_relu_concat(
+            [max_pool2d(t[:, :, ::2], 3, 1, 1), max_pool2d(t[:, :, 1::2], kernel_size=3, stride=1, padding=1)], [bn, bn]
+        )
 
     measured = tuning.tune(model, x)
     assert {key[0] for key in measured.choices} == {"max_pool2d", "bn_relu_concat"}
@@ -239,7 +254,9 @@ def test_a_strided_call_and_a_list_of_branches_have_keys_that_json_keeps(folder:
 
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("tuned", [False, True])
-def test_calls_in_any_form_and_on_stand_ins_find_their_way(tuned: bool, monkeypatch: pytest.MonkeyPatch, reference_wins: None) -> None:
+def test_calls_in_any_form_and_on_stand_ins_find_their_way(
+    tuned: bool, monkeypatch: pytest.MonkeyPatch, reference_wins: None
+) -> None:
     x, weight = torch.randn(1, 8, 4, 4, device=DEVICE), torch.randn(8, 8, 1, 1, device=DEVICE)
     if tuned:
         tuning.tune(lambda t: add_relu(max_pool2d(t, 1), t), x)
@@ -268,12 +285,16 @@ def test_a_change_of_the_tables_compiles_nothing_again() -> None:
 
 def test_a_backend_that_is_not_built_here_is_passed_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1, 8, 4, 4, device=DEVICE)
-    _tables.save(_tables.cache_file(PLACE), _tables.Table({KEY: {"best": "triton", "seconds": {}}}), _tables.facts(PLACE))
+    _tables.save(
+        _tables.cache_file(PLACE), _tables.Table({KEY: {"best": "triton", "seconds": {}}}), _tables.facts(PLACE)
+    )
     monkeypatch.setattr(fused_cnn._backends._library, "has_kernel", lambda op, backend, device: backend != "triton")
     torch.testing.assert_close(add_relu(x, x), torch.relu(2 * x))
 
 
-@pytest.mark.parametrize("error", [RuntimeError("Could not determine home directory."), PermissionError("not yours")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Could not determine home directory."), PermissionError("not yours")], ids=repr
+)
 def test_without_a_readable_home_the_heuristics_decide(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     class NoHome(type(Path())):  # type: ignore[misc]
         def read_text(self, *args: Any) -> str:
@@ -346,7 +367,9 @@ def test_problems_with_other_candidates_have_other_keys() -> None:
     assert {key[0] for key in measured.choices} == {"inception", "conv_bias_relu"}
 
 
-def test_the_command_measures_a_network_and_saves_the_table(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_measures_a_network_and_saves_the_table(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("skimage")
     out = tmp_path / "table.json"
     assert run(["tune", "resnet18", "--size", "32", "--json", "--out", str(out)]) == 0

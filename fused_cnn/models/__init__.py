@@ -54,9 +54,7 @@ def build(name: str, **options: Any) -> nn.Module:
     """
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=3)
-        raise ValueError(
-            f"no model {name!r}; {'did you mean' if near else 'there are'} {', '.join(near or MODELS)}"
-        )
+        raise ValueError(f"no model {name!r}; {'did you mean' if near else 'there are'} {', '.join(near or MODELS)}")
     return MODELS[name](**options)
 
 

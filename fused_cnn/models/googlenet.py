@@ -108,12 +108,7 @@ class GoogLeNet(nn.Module):
         self.aux_logits = aux_logits
         self.transform_input = transform_input
         self.backend = backend
-        form: dict[str, Any] = {
-            "norm": batch_norm,
-            "bias": not batch_norm,
-            "eps": BATCH_NORM_EPS,
-            "backend": backend,
-        }
+        form: dict[str, Any] = {"norm": batch_norm, "bias": not batch_norm, "eps": BATCH_NORM_EPS, "backend": backend}
 
         self.conv1 = ConvBNReLU(3, 64, 7, stride=2, padding=3, **form)
         self.maxpool1 = MaxPool2d(3, stride=2, ceil_mode=True, backend=backend)
@@ -207,9 +202,7 @@ def googlenet_paper(**options: Any) -> GoogLeNet:
     return GoogLeNet(batch_norm=False, **options)
 
 
-def googlenet_loss(
-    outputs: Tensor | GoogLeNetOutputs, target: Tensor, aux_weight: float = AUX_LOSS_WEIGHT
-) -> Tensor:
+def googlenet_loss(outputs: Tensor | GoogLeNetOutputs, target: Tensor, aux_weight: float = AUX_LOSS_WEIGHT) -> Tensor:
     """Cross entropy, plus `aux_weight` times each auxiliary classifier's (arXiv 1409.4842, section 5).
 
     Args:

@@ -1,4 +1,5 @@
-"""The fused ops, one folder each: op.py (the public function), reference.py (the definition of truth), triton.py, cases.py."""
+"""The fused ops, one folder each: op.py (the public function), reference.py (the definition of truth), triton.py,
+cases.py."""
 
 from .batch_norm.args import BatchNormArgs
 from .batch_norm.conv import bn_relu_conv

@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Runs a backward in its forward's dtypes, whatever autocast is on around it, and makes a second one raise.
 
-    A forward's tensors have been cast once. Where `loss.backward()` is called under an autocast that the forward was not, that autocast
-    would reach into the kernels, whose convolutions of float32 would come back in 16 bits.
+    A forward's tensors have been cast once. Where `loss.backward()` is called under an autocast that the forward was
+    not, that autocast would reach into the kernels, whose convolutions of float32 would come back in 16 bits.
     """
 
     @wraps(backward)

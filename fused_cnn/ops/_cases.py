@@ -1,4 +1,5 @@
-"""What a room's cases.py is made of: inputs of real and of awkward shapes, the bytes and FLOPs that they cost, and the tolerance.
+"""What a room's cases.py is made of: inputs of real and of awkward shapes, the bytes and FLOPs that they cost, and the
+tolerance.
 
 Tests and benchmarks read the same cases, so what is timed is what is tested.
 """
@@ -37,8 +38,9 @@ class Case:
 class Maker:
     """Makes a case's random tensors: seeded, in one dtype, on one device, activations in one memory layout.
 
-    Layouts: "channels_last"; "contiguous" (N, C, H, W); "slice" (channels of a wider channels_last tensor); "offset" (channels_last,
-    starting one element into its storage, so that nothing is 16-byte aligned). On the device "meta" they have shapes alone.
+    Layouts: "channels_last"; "contiguous" (N, C, H, W); "slice" (channels of a wider channels_last tensor); "offset"
+    (channels_last, starting one element into its storage, so that nothing is 16-byte aligned). On the device "meta"
+    they have shapes alone.
     """
 
     def __init__(
@@ -70,7 +72,8 @@ class Maker:
         return x.detach().requires_grad_(self.grad)
 
     def weight(self, *shape: int) -> Tensor:
-        """A (out, in, kh, kw) weight, scaled so that a convolution keeps its input's variance (He, arXiv 1502.01852, section 2.2)."""
+        """A (out, in, kh, kw) weight, scaled so that a convolution keeps its input's variance (He, arXiv 1502.01852,
+        section 2.2)."""
         fan_in = max(1, shape[1] * shape[2] * shape[3])
         return (self._normal(shape) * (2 / fan_in) ** 0.5).detach().requires_grad_(self.grad)
 
@@ -85,8 +88,8 @@ class Maker:
 
 
 class Pass(NamedTuple):
-    """A forward or backward pass at its least: the tensors that it reads and writes (twice where it must read one twice), and its
-    floating-point operations. Vectors of one value per channel, and ReLU's bits, are left out."""
+    """A forward or backward pass at its least: the tensors that it reads and writes (twice where it must read one
+    twice), and its floating-point operations. Vectors of one value per channel, and ReLU's bits, are left out."""
 
     tensors: Sequence[Tensor | None]
     flops: int
@@ -106,11 +109,12 @@ class CaseCost:
 class OpCases:
     """One public op: its cases and how to judge and to price them.
 
-    `make(case, maker)` returns the positional and keyword arguments; every tensor among them that requires grad gets a gradient.
-    `least(out, *args, **kwargs)` is the call's forward and backward pass, of which only shapes matter. `registered` names the registered op
-    by which a backend is known to implement this one, where it is not `<name>_fwd`. `rounding` is the number of roundings to the dtype that
-    the absolute term allows, `summation` the units in the last place of the accumulator (float32, or float64) that a long sum in another
-    order may lose, and `reason` says why so many.
+    `make(case, maker)` returns the positional and keyword arguments; every tensor among them that requires grad gets a
+    gradient. `least(out, *args, **kwargs)` is the call's forward and backward pass, of which only shapes matter.
+    `registered` names the registered op by which a backend is known to implement this one, where it is not
+    `<name>_fwd`. `rounding` is the number of roundings to the dtype that the absolute term allows, `summation` the
+    units in the last place of the accumulator (float32, or float64) that a long sum in another order may lose, and
+    `reason` says why so many.
     """
 
     name: str
@@ -142,11 +146,10 @@ class OpCases:
 
 
 def rooms() -> list[ModuleType]:
-    """Every room's cases.py, which has CASES, one OpCases or several, and COSTS, what its registered ops cost (_cost.py)."""
+    """Every room's cases.py, which has CASES, one OpCases or several, and COSTS, what its registered ops cost
+    (_cost.py)."""
     found = (room.name for room in pkgutil.iter_modules(ops.__path__) if room.ispkg)
     return [importlib.import_module(f"{ops.__name__}.{name}.cases") for name in found]
-
-
 
 
 def awkward_shapes(batch: int = 2) -> list[tuple[int, int, int, int]]:

@@ -31,8 +31,8 @@ def is_pointwise(weight: Tensor, padding: Sequence[int], groups: int) -> bool:
 
 
 def on_16_bytes(t: Tensor) -> Tensor:
-    """`t`, copied where it does not lie on 16 bytes on a GPU: cuDNN was seen to read such tensors 16 bytes at a time all the same. In
-    torch.compile's trace that is the compiler's business."""
+    """`t`, copied where it does not lie on 16 bytes on a GPU: cuDNN was seen to read such tensors 16 bytes at a time
+    all the same. In torch.compile's trace that is the compiler's business."""
     if t.device.type != "cuda" or torch.compiler.is_compiling() or t.data_ptr() % 16 == 0:
         return t
     return t.clone()

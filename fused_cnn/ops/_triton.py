@@ -1,4 +1,5 @@
-"""What every room's triton.py shares: rows of pixels, ReLU as PyTorch defines it, masked sums, the form of its list SHIPPED."""
+"""What every room's triton.py shares: rows of pixels, ReLU as PyTorch defines it, masked sums, the form of its list
+SHIPPED."""
 
 from __future__ import annotations
 
@@ -15,11 +16,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shipped:
-    """One kernel as a launcher calls it. Each room lists its own in SHIPPED, and `make compile-check` compiles them without a GPU.
+    """One kernel as a launcher calls it. Each room lists its own in SHIPPED, and `make compile-check` compiles them
+    without a GPU.
 
-    `pointers` are in the dtype that the op runs in, one of `dtypes`; `float32` always to float32, `bytes` to uint8. `scalars` are 32-bit
-    integers, those of them in `aligned` multiples of 16; `floats` are float32 values. `descriptors` are TMA descriptors (Hopper and
-    later) with the shape of their blocks; `constants` are the kernel's tl.constexpr arguments.
+    `pointers` are in the dtype that the op runs in, one of `dtypes`; `float32` always to float32, `bytes` to uint8.
+    `scalars` are 32-bit integers, those of them in `aligned` multiples of 16; `floats` are float32 values.
+    `descriptors` are TMA descriptors (Hopper and later) with the shape of their blocks; `constants` are the kernel's
+    tl.constexpr arguments.
     """
 
     kernel: triton.JITFunction
@@ -37,7 +40,9 @@ class Shipped:
 
     def label(self, dtype: str) -> str:
         """The kernel, its dtype and what sets this configuration apart."""
-        tile = "x".join(str(self.constants[name]) for name in ("BM", "BN", "BC", "BK", "BLOCK") if name in self.constants)
+        tile = "x".join(
+            str(self.constants[name]) for name in ("BM", "BN", "BC", "BK", "BLOCK") if name in self.constants
+        )
         switches = [name.lower() for name, value in self.constants.items() if value is True]
         switches += [str(self.constants["PRECISION"])] if dtype == "fp32" and "PRECISION" in self.constants else []
         return " ".join([self.kernel.__name__, dtype, tile, *switches])
@@ -129,7 +134,8 @@ def mask_and_sum_kernel(
     grad_out_ptr, out_ptr, grad_ptr, sums_ptr, rows, columns, grad_out_pitch, out_pitch,
     MASK: tl.constexpr, SUMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """grad = grad_out where out is positive or NaN, else 0; sums[part] = the sums of BLOCKS * BM of its rows, by column."""
+    """grad = grad_out where out is positive or NaN, else 0; sums[part] = the sums of BLOCKS * BM of its rows, by
+    column."""
     part, n = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
     total = tl.zeros((BN,), tl.float32)
     for block in range(BLOCKS):
@@ -149,8 +155,10 @@ def mask_and_sum_kernel(
 
 MASK_TILE = {"BM": 16, "BN": 64}
 MASK_AND_SUM = Shipped(
-    mask_and_sum_kernel, ("grad_out_ptr", "out_ptr", "grad_ptr"), ("rows", "columns", "grad_out_pitch", "out_pitch"), ("sums_ptr",),
-    aligned=("columns", "grad_out_pitch", "out_pitch"), constants={"MASK": True, "SUMS": True, "BLOCKS": 16, **MASK_TILE},
+    mask_and_sum_kernel, ("grad_out_ptr", "out_ptr", "grad_ptr"), ("rows", "columns", "grad_out_pitch", "out_pitch"),
+    ("sums_ptr",),
+    aligned=("columns", "grad_out_pitch", "out_pitch"), constants={"MASK": True, "SUMS": True, "BLOCKS": 16,
+    **MASK_TILE},
 )  # fmt: skip
 
 

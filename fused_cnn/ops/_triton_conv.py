@@ -1,11 +1,12 @@
-"""The convolution that the Triton rooms share: an implicit GEMM over channels_last pixels, persistent, with everything in its epilogue.
+"""The convolution that the Triton rooms share: an implicit GEMM over channels_last pixels, persistent, with everything
+in its epilogue.
 
     out[m, n] = relu(sum over taps and c of x[pixel(m, tap), c] * weight[n, tap, c] + bias[n] + residual[m, n])
 
-A row m is a pixel of the result. Its columns may go to three destinations, each with a row pitch of its own: a channel slice of a wider
-tensor, or a buffer. An operand that is read once a tap comes through a tensor descriptor (TMA) where it is a plain matrix and the
-hardware has them; else, and for strides and windows, through pointers. Reads x about taps times (from cache), weight and residual once,
-and writes each destination once.
+A row m is a pixel of the result. Its columns may go to three destinations, each with a row pitch of its own: a channel
+slice of a wider tensor, or a buffer. An operand that is read once a tap comes through a tensor descriptor (TMA) where
+it is a plain matrix and the hardware has them; else, and for strides and windows, through pointers. Reads x about taps
+times (from cache), weight and residual once, and writes each destination once.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def load_window_max(x_ptr, image, h0, w0, height, width, pitch, c, channels, val
         h, w = h0 + tap // 3, w0 + tap % 3
         inside = valid & (h >= 0) & (h < height) & (w >= 0) & (w < width)
         at = ((image * height + h) * width + w).to(tl.int64) * pitch
-        v = tl.load(x_ptr + at[:, None] + c[None, :], mask=inside[:, None] & (c < channels)[None, :], other=float("-inf"))
+        v = tl.load(
+            x_ptr + at[:, None] + c[None, :], mask=inside[:, None] & (c < channels)[None, :], other=float("-inf")
+        )
         best = tl.where((v > best) | (v != v), v, best)
     return tl.where(valid[:, None] & (c < channels)[None, :], best, 0.0)
 
@@ -84,7 +87,9 @@ def conv_fwd_kernel(
             else:
                 if DENSE:
                     at = m.to(tl.int64) * x_pitch
-                    a = tl.load(x + at[:, None] + c[None, :], mask=valid_m[:, None] & (c < channels)[None, :], other=0.0)
+                    a = tl.load(
+                        x + at[:, None] + c[None, :], mask=valid_m[:, None] & (c < channels)[None, :], other=0.0
+                    )
                 elif POOL:
                     a = load_window_max(x, image, h0, w0, height, width, x_pitch, c, channels, valid_m)
                 else:
@@ -131,9 +136,11 @@ def _candidates(*tiles: Tiles) -> list[Candidate[Tiles]]:
 
 TILES = {  # by products(); the largest first
     "16-bit": _candidates(
-        Tiles(128, 128, 64, 8, 4), Tiles(128, 64, 64, 4, 4), Tiles(128, 32, 64, 4, 4), Tiles(64, 64, 64, 4, 4), Tiles(64, 32, 64, 4, 4)
+        Tiles(128, 128, 64, 8, 4), Tiles(128, 64, 64, 4, 4), Tiles(128, 32, 64, 4, 4), Tiles(64, 64, 64, 4, 4),
+        Tiles(64, 32, 64, 4, 4)
     ),
-    "tf32": _candidates(Tiles(128, 64, 32, 8, 3), Tiles(128, 32, 32, 4, 3), Tiles(64, 64, 32, 4, 3), Tiles(64, 32, 32, 8, 3)),
+    "tf32": _candidates(Tiles(128, 64, 32, 8, 3), Tiles(128, 32, 32, 4, 3), Tiles(64, 64, 32, 4, 3), Tiles(64, 32, 32,
+    8, 3)),
     # No matrix units: larger ones spill.
     "ieee": _candidates(Tiles(64, 64, 16, 8, 3), Tiles(64, 32, 16, 8, 3), Tiles(32, 32, 16, 8, 3)),
 }  # fmt: skip
@@ -162,7 +169,8 @@ def weight_rows(weight: Tensor) -> Tensor:
 
 
 def described(t: Tensor, rows: int, columns: int, pitch: int, block: Sequence[int]) -> TensorDescriptor | None:
-    """A TMA descriptor of `rows` x `columns` elements, or None where the hardware or the alignment does not allow one."""
+    """A TMA descriptor of `rows` x `columns` elements, or None where the hardware or the alignment does not allow
+    one."""
     size = t.element_size()
     if t.device.type == "cuda" and torch.cuda.get_device_capability(t.device)[0] < 9:
         return None
@@ -180,8 +188,8 @@ def conv_forward(
     relu: bool,
     outs: Sequence[tuple[Tensor, int]],
 ) -> None:
-    """One launch. `weight` is (columns, kernel_h, kernel_w, channels) in memory; `outs` are (tensor that begins at the first channel,
-    row pitch) for each destination, whose channels fill the weight's rows in order."""
+    """One launch. `weight` is (columns, kernel_h, kernel_w, channels) in memory; `outs` are (tensor that begins at the
+    first channel, row pitch) for each destination, whose channels fill the weight's rows in order."""
     n, channels, height, width = x.shape
     columns = weight.size(0)
     out_h, out_w = geometry.out(height, width)
@@ -216,21 +224,33 @@ def conv_forward(
                 height, width, out_h, out_w, *geometry.stride, *geometry.padding, *geometry.dilation,
                 x_pitch, residual_pitch, *(pitch for _, pitch in places), geometry.kernel[1], taps,
                 DENSE=dense, POOL=geometry.pool, TMA=tma,
-                BIAS=bias is not None, RESIDUAL=residual_pitch > 0, RELU=relu, DESTINATIONS=len(outs), PRECISION=PRECISION[kind],
+                BIAS=bias is not None, RESIDUAL=residual_pitch > 0, RELU=relu, DESTINATIONS=len(outs),
+                PRECISION=PRECISION[kind],
                 BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, GROUP=8, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
             )  # fmt: skip
 
     kind = products(x.dtype)
     candidates = POOL_TILES if geometry.pool else TILES[kind]
-    key = (kind, rows, columns, channels, *geometry.kernel, *geometry.stride, geometry.pool, len(outs), residual_pitch > 0)
+    key = (
+        kind,
+        rows,
+        columns,
+        channels,
+        *geometry.kernel,
+        *geometry.stride,
+        geometry.pool,
+        len(outs),
+        residual_pitch > 0,
+    )
     launch(pick("conv_fwd_kernel", key, candidates, launch, x.device, (rows, columns, processors(x.device))))
 
 
 def shipped_forward(*, dense: bool = False, pool: bool = False, destinations: int = 1) -> list[Shipped]:
-    """conv_fwd_kernel in every tile that conv_forward launches it with: for any convolution, for `dense` 1x1 ones (with and without
-    descriptors), or behind a pool."""
+    """conv_fwd_kernel in every tile that conv_forward launches it with: for any convolution, for `dense` 1x1 ones (with
+    and without descriptors), or behind a pool."""
     scalars = (
-        "rows", "channels", "columns", "end0", "end1", "height", "width", "out_h", "out_w", "stride_h", "stride_w", "pad_h", "pad_w",
+        "rows", "channels", "columns", "end0", "end1", "height", "width", "out_h", "out_w", "stride_h", "stride_w",
+        "pad_h", "pad_w",
         "dilation_h", "dilation_w", "x_pitch", "residual_pitch", "pitch0", "pitch1", "pitch2", "kernel_w", "taps",
     )  # fmt: skip
     aligned = ("channels", "columns", "end0", "end1", "x_pitch", "residual_pitch", "pitch0", "pitch1", "pitch2")
@@ -243,12 +263,14 @@ def shipped_forward(*, dense: bool = False, pool: bool = False, destinations: in
                 blocks = {"x": (bm, bk), "weight": (bn, bk)}
                 constants = {
                     "DENSE": dense, "POOL": pool, "TMA": tma, "BIAS": True, "RESIDUAL": not pool,
-                    "RELU": True, "DESTINATIONS": destinations, "PRECISION": PRECISION[kind], "BM": bm, "BN": bn, "BK": bk, "GROUP": 8,
+                    "RELU": True, "DESTINATIONS": destinations, "PRECISION": PRECISION[kind], "BM": bm, "BN": bn,
+                    "BK": bk, "GROUP": 8,
                 }  # fmt: skip
                 pointers = outputs if tma else ("x", "weight", *outputs)
                 found.append(
                     Shipped(
-                        conv_fwd_kernel, pointers, scalars, aligned=aligned, descriptors=blocks if tma else {}, constants=constants,
+                        conv_fwd_kernel, pointers, scalars, aligned=aligned, descriptors=blocks if tma else {},
+                        constants=constants,
                         num_warps=warps, num_stages=stages, dtypes=dtypes,
                     )
                 )  # fmt: skip

@@ -1,4 +1,5 @@
-"""bn_relu, bn_add_relu and bn_relu_concat: nn.BatchNorm2d's semantics in every mode, what is saved, and what goes wrong."""
+"""bn_relu, bn_add_relu and bn_relu_concat: nn.BatchNorm2d's semantics in every mode, what is saved, and what goes
+wrong."""
 
 from __future__ import annotations
 
@@ -56,7 +57,9 @@ def test_training_steps_and_eval_follow_batch_norm_2d(mode: dict, dtype: torch.d
         torch.testing.assert_close(actual, expected, **tolerance)
         for (name, a), b in zip(theirs.named_buffers(), ours.buffers(), strict=True):
             torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-        grads = [torch.autograd.grad(o.square().sum(), [x, *m.parameters()]) for o, m in ((expected, theirs), (actual, ours))]
+        grads = [
+            torch.autograd.grad(o.square().sum(), [x, *m.parameters()]) for o, m in ((expected, theirs), (actual, ours))
+        ]
         for a, b in zip(*grads, strict=True):
             assert a.dtype == b.dtype
             torch.testing.assert_close(b, a, rtol=tolerance["rtol"], atol=20 * tolerance["atol"])
@@ -208,7 +211,9 @@ def vectors(*channels: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]
 
 
 @pytest.mark.parametrize(
-    ("shape", "channels_last"), [((2, 5, 4, 4), True), ((2, 5, 4, 4), False), ((0, 5, 4, 4), True), ((2, 1, 3, 3), False)], ids=str
+    ("shape", "channels_last"),
+    [((2, 5, 4, 4), True), ((2, 5, 4, 4), False), ((0, 5, 4, 4), True), ((2, 1, 3, 3), False)],
+    ids=str,
 )
 def test_opcheck(shape: tuple[int, int, int, int], channels_last: bool) -> None:
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -218,7 +223,9 @@ def test_opcheck(shape: tuple[int, int, int, int], channels_last: bool) -> None:
     if x.numel():
         torch.library.opcheck(kernel("bn_stats", "native"), ([x, y], [1e-5, 1e-3]))
     torch.library.opcheck(kernel("bn_relu_concat_fwd", "native"), ([x, y], *two, True))
-    torch.library.opcheck(kernel("bn_relu_concat_bwd", "native"), (torch.cat([x, y], 1), [x, y], *two, [True, False], True))
+    torch.library.opcheck(
+        kernel("bn_relu_concat_bwd", "native"), (torch.cat([x, y], 1), [x, y], *two, [True, False], True)
+    )
     _, mask = kernel("bn_add_relu_fwd", "native")(x, y, *one, True)
     for save_mask in (True, False):
         torch.library.opcheck(kernel("bn_add_relu_fwd", "native"), (x, y, *one, save_mask))

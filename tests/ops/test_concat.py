@@ -13,7 +13,8 @@ from fused_cnn._library import kernel
 
 def branches(*channels: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [
-        torch.randn(2, c, 5, 7, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_() for c in channels
+        torch.randn(2, c, 5, 7, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+        for c in channels
     ]
 
 

@@ -20,7 +20,9 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("op_cases", "case"), [(o, small(c)) for o in CONVOLUTIONS for c in o.cases], ids=lambda v: v.name)
+@pytest.mark.parametrize(
+    ("op_cases", "case"), [(o, small(c)) for o in CONVOLUTIONS for c in o.cases], ids=lambda v: v.name
+)
 def test_packed_weights_agree_with_float64(op_cases: OpCases, case: Case, dtype: torch.dtype, layout: str) -> None:
     check_packed(op_cases, case, dtype, layout)
 
@@ -47,7 +49,8 @@ def test_nan_reaches_only_the_pixels_whose_window_holds_it() -> None:
 
 # kernel, stride, padding, dilation
 GEOMETRIES = [
-    (1, 1, 0, 1), (1, 2, 0, 1), (1, 1, 1, 1), (3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 0, 1), (3, 3, 2, 1), (3, 1, 2, 2), (7, 2, 3, 1),
+    (1, 1, 0, 1), (1, 2, 0, 1), (1, 1, 1, 1), (3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 0, 1), (3, 3, 2, 1), (3, 1, 2, 2), (7,
+    2, 3, 1),
 ]  # fmt: skip
 
 
@@ -63,7 +66,10 @@ def test_every_instruction_set_reads_the_window_and_nothing_else(channels: int) 
         x = wide[..., 2 * sliced :][..., :channels].permute(0, 3, 1, 2)
         x.copy_(torch.randint(-3, 4, x.shape))
         x[0, :, 2, width // 2] = x[1, -1, 0, 0] = NAN
-        weight, bias = torch.randint(-1, 2, (out_channels, channels, kernel, kernel)), torch.randint(-2, 3, (out_channels,))
+        weight, bias = (
+            torch.randint(-1, 2, (out_channels, channels, kernel, kernel)),
+            torch.randint(-2, 3, (out_channels,)),
+        )
         plain = torch.nn.functional.conv2d(x.float(), weight.float(), bias.float(), stride, padding, dilation)
         residual = torch.randint(-9, 10, plain.shape)
         packed, left = pack_conv(weight.to(dtype), bias.to(dtype), like=x, stride=stride, dilation=dilation)

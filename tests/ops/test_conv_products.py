@@ -1,7 +1,8 @@
-"""Products of 16-bit matrices around the edges of their tiles: m, n and k one step below, on and above, in every kind and form.
+"""Products of 16-bit matrices around the edges of their tiles: m, n and k one step below, on and above, in every kind
+and form.
 
-On a GPU the kernels themselves run. Elsewhere plain loops stand in for the main loop, with tiles of 16 x 32, in front of the real epilogue
-(tests/simt), and the sizes are around those.
+On a GPU the kernels themselves run. Elsewhere plain loops stand in for the main loop, with tiles of 16 x 32, in front
+of the real epilogue (tests/simt), and the sizes are around those.
 """
 
 from __future__ import annotations
@@ -39,17 +40,23 @@ def each_pair(ms: list[int], ns: list[int], ks: list[int]) -> list[Size]:
 
 
 def sizes() -> list[Size]:
-    """Tiles' edges, chunks of the rows of a weight's gradient, and on a GPU what its multiprocessors take twice, as wide tiles."""
+    """Tiles' edges, chunks of the rows of a weight's gradient, and on a GPU what its multiprocessors take twice, as
+    wide tiles."""
     if not GPU:
         return [*each_pair(around(16), around(32, 64, step=8), [8, 24, 32, 40]), (900, 72, 8)]
     narrow = each_pair(around(64, 128, 256, 512), around(16, 64, 128, 256, step=8), [8, 24, 56, 64, 72, 120, 128, 136])
     twice = 2 * torch.cuda.get_device_properties(0).multi_processor_count
-    wide = [s for n in (72, 120, 128, 136, 248) for s in each_pair(around(128 * twice // ((n + 127) // 128)), [n], [8, 64, 72, 200])]
+    wide = [
+        s
+        for n in (72, 120, 128, 136, 248)
+        for s in each_pair(around(128 * twice // ((n + 127) // 128)), [n], [8, 64, 72, 200])
+    ]
     return narrow + wide
 
 
 def every_run() -> Iterator[object]:
-    """Native kernels take every size in one test; Triton compiles for each, so it takes a few, each in a test of its own."""
+    """Native kernels take every size in one test; Triton compiles for each, so it takes a few, each in a test of its
+    own."""
     for backend in backends() if GPU else ["simt"]:
         found = [sizes()] if backend != "triton" else [[size] for size in sizes()[::13]]  # a diagonal of them
         for form, dtype, some in itertools.product(FORMS if backend != "triton" else ["residual"], DTYPES, found):
@@ -78,7 +85,9 @@ def as_rows(t: Tensor) -> Tensor:
     return t[0, :, 0].t()
 
 
-def check(backend: str, dtype: torch.dtype, size: Size, *, bias: bool, residual: bool, relu: bool, pitched: bool) -> None:
+def check(
+    backend: str, dtype: torch.dtype, size: Size, *, bias: bool, residual: bool, relu: bool, pitched: bool
+) -> None:
     """The forward product and both of its backward against float64, whose mask is that of the result."""
     m, n, k = size
     x, grad = rows(m, k, dtype, pitched), rows(m, n, dtype, pitched)
@@ -102,7 +111,9 @@ def check(backend: str, dtype: torch.dtype, size: Size, *, bias: bool, residual:
     if residual:
         pairs["grad_residual"] = as_rows(grads[-1]), masked
     for what, (found, true) in pairs.items():
-        eps = torch.finfo(dtype).eps  # half of it once more where a library's product is rounded before the residual is added
+        eps = torch.finfo(
+            dtype
+        ).eps  # half of it once more where a library's product is rounded before the residual is added
         bounds = {"rtol": eps, "atol": eps / 2 * true.abs().max().item()}
         torch.testing.assert_close(found.double(), true, **bounds, msg=lambda text, w=what: f"{w} of {size}: {text}")
 
@@ -115,7 +126,11 @@ def test_products_and_their_gradients(backend: str, form: str, dtype: torch.dtyp
 
 
 # Three products of x in one: widths of branch 1, of the reductions before the 3x3 and the 5x5.
-SLICES = [(64, 8, 56), (8, 64, 8), (120, 16, 64), (128, 136, 24), (72, 56, 8)] if GPU else [(8, 8, 8), (24, 16, 8), (32, 8, 40)]
+SLICES = (
+    [(64, 8, 56), (8, 64, 8), (120, 16, 64), (128, 136, 24), (72, 56, 8)]
+    if GPU
+    else [(8, 8, 8), (24, 16, 8), (32, 8, 40)]
+)
 SIDES = [(7, 9), (8, 8), (5, 13), (2, 257)] if GPU else [(4, 4), (3, 11)]
 INCEPTION = next(o for o in all_cases() if o.name == "inception")
 

@@ -36,8 +36,8 @@ def inputs(shape: tuple[int, ...], out_channels: int, dtype: torch.dtype) -> tup
     return x, weight.to(dtype), torch.randn(out_channels).to(dtype)
 
 
-# N, C, H, W, out, padding: whole tiles and all ways to overhang one, channels that fill no vector, images of one tile's size and less,
-# blocks that end within an image, panels of one vector
+# N, C, H, W, out, padding: whole tiles and all ways to overhang one, channels that fill no vector, images of one tile's
+# size and less, blocks that end within an image, panels of one vector
 SHAPES = [
     (1, 64, 28, 28, 64, 1), (3, 16, 14, 14, 33, 1), (2, 17, 13, 15, 40, 0), (1, 40, 11, 18, 5, 2), (9, 24, 2, 4, 48, 1),
     (30, 19, 1, 3, 16, 1), (2, 256, 9, 6, 130, 1), (5, 512, 7, 7, 96, 1), (2, 20, 23, 29, 17, 3),
@@ -56,14 +56,20 @@ def test_agrees_with_float64_whatever_the_shape(shape: tuple[int, ...], dtype: t
     wide = torch.full((size[0], size[1] + 5, *size[2:]), NAN, dtype=dtype).to(memory_format=torch.channels_last)
     sliced = wide[:, 3 : 3 + size[1]].copy_(x)
     found = []
-    for threads, image, addend, relu in ((1, x, None, False), (2, x, None, False), (2, sliced, residual, True), (2, x, residual, True)):
+    for threads, image, addend, relu in (
+        (1, x, None, False),
+        (2, x, None, False),
+        (2, sliced, residual, True),
+        (2, x, residual, True),
+    ):
         torch.set_num_threads(threads)
         out = conv_bias_relu(image, packed, None, addend, padding=padding, relu=relu)
         eager = conv2d(x, weight, bias, padding=padding) + (0 if addend is None else addend)
         exact = truth + (0 if addend is None else addend.double())
         if relu:
             eager, exact = eager.relu(), exact.relu()
-        # Eager adds a bfloat16 residual to a rounded sum; 8 float32 units cover sums of few channels, where eager's error is a unit or two.
+        # Eager adds a bfloat16 residual to a rounded sum; 8 float32 units cover sums of few channels, where eager's
+        # error is a unit or two.
         comparison = judge("out", out, eager, exact, factor=2, rounding=1, summation=8, dtype=dtype)
         assert comparison.ok, (threads, comparison)
         found.append(out)
@@ -126,7 +132,8 @@ def test_images_give_the_same_whatever_the_threads_and_their_place_in_the_batch(
 
 
 def test_a_residual_that_is_added_in_place_is_added_once() -> None:
-    """A block's projection is written where its result goes. Computing again, as for what is not finite, would add the sum to itself."""
+    """A block's projection is written where its result goes. Computing again, as for what is not finite, would add the
+    sum to itself."""
     x, weight, bias = inputs((2, 32, 12, 12), 32, torch.float32)
     project = torch.randn(32, 32, 1, 1) / 6
     units = [FoldedConv(weight, bias, padding=1), FoldedConv(weight, bias, padding=1)]

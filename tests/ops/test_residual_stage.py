@@ -19,7 +19,8 @@ pytestmark = [
     pytest.mark.usefixtures("two_threads", "nan_filled_memory"),
 ]
 
-# name: x's shape, the convolutions (out, kernel, stride, padding, dilation), the shortcut ("x", None, or (out, kernel, stride))
+# name: x's shape, the convolutions (out, kernel, stride, padding, dilation), the shortcut ("x", None, or (out, kernel,
+# stride))
 BLOCKS = {
     "bottleneck": ((3, 64, 14, 14), [(16, 1, 1, 0, 1), (16, 3, 1, 1, 1), (64, 1, 1, 0, 1)], "x"),
     "bottleneck, projected": ((2, 32, 15, 13), [(24, 1, 1, 0, 1), (24, 3, 2, 1, 1), (96, 1, 1, 0, 1)], (96, 1, 2)),
@@ -47,7 +48,9 @@ def folded(shape: tuple[int, ...], convolutions: list, shortcut: object) -> tupl
     return chain, make(shape[1], *shortcut, 0, 1) if isinstance(shortcut, tuple) else None
 
 
-def in_turn(x: Tensor, chain: list[FoldedConv], projection: FoldedConv | None, adds: bool, dtype: torch.dtype) -> Tensor:
+def in_turn(
+    x: Tensor, chain: list[FoldedConv], projection: FoldedConv | None, adds: bool, dtype: torch.dtype
+) -> Tensor:
     """The block as eager PyTorch runs it."""
 
     def run(y: Tensor, conv: FoldedConv) -> Tensor:
@@ -65,8 +68,9 @@ def in_turn(x: Tensor, chain: list[FoldedConv], projection: FoldedConv | None, a
 LAYOUTS = {
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "contiguous": lambda x: x.contiguous(),
-    "a slice of channels": lambda x: F.pad(x, (0, 0, 0, 0, 3, 2), value=float("nan"))
-    .contiguous(memory_format=torch.channels_last)[:, 3 : 3 + x.size(1)],
+    "a slice of channels": lambda x: F.pad(x, (0, 0, 0, 0, 3, 2), value=float("nan")).contiguous(
+        memory_format=torch.channels_last
+    )[:, 3 : 3 + x.size(1)],
 }
 
 
@@ -92,10 +96,19 @@ def test_a_block_agrees_with_its_convolutions(name: str, dtype: torch.dtype, lay
 
 
 # name: x's shape, the first block's convolutions and shortcut, how many more blocks follow it, and their convolutions
-POINTWISE_LAST, SQUARE_LAST = [(16, 1, 1, 0, 1), (16, 3, 1, 1, 1), (64, 1, 1, 0, 1)], [(24, 3, 1, 1, 1), (24, 3, 1, 1, 1)]
+POINTWISE_LAST, SQUARE_LAST = (
+    [(16, 1, 1, 0, 1), (16, 3, 1, 1, 1), (64, 1, 1, 0, 1)],
+    [(24, 3, 1, 1, 1), (24, 3, 1, 1, 1)],
+)
 STAGES = {
     "bottlenecks": ((3, 64, 14, 14), POINTWISE_LAST, "x", 3, POINTWISE_LAST),
-    "bottlenecks, projected": ((2, 32, 15, 13), [(8, 1, 1, 0, 1), (8, 3, 2, 1, 1), (64, 1, 1, 0, 1)], (64, 1, 2), 2, POINTWISE_LAST),
+    "bottlenecks, projected": (
+        (2, 32, 15, 13),
+        [(8, 1, 1, 0, 1), (8, 3, 2, 1, 1), (64, 1, 1, 0, 1)],
+        (64, 1, 2),
+        2,
+        POINTWISE_LAST,
+    ),
     "basic, two": ((5, 24, 7, 7), SQUARE_LAST, "x", 1, SQUARE_LAST),
     "basic, three, projected": ((2, 17, 9, 9), [(24, 3, 2, 1, 1), (24, 3, 1, 1, 1)], (24, 1, 2), 2, SQUARE_LAST),
     "a single 1x1 each": ((2, 40, 6, 6), [(40, 1, 1, 0, 1)], "x", 2, [(40, 1, 1, 0, 1)]),
@@ -135,7 +148,12 @@ def test_every_image_gets_the_same_result_alone_and_in_a_batch() -> None:
 
 def test_groups_and_other_dtypes_are_left_to_single_convolutions() -> None:
     weight = torch.randn(4, 2, 3, 3)
-    assert pack_residual_block([FoldedConv(weight, None, padding=1, groups=2)], None, shortcut=True, like=torch.randn(1, 4, 5, 5)) is None
+    assert (
+        pack_residual_block(
+            [FoldedConv(weight, None, padding=1, groups=2)], None, shortcut=True, like=torch.randn(1, 4, 5, 5)
+        )
+        is None
+    )
     weight = torch.randn(4, 4, 3, 3)
     for dtype in (torch.float64, torch.float16):
         like = torch.randn(1, 4, 5, 5).to(dtype)
@@ -280,7 +298,11 @@ def test_a_stage_means_what_a_sequential_means() -> None:
     with torch.inference_mode():  # parameters that do not count their changes
         assert fused_cnn.nn.ResidualStage(fused_cnn.nn.BasicBlock(8, 8)).eval()(x).shape == x.shape
     stage = fused_cnn.nn.ResidualStage(first, second).eval()
-    for module, name, value in ((first.conv1, "padding_mode", "reflect"), (second, "residual", False), (second, "backend", "reference")):
+    for module, name, value in (
+        (first.conv1, "padding_mode", "reflect"),
+        (second, "residual", False),
+        (second, "backend", "reference"),
+    ):
         stage(x)
         setattr(module, name, value)
         torch.testing.assert_close(stage(x), copy.deepcopy(stage)(x))
@@ -297,5 +319,8 @@ def test_unfusing_keeps_what_was_done_to_a_stage_since() -> None:
     x = torch.randn(2, 8, 6, 6)
     expected = model(x)
     fused_cnn.unfuse_(model)
-    assert type(model[0]) is nn.Sequential and [b is blocks[i] for b, i in zip(model[0], (0, 2, 3), strict=True)] == [True] * 3
+    assert (
+        type(model[0]) is nn.Sequential
+        and [b is blocks[i] for b, i in zip(model[0], (0, 2, 3), strict=True)] == [True] * 3
+    )
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,5 @@
-"""batch_norm on layers of ResNet-50 and GoogLeNet and on awkward shapes, with the batch's statistics and with running ones."""
+"""batch_norm on layers of ResNet-50 and GoogLeNet and on awkward shapes, with the batch's statistics and with running
+ones."""
 
 from __future__ import annotations
 
@@ -32,13 +33,15 @@ GOOGLENET = [
     ("googlenet 5b", (384, 384, 128, 128), 7),
 ]
 REASON = (
-    "the result is rounded to the dtype once, as eager's last step is; the sums behind statistics and gradients are float32 in "
+    "the result is rounded to the dtype once, as eager's last step is; the sums behind statistics and gradients are "
+    "float32 in "
     "another order than eager's, which moves what cancels by a unit or two"
 )
 
 
 def batch_norm_args(maker: Maker, channels: int, *, training: bool, affine: bool = True) -> BatchNormArgs:
-    """A layer's arguments, none of them trivial; parameters float32 beside 16-bit activations, as in mixed-precision training."""
+    """A layer's arguments, none of them trivial; parameters float32 beside 16-bit activations, as in mixed-precision
+    training."""
     mean, var = maker.buffer(channels, low=-1, high=1), maker.buffer(channels, low=0.5, high=2)
     weight = maker.vector(channels, mean=1, std=0.5, dtype=mean.dtype) if affine else None
     bias = maker.vector(channels, std=0.5, dtype=mean.dtype) if affine else None
@@ -46,7 +49,8 @@ def batch_norm_args(maker: Maker, channels: int, *, training: bool, affine: bool
 
 
 def in_both_modes(name: str, shape: tuple[int, int, int, int], real: bool = False, **options: Any) -> Iterator[Case]:
-    """The case in training and in eval; one value per channel has no variance, and of two the gradient is all cancellation."""
+    """The case in training and in eval; one value per channel has no variance, and of two the gradient is all
+    cancellation."""
     n, _, h, w = shape
     if n * h * w == 0 or n * h * w > 2:
         yield Case(f"{name} training", shape, {"training": True, **options}, real)
@@ -86,7 +90,9 @@ def make_bn_relu_concat(case: Case, maker: Maker) -> tuple[tuple[Any, ...], dict
 BACKWARD_PASSES = 2  # the sums over the batch, then the gradients
 
 
-def least(out: Tensor, xs: Sequence[Tensor], bns: Sequence[BatchNormArgs], residual: Tensor | None = None) -> tuple[Pass, Pass]:
+def least(
+    out: Tensor, xs: Sequence[Tensor], bns: Sequence[BatchNormArgs], residual: Tensor | None = None
+) -> tuple[Pass, Pass]:
     """In training the statistics take a pass before the one that normalises."""
     in_training = (x for x, bn in zip(xs, bns, strict=True) if bn.training)
     normalised = sum(x.numel() for x in xs)
@@ -111,7 +117,12 @@ COSTS = {
 
 
 def op_cases(
-    name: str, op: Callable[..., Tensor], cases: tuple[Case, ...], make: Any, least: Callable[..., tuple[Pass, Pass]], registered: str
+    name: str,
+    op: Callable[..., Tensor],
+    cases: tuple[Case, ...],
+    make: Any,
+    least: Callable[..., tuple[Pass, Pass]],
+    registered: str,
 ) -> OpCases:
     return OpCases(name, op, cases, make, least, rounding=8, reason=REASON, registered=registered)
 

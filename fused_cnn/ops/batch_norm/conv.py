@@ -1,7 +1,9 @@
-"""bn_relu_conv: conv2d(relu(bn(x)), weight), whose backward normalises x again instead of keeping what the convolution read.
+"""bn_relu_conv: conv2d(relu(bn(x)), weight), whose backward normalises x again instead of keeping what the convolution
+read.
 
-Between two convolutions of a block eager PyTorch saves x (for BatchNorm's gradient) and relu(bn(x)) (for the convolution's). The second
-costs one pass over x to make again, a small part of the convolution's own work, so only x is saved: a third of a bottleneck's activations.
+Between two convolutions of a block eager PyTorch saves x (for BatchNorm's gradient) and relu(bn(x)) (for the
+convolution's). The second costs one pass over x to make again, a small part of the convolution's own work, so only x is
+saved: a third of a bottleneck's activations.
 """
 
 from __future__ import annotations
@@ -43,7 +45,17 @@ class _BNReLUConv(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.geometry
         needs = [any(ctx.needs_input_grad[5:8]), *ctx.needs_input_grad[8:]]
         grad_y, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            on_16_bytes(grad_out), y, on_16_bytes(weight), ctx.bias_sizes, stride, padding, dilation, False, [0, 0], groups, needs
+            on_16_bytes(grad_out),
+            y,
+            on_16_bytes(weight),
+            ctx.bias_sizes,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            groups,
+            needs,
         )
         if not needs[0]:
             return (*[None] * 8, grad_weight, grad_bias)
@@ -70,7 +82,8 @@ def bn_relu_conv(
     groups: int = 1,
     backend: str | None = None,
 ) -> Tensor:
-    """conv2d(relu(bn(x)), weight) + bias, for training: BatchNorm and ReLU of one layer and the convolution of the next.
+    """conv2d(relu(bn(x)), weight) + bias, for training: BatchNorm and ReLU of one layer and the convolution of the
+    next.
 
     Args:
         x: (N, C, H, W), the raw output of the convolution before, floating point, any strides.
@@ -78,16 +91,19 @@ def bn_relu_conv(
         weight: (out, C / groups, kh, kw), x's dtype and device.
         bias: (out,), x's dtype, or None.
         stride, padding, dilation, groups: of the convolution, as torch.nn.functional.conv2d takes them.
-        backend: of BatchNorm and ReLU; the convolution is the library's. "reference", "native", or None for the best at hand.
+        backend: of BatchNorm and ReLU; the convolution is the library's. "reference", "native", or None for the best at
+            hand.
 
     Returns:
         (N, out, H', W') in x's dtype, in the layout that the library's convolution gives.
 
-    Saved for backward: x, weight and two vectors; relu(bn(x)) is computed again (arXiv 1604.06174, section 3: trading computation for
-    memory). Mutated: the running statistics in training. The reference is differentiable twice, the others once.
+    Saved for backward: x, weight and two vectors; relu(bn(x)) is computed again (arXiv 1604.06174, section 3: trading
+    computation for memory). Mutated: the running statistics in training. The reference is differentiable twice, the
+    others once.
 
     Raises:
-        ValueError, TypeError: shapes, devices, dtypes or geometry do not agree; in training there is one value per channel.
+        ValueError, TypeError: shapes, devices, dtypes or geometry do not agree; in training there is one value per
+            channel.
         BackendUnavailable: an explicit backend cannot run here.
     """
     geometry = (pair(stride), pair(padding), pair(dilation), groups)
@@ -99,9 +115,7 @@ def bn_relu_conv(
         return F.conv2d(torch.relu(reference.batch_norm(x, bn)), weight, bias, *geometry)
     mean, rstd = statistics([x], [bn], backend)
     if _needs_grad(x, bn.weight, bn.bias, weight, bias):
-        return _BNReLUConv.apply(
-            backend, (bn.training,), geometry, mean, rstd, x, bn.weight, bn.bias, weight, bias
-        )
+        return _BNReLUConv.apply(backend, (bn.training,), geometry, mean, rstd, x, bn.weight, bn.bias, weight, bias)
     w, b = _vectors([bn.weight], [x], 1.0), _vectors([bn.bias], [x], 0.0)
     y = kernel("bn_relu_concat_fwd", backend)([x], mean, rstd, w, b, True)
     return F.conv2d(y, on_16_bytes(weight), bias, *geometry)

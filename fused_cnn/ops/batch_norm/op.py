@@ -1,8 +1,10 @@
-"""batch_norm: bn_relu, bn_add_relu and bn_relu_concat, in training with the batch's statistics and in eval with the running ones.
+"""batch_norm: bn_relu, bn_add_relu and bn_relu_concat, in training with the batch's statistics and in eval with the
+running ones.
 
-y = (x - mean) / sqrt(var + eps) * weight + bias, then the residual, ReLU and the place in the concatenation, in the same pass. Forward in
-training reads each x twice (statistics, then the rest) and writes the result once. Backward reads each x and the gradient twice and
-writes each gradient once: the normalised values and ReLU's mask are computed again from x, or come from one bit an element.
+y = (x - mean) / sqrt(var + eps) * weight + bias, then the residual, ReLU and the place in the concatenation, in the
+same pass. Forward in training reads each x twice (statistics, then the rest) and writes the result once. Backward reads
+each x and the gradient twice and writes each gradient once: the normalised values and ReLU's mask are computed again
+from x, or come from one bit an element.
 """
 
 from __future__ import annotations
@@ -41,7 +43,13 @@ def _fake_concat_bwd(
 
 
 def _fake_add_fwd(
-    x: Tensor, residual: Tensor, mean: Tensor, rstd: Tensor, weights: list[Tensor], biases: list[Tensor], save_mask: bool
+    x: Tensor,
+    residual: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    save_mask: bool,
 ) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
     rows = n * h * w if save_mask and len(weights) == 1 else 0
@@ -55,9 +63,10 @@ def _fake_add_bwd(
     return grad, torch.empty_like(grad), torch.empty_like(mean), torch.empty_like(mean)
 
 
-# Vectors (mean, rstd, weights, biases, their gradients) are float32, or float64 for float64 activations; mean and rstd hold all
-# inputs' channels in order. bn_stats also returns the unbiased variance. bn_add_relu normalises the residual too where
-# there are two weights; where there is one, `mask` is uint8 (N * H * W, ceil(C / 8)), bit c % 8 of byte c // 8 set where out > 0 or NaN.
+# Vectors (mean, rstd, weights, biases, their gradients) are float32, or float64 for float64 activations; mean and rstd
+# hold all inputs' channels in order. bn_stats also returns the unbiased variance. bn_add_relu normalises the residual
+# too where there are two weights; where there is one, `mask` is uint8 (N * H * W, ceil(C / 8)), bit c % 8 of byte c //
+# 8 set where out > 0 or NaN.
 define("bn_stats(Tensor[] xs, float[] eps) -> (Tensor mean, Tensor rstd, Tensor var)", _fake_stats)
 define(
     "bn_relu_concat_fwd(Tensor[] xs, Tensor mean, Tensor rstd, Tensor[] weights, Tensor[] biases, bool relu) -> Tensor",
@@ -87,8 +96,15 @@ offer(
     Candidate(
         "native",
         measured=(
-            Measurement("64 at 112 x 112, training, bfloat16, batch 256", "408 us, Triton 778, PyTorch 1354", "H200", "2026-11-26"),
-            Measurement("inception 3a, training, bfloat16, batch 256", "140 us, Triton 448, PyTorch 542", "H200", "2026-11-26"),
+            Measurement(
+                "64 at 112 x 112, training, bfloat16, batch 256",
+                "408 us, Triton 778, PyTorch 1354",
+                "H200",
+                "2026-11-26",
+            ),
+            Measurement(
+                "inception 3a, training, bfloat16, batch 256", "140 us, Triton 448, PyTorch 542", "H200", "2026-11-26"
+            ),
         ),
     ),
     TRITON,
@@ -99,7 +115,12 @@ offer(
     Candidate(
         "native",
         measured=(
-            Measurement("256 at 56 x 56, training, bfloat16, batch 256", "479 us, Triton 926, PyTorch 1323", "H200", "2026-11-26"),
+            Measurement(
+                "256 at 56 x 56, training, bfloat16, batch 256",
+                "479 us, Triton 926, PyTorch 1323",
+                "H200",
+                "2026-11-26",
+            ),
         ),
     ),
     TRITON,
@@ -110,12 +131,16 @@ offer(
 def _vectors(parameters: Sequence[Tensor | None], xs: Sequence[Tensor], default: float) -> list[Tensor]:
     """Parameters in the kernels' dtype, the default where there is none."""
     return [
-        x.new_full((x.size(1),), default, dtype=vector_dtype(x)) if p is None else p.detach().to(vector_dtype(x)).contiguous()
+        x.new_full((x.size(1),), default, dtype=vector_dtype(x))
+        if p is None
+        else p.detach().to(vector_dtype(x)).contiguous()
         for p, x in zip(parameters, xs, strict=True)
     ]
 
 
-def _parameter_grads(grad: Tensor, parameters: Sequence[torch.dtype | None], sizes: Sequence[int]) -> list[Tensor | None]:
+def _parameter_grads(
+    grad: Tensor, parameters: Sequence[torch.dtype | None], sizes: Sequence[int]
+) -> list[Tensor | None]:
     """Each parameter's slice of the gradient of all, in the parameter's dtype."""
     return [None if d is None else g.to(d) for g, d in zip(split_channels(grad, sizes), parameters, strict=True)]
 
@@ -154,8 +179,14 @@ class _BNReLUConcat(torch.autograd.Function):
 class _BNAddReLU(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, backend: str, training: tuple[bool, ...], mean: Tensor, rstd: Tensor, x: Tensor, residual: Tensor,
-        *parameters: Tensor
+        ctx: Any,
+        backend: str,
+        training: tuple[bool, ...],
+        mean: Tensor,
+        rstd: Tensor,
+        x: Tensor,
+        residual: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
         n = len(training)
         xs = (x, residual)[:n]
@@ -163,7 +194,8 @@ class _BNAddReLU(torch.autograd.Function):
         out, mask = kernel("bn_add_relu_fwd", backend)(x, residual, mean, rstd, w, b, True)
         ctx.backend, ctx.training = backend, training
         ctx.dtypes = _dtypes(parameters[:n]), _dtypes(parameters[n:])
-        # A normalised residual is needed for its own gradient and gives the mask again; a plain one is not needed, its mask is.
+        # A normalised residual is needed for its own gradient and gives the mask again; a plain one is not needed, its
+        # mask is.
         ctx.save_for_backward(mean, rstd, x, residual if n == 2 else mask, *w, *b)
         return out
 
@@ -206,7 +238,8 @@ def bn_relu_concat(
 ) -> Tensor:
     """cat([relu(bn_i(x_i))], dim=1): every branch normalised straight into its channels of the one output.
 
-    The end of a GoogLeNet block with batch normalisation (arXiv 1409.4842, figure 2b; arXiv 1502.03167, algorithms 1 and 2).
+    The end of a GoogLeNet block with batch normalisation (arXiv 1409.4842, figure 2b; arXiv 1502.03167, algorithms 1
+    and 2).
 
     Args:
         xs: branches (N, C_i, H, W), floating point, any strides, one dtype and device.
@@ -215,11 +248,12 @@ def bn_relu_concat(
         backend: "reference", "native", "triton", or None for the best at hand.
 
     Returns:
-        (N, sum of C_i, H, W) in the branches' dtype; channels_last where the first branch's channels are adjacent in memory, else
-        contiguous.
+        (N, sum of C_i, H, W) in the branches' dtype; channels_last where the first branch's channels are adjacent in
+        memory, else contiguous.
 
-    Saved for backward: the branches, and two vectors; neither the normalised values nor a mask. Mutated: the running statistics of
-    branches in training. Statistics are float32 (float64 for float64). The reference is differentiable twice, the others once.
+    Saved for backward: the branches, and two vectors; neither the normalised values nor a mask. Mutated: the running
+    statistics of branches in training. Statistics are float32 (float64 for float64). The reference is differentiable
+    twice, the others once.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not agree; a branch in training has one value per channel.
@@ -263,20 +297,22 @@ def bn_add_relu(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """relu(bn(x) + residual), or relu(bn(x) + residual_bn(residual)): the end of a residual block (arXiv 1512.03385, figure 2).
+    """relu(bn(x) + residual), or relu(bn(x) + residual_bn(residual)): the end of a residual block (arXiv 1512.03385,
+    figure 2).
 
     Args:
         x: (N, C, H, W), floating point, any strides.
         bn: what x's normalisation needs.
         residual: x's shape, dtype and device. Nothing is broadcast.
-        residual_bn: what the projection shortcut's normalisation needs (section 3.3, option B); None adds the residual as it is.
+        residual_bn: what the projection shortcut's normalisation needs (section 3.3, option B); None adds the residual
+            as it is.
         backend: "reference", "native", "triton", or None for the best at hand.
 
     Returns:
         (N, C, H, W) in x's dtype; channels_last where x's channels are adjacent in memory, else contiguous.
 
-    Saved for backward: x, and one bit an element (ReLU's mask) or, with residual_bn, the residual. Mutated: the running statistics
-    of what is in training. The reference is differentiable twice, the others once.
+    Saved for backward: x, and one bit an element (ReLU's mask) or, with residual_bn, the residual. Mutated: the running
+    statistics of what is in training. The reference is differentiable twice, the others once.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not agree; in training there is one value per channel.

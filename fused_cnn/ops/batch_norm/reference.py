@@ -1,4 +1,5 @@
-"""Batch normalisation with ReLU, residual and concatenation in plain PyTorch: the definition that every backend is compared with."""
+"""Batch normalisation with ReLU, residual and concatenation in plain PyTorch: the definition that every backend is
+compared with."""
 
 from __future__ import annotations
 
@@ -13,9 +14,7 @@ from .args import BatchNormArgs
 
 
 def batch_norm(x: Tensor, bn: BatchNormArgs) -> Tensor:
-    out = F.batch_norm(
-        x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, float(bn.momentum), bn.eps
-    )
+    out = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, float(bn.momentum), bn.eps)
     return out.contiguous(memory_format=result_format(x))
 
 

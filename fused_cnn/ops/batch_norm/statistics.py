@@ -14,7 +14,8 @@ from .args import BatchNormArgs
 
 @torch.no_grad()
 def statistics(xs: Sequence[Tensor], bns: Sequence[BatchNormArgs], backend: str) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(variance + eps) of every branch, concatenated; updates the running statistics of branches in training.
+    """Mean and 1 / sqrt(variance + eps) of every branch, concatenated; updates the running statistics of branches in
+    training.
 
     The result shares no memory with the buffers, so that backward sees the values that forward used.
     """

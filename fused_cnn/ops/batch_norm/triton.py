@@ -1,8 +1,9 @@
-"""batch_norm in Triton, in honest steps: statistics (two stages), apply; backward sums (two stages), apply. No atomics: reruns are equal.
+"""batch_norm in Triton, in honest steps: statistics (two stages), apply; backward sums (two stages), apply. No atomics:
+reruns are equal.
 
-Activations are rows of pixels. A program of a first stage takes `blocks` tiles of rows and leaves one partial result a channel; the second
-stage merges these in order. y = (x - mean) * rstd * weight + bias is computed again in backward, and with it the ReLU mask, except where
-a plain residual was added: its mask is kept, one bit an element.
+Activations are rows of pixels. A program of a first stage takes `blocks` tiles of rows and leaves one partial result a
+channel; the second stage merges these in order. y = (x - mean) * rstd * weight + bias is computed again in backward,
+and with it the ReLU mask, except where a plain residual was added: its mask is kept, one bit an element.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def stats_kernel(x_ptr, partial_ptr, rows, channels, x_pitch, blocks, BM: tl.con
         first = (part * blocks + block) * BM
         m = first + tl.arange(0, BM)
         inside = (m < rows)[:, None]
-        x = tl.load(x_ptr + m.to(tl.int64)[:, None] * x_pitch + c[None, :], mask=inside & (c < channels)[None, :], other=0.0)
+        x = tl.load(
+            x_ptr + m.to(tl.int64)[:, None] * x_pitch + c[None, :], mask=inside & (c < channels)[None, :], other=0.0
+        )
         x = x.to(tl.float32)
         n = tl.minimum(tl.maximum(rows - first, 0), BM).to(tl.float32)
         tile_mean = tl.sum(x, axis=0) / tl.maximum(n, 1.0)
@@ -54,7 +57,9 @@ def stats_kernel(x_ptr, partial_ptr, rows, channels, x_pitch, blocks, BM: tl.con
 
 
 @triton.jit
-def finish_stats_kernel(partial_ptr, mean_ptr, rstd_ptr, var_ptr, rows, channels, parts, part_rows, eps, BC: tl.constexpr):
+def finish_stats_kernel(
+    partial_ptr, mean_ptr, rstd_ptr, var_ptr, rows, channels, parts, part_rows, eps, BC: tl.constexpr
+):
     """mean, 1 / sqrt(biased variance + eps) and the unbiased variance."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     count, mean, m2 = 0.0, tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
@@ -78,7 +83,8 @@ def vector(ptr, c, channels):
 def apply_kernel(
     x_ptr, residual_ptr, out_ptr, mask_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, weight2_ptr, bias2_ptr,
     rows, channels, x_pitch, residual_pitch, out_pitch,
-    ADD: tl.constexpr, INPUTS: tl.constexpr, RELU: tl.constexpr, SAVE_BITS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    ADD: tl.constexpr, INPUTS: tl.constexpr, RELU: tl.constexpr, SAVE_BITS: tl.constexpr, BM: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
     """out = relu(bn(x) [+ residual, itself normalised where INPUTS is 2])."""
     m, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
@@ -98,7 +104,11 @@ def apply_kernel(
         packed = tl.sum(tl.reshape(bits, (BM, BC // 8, 8)), axis=2)
         byte = tl.program_id(1) * (BC // 8) + tl.arange(0, BC // 8)
         width = (channels + 7) // 8
-        tl.store(mask_ptr + row * width + byte[None, :], packed.to(tl.uint8), mask=(m < rows)[:, None] & (byte < width)[None, :])
+        tl.store(
+            mask_ptr + row * width + byte[None, :],
+            packed.to(tl.uint8),
+            mask=(m < rows)[:, None] & (byte < width)[None, :],
+        )
     if RELU:
         y = relu(y)
     tl.store(out_ptr + row * out_pitch + c[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
@@ -127,7 +137,9 @@ def gradient(
     if MASK == BITS:
         width = (channels + 7) // 8
         byte = tl.program_id(1) * (c.shape[0] // 8) + tl.arange(0, c.shape[0] // 8)
-        packed = tl.load(mask_ptr + row * width + byte[None, :], mask=(m < rows)[:, None] & (byte < width)[None, :], other=0)
+        packed = tl.load(
+            mask_ptr + row * width + byte[None, :], mask=(m < rows)[:, None] & (byte < width)[None, :], other=0
+        )
         bits = (packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
         g = tl.where(tl.reshape(bits, (m.shape[0], c.shape[0])) == 1, g, 0.0)
     return g, x, r
@@ -135,7 +147,8 @@ def gradient(
 
 @triton.jit
 def sums_kernel(
-    grad_out_ptr, x_ptr, residual_ptr, mask_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, weight2_ptr, bias2_ptr, partial_ptr,
+    grad_out_ptr, x_ptr, residual_ptr, mask_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, weight2_ptr, bias2_ptr,
+    partial_ptr,
     rows, channels, grad_pitch, x_pitch, residual_pitch, blocks,
     INPUTS: tl.constexpr, MASK: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +158,8 @@ def sums_kernel(
     for block in range(blocks):
         m = (part * blocks + block) * BM + tl.arange(0, BM)
         g, x, r = gradient(
-            grad_out_ptr, x_ptr, residual_ptr, mask_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, weight2_ptr, bias2_ptr,
+            grad_out_ptr, x_ptr, residual_ptr, mask_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, weight2_ptr,
+            bias2_ptr,
             m, c, rows, channels, grad_pitch, x_pitch, residual_pitch, INPUTS, MASK,
         )  # fmt: skip
         inside = (m < rows)[:, None]  # a mean of infinity makes NaN of the zeros outside
@@ -162,7 +176,16 @@ def sums_kernel(
 
 @triton.jit
 def finish_sums_kernel(
-    partial_ptr, rstd_ptr, grad_weight_ptr, grad_bias_ptr, offset_ptr, slope_ptr, rows, channels, parts, BC: tl.constexpr
+    partial_ptr,
+    rstd_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    offset_ptr,
+    slope_ptr,
+    rows,
+    channels,
+    parts,
+    BC: tl.constexpr,
 ):
     """For input program_id(1): the parameters' gradients, and what grad_input subtracts; in float64, for many parts."""
     c, i = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1)
@@ -186,7 +209,8 @@ def grad_input_kernel(
     INPUTS: tl.constexpr, MASK: tl.constexpr, ADD: tl.constexpr, TRAIN: tl.constexpr, TRAIN2: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """grad_x = (g - mean(g) - (x - mean) rstd^2 mean(g (x - mean))) * rstd * weight with batch statistics, else g * rstd * weight."""
+    """grad_x = (g - mean(g) - (x - mean) rstd^2 mean(g (x - mean))) * rstd * weight with batch statistics, else g *
+    rstd * weight."""
     m, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
     g, x, r = gradient(
         grad_out_ptr, x_ptr, residual_ptr, mask_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, weight2_ptr, bias2_ptr,
@@ -215,10 +239,12 @@ TILE = {"BM": ROWS, "BC": CHANNELS}
 SIZES = ("rows", "channels", "grad_pitch", "x_pitch", "residual_pitch")
 ALIGNED = ("channels", "grad_pitch", "x_pitch", "residual_pitch", "out_pitch")
 SHIPPED = [
-    Shipped(stats_kernel, ("x_ptr",), ("rows", "channels", "x_pitch", "blocks"), ("partial_ptr",), aligned=ALIGNED, constants=TILE),
+    Shipped(stats_kernel, ("x_ptr",), ("rows", "channels", "x_pitch", "blocks"), ("partial_ptr",), aligned=ALIGNED,
+    constants=TILE),
     *(
         Shipped(
-            apply_kernel, ("x_ptr", "residual_ptr", "out_ptr"), ("rows", "channels", "x_pitch", "residual_pitch", "out_pitch"), VECTORS,
+            apply_kernel, ("x_ptr", "residual_ptr", "out_ptr"), ("rows", "channels", "x_pitch", "residual_pitch",
+            "out_pitch"), VECTORS,
             aligned=ALIGNED, bytes=("mask_ptr",),
             constants={"ADD": add, "INPUTS": inputs, "RELU": True, "SAVE_BITS": bits, **TILE},
         )
@@ -226,7 +252,8 @@ SHIPPED = [
     ),
     *(
         Shipped(
-            sums_kernel, ("grad_out_ptr", "x_ptr", "residual_ptr"), (*SIZES, "blocks"), (*VECTORS, "partial_ptr"), aligned=ALIGNED,
+            sums_kernel, ("grad_out_ptr", "x_ptr", "residual_ptr"), (*SIZES, "blocks"), (*VECTORS, "partial_ptr"),
+            aligned=ALIGNED,
             bytes=("mask_ptr",), constants={"INPUTS": inputs, "MASK": mask, **TILE},
         )
         for inputs, mask in ((1, 1), (1, 2), (2, 1))
@@ -240,7 +267,8 @@ SHIPPED = [
         for inputs, mask, add in ((1, 1, False), (1, 2, True), (2, 1, True))
     ),
     Shipped(
-        finish_stats_kernel, (), ("rows", "channels", "parts", "part_rows"), ("partial_ptr", "mean_ptr", "rstd_ptr", "var_ptr"),
+        finish_stats_kernel, (), ("rows", "channels", "parts", "part_rows"), ("partial_ptr", "mean_ptr", "rstd_ptr",
+        "var_ptr"),
         floats=("eps",), constants={"BC": CHANNELS}, dtypes=("fp32",),
     ),
     Shipped(
@@ -252,7 +280,8 @@ SHIPPED = [
 
 
 class _Split(NamedTuple):
-    """How a first stage cuts the rows: by the shape alone, so that sums are the same in every run and on every device."""
+    """How a first stage cuts the rows: by the shape alone, so that sums are the same in every run and on every
+    device."""
 
     rows: int
     parts: int
@@ -306,7 +335,13 @@ def bn_relu_concat_fwd(
 
 
 def bn_add_relu_fwd(
-    x: Tensor, residual: Tensor, mean: Tensor, rstd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], save_mask: bool
+    x: Tensor,
+    residual: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    save_mask: bool,
 ) -> tuple[Tensor, Tensor]:
     n, channels, height, width = x.shape
     rows, saves = n * height * width, save_mask and len(weights) == 1
@@ -318,7 +353,8 @@ def bn_add_relu_fwd(
         with torch.cuda.device_of(y):
             apply_kernel[_tiles(rows, channels)](
                 y, r, out, mask, mean, rstd, weights[0], biases[0], weights[-1], biases[-1],
-                rows, channels, pitch, residual_pitch, channels, ADD=True, INPUTS=len(weights), RELU=True, SAVE_BITS=saves, **TILE,
+                rows, channels, pitch, residual_pitch, channels, ADD=True, INPUTS=len(weights), RELU=True,
+                SAVE_BITS=saves, **TILE,
             )  # fmt: skip
     return out.contiguous(memory_format=result_format(x)), mask
 
@@ -344,22 +380,48 @@ def _backward(
         with torch.cuda.device_of(x):
             sums_kernel[(split.parts, columns)](*sources, partial, *sizes, split.blocks, **options)
             finish_sums_kernel[(columns, inputs)](
-                partial, vectors[1], grad_weight, grad_bias, offset, slope, split.rows, channels, split.parts, BC=CHANNELS
+                partial,
+                vectors[1],
+                grad_weight,
+                grad_bias,
+                offset,
+                slope,
+                split.rows,
+                channels,
+                split.parts,
+                BC=CHANNELS,
             )
             grad_input_kernel[_tiles(split.rows, channels)](
-                *sources, offset, slope, grad_x, grad_residual, *sizes, ADD=adds, TRAIN=training[0], TRAIN2=training[-1], **options
+                *sources,
+                offset,
+                slope,
+                grad_x,
+                grad_residual,
+                *sizes,
+                ADD=adds,
+                TRAIN=training[0],
+                TRAIN2=training[-1],
+                **options,
             )
     layout = result_format(x)
-    return grad_x.contiguous(memory_format=layout), grad_residual.contiguous(memory_format=layout), grad_weight, grad_bias
+    return (
+        grad_x.contiguous(memory_format=layout),
+        grad_residual.contiguous(memory_format=layout),
+        grad_weight,
+        grad_bias,
+    )
 
 
 def bn_relu_concat_bwd(
-    grad_out: Tensor, xs: Sequence[Tensor], mean: Tensor, rstd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor],
+    grad_out: Tensor, xs: Sequence[Tensor], mean: Tensor, rstd: Tensor, weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
     training: Sequence[bool], relu: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
     sizes = [x.size(1) for x in xs]
     mask = RECOMPUTED.value if relu else NO_MASK.value
-    branches = zip(grad_out.split(sizes, 1), xs, mean.split(sizes), rstd.split(sizes), weights, biases, training, strict=True)
+    branches = zip(
+        grad_out.split(sizes, 1), xs, mean.split(sizes), rstd.split(sizes), weights, biases, training, strict=True
+    )
     grads = [_backward(g, x, None, None, (m, r, w, b, w, b), (t,), mask, False) for g, x, m, r, w, b, t in branches]
     grad_xs, _, grad_weights, grad_biases = zip(*grads, strict=True)
     return list(grad_xs), torch.cat(grad_weights), torch.cat(grad_biases)
@@ -371,5 +433,7 @@ def bn_add_relu_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     vectors = (mean, rstd, weights[0], biases[0], weights[-1], biases[-1])
     where = BITS.value if len(weights) == 1 else RECOMPUTED.value
-    grad_x, grad_residual, grad_weight, grad_bias = _backward(grad_out, x, residual, mask, vectors, training, where, True)
+    grad_x, grad_residual, grad_weight, grad_bias = _backward(
+        grad_out, x, residual, mask, vectors, training, where, True
+    )
     return grad_x, grad_residual, grad_weight.clone(), grad_bias.clone()

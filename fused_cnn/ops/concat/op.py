@@ -1,7 +1,8 @@
-"""concat_bias_relu: out = cat([relu(b_i + bias_i)], dim=1), every branch written straight into its channels of the one output.
+"""concat_bias_relu: out = cat([relu(b_i + bias_i)], dim=1), every branch written straight into its channels of the one
+output.
 
-Forward reads each branch and writes the output, once (eager: reads and writes each branch three times). Backward reads grad_out and out
-and writes one dense gradient per branch; the bias's gradient is summed on the way.
+Forward reads each branch and writes the output, once (eager: reads and writes each branch three times). Backward reads
+grad_out and out and writes one dense gradient per branch; the bias's gradient is summed on the way.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def _fake_bwd(grad_out: Tensor, out: Tensor | None, channels: list[int], bias: b
     return grads, grad_out.new_empty(sum(channels) if bias else 0, dtype=vector_dtype(grad_out))
 
 
-# bias and its gradient are float32, or float64 for float64 branches. Without ReLU, backward takes no `out`; without bias, its
-# gradient is empty.
+# bias and its gradient are float32, or float64 for float64 branches. Without ReLU, backward takes no `out`; without
+# bias, its gradient is empty.
 define("concat_bias_relu_fwd(Tensor[] branches, Tensor? bias, bool relu) -> Tensor", _fake_fwd)
 define(
     "concat_bias_relu_bwd(Tensor grad_out, Tensor? out, int[] channels, bool bias) "
@@ -71,17 +72,19 @@ def concat_bias_relu(
 ) -> Tensor:
     """cat([relu(b_i + bias_i)], dim=1): the end of an Inception block whose convolutions are a library's.
 
-    The "filter concatenation" of arXiv 1409.4842, section 4, figure 2b, with the bias and the ReLU of the convolutions before it.
+    The "filter concatenation" of arXiv 1409.4842, section 4, figure 2b, with the bias and the ReLU of the convolutions
+    before it.
 
     Args:
         branches: (N, C_i, H, W), floating point, any strides, one dtype and device.
-        bias: (sum of C_i,) for all branches in order, in their dtype or, where that is 16-bit, in float32; None adds nothing.
+        bias: (sum of C_i,) for all branches in order, in their dtype or, where that is 16-bit, in float32; None adds
+            nothing.
         relu: False concatenates without ReLU.
         backend: "reference", "native", "triton", or None for the best at hand.
 
     Returns:
-        (N, sum of C_i, H, W) in the branches' dtype; channels_last where the first branch's channels are adjacent in memory, else
-        contiguous.
+        (N, sum of C_i, H, W) in the branches' dtype; channels_last where the first branch's channels are adjacent in
+        memory, else contiguous.
 
     Saved for backward: the result, which the next layer keeps anyway. Nothing is mutated. Differentiable once.
 

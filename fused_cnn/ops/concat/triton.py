@@ -1,4 +1,5 @@
-"""concat_bias_relu in Triton: each branch read once and written once into its slice; backward a masked gradient a branch, and sums."""
+"""concat_bias_relu in Triton: each branch read once and written once into its slice; backward a masked gradient a
+branch, and sums."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def bias_relu_kernel(
 SHIPPED = [
     Shipped(
         bias_relu_kernel, ("x_ptr", "out_ptr"), ("rows", "channels", "x_pitch", "out_pitch"), ("bias_ptr",),
-        aligned=("channels", "x_pitch", "out_pitch"), constants={"BIAS": True, "RELU": True, "BM": ROWS, "BC": CHANNELS},
+        aligned=("channels", "x_pitch", "out_pitch"), constants={"BIAS": True, "RELU": True, "BM": ROWS,
+        "BC": CHANNELS},
     ),
     MASK_AND_SUM,
 ]  # fmt: skip
@@ -53,12 +55,15 @@ def concat_bias_relu_fwd(branches: Sequence[Tensor], bias: Tensor | None, relu: 
         branch, pitch = pixels(branch)
         with torch.cuda.device_of(out):
             bias_relu_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(channels, CHANNELS))](
-                branch, b, part, rows, channels, pitch, out.size(1), BIAS=bias is not None, RELU=relu, BM=ROWS, BC=CHANNELS,
+                branch, b, part, rows, channels, pitch, out.size(1), BIAS=bias is not None, RELU=relu, BM=ROWS,
+                BC=CHANNELS,
             )  # fmt: skip
     return out.contiguous(memory_format=result_format(first))
 
 
-def concat_bias_relu_bwd(grad_out: Tensor, out: Tensor | None, channels: Sequence[int], bias: bool) -> tuple[list[Tensor], Tensor]:
+def concat_bias_relu_bwd(
+    grad_out: Tensor, out: Tensor | None, channels: Sequence[int], bias: bool
+) -> tuple[list[Tensor], Tensor]:
     grads, sums = [], []
     outs = [None] * len(channels) if out is None else out.split(list(channels), 1)
     like = result_format(grad_out if out is None else out)

@@ -1,7 +1,7 @@
 """add_relu: the residual epilogue out = relu(x + residual), in one pass.
 
-Forward reads two tensors and writes one (eager: reads three, writes two). Backward reads grad_out and out and writes one gradient,
-which x and residual share.
+Forward reads two tensors and writes one (eager: reads three, writes two). Backward reads grad_out and out and writes
+one gradient, which x and residual share.
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ def _pair(value: Any) -> tuple[int, int]:
 def _result_shape(case: Case) -> tuple[int, int, int, int]:
     o = case.options
     geometry = zip(
-        case.shape[2:], *(_pair(o.get(k, d)) for k, d in (("kernel", 1), ("stride", 1), ("padding", 0), ("dilation", 1))),
+        case.shape[2:],
+        *(_pair(o.get(k, d)) for k, d in (("kernel", 1), ("stride", 1), ("padding", 0), ("dilation", 1))),
         strict=True,
     )
     height, width = (out_size(*axis) for axis in geometry)
@@ -159,7 +160,9 @@ COSTS = {
 
 
 def _cases(real: Layers, odd: Layers, **options: Any) -> tuple[Case, ...]:
-    awkward = [("x".join(map(str, shape)), shape, {"out": 19, "residual": True, **options}) for shape in awkward_shapes()]
+    awkward = [
+        ("x".join(map(str, shape)), shape, {"out": 19, "residual": True, **options}) for shape in awkward_shapes()
+    ]
     return (*(Case(*layer, real=True) for layer in real), *(Case(*layer) for layer in (*odd, *awkward)))
 
 

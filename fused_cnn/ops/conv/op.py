@@ -78,7 +78,8 @@ offer(
 
 
 class PackedConv(NamedTuple):
-    """A weight and bias in the layout that the native CPU convolution reads; good on this machine only, never to be saved."""
+    """A weight and bias in the layout that the native CPU convolution reads; good on this machine only, never to be
+    saved."""
 
     data: Tensor
     shape: tuple[int, ...]  # (out, in, kh, kw)
@@ -94,10 +95,11 @@ def pack_conv(
     groups: int = 1,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedConv, Tensor | None]:
-    """The weight and bias to call conv_bias_relu with many times, with this stride and dilation, without gradients, on inputs such as
-    `like`.
+    """The weight and bias to call conv_bias_relu with many times, with this stride and dilation, without gradients, on
+    inputs such as `like`.
 
-    Packed where the native CPU convolution will run (the bias, kept in float32, is then inside); else both in `like`'s dtype.
+    Packed where the native CPU convolution will run (the bias, kept in float32, is then inside); else both in `like`'s
+    dtype.
     """
     if groups == 1 and weight.size(0) > 0 and packable(like, "conv_bias_relu_fwd", backend):
         data = kernel("conv_bias_relu_pack", "native")(weight.to(like.dtype), bias, pair(stride), pair(dilation))
@@ -154,9 +156,11 @@ def conv_bias_relu(
         backend: "reference", "native", "triton", or None for the best at hand.
 
     Returns:
-        (N, out, H', W') in x's dtype (autocast's where autocast is on); channels_last where x's channels are adjacent in memory.
+        (N, out, H', W') in x's dtype (autocast's where autocast is on); channels_last where x's channels are adjacent
+        in memory.
 
-    Saved for backward: x, weight and, with ReLU, the result. Nothing is mutated. Differentiable once (the reference: twice).
+    Saved for backward: x, weight and, with ReLU, the result. Nothing is mutated. Differentiable once (the reference:
+        twice).
 
     Raises:
         ValueError, TypeError: shapes, devices, dtypes or geometry do not agree.
@@ -186,8 +190,8 @@ def conv1x1_bias_relu(
     relu: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """relu(conv1x1(x, weight) + bias + residual): the Inception block's 1x1 reduction (arXiv 1409.4842, section 4) and the last
-    convolution of a bottleneck with its shortcut (arXiv 1512.03385, figure 5).
+    """relu(conv1x1(x, weight) + bias + residual): the Inception block's 1x1 reduction (arXiv 1409.4842, section 4) and
+    the last convolution of a bottleneck with its shortcut (arXiv 1512.03385, figure 5).
 
     Args:
         x: (N, C, H, W), floating point, any strides.
@@ -199,9 +203,11 @@ def conv1x1_bias_relu(
         backend: "reference", "native", "triton", or None for the best at hand.
 
     Returns:
-        (N, out, H', W') in x's dtype (autocast's where autocast is on); channels_last where x's channels are adjacent in memory.
+        (N, out, H', W') in x's dtype (autocast's where autocast is on); channels_last where x's channels are adjacent
+        in memory.
 
-    Saved for backward: x, weight and, with ReLU, the result. Nothing is mutated. Differentiable once (the reference: twice).
+    Saved for backward: x, weight and, with ReLU, the result. Nothing is mutated. Differentiable once (the reference:
+        twice).
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not agree, or the kernel is not 1x1.

@@ -2,8 +2,8 @@
 
     block(x) = relu(conv_n(... relu(conv_1(x))) + shortcut(x))
 
-The native CPU form of what is otherwise one conv_bias_relu after the other. A few images at a time go through all the blocks, so that what
-lies between the convolutions stays in the processor's cache: memory sees x and the result alone.
+The native CPU form of what is otherwise one conv_bias_relu after the other. A few images at a time go through all the
+blocks, so that what lies between the convolutions stays in the processor's cache: memory sees x and the result alone.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ def _fake_packed_fwd(
 
 
 define(
-    "residual_stage_packed_fwd(Tensor x, Tensor[] packed, SymInt[] geometry, SymInt[] lengths, bool shortcut, bool projects) -> Tensor",
+    "residual_stage_packed_fwd(Tensor x, Tensor[] packed, SymInt[] geometry, SymInt[] lengths, bool shortcut, bool "
+    "projects) -> Tensor",
     _fake_packed_fwd,
 )
 
 
 class FoldedConv(NamedTuple):
-    """A convolution with its BatchNorm folded in: weight (out, in, kh, kw) and bias (out,) in float32, and conv2d's geometry."""
+    """A convolution with its BatchNorm folded in: weight (out, in, kh, kw) and bias (out,) in float32, and conv2d's
+    geometry."""
 
     weight: Tensor
     bias: Tensor | None
@@ -49,9 +51,11 @@ class FoldedConv(NamedTuple):
 
 
 class PackedResidualStage(NamedTuple):
-    """The weights of residual blocks in the layout that the native CPU convolution reads, and their shapes; good on this machine only.
+    """The weights of residual blocks in the layout that the native CPU convolution reads, and their shapes; good on
+    this machine only.
 
-    `data` and `geometry` hold the convolutions in order, then the first block's projection; `lengths` counts each block's convolutions.
+    `data` and `geometry` hold the convolutions in order, then the first block's projection; `lengths` counts each
+    block's convolutions.
     """
 
     data: list[Tensor]
@@ -79,21 +83,33 @@ def pack_residual_block(
     like: Tensor,
     backend: str | None = None,
 ) -> PackedResidualStage | None:
-    """A stage of one block, to call residual_stage with many times, without gradients, on inputs of `like`'s dtype and device.
+    """A stage of one block, to call residual_stage with many times, without gradients, on inputs of `like`'s dtype and
+    device.
 
-    None where the native CPU convolution does not take it (another device or dtype, groups): then run one conv_bias_relu after the other.
-    `shortcut` adds x, or its `projection` where that is given, before the last ReLU.
+    None where the native CPU convolution does not take it (another device or dtype, groups): then run one
+    conv_bias_relu after the other. `shortcut` adds x, or its `projection` where that is given, before the last ReLU.
     """
     units = [*convolutions, *([projection] if projection else [])]
     if any(u.groups != 1 for u in units) or not packable(like, "conv_bias_relu_fwd", backend):
         return None
-    packed = [pack_conv(u.weight, u.bias, like=like, stride=u.stride, dilation=u.dilation, backend=backend)[0] for u in units]
+    packed = [
+        pack_conv(u.weight, u.bias, like=like, stride=u.stride, dilation=u.dilation, backend=backend)[0] for u in units
+    ]
     geometry = [
         n
         for u in units
-        for n in (u.weight.size(1), u.weight.size(0), *u.weight.shape[2:], *pair(u.stride), *pair(u.padding), *pair(u.dilation))
+        for n in (
+            u.weight.size(1),
+            u.weight.size(0),
+            *u.weight.shape[2:],
+            *pair(u.stride),
+            *pair(u.padding),
+            *pair(u.dilation),
+        )
     ]
-    return PackedResidualStage([p.data for p in packed], geometry, [len(convolutions)], shortcut, projection is not None)
+    return PackedResidualStage(
+        [p.data for p in packed], geometry, [len(convolutions)], shortcut, projection is not None
+    )
 
 
 def residual_stage(x: Tensor, stage: PackedResidualStage) -> Tensor:
@@ -101,11 +117,12 @@ def residual_stage(x: Tensor, stage: PackedResidualStage) -> Tensor:
 
     Args:
         x: (N, C, H, W), float32 or bfloat16 on the CPU, any strides.
-        stage: what pack_residual_block made of a block's convolutions, and `then` of more blocks that keep their input's shape.
+        stage: what pack_residual_block made of a block's convolutions, and `then` of more blocks that keep their
+            input's shape.
 
     Returns:
-        (N, out, H', W') of the last convolution, in x's dtype; channels_last where x's channels are adjacent. No gradients; nothing is
-        mutated.
+        (N, out, H', W') of the last convolution, in x's dtype; channels_last where x's channels are adjacent. No
+        gradients; nothing is mutated.
 
     Raises:
         RuntimeError: shapes, dtypes or the packed weights do not agree.

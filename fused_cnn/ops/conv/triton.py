@@ -6,9 +6,9 @@ Forward is the implicit GEMM of _triton_conv.py for every kernel size. Backward 
     grad_x = grad @ weight                       (rows scattered to the pixels that a stride read, zeros elsewhere)
     grad_w = grad^T @ x, grad_bias = sums of grad    (split-K over pixels in two stages: the same sums every time)
 
-Backward of other convolutions masks grad_out and sums grad_bias in one pass, then asks cuDNN for the gradients. add_relu
-is one pass over adjacent elements: it reads two tensors and writes one, in blocks of 2048, and reached a copy's bandwidth
-(285 us for 290 us of roofline at (256, 256, 56, 56) in bfloat16, H200, 2026-11-26).
+Backward of other convolutions masks grad_out and sums grad_bias in one pass, then asks cuDNN for the gradients.
+add_relu is one pass over adjacent elements: it reads two tensors and writes one, in blocks of 2048, and reached a
+copy's bandwidth (285 us for 290 us of roofline at (256, 256, 56, 56) in bfloat16, H200, 2026-11-26).
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ def add_relu_bwd_kernel(grad_out_ptr, out_ptr, grad_ptr, n, BLOCK: tl.constexpr)
         relu_grad_block(grad_out_ptr, out_ptr, grad_ptr, i, n, False)
 
 
-
 class GradTiles(NamedTuple):
-    """dgrad's tile is pixels by in channels, with out channels a step; wgrad's out channels by in channels, with pixels a step."""
+    """dgrad's tile is pixels by in channels, with out channels a step; wgrad's out channels by in channels, with pixels
+    a step."""
 
     rows: int
     columns: int
@@ -112,7 +112,9 @@ class GradTiles(NamedTuple):
 
 
 GRAD_TILES = {  # by products(); the first is the default
-    "16-bit": [*map(Candidate, (GradTiles(64, 64, 32, 4, 3), GradTiles(64, 64, 64, 4, 3), GradTiles(128, 64, 64, 8, 3)))],
+    "16-bit": [
+        *map(Candidate, (GradTiles(64, 64, 32, 4, 3), GradTiles(64, 64, 64, 4, 3), GradTiles(128, 64, 64, 8, 3)))
+    ],
     "tf32": [*map(Candidate, (GradTiles(64, 64, 32, 4, 3), GradTiles(64, 64, 32, 8, 3)))],
     "ieee": [Candidate(GradTiles(64, 64, 16, 8, 3))],
 }
@@ -122,7 +124,8 @@ GRAD_TILES = {  # by products(); the first is the default
 def dgrad_kernel(
     grad_out_ptr, out_ptr, weight_ptr, grad_x_ptr, grad_ptr,
     rows, columns, channels, height, width, out_h, out_w, stride_h, stride_w, grad_out_pitch, out_pitch,
-    MASK: tl.constexpr, STRIDED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
+    MASK: tl.constexpr, STRIDED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     tiles_c = tl.cdiv(channels, BC)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BM) * tiles_c, tl.num_programs(0)):
@@ -154,7 +157,8 @@ def dgrad_kernel(
 def wgrad_kernel(
     grad_ptr, x_ptr, partial_ptr, sums_ptr,
     rows, columns, channels, height, width, out_h, out_w, stride_h, stride_w, grad_pitch, x_pitch, steps,
-    SUMS: tl.constexpr, STRIDED: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr,
+    SUMS: tl.constexpr, STRIDED: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    BM: tl.constexpr,
 ):  # fmt: skip
     """Part `part` of grad^T @ x, over the pixels from part * steps * BM, and with SUMS of grad's column sums."""
     tiles_c = tl.cdiv(channels, BC)
@@ -166,7 +170,9 @@ def wgrad_kernel(
     for step in tl.range(0, steps):
         m = (part * steps + step) * BM + tl.arange(0, BM)
         row = m.to(tl.int64)[:, None]
-        grad = tl.load(grad_ptr + row * grad_pitch + n[None, :], mask=(m < rows)[:, None] & (n < columns)[None, :], other=0.0)
+        grad = tl.load(
+            grad_ptr + row * grad_pitch + n[None, :], mask=(m < rows)[:, None] & (n < columns)[None, :], other=0.0
+        )
         if STRIDED:
             image, pixel = m // (out_h * out_w), m % (out_h * out_w)
             read = (image * height + pixel // out_w * stride_h) * width + pixel % out_w * stride_w
@@ -190,18 +196,19 @@ def _shipped_backward() -> list[Shipped]:
             tiles = candidate.choice
             constants = {"STRIDED": strided, "PRECISION": PRECISION[kind]}
             dgrad = Shipped(
-                dgrad_kernel, ("grad_out_ptr", "out_ptr", "weight_ptr", "grad_x_ptr", "grad_ptr"), (*sizes, "grad_out_pitch", "out_pitch"),
+                dgrad_kernel, ("grad_out_ptr", "out_ptr", "weight_ptr", "grad_x_ptr", "grad_ptr"), (*sizes,
+                "grad_out_pitch", "out_pitch"),
                 aligned=("columns", "channels", "grad_out_pitch", "out_pitch"), dtypes=dtypes,
                 constants={"MASK": True, **constants, **tiles.dgrad()}, **tiles.schedule(),
             )  # fmt: skip
             wgrad = Shipped(
-                wgrad_kernel, ("grad_ptr", "x_ptr"), (*sizes, "grad_pitch", "x_pitch", "steps"), ("partial_ptr", "sums_ptr"),
+                wgrad_kernel, ("grad_ptr", "x_ptr"), (*sizes, "grad_pitch", "x_pitch", "steps"), ("partial_ptr",
+                "sums_ptr"),
                 ("columns", "channels", "grad_pitch", "x_pitch"), dtypes=dtypes,
                 constants={"SUMS": True, **constants, **tiles.wgrad()}, **tiles.schedule(),
             )  # fmt: skip
             found += [dgrad, wgrad]
     return found
-
 
 
 SHIPPED = [
@@ -330,7 +337,8 @@ def _pointwise_backward(
             with torch.cuda.device_of(x):
                 dgrad_kernel[(min(programs, 4 * processors(x.device)),)](
                     grad_out, mask, rows_of_weight, grad_x, grad, rows, *sizes, grad_out_pitch, mask_pitch,
-                    MASK=out is not None, STRIDED=strided, PRECISION=PRECISION[kind], **tiles.dgrad(), **tiles.schedule(),
+                    MASK=out is not None, STRIDED=strided, PRECISION=PRECISION[kind], **tiles.dgrad(),
+                    **tiles.schedule(),
                 )  # fmt: skip
 
         problem = (kind, rows, columns, channels, strided, out is not None)
@@ -346,7 +354,9 @@ def _pointwise_backward(
     return grad_x, grad_weight, grad_bias, grad
 
 
-def _wgrad(grad: Tensor, x: Tensor, rows: int, sizes: tuple[int, ...], strided: bool, bias: bool) -> tuple[Tensor, Tensor]:
+def _wgrad(
+    grad: Tensor, x: Tensor, rows: int, sizes: tuple[int, ...], strided: bool, bias: bool
+) -> tuple[Tensor, Tensor]:
     columns, channels = sizes[:2]
     grad, grad_pitch = pixels(grad)
     x, x_pitch = pixels(x)
@@ -356,7 +366,8 @@ def _wgrad(grad: Tensor, x: Tensor, rows: int, sizes: tuple[int, ...], strided: 
 
     def launch(tiles: GradTiles) -> None:
         programs = triton.cdiv(columns, tiles.rows) * triton.cdiv(channels, tiles.columns)
-        # Parts enough to fill the device, of at least 32 steps: a matter of shape, tiles and device, so that sums repeat.
+        # Parts enough to fill the device, of at least 32 steps: a matter of shape, tiles and device, so that sums
+        # repeat.
         parts = max(1, min(2 * processors(x.device) // max(1, programs), rows // 1024))
         steps = triton.cdiv(triton.cdiv(rows, tiles.step), parts)
         partial = torch.empty((parts, columns, channels), dtype=torch.float32, device=x.device)

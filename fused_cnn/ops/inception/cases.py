@@ -61,8 +61,8 @@ def least(out: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Te
 
 
 def block(x: Tensor, shapes: Sequence[Sequence[int]], convolutions: Sequence[Cost] = ()) -> Cost:
-    """The 1x1 convolutions of x as one, the two `convolutions` of what they reduced, the pool and its projection: x is read by the first
-    and by the pool."""
+    """The 1x1 convolutions of x as one, the two `convolutions` of what they reduced, the pool and its projection: x is
+    read by the first and by the pool."""
     between = pixels(x) * (shapes[1][0] + shapes[3][0] + x.size(1)) * x.element_size()
     saved = sum(cost.flops_saved for cost in convolutions)
     return Cost(5, {"x": 2}, scratch=between, flops=flops(x, shapes), flops_saved=saved)
@@ -71,7 +71,9 @@ def block(x: Tensor, shapes: Sequence[Sequence[int]], convolutions: Sequence[Cos
 def engine_convolutions(x: Tensor, shapes: Sequence[Sequence[int]]) -> list[Cost]:
     """Conv3's and conv5's costs."""
     return [
-        engine_conv(x.new_empty((x.size(0), shape[1], *x.shape[2:]), device="meta"), shape, (1, 1), (shape[2] // 2,) * 2, (1, 1))[1]
+        engine_conv(
+            x.new_empty((x.size(0), shape[1], *x.shape[2:]), device="meta"), shape, (1, 1), (shape[2] // 2,) * 2, (1, 1)
+        )[1]
         for shape in (shapes[2], shapes[4])
     ]
 
@@ -79,7 +81,8 @@ def engine_convolutions(x: Tensor, shapes: Sequence[Sequence[int]]) -> list[Cost
 def inception_fwd(args: Arguments, out: Tensor) -> Cost:
     x, weights = args["x"], args["weights"]
     shapes = [weight.shape for weight in weights]
-    # On the CPU the weights are packed at every call, where the image is worth it (csrc/inception/cpu.cpp: kWorthPacking).
+    # On the CPU the weights are packed at every call, where the image is worth it (csrc/inception/cpu.cpp:
+    # kWorthPacking).
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() >= 512 * x.size(1):
         cost = block(x, shapes, engine_convolutions(x, shapes))
         return replace(cost, launches=6, scratch=cost.scratch + sum(map(tensor_bytes, weights)))

@@ -2,8 +2,9 @@
 
     out = cat([relu(1x1(x)), relu(3x3(relu(1x1(x)))), relu(kxk(relu(1x1(x)))), relu(1x1(maxpool3x3(x)))], dim=1)
 
-The three 1x1 convolutions that share x are one matrix product, so x is read once for them and once by the pool; every branch writes
-straight into its channel slice, so there is no concatenation pass. Backward computes the reductions and the pool again.
+The three 1x1 convolutions that share x are one matrix product, so x is read once for them and once by the pool; every
+branch writes straight into its channel slice, so there is no concatenation pass. Backward computes the reductions and
+the pool again.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class PackedInception(NamedTuple):
 def pack_inception(
     weights: Sequence[Tensor], biases: Sequence[Tensor], *, like: Tensor, backend: str | None = None
 ) -> tuple[Sequence[Tensor] | PackedInception, Sequence[Tensor]]:
-    """The weights and biases to call inception with many times, without gradients, on inputs of `like`'s dtype and device."""
+    """The weights and biases to call inception with many times, without gradients, on inputs of `like`'s dtype and
+    device."""
     weights = [w.to(like.dtype) for w in weights]
     if packable(like, "inception_fwd", backend):
         data = kernel("inception_pack", "native")(weights, biases)
@@ -99,7 +101,9 @@ class _Inception(torch.autograd.Function):
         grad_biases: list[Tensor] = [x] * 6
 
         def again(i: int) -> Tensor:
-            return kernel("conv_bias_relu_fwd", ctx.backend)(x, weights[i], biases[i], None, [1, 1], [0, 0], [1, 1], 1, True)
+            return kernel("conv_bias_relu_fwd", ctx.backend)(
+                x, weights[i], biases[i], None, [1, 1], [0, 0], [1, 1], 1, True
+            )
 
         def backward(i: int, grad: Tensor, result: Tensor, read: Tensor, needs_read: bool) -> Tensor:
             pad = weights[i].size(2) // 2
@@ -112,9 +116,14 @@ class _Inception(torch.autograd.Function):
         grad1, grad3, grad5, grad4 = grad_out.split(sizes, 1)
         out1, out3, out5, out4 = out.split(sizes, 1)
         reduced3, reduced5 = again(1), again(3)
-        # Triton's pool is PyTorch's own without its int64 indices and, backward, without its atomics; on a CPU neither costs anything.
+        # Triton's pool is PyTorch's own without its int64 indices and, backward, without its atomics; on a CPU neither
+        # costs anything.
         ours = x.device.type == "cuda" and best("max_pool2d_bwd", x.device, x.dtype) == "triton"
-        pooled, indices = (kernel("max_pool2d_fwd", "triton")(x, *POOL, False), None) if ours else aten.max_pool2d_with_indices(x, *POOL)
+        pooled, indices = (
+            (kernel("max_pool2d_fwd", "triton")(x, *POOL, False), None)
+            if ours
+            else aten.max_pool2d_with_indices(x, *POOL)
+        )
         grad_x = backward(0, grad1, out1, x, needs_x)
         from3 = backward(1, backward(2, grad3, out3, reduced3, True), reduced3, x, needs_x)
         from5 = backward(3, backward(4, grad5, out5, reduced5, True), reduced5, x, needs_x)
@@ -150,25 +159,23 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> No
 
 @tunable
 def inception(
-    x: Tensor,
-    weights: Sequence[Tensor] | PackedInception,
-    biases: Sequence[Tensor] = (),
-    *,
-    backend: str | None = None,
+    x: Tensor, weights: Sequence[Tensor] | PackedInception, biases: Sequence[Tensor] = (), *, backend: str | None = None
 ) -> Tensor:
     """A whole Inception block with its 1x1 reductions (arXiv 1409.4842, figure 2b), BatchNorm folded.
 
     Args:
         x: (N, C, H, W), floating point, any strides.
-        weights: six, (out, in, k, k): branch1 1x1, reduce3 1x1, conv3 k x k, reduce5 1x1, conv5 k x k, pool_proj 1x1, in x's dtype;
-            odd k, padded by k // 2. Or what pack_inception made of them, biases included.
+        weights: six, (out, in, k, k): branch1 1x1, reduce3 1x1, conv3 k x k, reduce5 1x1, conv5 k x k, pool_proj 1x1,
+            in x's dtype; odd k, padded by k // 2. Or what pack_inception made of them, biases included.
         biases: six, (out,), x's dtype; none with packed weights.
         backend: "reference", "native", "triton", or None for the best at hand.
 
     Returns:
-        (N, branch1 + conv3 + conv5 + pool_proj channels, H, W) in x's dtype; channels_last where x's channels are adjacent.
+        (N, branch1 + conv3 + conv5 + pool_proj channels, H, W) in x's dtype; channels_last where x's channels are
+        adjacent.
 
-    Saved for backward: x, the result, weights and biases; what lies between is computed again. Nothing is mutated. Differentiable once.
+    Saved for backward: x, the result, weights and biases; what lies between is computed again. Nothing is mutated.
+        Differentiable once.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not agree.

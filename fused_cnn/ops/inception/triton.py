@@ -1,5 +1,5 @@
-"""inception in Triton, four launches: the three 1x1 convolutions that share x as one GEMM with three destinations, the two k x k
-convolutions, and the max pool with its projection; every branch writes into its slice of the output.
+"""inception in Triton, four launches: the three 1x1 convolutions that share x as one GEMM with three destinations, the
+two k x k convolutions, and the max pool with its projection; every branch writes into its slice of the output.
 
 x is read by the first GEMM and, nine times from cache, by the pool; the pooled x is never written.
 """

@@ -1,6 +1,8 @@
-"""max_pool2d without indices: forward reads x once and writes the result; the library also writes an int64 index an element.
+"""max_pool2d without indices: forward reads x once and writes the result; the library also writes an int64 index an
+element.
 
-Backward searches each window of x again (native float16 and float64: by the library's pool), so that no indices are saved in between.
+Backward searches each window of x again (native float16 and float64: by the library's pool), so that no indices are
+saved in between.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from . import reference
 
 
 def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
-    """One side of the result, by PyTorch's rule: with ceil_mode, no window may start in the padding behind the image."""
+    """One side of the result, by PyTorch's rule: with ceil_mode, no window may start in the padding behind the
+    image."""
     reach = size + 2 * padding - dilation * (kernel - 1) - 1
     out = (reach + (stride - 1 if ceil_mode else 0)) // stride + 1
     return out - 1 if ceil_mode and (out - 1) * stride >= size + padding else out
@@ -36,7 +39,8 @@ def _fake_bwd(grad_out, x, kernel, stride, padding, dilation, ceil_mode):  # typ
 
 
 define(
-    "max_pool2d_fwd(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool ceil_mode) -> Tensor",
+    "max_pool2d_fwd(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool ceil_mode) "
+    "-> Tensor",
     _fake_fwd,
 )
 
@@ -53,8 +57,12 @@ offer(
     Candidate(
         "triton",
         measured=(
-            Measurement("3x3 stride 2, 64 at 112 x 112, bfloat16, batch 256", "305 us, PyTorch 825", "H200", "2026-11-26"),
-            Measurement("3x3 stride 1, 480 at 14 x 14, bfloat16, batch 256", "151 us, PyTorch 315", "H200", "2026-11-26"),
+            Measurement(
+                "3x3 stride 2, 64 at 112 x 112, bfloat16, batch 256", "305 us, PyTorch 825", "H200", "2026-11-26"
+            ),
+            Measurement(
+                "3x3 stride 1, 480 at 14 x 14, bfloat16, batch 256", "151 us, PyTorch 315", "H200", "2026-11-26"
+            ),
         ),
     ),
     REFERENCE,
@@ -101,7 +109,8 @@ def max_pool2d(
     Returns:
         (N, C, H', W') in x's dtype; channels_last where x's channels are adjacent in memory, else contiguous.
 
-    Saved for backward: x, which the layer before keeps anyway. Nothing is mutated. The reference is differentiable twice, the others once.
+    Saved for backward: x, which the layer before keeps anyway. Nothing is mutated. The reference is differentiable
+        twice, the others once.
 
     Raises:
         ValueError, TypeError: x is not a floating-point (N, C, H, W) tensor, or the window does not fit.

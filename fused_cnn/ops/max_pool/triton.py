@@ -1,5 +1,5 @@
-"""max_pool2d in Triton: forward reads x and writes the result; backward finds each window's first largest pixel again, as one byte, and
-then gathers for every pixel of x from the windows that chose it: no atomics."""
+"""max_pool2d in Triton: forward reads x and writes the result; backward finds each window's first largest pixel again,
+as one byte, and then gathers for every pixel of x from the windows that chose it: no atomics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def window_kernel(
     x_ptr, out_ptr, rows, channels, height, width, out_h, out_w, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w,
     dilation_h, dilation_w, x_pitch, INDEX: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Each window's maximum, or with INDEX the place of its first one in the window; NaN is the largest, as in PyTorch."""
+    """Each window's maximum, or with INDEX the place of its first one in the window; NaN is the largest, as in
+    PyTorch."""
     m, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
     valid = (m < rows)[:, None] & (c < channels)[None, :]
     image, pixel = m // (out_h * out_w), m % (out_h * out_w)
@@ -42,7 +43,8 @@ def window_kernel(
 
 @triton.jit
 def gather_kernel(
-    grad_out_ptr, index_ptr, grad_x_ptr, rows, channels, height, width, out_h, out_w, kernel_h, kernel_w, stride_h, stride_w,
+    grad_out_ptr, index_ptr, grad_x_ptr, rows, channels, height, width, out_h, out_w, kernel_h, kernel_w, stride_h,
+    stride_w,
     pad_h, pad_w, dilation_h, dilation_w, grad_pitch, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """grad_x of a pixel: the gradients of the windows whose first largest pixel it is, in the order of the taps."""
@@ -60,24 +62,29 @@ def gather_kernel(
         index = tl.load(index_ptr + row * channels + c[None, :], mask=mask, other=255)
         grad = tl.load(grad_out_ptr + row * grad_pitch + c[None, :], mask=mask, other=0.0).to(tl.float32)
         total += tl.where(index.to(tl.int32) == tap, grad, 0.0)
-    tl.store(grad_x_ptr + m.to(tl.int64)[:, None] * channels + c[None, :], total.to(grad_x_ptr.dtype.element_ty), mask=valid)
+    tl.store(
+        grad_x_ptr + m.to(tl.int64)[:, None] * channels + c[None, :], total.to(grad_x_ptr.dtype.element_ty), mask=valid
+    )
 
 
 SIZES = (
-    "rows", "channels", "height", "width", "out_h", "out_w", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w",
+    "rows", "channels", "height", "width", "out_h", "out_w", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h",
+    "pad_w",
     "dilation_h", "dilation_w",
 )  # fmt: skip
 TILE = {"BM": ROWS, "BC": CHANNELS}
 SHIPPED = [
     Shipped(
-        window_kernel, ("x_ptr", "out_ptr"), (*SIZES, "x_pitch"), aligned=("channels", "x_pitch"), constants={"INDEX": False, **TILE}
+        window_kernel, ("x_ptr", "out_ptr"), (*SIZES, "x_pitch"), aligned=("channels", "x_pitch"),
+        constants={"INDEX": False, **TILE}
     ),
     Shipped(
         window_kernel, ("x_ptr",), (*SIZES, "x_pitch"), aligned=("channels", "x_pitch"), bytes=("out_ptr",),
         constants={"INDEX": True, **TILE},
     ),
     Shipped(
-        gather_kernel, ("grad_out_ptr", "grad_x_ptr"), (*SIZES, "grad_pitch"), aligned=("channels", "grad_pitch"), bytes=("index_ptr",),
+        gather_kernel, ("grad_out_ptr", "grad_x_ptr"), (*SIZES, "grad_pitch"), aligned=("channels", "grad_pitch"),
+        bytes=("index_ptr",),
         constants=TILE,
     ),
 ]  # fmt: skip
@@ -90,12 +97,28 @@ def _windows(x: Tensor, out: Tensor, window: tuple[int, ...]) -> None:
         y, pitch = pixels(x)
         with torch.cuda.device_of(y):
             window_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(channels, CHANNELS))](
-                y, out, rows, channels, x.size(2), x.size(3), out_h, out_w, *window, pitch, INDEX=out.dtype == torch.uint8, **TILE
+                y,
+                out,
+                rows,
+                channels,
+                x.size(2),
+                x.size(3),
+                out_h,
+                out_w,
+                *window,
+                pitch,
+                INDEX=out.dtype == torch.uint8,
+                **TILE,
             )
 
 
 def max_pool2d_fwd(
-    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
 ) -> Tensor:
     sides = (out_size(x.size(i + 2), kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in range(2))
     out = empty_pixels(x, x.size(1), *sides)
@@ -104,7 +127,8 @@ def max_pool2d_fwd(
 
 
 def max_pool2d_bwd(
-    grad_out: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    grad_out: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int],
     ceil_mode: bool,
 ) -> Tensor:  # fmt: skip
     if kernel[0] * kernel[1] > 255:
