@@ -52,25 +52,25 @@ Tensor conv_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<T
   return out.finish();
 }
 
-constexpr int kReduceThreads = 256;
+constexpr int kSplitKThreads = 256;
 
-// out = the sum of `count` arrays of `size` octets, one behind the other, in order: the second stage of split-K.
+// out = the sum of `count` arrays of `size` vectors, one behind the other, in order: the second stage of split-K.
 template <typename T>
-__global__ void __launch_bounds__(kReduceThreads)
+__global__ void __launch_bounds__(kSplitKThreads)
     split_k_reduce_kernel(const float* __restrict__ arrays, int count, int64_t size, T* __restrict__ out) {
-  const int64_t at = (static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x) * kOctet;
-  if (at >= size * kOctet) return;
-  Octet<float> sum = load_octet<true>(arrays + at, kOctet);
+  const int64_t at = (static_cast<int64_t>(blockIdx.x) * kSplitKThreads + threadIdx.x) * kVec;
+  if (at >= size * kVec) return;
+  Vec8<float> sum = load_vec8<true>(arrays + at, kVec);
 #pragma unroll 4
   for (int i = 1; i < count; ++i) {
-    const Octet<float> more = load_octet<true>(arrays + i * size * kOctet + at, kOctet);
+    const Vec8<float> more = load_vec8<true>(arrays + i * size * kVec + at, kVec);
 #pragma unroll
-    for (int j = 0; j < kOctet; ++j) sum.v[j] += more.v[j];
+    for (int j = 0; j < kVec; ++j) sum.v[j] += more.v[j];
   }
-  Octet<T> result;
+  Vec8<T> result;
 #pragma unroll
-  for (int j = 0; j < kOctet; ++j) from_compute(sum.v[j], &result.v[j]);
-  store_octet<true>(out + at, result, kOctet);
+  for (int j = 0; j < kVec; ++j) from_compute(sum.v[j], &result.v[j]);
+  store_vec8<true>(out + at, result, kVec);
 }
 
 // grad^T x, (out, C, 1, 1), of grad and x as rows, split-K: the rows are cut into parts, as many as fill a large chip,
@@ -114,11 +114,11 @@ Tensor pointwise_wgrad(const Launch& launch, const RowView& any_grad, const RowV
   run(0, whole, size);
   run(whole, 1, rest);
   Tensor grad_weight = empty_like_4d(weight, MemoryFormat::Contiguous);
-  const int64_t octets = outputs * inputs / kOctet;
+  const int64_t vectors = outputs * inputs / kVec;
   const auto reduce = [&](auto element) {
     using T = decltype(element);
-    launch.run("split_k_reduce_kernel", split_k_reduce_kernel<T>, ceil_div<int64_t>(octets, kReduceThreads), 1,
-               kReduceThreads, static_cast<const float*>(products.data_ptr()), static_cast<int>(count), octets,
+    launch.run("split_k_reduce_kernel", split_k_reduce_kernel<T>, ceil_div<int64_t>(vectors, kSplitKThreads), 1,
+               kSplitKThreads, static_cast<const float*>(products.data_ptr()), static_cast<int>(count), vectors,
                static_cast<T*>(grad_weight.data_ptr()));
   };
   dtype == DType::f16 ? reduce(f16_t{}) : reduce(bf16_t{});
