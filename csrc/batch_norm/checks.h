@@ -18,11 +18,6 @@ inline Tensors normalized_inputs(const char* op, const Tensor& x, const std::opt
   return count == 1 ? Tensors{x} : Tensors{x, *residual};
 }
 
-inline void check_parameters(const char* op, size_t inputs, size_t weights, size_t biases) {
-  FUSED_CNN_CHECK(weights == inputs && biases == inputs, op, ": expected one weight and one bias for each of ", inputs,
-                  " inputs, got ", weights, " and ", biases);
-}
-
 // Normalised inputs as rows of channels, with their statistics and parameters: checked, and kept alive. The channels of
 // input i begin at first[i] of all `total`.
 struct NormalizedInputs {
@@ -40,7 +35,9 @@ struct NormalizedInputs {
         rows(row_count(xs[0])),
         dtype(dtype_of(op, "x", xs[0])),
         vector_type(vector_dtype(dtype)) {
-    check_parameters(op, xs.size(), weights_.size(), biases_.size());
+    FUSED_CNN_CHECK(weights_.size() == xs.size() && biases_.size() == xs.size(), op,
+                    ": expected one weight and one bias for each of ", xs.size(), " inputs, got ", weights_.size(),
+                    " and ", biases_.size());
     const auto checked = [&](const char* name, const Tensor& vector, int64_t channels) {
       return checked_vector(op, name, vector, channels, xs[0], vector_type);
     };
