@@ -46,7 +46,7 @@ Tensor conv_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<T
     pointwise(launch, read, rows_of(read), torch::stable::contiguous(weight), bias, added, relu, slice(out));
     return out.finish();
   }
-  const Tensor y = library_conv(x, weight, std::nullopt, params);
+  const Tensor y = aten_convolution(x, weight, std::nullopt, params);
   const RowResult out(y, channels, result_format(x));
   finish_convolution(launch, y, bias, added, relu, slice(out));
   return out.finish();
@@ -81,7 +81,7 @@ Tensor pointwise_wgrad(const Launch& launch, const RowView& any_grad, const RowV
   const GemmKernels kernels(weight.get_device_index());
   if (!kernels || !gemm_supports(dtype, rows, inputs, outputs)) {
     return std::get<1>(
-        library_conv_backward(any_grad.tensor, any_in.tensor, weight, pointwise_params({1, 1}), false, true));
+        aten_convolution_backward(any_grad.tensor, any_in.tensor, weight, pointwise_params({1, 1}), false, true));
   }
   const RowView grad = on_16_bytes(any_grad), in = on_16_bytes(any_in);
   constexpr int64_t kBlocks = 256, kLeast = 512;
@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bias_relu_bwd(const Tensor& grad
     if (needs_x) grad_x = pointwise_dgrad(launch, masked.rows, x, read, weight, stride);
     if (needs_weight) grad_weight = pointwise_wgrad(launch, masked.rows, rows_of(read), weight);
   } else if (needs_x || needs_weight) {
-    auto [of_x, of_weight] = library_conv_backward(masked.rows.tensor, x, weight, params, needs_x, needs_weight);
+    auto [of_x, of_weight] = aten_convolution_backward(masked.rows.tensor, x, weight, params, needs_x, needs_weight);
     if (needs_x) grad_x = dense(of_x, result_format(x));
     if (needs_weight) grad_weight = of_weight;
   }

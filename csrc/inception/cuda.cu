@@ -41,14 +41,14 @@ Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<T
              slice(reduced5.data_ptr(), channels(kReduce5), kReduce5)});
 
   const auto convolve = [&](const Tensor& from, int i) {
-    finish_convolution(launch, library_conv(from, weights[i], std::nullopt, same_padding(weights[i].size(2))),
+    finish_convolution(launch, aten_convolution(from, weights[i], std::nullopt, same_padding(weights[i].size(2))),
                        torch::stable::contiguous(biases[i]), /*residual=*/nullptr, /*relu=*/true, {next_branch(i)});
   };
   convolve(reduced3, kConv3);
   convolve(reduced5, kConv5);
 
-  const Tensor pooled = library_max_pool2d(x, /*kernel=*/{3, 3}, /*stride=*/{1, 1}, /*padding=*/{1, 1},
-                                           /*dilation=*/{1, 1}, /*ceil_mode=*/false);
+  const Tensor pooled = aten_max_pool2d(x, /*kernel=*/{3, 3}, /*stride=*/{1, 1}, /*padding=*/{1, 1},
+                                        /*dilation=*/{1, 1}, /*ceil_mode=*/false);
   pointwise(launch, pooled, rows_of(pooled), dense(weights[kPoolProj], MemoryFormat::Contiguous),
             torch::stable::contiguous(biases[kPoolProj]), /*residual=*/nullptr, /*relu=*/true,
             {next_branch(kPoolProj)});

@@ -1,5 +1,4 @@
-// The library's convolution, its gradients, and the max pool, called through the dispatcher: oneDNN on the CPU, cuDNN
-// on CUDA.
+// ATen's convolution, its gradients, and the max pool, called through the dispatcher: oneDNN on the CPU, cuDNN on CUDA.
 #pragma once
 #include <array>
 #include <optional>
@@ -75,21 +74,27 @@ inline void check_1x1(const char* op, const Tensor& weight) {
                   shape_of(weight));
 }
 
-// A tensor as the library may have it. cuDNN was seen to read tensors of any address 16 bytes at a time (float32 weight
+// A tensor as cuDNN may have it. It was seen to read tensors of any address 16 bytes at a time (float32 weight
 // gradients, on an H200); so what does not lie on 16 bytes is copied.
-inline Tensor for_library(const Tensor& t) {
+inline Tensor aligned_for_cudnn(const Tensor& t) {
 #ifdef USE_CUDA
   if (reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 != 0) return torch::stable::clone(t);
 #endif
   return t;
 }
 
-inline Tensor library_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                           const ConvParams& p) {
+inline Tensor aten_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                               const ConvParams& p) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 9> stack{from(for_library(x)), from(for_library(weight)), from(bias),
-                                    from(p.stride),       from(p.padding),           from(p.dilation),
-                                    from(false),          from(Ints{0, 0}),          from(p.groups)};
+  std::array<StableIValue, 9> stack{from(aligned_for_cudnn(x)),
+                                    from(aligned_for_cudnn(weight)),
+                                    from(bias),
+                                    from(p.stride),
+                                    from(p.padding),
+                                    from(p.dilation),
+                                    from(false),
+                                    from(Ints{0, 0}),
+                                    from(p.groups)};
   call_operator("aten::convolution", "", stack);
   Tensor y = torch::stable::detail::to<Tensor>(stack[0]);
   FUSED_CNN_CHECK(y.scalar_type() == x.scalar_type(), "the library's convolution of ",
@@ -99,15 +104,15 @@ inline Tensor library_conv(const Tensor& x, const Tensor& weight, const std::opt
 }
 
 // (grad_x, grad_weight); one that is not needed is undefined.
-inline std::tuple<Tensor, Tensor> library_conv_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                                        const ConvParams& p, bool needs_x, bool needs_weight) {
+inline std::tuple<Tensor, Tensor> aten_convolution_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                            const ConvParams& p, bool needs_x, bool needs_weight) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   const bool mask[] = {needs_x, needs_weight, false};
   std::array<StableIValue, 11> stack{
-      from(for_library(grad)),
-      from(for_library(x)),
-      from(for_library(weight)),
+      from(aligned_for_cudnn(grad)),
+      from(aligned_for_cudnn(x)),
+      from(aligned_for_cudnn(weight)),
       from(std::optional<Ints>()),
       from(p.stride),
       from(p.padding),
@@ -122,11 +127,11 @@ inline std::tuple<Tensor, Tensor> library_conv_backward(const Tensor& grad, cons
   return {grad_x, grad_weight};
 }
 
-inline Tensor library_max_pool2d(const Tensor& x, const Ints& kernel, const Ints& stride, const Ints& padding,
-                                 const Ints& dilation, bool ceil_mode) {
+inline Tensor aten_max_pool2d(const Tensor& x, const Ints& kernel, const Ints& stride, const Ints& padding,
+                              const Ints& dilation, bool ceil_mode) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(for_library(x)), from(kernel),   from(stride),
-                                    from(padding),        from(dilation), from(ceil_mode)};
+  std::array<StableIValue, 6> stack{
+      from(aligned_for_cudnn(x)), from(kernel), from(stride), from(padding), from(dilation), from(ceil_mode)};
   call_operator("aten::max_pool2d", "", stack);
   return torch::stable::detail::to<Tensor>(stack[0]);
 }

@@ -124,7 +124,7 @@ inline void pointwise(const Launch& launch, const Tensor& x, const RowView& in, 
       return kernels.run(launch, gemm);
     }
   }
-  finish_convolution(launch, library_conv(x, weight, std::nullopt, pointwise_params({1, 1})), bias, residual, relu,
+  finish_convolution(launch, aten_convolution(x, weight, std::nullopt, pointwise_params({1, 1})), bias, residual, relu,
                      slices);
 }
 
