@@ -14,14 +14,12 @@ bool is_pointwise(const Tensor& weight, const ConvParams& params) {
 
 // The pixels that a strided 1x1 convolution reads, as a view.
 Tensor strided_slice(const Tensor& x, const Ints& stride) {
-  using torch::stable::detail::from;
+  const std::optional<int64_t> whole;
   Tensor view = x;
   for (int64_t axis = 0; axis < 2; ++axis) {
     if (stride[axis] == 1) continue;
-    std::array<StableIValue, 5> stack{from(view), from(axis + 2), from(std::optional<int64_t>()),
-                                      from(std::optional<int64_t>()), from(stride[axis])};
-    call_operator("aten::slice", "Tensor", stack);
-    view = torch::stable::detail::to<Tensor>(stack[0]);
+    const auto found = call_operator("aten::slice", "Tensor", view, axis + 2, whole, whole, stride[axis]);
+    view = torch::stable::detail::to<Tensor>(found[0]);
   }
   return view;
 }

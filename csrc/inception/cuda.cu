@@ -8,10 +8,8 @@ namespace fused_cnn {
 namespace {
 
 Tensor concatenated(const std::vector<Tensor>& tensors) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 2> stack{from(tensors), from(int64_t{0})};
-  call_operator("aten::cat", "", stack);
-  return dense(torch::stable::detail::to<Tensor>(stack[0]), MemoryFormat::Contiguous);
+  const auto found = call_operator("aten::cat", "", tensors, /*dim=*/int64_t{0});
+  return dense(torch::stable::detail::to<Tensor>(found[0]), MemoryFormat::Contiguous);
 }
 
 Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases) {

@@ -1,6 +1,5 @@
 // ATen's convolution, its gradients, and the max pool, called through the dispatcher: oneDNN on the CPU, cuDNN on CUDA.
 #pragma once
-#include <array>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -85,19 +84,11 @@ inline Tensor aligned_for_cudnn(const Tensor& t) {
 
 inline Tensor aten_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                const ConvParams& p) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 9> stack{from(aligned_for_cudnn(x)),
-                                    from(aligned_for_cudnn(weight)),
-                                    from(bias),
-                                    from(p.stride),
-                                    from(p.padding),
-                                    from(p.dilation),
-                                    from(false),
-                                    from(Ints{0, 0}),
-                                    from(p.groups)};
-  call_operator("aten::convolution", "", stack);
-  Tensor y = torch::stable::detail::to<Tensor>(stack[0]);
-  FUSED_CNN_CHECK(y.scalar_type() == x.scalar_type(), "the library's convolution of ",
+  const auto found =
+      call_operator("aten::convolution", "", aligned_for_cudnn(x), aligned_for_cudnn(weight), bias, p.stride, p.padding,
+                    p.dilation, /*transposed=*/false, /*output_padding=*/Ints{0, 0}, p.groups);
+  Tensor y = torch::stable::detail::to<Tensor>(found[0]);
+  FUSED_CNN_CHECK(y.scalar_type() == x.scalar_type(), "ATen's convolution of ",
                   torch::headeronly::toString(x.scalar_type()), " gave ", torch::headeronly::toString(y.scalar_type()),
                   ": autocast must be off around this op");
   return y;
@@ -106,34 +97,20 @@ inline Tensor aten_convolution(const Tensor& x, const Tensor& weight, const std:
 // (grad_x, grad_weight); one that is not needed is undefined.
 inline std::tuple<Tensor, Tensor> aten_convolution_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                                             const ConvParams& p, bool needs_x, bool needs_weight) {
-  using torch::stable::detail::from;
   using torch::stable::detail::to;
-  const bool mask[] = {needs_x, needs_weight, false};
-  std::array<StableIValue, 11> stack{
-      from(aligned_for_cudnn(grad)),
-      from(aligned_for_cudnn(x)),
-      from(aligned_for_cudnn(weight)),
-      from(std::optional<Ints>()),
-      from(p.stride),
-      from(p.padding),
-      from(p.dilation),
-      from(false),
-      from(Ints{0, 0}),
-      from(p.groups),
-      from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3)),
-  };
-  call_operator("aten::convolution_backward", "", stack);
-  Tensor grad_x = to<Tensor>(stack[0]), grad_weight = to<Tensor>(stack[1]), grad_bias = to<Tensor>(stack[2]);
+  const bool needs[] = {needs_x, needs_weight, /*bias=*/false};
+  const auto found = call_operator("aten::convolution_backward", "", aligned_for_cudnn(grad), aligned_for_cudnn(x),
+                                   aligned_for_cudnn(weight), /*bias_sizes=*/std::optional<Ints>(), p.stride, p.padding,
+                                   p.dilation, /*transposed=*/false, /*output_padding=*/Ints{0, 0}, p.groups,
+                                   torch::headeronly::HeaderOnlyArrayRef<bool>(needs, 3));
+  Tensor grad_x = to<Tensor>(found[0]), grad_weight = to<Tensor>(found[1]), grad_bias = to<Tensor>(found[2]);
   return {grad_x, grad_weight};
 }
 
 inline Tensor aten_max_pool2d(const Tensor& x, const Ints& kernel, const Ints& stride, const Ints& padding,
                               const Ints& dilation, bool ceil_mode) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{
-      from(aligned_for_cudnn(x)), from(kernel), from(stride), from(padding), from(dilation), from(ceil_mode)};
-  call_operator("aten::max_pool2d", "", stack);
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return torch::stable::detail::to<Tensor>(
+      call_operator("aten::max_pool2d", "", aligned_for_cudnn(x), kernel, stride, padding, dilation, ceil_mode)[0]);
 }
 
 }  // namespace fused_cnn
