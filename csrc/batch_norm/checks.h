@@ -6,24 +6,58 @@
 
 namespace fused_cnn {
 
+using Tensors = std::vector<Tensor>;
+
 // x and the residual of bn_add_relu, checked. Returns those that are normalised, by the number of weights: x, or both.
-inline std::vector<Tensor> normalized_inputs(const char* op, const Tensor& x, const std::optional<Tensor>& residual,
-                                             size_t count) {
+inline Tensors normalized_inputs(const char* op, const Tensor& x, const std::optional<Tensor>& residual, size_t count) {
   check_4d(op, "x", x);
   if (residual) check_like(op, "x", x, "residual", *residual);
   FUSED_CNN_CHECK(count == 1 || count == 2, op, ": expected one weight (for x) or two (for x and residual), got ",
                   count);
   FUSED_CNN_CHECK(count == 1 || residual.has_value(), op, ": a normalised residual is needed, got none");
-  return count == 1 ? std::vector<Tensor>{x} : std::vector<Tensor>{x, *residual};
+  return count == 1 ? Tensors{x} : Tensors{x, *residual};
 }
 
-inline void check_parameters(const char* op, size_t inputs, size_t weights, size_t biases) {
-  FUSED_CNN_CHECK(weights == inputs && biases == inputs, op, ": expected one weight and one bias for each of ", inputs,
-                  " inputs, got ", weights, " and ", biases);
-}
+// Normalised inputs as rows of channels, with their statistics and parameters: checked, and kept alive. The channels of
+// input i begin at first[i] of all `total`.
+struct NormalizedInputs {
+  int64_t total, rows;
+  DType dtype;
+  ScalarType vector_type;
+  Tensor mean, rstd;
+  std::vector<RowView> views;
+  Tensors weights, biases;
+  std::vector<int64_t> first;
+
+  NormalizedInputs(const char* op, const Tensors& xs, const Tensor& mean_, const Tensor& rstd_, const Tensors& weights_,
+                   const Tensors& biases_)
+      : total(check_branches(op, xs)),
+        rows(row_count(xs[0])),
+        dtype(dtype_of(op, "x", xs[0])),
+        vector_type(vector_dtype(dtype)) {
+    FUSED_CNN_CHECK(weights_.size() == xs.size() && biases_.size() == xs.size(), op,
+                    ": expected one weight and one bias for each of ", xs.size(), " inputs, got ", weights_.size(),
+                    " and ", biases_.size());
+    const auto checked = [&](const char* name, const Tensor& vector, int64_t channels) {
+      return checked_vector(op, name, vector, channels, xs[0], vector_type);
+    };
+    mean = checked("mean", mean_, total);
+    rstd = checked("rstd", rstd_, total);
+    int64_t begin = 0;
+    for (size_t i = 0; i < xs.size(); ++i) {
+      const int64_t channels = xs[i].size(1);
+      views.push_back(rows_of(xs[i]));
+      weights.push_back(checked("weight", weights_[i], channels));
+      biases.push_back(checked("bias", biases_[i], channels));
+      first.push_back(begin);
+      begin += channels;
+    }
+  }
+  Tensor empty_like_mean(int64_t size) const { return empty_vector(mean, size, vector_type); }
+};
 
 // Statistics need rows. Returns the number of channels.
-inline int64_t check_statistics(const char* op, const std::vector<Tensor>& xs, const std::vector<double>& eps) {
+inline int64_t check_statistics(const char* op, const Tensors& xs, const std::vector<double>& eps) {
   const int64_t total = check_branches(op, xs);
   FUSED_CNN_CHECK(eps.size() == xs.size(), op, ": expected one eps for each of ", xs.size(), " inputs, got ",
                   eps.size());

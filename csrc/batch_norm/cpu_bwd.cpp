@@ -38,8 +38,8 @@ struct Gradients {
   std::unique_ptr<char[]> offset, slope;
 
   explicit Gradients(const Inputs& in)
-      : weight(empty_vector(in.mean, in.total, in.vector_type)),
-        bias(empty_vector(in.mean, in.total, in.vector_type)),
+      : weight(in.empty_like_mean(in.total)),
+        bias(in.empty_like_mean(in.total)),
         offset(scratch(in.total * in.vector_size)),
         slope(scratch(in.total * in.vector_size)) {}
 

@@ -10,44 +10,25 @@
 
 namespace fused_cnn {
 
-// Normalised inputs and their per-channel vectors, checked; branch i's channels begin at first[i].
-struct Inputs {
-  DType dtype;
-  ScalarType vector_type;
+// The checked inputs as the kernels see them; scale is rstd * weight.
+struct Inputs : NormalizedInputs {
   int64_t element_size, vector_size;
-  int64_t rows, total;
-  std::vector<RowView> views;
-  std::vector<Tensor> biases;  // keeps them alive
-  Tensor mean, rstd;
   std::unique_ptr<char[]> scale;
   std::vector<BnInput> branches;
-  std::vector<int64_t> first, channels;
+  std::vector<int64_t> channels;
 
-  Inputs(const char* op, const std::vector<Tensor>& xs, const Tensor& mean_, const Tensor& rstd_,
-         const std::vector<Tensor>& weights, const std::vector<Tensor>& biases_)
-      : total(check_branches(op, xs)) {
-    const Tensor& x = xs[0];
-    dtype = dtype_of(op, "x", x);
-    vector_type = vector_dtype(dtype);
-    element_size = x.element_size();
-    rows = row_count(x);
-    check_parameters(op, xs.size(), weights.size(), biases_.size());
-    mean = checked_vector(op, "mean", mean_, total, x, vector_type);
-    rstd = checked_vector(op, "rstd", rstd_, total, x, vector_type);
-    vector_size = mean.element_size();
-    scale = scratch(total * vector_size);
-    int64_t begin = 0;
+  Inputs(const char* op, const Tensors& xs, const Tensor& mean_, const Tensor& rstd_, const Tensors& weights_,
+         const Tensors& biases_)
+      : NormalizedInputs(op, xs, mean_, rstd_, weights_, biases_),
+        element_size(xs[0].element_size()),
+        vector_size(mean.element_size()),
+        scale(scratch(total * vector_size)) {
     for (size_t i = 0; i < xs.size(); ++i) {
-      const int64_t c = xs[i].size(1);
-      views.push_back(rows_of(xs[i]));
-      const Tensor weight = checked_vector(op, "weight", weights[i], c, x, vector_type);
-      biases.push_back(checked_vector(op, "bias", biases_[i], c, x, vector_type));
-      multiply(vector_at(rstd.data_ptr(), begin), weight.data_ptr(), vector_at(scale.get(), begin), c);
-      branches.push_back({views[i].data, views[i].stride, vector_at(mean.data_ptr(), begin),
-                          vector_at(scale.get(), begin), biases[i].data_ptr()});
-      first.push_back(begin);
-      channels.push_back(c);
-      begin += c;
+      channels.push_back(xs[i].size(1));
+      multiply(vector_at(rstd.data_ptr(), first[i]), weights[i].data_ptr(), vector_at(scale.get(), first[i]),
+               channels[i]);
+      branches.push_back({views[i].data, views[i].stride, vector_at(mean.data_ptr(), first[i]),
+                          vector_at(scale.get(), first[i]), biases[i].data_ptr()});
     }
   }
 

@@ -21,16 +21,18 @@ Tensor concat_bias_relu_fwd(const std::vector<Tensor>& branches, const std::opti
   with_type(dtype, [&](auto element) {
     using T = decltype(element);
     using B = compute_t<T>;
-    std::vector<FinishBranch<T, B>> list;
+    std::vector<EpilogueBranch<T, B>> list;
     int64_t first = 0;
     for (size_t i = 0; i < branches.size(); ++i) {
-      const int64_t channels = branches[i].size(1);
-      list.push_back({static_cast<const T*>(views[i].data), views[i].stride,
-                      bias ? static_cast<const B*>(vector.data_ptr()) + first : nullptr, nullptr, 0,
-                      static_cast<T*>(out.data) + first, total, channels});
-      first += channels;
+      list.push_back({.y = static_cast<const T*>(views[i].data),
+                      .y_pitch = views[i].stride,
+                      .bias = bias ? data_of<B>(vector) + first : nullptr,
+                      .out = static_cast<T*>(out.data) + first,
+                      .out_pitch = total,
+                      .channels = branches[i].size(1)});
+      first += branches[i].size(1);
     }
-    finish_rows(launch, list, relu, row_count(branches[0]));
+    bias_residual_relu(launch, list, relu, row_count(branches[0]));
   });
   return out.finish();
 }
@@ -44,19 +46,18 @@ std::tuple<std::vector<Tensor>, Tensor> concat_bias_relu_bwd(const Tensor& grad_
   const RowView grad = rows_of(grad_out);
   std::optional<RowView> outs;
   if (out) outs = rows_of(*out);
-  Tensor grad_bias = empty_vector(grad_out, bias ? total : 0, vector_dtype(dtype));
+  const Tensor grad_bias = empty_vector(grad_out, bias ? total : 0, vector_dtype(dtype));
   std::vector<RowResult> results;
   for (const int64_t c : channels) results.emplace_back(grad_out, c, result_format(out ? *out : grad_out));
   with_type(dtype, [&](auto element) {
     using T = decltype(element);
-    std::vector<MaskBranch<T>> list;
+    std::vector<DreluBranch<T>> list;
     int64_t first = 0;
     for (size_t i = 0; i < channels.size(); ++i) {
-      list.push_back({static_cast<T*>(results[i].data), channels[i], first});
+      list.push_back({.grad = static_cast<T*>(results[i].data), .channels = channels[i], .first = first});
       first += channels[i];
     }
-    mask_rows(launch, grad, outs ? &*outs : nullptr, list, total,
-              bias ? static_cast<compute_t<T>*>(grad_bias.data_ptr()) : nullptr, row_count(grad_out));
+    drelu_bgrad(launch, grad, outs, list, bias ? data_of<compute_t<T>>(grad_bias) : nullptr, row_count(grad_out));
   });
   std::vector<Tensor> grads;
   for (const RowResult& result : results) grads.push_back(result.finish());

@@ -14,14 +14,12 @@ bool is_pointwise(const Tensor& weight, const ConvParams& params) {
 
 // The pixels that a strided 1x1 convolution reads, as a view.
 Tensor strided_slice(const Tensor& x, const Ints& stride) {
-  using torch::stable::detail::from;
+  const std::optional<int64_t> whole;
   Tensor view = x;
   for (int64_t axis = 0; axis < 2; ++axis) {
     if (stride[axis] == 1) continue;
-    std::array<StableIValue, 5> stack{from(view), from(axis + 2), from(std::optional<int64_t>()),
-                                      from(std::optional<int64_t>()), from(stride[axis])};
-    call_operator("aten::slice", "Tensor", stack);
-    view = torch::stable::detail::to<Tensor>(stack[0]);
+    const auto found = call_operator("aten::slice", "Tensor", view, axis + 2, whole, whole, stride[axis]);
+    view = torch::stable::detail::to<Tensor>(found[0]);
   }
   return view;
 }
@@ -46,31 +44,31 @@ Tensor conv_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<T
     pointwise(launch, read, rows_of(read), torch::stable::contiguous(weight), bias, added, relu, slice(out));
     return out.finish();
   }
-  const Tensor y = library_conv(x, weight, std::nullopt, params);
+  const Tensor y = aten_convolution(x, weight, std::nullopt, params);
   const RowResult out(y, channels, result_format(x));
   finish_convolution(launch, y, bias, added, relu, slice(out));
   return out.finish();
 }
 
-constexpr int kReduceThreads = 256;
+constexpr int kSplitKThreads = 256;
 
-// out = the sum of `count` arrays of `size` octets, one behind the other, in order: the second stage of split-K.
+// out = the sum of `count` arrays of `size` vectors, one behind the other, in order: the second stage of split-K.
 template <typename T>
-__global__ void __launch_bounds__(kReduceThreads)
+__global__ void __launch_bounds__(kSplitKThreads)
     split_k_reduce_kernel(const float* __restrict__ arrays, int count, int64_t size, T* __restrict__ out) {
-  const int64_t at = (static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x) * kOctet;
-  if (at >= size * kOctet) return;
-  Octet<float> sum = load_octet<true>(arrays + at, kOctet);
+  const int64_t at = (static_cast<int64_t>(blockIdx.x) * kSplitKThreads + threadIdx.x) * kVec;
+  if (at >= size * kVec) return;
+  Vec8<float> sum = load_vec8<true>(arrays + at, kVec);
 #pragma unroll 4
   for (int i = 1; i < count; ++i) {
-    const Octet<float> more = load_octet<true>(arrays + i * size * kOctet + at, kOctet);
+    const Vec8<float> more = load_vec8<true>(arrays + i * size * kVec + at, kVec);
 #pragma unroll
-    for (int j = 0; j < kOctet; ++j) sum.v[j] += more.v[j];
+    for (int j = 0; j < kVec; ++j) sum.v[j] += more.v[j];
   }
-  Octet<T> result;
+  Vec8<T> result;
 #pragma unroll
-  for (int j = 0; j < kOctet; ++j) from_compute(sum.v[j], &result.v[j]);
-  store_octet<true>(out + at, result, kOctet);
+  for (int j = 0; j < kVec; ++j) from_compute(sum.v[j], &result.v[j]);
+  store_vec8<true>(out + at, result, kVec);
 }
 
 // grad^T x, (out, C, 1, 1), of grad and x as rows, split-K: the rows are cut into parts, as many as fill a large chip,
@@ -81,7 +79,7 @@ Tensor pointwise_wgrad(const Launch& launch, const RowView& any_grad, const RowV
   const GemmKernels kernels(weight.get_device_index());
   if (!kernels || !gemm_supports(dtype, rows, inputs, outputs)) {
     return std::get<1>(
-        library_conv_backward(any_grad.tensor, any_in.tensor, weight, pointwise_params({1, 1}), false, true));
+        aten_convolution_backward(any_grad.tensor, any_in.tensor, weight, pointwise_params({1, 1}), false, true));
   }
   const RowView grad = on_16_bytes(any_grad), in = on_16_bytes(any_in);
   constexpr int64_t kBlocks = 256, kLeast = 512;
@@ -114,11 +112,11 @@ Tensor pointwise_wgrad(const Launch& launch, const RowView& any_grad, const RowV
   run(0, whole, size);
   run(whole, 1, rest);
   Tensor grad_weight = empty_like_4d(weight, MemoryFormat::Contiguous);
-  const int64_t octets = outputs * inputs / kOctet;
+  const int64_t vectors = outputs * inputs / kVec;
   const auto reduce = [&](auto element) {
     using T = decltype(element);
-    launch.run("split_k_reduce_kernel", split_k_reduce_kernel<T>, ceil_div<int64_t>(octets, kReduceThreads), 1,
-               kReduceThreads, static_cast<const float*>(products.data_ptr()), static_cast<int>(count), octets,
+    launch.run("split_k_reduce_kernel", split_k_reduce_kernel<T>, ceil_div<int64_t>(vectors, kSplitKThreads), 1,
+               kSplitKThreads, static_cast<const float*>(products.data_ptr()), static_cast<int>(count), vectors,
                static_cast<T*>(grad_weight.data_ptr()));
   };
   dtype == DType::f16 ? reduce(f16_t{}) : reduce(bf16_t{});
@@ -161,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bias_relu_bwd(const Tensor& grad
     if (needs_x) grad_x = pointwise_dgrad(launch, masked.rows, x, read, weight, stride);
     if (needs_weight) grad_weight = pointwise_wgrad(launch, masked.rows, rows_of(read), weight);
   } else if (needs_x || needs_weight) {
-    auto [of_x, of_weight] = library_conv_backward(masked.rows.tensor, x, weight, params, needs_x, needs_weight);
+    auto [of_x, of_weight] = aten_convolution_backward(masked.rows.tensor, x, weight, params, needs_x, needs_weight);
     if (needs_x) grad_x = dense(of_x, result_format(x));
     if (needs_weight) grad_weight = of_weight;
   }

@@ -26,15 +26,15 @@ Tensor add_relu_fwd(const Tensor& x, const Tensor& residual) {
   with_type(dtype_of(op, "x", x), [&](auto element) {
     using T = decltype(element);
     flat_rows(x.numel(), [&](int64_t first, int64_t width, int64_t rows) {
-      const FinishBranch<T, T> branch{.y = static_cast<const T*>(dense_x.data_ptr()) + first,
-                                      .y_pitch = width,
-                                      .bias = nullptr,
-                                      .residual = static_cast<const T*>(dense_residual.data_ptr()) + first,
-                                      .residual_pitch = width,
-                                      .out = static_cast<T*>(out.data_ptr()) + first,
-                                      .out_pitch = width,
-                                      .channels = width};
-      finish_rows<T, T>(launch, {branch}, true, rows);
+      const EpilogueBranch<T, T> branch{.y = static_cast<const T*>(dense_x.data_ptr()) + first,
+                                        .y_pitch = width,
+                                        .bias = nullptr,
+                                        .residual = static_cast<const T*>(dense_residual.data_ptr()) + first,
+                                        .residual_pitch = width,
+                                        .out = static_cast<T*>(out.data_ptr()) + first,
+                                        .out_pitch = width,
+                                        .channels = width};
+      bias_residual_relu<T, T>(launch, {branch}, true, rows);
     });
   });
   return out;
@@ -55,9 +55,9 @@ Tensor add_relu_bwd(const Tensor& grad_out, const Tensor& out) {
         return RowView{.tensor = t, .data = static_cast<T*>(t.data_ptr()) + first, .stride = width};
       };
       const RowView from = view(dense_grad), mask = view(dense_out);
-      const std::vector<MaskBranch<T>> branch{
+      const std::vector<DreluBranch<T>> branch{
           {.grad = static_cast<T*>(grad.data_ptr()) + first, .channels = width, .first = 0}};
-      mask_rows<T, T>(launch, from, &mask, branch, width, nullptr, rows);
+      drelu_bgrad<T, T>(launch, from, mask, branch, nullptr, rows);
     });
   });
   return grad;

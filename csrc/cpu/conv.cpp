@@ -21,7 +21,7 @@ Tensor library_conv_forward(const char* op, const Tensor& x, const Tensor& weigh
                             const std::optional<Tensor>& residual, const ConvParams& params, bool relu) {
   const DType dtype = dtype_of(op, "x", x);
   const MemoryFormat format = result_format(x);
-  Tensor out = dense(library_conv(x, weight, bias, params), format);
+  Tensor out = dense(aten_convolution(x, weight, bias, params), format);
   if (!relu && !residual) return out;
   const Tensor addend = residual ? dense(*residual, format) : out;
   const void* from = residual ? addend.data_ptr() : nullptr;
@@ -232,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_conv_backward(const char* op, con
   }
   Tensor grad_x = nothing(grad_out), grad_weight = nothing(grad_out);
   if (needs_x || needs_weight) {
-    auto [gx, gw] = library_conv_backward(grad, x, weight, params, needs_x, needs_weight);
+    auto [gx, gw] = aten_convolution_backward(grad, x, weight, params, needs_x, needs_weight);
     if (needs_x) grad_x = dense(gx, result_format(x));
     if (needs_weight) grad_weight = dense(gw, result_format(weight));
   }

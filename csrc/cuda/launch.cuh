@@ -1,5 +1,5 @@
-// What every CUDA launch shares: the device guard, PyTorch's current stream, the launch and its check, 16-byte vectors,
-// and the registration.
+// What every CUDA launch shares: the device guard, PyTorch's current stream, the launch and its check, and the
+// registration.
 #pragma once
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -35,30 +35,18 @@ class Launch {
   cudaStream_t stream_;
 };
 
-// 16 bytes of T, moved by one load or store instruction.
-template <typename T>
-struct alignas(16) Vec {
-  static constexpr int size = 16 / sizeof(T);
-  T v[size];
-};
-
-inline bool aligned16(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-}
-
 // body(T{}) for the element type.
 template <typename Body>
-void with_type(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::f64:
-      return body(double{});
-    case DType::f32:
-      return body(float{});
-    case DType::f16:
-      return body(f16_t{});
-    case DType::bf16:
-      return body(bf16_t{});
-  }
+auto with_type(DType dtype, const Body& body) {
+  if (dtype == DType::f64) return body(double{});
+  if (dtype == DType::f32) return body(float{});
+  if (dtype == DType::f16) return body(f16_t{});
+  return body(bf16_t{});
+}
+
+template <typename T>
+T* data_of(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
 }
 
 template <typename T>

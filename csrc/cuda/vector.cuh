@@ -1,43 +1,54 @@
-// Eight adjacent channels, the unit in which CUDA kernels move activations: 16 bytes of a 16-bit type.
+// Vectorised access of 8 adjacent channels, the unit in which CUDA kernels move activations: one instruction of 16
+// bytes for a 16-bit type.
 #pragma once
 #include <cuda_runtime.h>
 #include "shared/dtype.h"
 
 namespace fused_cnn {
 
-constexpr int kOctet = 8;
+constexpr int kVec = 8;
 
 template <typename T>
-struct alignas(16) Octet {
-  T v[kOctet];
+struct alignas(16) Vec8 {
+  T v[kVec];
 };
 
-// The first n channels at `at`, the others zero. With kVectors all 8 are there, on 16 bytes, and move 16 bytes at a
-// time.
-template <bool kVectors, typename T>
-__device__ Octet<T> load_octet(const T* at, int n) {
-  Octet<T> octet;
-  if constexpr (kVectors) {
-    octet = *reinterpret_cast<const Octet<T>*>(at);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kOctet; ++j) octet.v[j] = j < n ? at[j] : T{};
-  }
-  return octet;
+inline bool aligned16(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
-template <bool kVectors, typename T>
-__device__ void store_octet(T* at, const Octet<T>& octet, int n) {
-  if constexpr (kVectors) {
-    // By intrinsic: the compiler stores elements that were computed one by one each by itself.
-    uint4 words[sizeof(octet) / 16];
-    memcpy(words, &octet, sizeof(octet));
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(octet) / 16); ++i) __stwb(reinterpret_cast<uint4*>(at) + i, words[i]);
+// Whether every row of vectors at `data`, `pitch` elements apart, lies on 16 bytes.
+template <typename T>
+bool rows_aligned16(const T* data, int64_t pitch) {
+  return aligned16(data) && pitch * sizeof(T) % 16 == 0;
+}
+
+// The first n channels at `at`, the others zero. With kAligned all 8 are there, on 16 bytes, and move 16 bytes at a
+// time.
+template <bool kAligned, typename T>
+__device__ Vec8<T> load_vec8(const T* at, int n = kVec) {
+  Vec8<T> vec;
+  if constexpr (kAligned) {
+    vec = *reinterpret_cast<const Vec8<T>*>(at);
   } else {
 #pragma unroll
-    for (int j = 0; j < kOctet; ++j) {
-      if (j < n) at[j] = octet.v[j];
+    for (int j = 0; j < kVec; ++j) vec.v[j] = j < n ? at[j] : T{};
+  }
+  return vec;
+}
+
+template <bool kAligned, typename T>
+__device__ void store_vec8(T* at, const Vec8<T>& vec, int n = kVec) {
+  if constexpr (kAligned) {
+    // By intrinsic: the compiler stores elements that were computed one by one each by itself.
+    uint4 words[sizeof(vec) / 16];
+    memcpy(words, &vec, sizeof(vec));
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(vec) / 16); ++i) __stwb(reinterpret_cast<uint4*>(at) + i, words[i]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      if (j < n) at[j] = vec.v[j];
     }
   }
 }

@@ -92,7 +92,7 @@ Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<T
                                 {weights[kConv3].size(2), weights[kConv5].size(2)});
   }
   const Tensor branches[] = {conv(x, kBranch1), conv(conv(x, kReduce3), kConv3), conv(conv(x, kReduce5), kConv5),
-                             conv(library_max_pool2d(x, {3, 3}, {1, 1}, {1, 1}, {1, 1}, false), kPoolProj)};
+                             conv(aten_max_pool2d(x, {3, 3}, {1, 1}, {1, 1}, {1, 1}, false), kPoolProj)};
   int64_t total = 0;
   for (const Tensor& b : branches) total += b.size(1);
   Tensor out = empty_nchw(x, total, x.size(2), x.size(3), result_format(x));

@@ -40,7 +40,7 @@ bool engine_pools(const Tensor& x) {
 Tensor max_pool2d_fwd(const Tensor& x, Ints kernel, Ints stride, Ints padding, Ints dilation, bool ceil_mode) {
   const auto shape = check_window("max_pool2d_fwd", x, kernel, stride, padding, dilation, ceil_mode);
   if (!engine_pools(x)) {
-    return dense(library_max_pool2d(x, kernel, stride, padding, dilation, ceil_mode), result_format(x));
+    return dense(aten_max_pool2d(x, kernel, stride, padding, dilation, ceil_mode), result_format(x));
   }
   Tensor out = empty_result(x, shape.C, shape.out_h, shape.out_w);
   if (out.numel() > 0) {

@@ -1,7 +1,5 @@
-// The library's convolution, its gradients, and the max pool, called through the dispatcher: oneDNN on the CPU, cuDNN
-// on CUDA.
+// ATen's convolution, its gradients, and the max pool, called through the dispatcher: oneDNN on the CPU, cuDNN on CUDA.
 #pragma once
-#include <array>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -75,60 +73,44 @@ inline void check_1x1(const char* op, const Tensor& weight) {
                   shape_of(weight));
 }
 
-// A tensor as the library may have it. cuDNN was seen to read tensors of any address 16 bytes at a time (float32 weight
+// A tensor as cuDNN may have it. It was seen to read tensors of any address 16 bytes at a time (float32 weight
 // gradients, on an H200); so what does not lie on 16 bytes is copied.
-inline Tensor for_library(const Tensor& t) {
+inline Tensor aligned_for_cudnn(const Tensor& t) {
 #ifdef USE_CUDA
   if (reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 != 0) return torch::stable::clone(t);
 #endif
   return t;
 }
 
-inline Tensor library_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                           const ConvParams& p) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 9> stack{from(for_library(x)), from(for_library(weight)), from(bias),
-                                    from(p.stride),       from(p.padding),           from(p.dilation),
-                                    from(false),          from(Ints{0, 0}),          from(p.groups)};
-  call_operator("aten::convolution", "", stack);
-  Tensor y = torch::stable::detail::to<Tensor>(stack[0]);
-  FUSED_CNN_CHECK(y.scalar_type() == x.scalar_type(), "the library's convolution of ",
+inline Tensor aten_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                               const ConvParams& p) {
+  const auto found =
+      call_operator("aten::convolution", "", aligned_for_cudnn(x), aligned_for_cudnn(weight), bias, p.stride, p.padding,
+                    p.dilation, /*transposed=*/false, /*output_padding=*/Ints{0, 0}, p.groups);
+  Tensor y = torch::stable::detail::to<Tensor>(found[0]);
+  FUSED_CNN_CHECK(y.scalar_type() == x.scalar_type(), "ATen's convolution of ",
                   torch::headeronly::toString(x.scalar_type()), " gave ", torch::headeronly::toString(y.scalar_type()),
                   ": autocast must be off around this op");
   return y;
 }
 
 // (grad_x, grad_weight); one that is not needed is undefined.
-inline std::tuple<Tensor, Tensor> library_conv_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                                        const ConvParams& p, bool needs_x, bool needs_weight) {
-  using torch::stable::detail::from;
+inline std::tuple<Tensor, Tensor> aten_convolution_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                            const ConvParams& p, bool needs_x, bool needs_weight) {
   using torch::stable::detail::to;
-  const bool mask[] = {needs_x, needs_weight, false};
-  std::array<StableIValue, 11> stack{
-      from(for_library(grad)),
-      from(for_library(x)),
-      from(for_library(weight)),
-      from(std::optional<Ints>()),
-      from(p.stride),
-      from(p.padding),
-      from(p.dilation),
-      from(false),
-      from(Ints{0, 0}),
-      from(p.groups),
-      from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3)),
-  };
-  call_operator("aten::convolution_backward", "", stack);
-  Tensor grad_x = to<Tensor>(stack[0]), grad_weight = to<Tensor>(stack[1]), grad_bias = to<Tensor>(stack[2]);
+  const bool needs[] = {needs_x, needs_weight, /*bias=*/false};
+  const auto found = call_operator("aten::convolution_backward", "", aligned_for_cudnn(grad), aligned_for_cudnn(x),
+                                   aligned_for_cudnn(weight), /*bias_sizes=*/std::optional<Ints>(), p.stride, p.padding,
+                                   p.dilation, /*transposed=*/false, /*output_padding=*/Ints{0, 0}, p.groups,
+                                   torch::headeronly::HeaderOnlyArrayRef<bool>(needs, 3));
+  Tensor grad_x = to<Tensor>(found[0]), grad_weight = to<Tensor>(found[1]), grad_bias = to<Tensor>(found[2]);
   return {grad_x, grad_weight};
 }
 
-inline Tensor library_max_pool2d(const Tensor& x, const Ints& kernel, const Ints& stride, const Ints& padding,
-                                 const Ints& dilation, bool ceil_mode) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(for_library(x)), from(kernel),   from(stride),
-                                    from(padding),        from(dilation), from(ceil_mode)};
-  call_operator("aten::max_pool2d", "", stack);
-  return torch::stable::detail::to<Tensor>(stack[0]);
+inline Tensor aten_max_pool2d(const Tensor& x, const Ints& kernel, const Ints& stride, const Ints& padding,
+                              const Ints& dilation, bool ceil_mode) {
+  return torch::stable::detail::to<Tensor>(
+      call_operator("aten::max_pool2d", "", aligned_for_cudnn(x), kernel, stride, padding, dilation, ceil_mode)[0]);
 }
 
 }  // namespace fused_cnn

@@ -33,10 +33,12 @@ template <typename... Args>
 // PyTorch has it from 2.13 on; before, a failed call's message goes to standard error alone.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
-// Calls one of PyTorch's operators through its dispatcher: stack holds the arguments, then the results.
-template <size_t N>
-void call_operator(const char* name, const char* overload, std::array<StableIValue, N>& stack) {
-  if (torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION) == TORCH_SUCCESS) return;
+// Calls one of PyTorch's operators through its dispatcher. Of what it returns, the first are the operator's results.
+template <typename... Arguments>
+std::array<StableIValue, sizeof...(Arguments)> call_operator(const char* name, const char* overload,
+                                                             const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
+  if (torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION) == TORCH_SUCCESS) return stack;
   fail(name, ": ",
        torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace()
                                                   : "failed, and PyTorch's message is on standard error");

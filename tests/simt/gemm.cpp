@@ -31,7 +31,7 @@ __global__ void product_kernel(Gemm gemm) {
         }
       }
     }
-    finish_octets<T, Out>(gemm.epilogue, pairs, row, columns, gemm.m, gemm.n, batch);
+    epilogue_store<T, Out>(gemm.epilogue, pairs, row, columns, gemm.m, gemm.n, batch);
   }
 }
 

@@ -67,7 +67,8 @@ void resume(Fibre& fibre) {
   if (fibre.started) _longjmp(fibre.place, 1);
   fibre.started = true;
   getcontext(&fibre.start);
-  fibre.start.uc_stack.ss_sp = fibre.stack.data(), fibre.start.uc_stack.ss_size = kStack;
+  fibre.start.uc_stack.ss_sp = fibre.stack.data();
+  fibre.start.uc_stack.ss_size = kStack;
   makecontext(&fibre.start, enter, 0);
   setcontext(&fibre.start);
 }
@@ -167,9 +168,13 @@ const char* last_error() {
 
 cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*), const void* arguments) {
   if (ours.empty()) dl_iterate_phdr(note_data, &error);
-  gridDim = config.gridDim, blockDim = config.blockDim, body = thread, body_arguments = arguments;
+  gridDim = config.gridDim;
+  blockDim = config.blockDim;
+  body = thread;
+  body_arguments = arguments;
   launcher = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
-  error.clear(), std::fill(std::begin(recent), std::end(recent), Region{});
+  error.clear();
+  std::fill(std::begin(recent), std::end(recent), Region{});
   const size_t threads = blockDim.x;
   if (fibres.size() < threads) fibres.resize(threads);
   for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z) {
@@ -229,8 +234,8 @@ void __ubsan_handle_type_mismatch_v1(const void* description, const void*) {
   if (running) refuse("access on a multiple", size_t{1} << *after_type, "at another address");
 }
 
-// PyTorch's function, behind a look at the tensors that a kernel's host code hands to the library: a GPU's library was
-// seen to read what does not lie on 16 bytes as if it did.
+// PyTorch's function, behind a look at the tensors that a kernel's host code hands to cuDNN, which was seen to read what
+// does not lie on 16 bytes as if it did.
 __attribute__((visibility("default"))) int32_t torch_call_dispatcher(const char* name, const char* overload,
                                                                      uint64_t* stack, uint64_t version) {
   using Call = int32_t (*)(const char*, const char*, uint64_t*, uint64_t);

@@ -1,4 +1,4 @@
-// What the products on CUTLASS share: element types, our epilogue under CUTLASS's name, and the launch.
+// What the products on CUTLASS share: element types, our epilogue under CUTLASS's name, the tiles, and the launch.
 #pragma once
 #include <cutlass/bfloat16.h>
 #include <cutlass/epilogue/dispatch_policy.hpp>
@@ -14,8 +14,8 @@ namespace fused_cnn {
 template <typename T>
 using cutlass_t = std::conditional_t<std::is_same_v<T, bf16_t>, cutlass::bfloat16_t, cutlass::half_t>;
 
-// A collective epilogue that hands the accumulators to finish_octets(). Accumulators are ((2, 2[, octets]), M, N): two
-// columns, two rows eight apart, then octets of columns.
+// A collective epilogue that hands the accumulators to epilogue_store(). Accumulators are ((2, 2[, groups]), M, N): two
+// columns, two rows eight apart, then groups of 8 columns.
 template <typename T, typename Out>
 class SliceEpilogue {
  public:
@@ -36,35 +36,25 @@ class SliceEpilogue {
   using Arguments = GemmEpilogue;
   using Params = GemmEpilogue;
 
-  template <class Shape>
-  static constexpr Params to_underlying_arguments(const Shape&, const Arguments& arguments, void*) {
-    return arguments;
-  }
-  template <class Shape>
-  static size_t get_workspace_size(const Shape&, const Arguments&) {
-    return 0;
-  }
-  template <class Shape>
-  static cutlass::Status initialize_workspace(const Shape&, const Arguments&, void*, cudaStream_t,
+  static constexpr Params to_underlying_arguments(const auto&, const Arguments& arguments, void*) { return arguments; }
+  static size_t get_workspace_size(const auto&, const Arguments&) { return 0; }
+  static cutlass::Status initialize_workspace(const auto&, const Arguments&, void*, cudaStream_t,
                                               cutlass::CudaHostAdapter* = nullptr) {
     return cutlass::Status::kSuccess;
   }
-  template <class Shape>
-  static bool can_implement(const Shape&, const Arguments&) {
-    return true;
-  }
+  static bool can_implement(const auto&, const Arguments&) { return true; }
 
   CUTLASS_HOST_DEVICE SliceEpilogue(const Params& params, const SharedStorage& = SharedStorage()) : params_(params) {}
   CUTLASS_DEVICE bool is_source_needed() { return false; }
 
-  template <class Shape, class Tile, class Coord, class Engine, class Layout, class TiledMma, class Residue>
-  CUTLASS_DEVICE void operator()(Shape shape, Tile tile, Coord at, const cute::Tensor<Engine, Layout>& accumulators,
-                                 TiledMma mma, Residue, int thread, char*) {
+  template <class Engine, class Layout>
+  CUTLASS_DEVICE void operator()(auto shape, auto tile, auto at, const cute::Tensor<Engine, Layout>& accumulators,
+                                 auto mma, auto, int thread, char*) {
     using namespace cute;
-    constexpr int kAtom = size<0>(Layout{}) / 4, kM = size<1>(Layout{}), kOctets = kAtom * size<2>(Layout{});
-    static_assert(kOctets % 4 == 0);
-    const auto index = [=](int i, int j, int m, int octet) {
-      return i + 2 * j + 4 * (octet % kAtom) + 4 * kAtom * (m + kM * (octet / kAtom));
+    constexpr int kAtom = size<0>(Layout{}) / 4, kM = size<1>(Layout{}), kGroups = kAtom * size<2>(Layout{});
+    static_assert(kGroups % 4 == 0);
+    const auto index = [=](int i, int j, int m, int group) {
+      return i + 2 * j + 4 * (group % kAtom) + 4 * kAtom * (m + kM * (group / kAtom));
     };
     const Tensor place = mma.get_thread_slice(thread).partition_C(make_identity_tensor(take<0, 2>(tile)));
     const int64_t first_row = int64_t(get<0>(at)) * size<0>(tile);
@@ -74,17 +64,17 @@ class SliceEpilogue {
       CUTLASS_PRAGMA_UNROLL
       for (int j = 0; j < 2; ++j) {
         CUTLASS_PRAGMA_UNROLL
-        for (int octet = 0; octet < kOctets; octet += 4) {
+        for (int group = 0; group < kGroups; group += 4) {
           float pairs[4][2];
           int columns[4];
           CUTLASS_PRAGMA_UNROLL
           for (int o = 0; o < 4; ++o) {
-            pairs[o][0] = accumulators(index(0, j, m, octet + o));
-            pairs[o][1] = accumulators(index(1, j, m, octet + o));
-            columns[o] = first_column + int(get<1>(place(index(0, j, m, octet + o))));
+            pairs[o][0] = accumulators(index(0, j, m, group + o));
+            pairs[o][1] = accumulators(index(1, j, m, group + o));
+            columns[o] = first_column + int(get<1>(place(index(0, j, m, group + o))));
           }
-          finish_octets<T, Out>(params_, pairs, first_row + get<0>(place(index(0, j, m, octet))), columns,
-                                get<0>(shape), get<1>(shape), get<3>(at));
+          epilogue_store<T, Out>(params_, pairs, first_row + get<0>(place(index(0, j, m, group))), columns,
+                                 get<0>(shape), get<1>(shape), get<3>(at));
         }
       }
     }
@@ -94,15 +84,20 @@ class SliceEpilogue {
   Params params_;
 };
 
-template <class Kernel>
-cudaError_t launch_cutlass(const Gemm& gemm, typename Kernel::StrideA a, typename Kernel::StrideB b,
-                           int multiprocessors, cudaStream_t stream) {
+// Operands lie along k (kAlongK), or along m and n.
+template <class Kernel, bool kAlongK>
+cudaError_t launch_cutlass(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
   using Element = typename Kernel::ElementA;
+  constexpr int kPitched = kAlongK ? 0 : 1;
   typename Kernel::Arguments arguments{};
   arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
   arguments.problem_shape = {gemm.m, gemm.n, gemm.k, gemm.batch};
-  arguments.mainloop.ptr_A = static_cast<const Element*>(gemm.a.data), arguments.mainloop.dA = a;
-  arguments.mainloop.ptr_B = static_cast<const Element*>(gemm.b.data), arguments.mainloop.dB = b;
+  arguments.mainloop.ptr_A = static_cast<const Element*>(gemm.a.data);
+  cute::get<kPitched>(arguments.mainloop.dA) = gemm.a.pitch;
+  cute::get<2>(arguments.mainloop.dA) = gemm.a_batch_stride;
+  arguments.mainloop.ptr_B = static_cast<const Element*>(gemm.b.data);
+  cute::get<kPitched>(arguments.mainloop.dB) = gemm.b.pitch;
+  cute::get<2>(arguments.mainloop.dB) = gemm.b_batch_stride;
   arguments.epilogue = gemm.epilogue;
   arguments.hw_info.sm_count = multiprocessors;
   const auto parameters = Kernel::to_underlying_arguments(arguments, nullptr);
@@ -128,11 +123,18 @@ cudaError_t launch_cutlass(const Gemm& gemm, typename Kernel::StrideA a, typenam
   return cudaLaunchKernelEx(&config, kernel, parameters);
 }
 
-// body(std::integral_constant<int, i>{}) for the tile of index i.
-template <int i = 0, typename Body>
-cudaError_t with_gemm_tile(int tile, const Body& body) {
-  if constexpr (i < kGemmTileCount) {
-    return tile == i ? body(std::integral_constant<int, i>{}) : with_gemm_tile<i + 1>(tile, body);
+// Launches Config<T, Out, kAlongK, m, n, k>::Kernel with the tile that the product asks for: of the result's rows and
+// columns, and of k.
+template <typename T, template <typename, typename, bool, int, int, int> class Config, int kTile = 0>
+cudaError_t run_gemm(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
+  if (gemm.kind == GemmKind::wgrad) {
+    return launch_cutlass<typename Config<T, float, false, 128, 128, 64>::Kernel, false>(gemm, multiprocessors, stream);
+  }
+  if constexpr (kTile < kGemmTileCount) {
+    constexpr GemmTile tile = kGemmTiles[kTile];
+    using Kernel = typename Config<T, T, true, tile.m, tile.n, tile.k>::Kernel;
+    return gemm.tile == kTile ? launch_cutlass<Kernel, true>(gemm, multiprocessors, stream)
+                              : run_gemm<T, Config, kTile + 1>(gemm, multiprocessors, stream);
   } else {
     return cudaErrorInvalidValue;
   }

@@ -1,6 +1,6 @@
-// The end of every product: bias, residual, ReLU and the store, from the accumulators of a warp. Tensor cores leave a
-// row's eight columns in four threads, a pair each. The four exchange pairs of four such octets, so that each holds one
-// octet whole, and reads and writes 16 bytes of a 16-bit type.
+// The epilogue of every product: bias, residual, ReLU and the store, from the accumulators of a warp. Tensor cores
+// leave a row's eight columns in four threads, a pair each. The four exchange pairs of four such groups of columns, so
+// that each holds one group whole, and reads and writes 16 bytes of a 16-bit type.
 #pragma once
 #include "cuda/gemm/gemm.h"
 #include "cuda/vector.cuh"
@@ -8,8 +8,8 @@
 
 namespace fused_cnn {
 
-// pairs[o] holds columns 2q and 2q + 1 of octet o, where q is the thread's place in its quad; then columns 2r and
-// 2r + 1 of octet q in pairs[r].
+// pairs[o] holds columns 2q and 2q + 1 of group o, where q is the thread's place in its quad; then columns 2r and
+// 2r + 1 of group q in pairs[r].
 __device__ inline void exchange_in_quad(float (&pairs)[4][2]) {
 #pragma unroll
   for (int step = 1; step <= 2; step *= 2) {
@@ -28,34 +28,35 @@ __device__ inline void exchange_in_quad(float (&pairs)[4][2]) {
   }
 }
 
-// Finishes four octets of row `row` of an m x n result, of which octet o begins at columns[o]. Every thread of a warp
-// calls this.
+// Finishes four groups of 8 columns of row `row` of an m x n result, of which group o begins at columns[o]. Every
+// thread of a warp calls this.
 template <typename T, typename Out>
-__device__ void finish_octets(const GemmEpilogue& epilogue, float (&pairs)[4][2], int64_t row, const int (&columns)[4],
-                              int64_t m, int n, int64_t batch) {
+__device__ void epilogue_store(const GemmEpilogue& epilogue, float (&pairs)[4][2], int64_t row, const int (&columns)[4],
+                               int64_t m, int n, int64_t batch) {
   exchange_in_quad(pairs);
   const int q = threadIdx.x % 4;
   int column = q == 0 ? columns[0] : q == 1 ? columns[1] : q == 2 ? columns[2] : columns[3];
   if (row >= m || column >= n) return;
-  Octet<Out> out;
-  Octet<T> bias{}, residual{};
-  if (epilogue.bias) bias = load_octet<true>(static_cast<const T*>(epilogue.bias) + column, kOctet);
-  if (epilogue.residual.data) {
-    residual = load_octet<true>(static_cast<const T*>(epilogue.residual.data) + row * epilogue.residual.pitch + column,
-                                kOctet);
+  Vec8<Out> out;
+  Vec8<T> bias{}, residual{};
+  if (epilogue.bias) bias = load_vec8<true>(static_cast<const T*>(epilogue.bias) + column);
+  if (const GemmMatrix& r = epilogue.residual; r.data) {
+    residual = load_vec8<true>(static_cast<const T*>(r.data) + row * r.pitch + column);
   }
 #pragma unroll
-  for (int j = 0; j < kOctet; ++j) {
+  for (int j = 0; j < kVec; ++j) {
     const float v = pairs[j / 2][j % 2] + to_compute(bias.v[j]) + to_compute(residual.v[j]);
     from_compute(epilogue.relu ? relu(v) : v, &out.v[j]);
   }
   GemmSlice slice = epilogue.slice[0];
 #pragma unroll
   for (int s = 1; s < kGemmSlices; ++s) {
-    if (s < epilogue.slices && column >= slice.columns) column -= slice.columns, slice = epilogue.slice[s];
+    if (s < epilogue.slices && column >= slice.columns) {
+      column -= slice.columns;
+      slice = epilogue.slice[s];
+    }
   }
-  store_octet<true>(static_cast<Out*>(slice.data) + batch * epilogue.batch_stride + row * slice.pitch + column, out,
-                    kOctet);
+  store_vec8<true>(static_cast<Out*>(slice.data) + batch * epilogue.batch_stride + row * slice.pitch + column, out);
 }
 
 }  // namespace fused_cnn

@@ -75,7 +75,7 @@ inline void finish_convolution(const Launch& launch, const Tensor& convolution, 
   const RowView y = rows_of(convolution);
   with_type(dtype_of("finish_convolution", "its result", convolution), [&](auto element) {
     using T = decltype(element);
-    std::vector<FinishBranch<T, T>> branches;
+    std::vector<EpilogueBranch<T, T>> branches;
     int64_t first = 0;
     for (const GemmSlice& slice : slices) {
       branches.push_back({.y = static_cast<const T*>(y.data) + first,
@@ -88,7 +88,7 @@ inline void finish_convolution(const Launch& launch, const Tensor& convolution, 
                           .channels = slice.columns});
       first += slice.columns;
     }
-    finish_rows(launch, branches, relu, row_count(convolution));
+    bias_residual_relu(launch, branches, relu, row_count(convolution));
   });
 }
 
@@ -124,7 +124,7 @@ inline void pointwise(const Launch& launch, const Tensor& x, const RowView& in, 
       return kernels.run(launch, gemm);
     }
   }
-  finish_convolution(launch, library_conv(x, weight, std::nullopt, pointwise_params({1, 1})), bias, residual, relu,
+  finish_convolution(launch, aten_convolution(x, weight, std::nullopt, pointwise_params({1, 1})), bias, residual, relu,
                      slices);
 }
 

@@ -1,4 +1,5 @@
-// Products for every GPU from sm_80 on: cp.async loads in stages, ldmatrix, and mma.sync of 16 x 8 x 16.
+// Products for every GPU from sm_80 on: cp.async loads in three stages, ldmatrix, and mma.sync of 16 x 8 x 16. One
+// block a tile, of 256 threads for tiles of 128 and of 128 for tiles of 64.
 #pragma once
 #include <cute/tensor.hpp>
 #include <cutlass/gemm/collective/collective_mma.hpp>
@@ -27,35 +28,21 @@ struct Sm80Operand {
 };
 
 template <typename T, typename Out, bool kAlongK, int kRows, int kColumns, int kStep>
-cudaError_t gemm_sm80(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
-  using namespace cute;
+struct Sm80Gemm {
   using Element = cutlass_t<T>;
-  constexpr int kWarps = kColumns / 32;  // along the columns, by two along the rows
+  static constexpr int kWarps = kColumns / 32;  // along the columns, by two along the rows
   using Operand = Sm80Operand<Element, kAlongK, 64 * kWarps>;
-  using Atom =
-      std::conditional_t<std::is_same_v<T, bf16_t>, SM80_16x8x16_F32BF16BF16F32_TN, SM80_16x8x16_F32F16F16F32_TN>;
-  using Mma = TiledMMA<MMA_Atom<Atom>, Layout<Shape<_2, Int<kWarps>, _1>>, Tile<_32, Int<16 * kWarps>, _16>>;
-  using Stride = std::conditional_t<kAlongK, cute::Stride<int64_t, _1, int64_t>, cute::Stride<_1, int64_t, int64_t>>;
+  using Atom = std::conditional_t<std::is_same_v<T, bf16_t>, cute::SM80_16x8x16_F32BF16BF16F32_TN,
+                                  cute::SM80_16x8x16_F32F16F16F32_TN>;
+  using Mma = cute::TiledMMA<cute::MMA_Atom<Atom>, cute::Layout<cute::Shape<cute::_2, cute::Int<kWarps>, cute::_1>>,
+                             cute::Tile<cute::_32, cute::Int<16 * kWarps>, cute::_16>>;
+  using Stride =
+      std::conditional_t<kAlongK, cute::Stride<int64_t, cute::_1, int64_t>, cute::Stride<cute::_1, int64_t, int64_t>>;
   using Mainloop = cutlass::gemm::collective::CollectiveMma<
-      cutlass::gemm::MainloopSm80CpAsync<3>, Shape<Int<kRows>, Int<kColumns>, Int<kStep>>, Element, Stride, Element,
-      Stride, Mma, typename Operand::Gmem, typename Operand::Smem, typename Operand::Read, identity,
-      typename Operand::Gmem, typename Operand::Smem, typename Operand::Read, identity>;
-  using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, SliceEpilogue<T, Out>>;
-  Stride a{}, b{};
-  get<kAlongK ? 0 : 1>(a) = gemm.a.pitch;
-  get<kAlongK ? 0 : 1>(b) = gemm.b.pitch;
-  get<2>(a) = gemm.a_batch_stride;
-  get<2>(b) = gemm.b_batch_stride;
-  return launch_cutlass<Kernel>(gemm, a, b, multiprocessors, stream);
-}
-
-template <typename T>
-cudaError_t gemm_sm80(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
-  if (gemm.kind == GemmKind::wgrad) return gemm_sm80<T, float, false, 128, 128, 64>(gemm, multiprocessors, stream);
-  return with_gemm_tile(gemm.tile, [&](auto index) {
-    constexpr GemmTile kTile = kGemmTiles[decltype(index)::value];
-    return gemm_sm80<T, T, true, kTile.m, kTile.n, kTile.k>(gemm, multiprocessors, stream);
-  });
-}
+      cutlass::gemm::MainloopSm80CpAsync<3>, cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::Int<kStep>>,
+      Element, Stride, Element, Stride, Mma, typename Operand::Gmem, typename Operand::Smem, typename Operand::Read,
+      cute::identity, typename Operand::Gmem, typename Operand::Smem, typename Operand::Read, cute::identity>;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, SliceEpilogue<T, Out>>;
+};
 
 }  // namespace fused_cnn

@@ -1,9 +1,5 @@
 #include "cuda/gemm/sm80.cuh"
 
-namespace fused_cnn {
-
-cudaError_t gemm_sm80_f16(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
-  return gemm_sm80<f16_t>(gemm, multiprocessors, stream);
+cudaError_t fused_cnn::gemm_sm80_f16(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
+  return run_gemm<f16_t, Sm80Gemm>(gemm, multiprocessors, stream);
 }
-
-}  // namespace fused_cnn

@@ -1,9 +1,5 @@
 #include "cuda/gemm/sm90a.cuh"
 
-namespace fused_cnn {
-
-cudaError_t gemm_sm90a_bf16(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
-  return gemm_sm90a<bf16_t>(gemm, multiprocessors, stream);
+cudaError_t fused_cnn::gemm_sm90a_bf16(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
+  return run_gemm<bf16_t, Sm90aGemm>(gemm, multiprocessors, stream);
 }
-
-}  // namespace fused_cnn
