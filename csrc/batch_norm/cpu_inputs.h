@@ -1,26 +1,24 @@
-// What the forward and the backward of batch_norm share on the CPU: the normalised inputs as rows of channels
-// beside their per-channel vectors, all checked, and a loop over channels for combining partial sums.
+// What the forward and the backward of batch_norm share on the CPU: the normalised inputs as rows of channels beside
+// their per-channel vectors, all checked, and a loop over channels for combining partial sums.
 #pragma once
-#include <optional>
-#include <tuple>
 #include "batch_norm/checks.h"
 #include "batch_norm/cpu_kernels.h"
 #include "cpu/memory.h"
-#include "cpu/parallel.h"
+#include "cpu/tensor_rows.h"
 
 namespace fused_cnn {
 
-// Normalised inputs and their per-channel vectors, checked; branch i's channels begin at first[i].
+// Normalised inputs and their per-channel vectors, checked; input i's channels begin at first[i].
 struct Inputs {
   DType dtype;
   ScalarType vector_type;
-  int64_t element_size, vector_size;
+  int64_t vector_size;
   int64_t rows, total;
   std::vector<RowView> views;
   std::vector<Tensor> biases;  // keeps them alive
   Tensor mean, rstd;
   std::unique_ptr<char[]> scale;
-  std::vector<BnInput> branches;
+  std::vector<BnInput> inputs;
   std::vector<int64_t> first, channels;
 
   Inputs(const char* op, const std::vector<Tensor>& xs, const Tensor& mean_, const Tensor& rstd_,
@@ -29,7 +27,6 @@ struct Inputs {
     const Tensor& x = xs[0];
     dtype = dtype_of(op, "x", x);
     vector_type = vector_dtype(dtype);
-    element_size = x.element_size();
     rows = row_count(x);
     check_parameters(op, xs.size(), weights.size(), biases_.size());
     mean = checked_vector(op, "mean", mean_, total, x, vector_type);
@@ -42,28 +39,22 @@ struct Inputs {
       views.push_back(rows_of(xs[i]));
       const Tensor weight = checked_vector(op, "weight", weights[i], c, x, vector_type);
       biases.push_back(checked_vector(op, "bias", biases_[i], c, x, vector_type));
-      multiply(vector_at(rstd.data_ptr(), begin), weight.data_ptr(), vector_at(scale.get(), begin), c);
-      branches.push_back({views[i].data, views[i].stride, vector_at(mean.data_ptr(), begin),
-                          vector_at(scale.get(), begin), biases[i].data_ptr()});
+      with_type(dtype, [&](auto element) {
+        using C = compute_t<decltype(element)>;
+        const C *r = static_cast<const C*>(rstd.data_ptr()) + begin, *w = static_cast<const C*>(weight.data_ptr());
+        std::transform(r, r + c, w, reinterpret_cast<C*>(scale.get()) + begin, std::multiplies<C>());
+      });
+      inputs.push_back({.x = rows_at(views[i]),
+                        .mean = vector_at(mean.data_ptr(), begin),
+                        .scale = vector_at(scale.get(), begin),
+                        .bias = biases[i].data_ptr()});
       first.push_back(begin);
       channels.push_back(c);
       begin += c;
     }
   }
 
-  void multiply(const void* a, const void* b, void* out, int64_t n) const {
-    const auto run = [&]<typename C>(C) {
-      for (int64_t c = 0; c < n; ++c)
-        static_cast<C*>(out)[c] = static_cast<const C*>(a)[c] * static_cast<const C*>(b)[c];
-    };
-    dtype == DType::f64 ? run(double{}) : run(float{});
-  }
   char* vector_at(void* v, int64_t channel) const { return at(v, channel, vector_size); }
-  BnInput from_row(size_t branch, int64_t row) const {
-    BnInput in = branches[branch];
-    in.x = at(in.x, row * in.stride, element_size);
-    return in;
-  }
 };
 
 constexpr int64_t kFinishChannels = 256;

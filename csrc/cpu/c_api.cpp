@@ -21,7 +21,7 @@ FUSED_CNN_EXPORT int64_t fused_cnn_packed_bytes_read(const int64_t x[4], int64_t
                                                      const int64_t dilation[2], bool bfloat16, bool in_place) {
   using namespace fused_cnn;
   const auto pair = [](const int64_t* v) { return Ints{v[0], v[1]}; };
-  const engine::ConvShape shape = engine_shape(x[0], x[1], x[2], x[3], out_channels, pair(kernel),
-                                               {pair(stride), pair(padding), pair(dilation), 1});
-  return engine::packed_bytes_read(shape, bfloat16 ? engine::DType::bf16 : engine::DType::f32, in_place);
+  const engine::ConvShape shape = conv_shape({x[0], x[1], x[2], x[3]}, out_channels, pair(kernel),
+                                             {pair(stride), pair(padding), pair(dilation), /*groups=*/1});
+  return engine::packed_bytes_read(shape, bfloat16 ? DType::bf16 : DType::f32, in_place);
 }
