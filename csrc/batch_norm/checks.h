@@ -2,6 +2,7 @@
 #pragma once
 #include <optional>
 #include <vector>
+#include "batch_norm/math.h"
 #include "shared/rows.h"
 
 namespace fused_cnn {
@@ -76,11 +77,6 @@ inline void check_gradient(const char* op, const Tensor& grad_out, const Tensor&
                       grad_out.size(3) == x.size(3),
                   op, ": grad_out must have shape (", x.size(0), ", ", channels, ", ", x.size(2), ", ", x.size(3),
                   "), got ", shape_of(grad_out));
-}
-
-// Bytes of a row of ReLU's mask: one bit a channel.
-FUSED_CNN_HD int64_t mask_bytes(int64_t channels) {
-  return (channels + 7) / 8;
 }
 
 inline Tensor empty_mask(const Tensor& x, int64_t rows) {

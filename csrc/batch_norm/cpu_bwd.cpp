@@ -1,22 +1,21 @@
-// fused_cnn::bn_relu_concat_bwd and bn_add_relu_bwd on the CPU, in two passes: the sums per channel, combined
-// over tasks in a fixed order, which are the parameters' gradients; then the inputs' gradients.
+// fused_cnn::bn_relu_concat_bwd and bn_add_relu_bwd on the CPU, in two passes: the sums per channel, combined over
+// tasks in a fixed order, which are the parameters' gradients; then the inputs' gradients.
 #include "batch_norm/cpu_inputs.h"
 
 namespace fused_cnn {
 namespace {
 
-// Per-channel sums over all rows become the parameters' gradients and grad_input's vectors. A task's partial
-// sums are those of g for every channel of `grad_channels`, then those of g * (x - mean) for every channel of
-// the inputs.
+// Per-channel sums over all rows become the parameters' gradients and grad_input's vectors. A task's partial sums are
+// those of g for every channel of `grad_channels`, then those of g * (x - mean) for every channel of the inputs.
 template <typename C>
-void finish_sums(const Inputs& in, const RowTasks& tasks, const C* partial, int64_t grad_channels, C* grad_weight,
-                 C* grad_bias, C* offset, C* slope) {
+void finish_sums(const Inputs& in, int64_t tasks, const C* partial, int64_t grad_channels, C* grad_weight, C* grad_bias,
+                 C* offset, C* slope) {
   const C* rstd = static_cast<const C*>(in.rstd.data_ptr());
   const int64_t width = grad_channels + in.total;
   const double n = static_cast<double>(in.rows);
   parallel_channels(in.total, [&](int64_t first, int64_t channels) {
     double sum[kFinishChannels] = {}, sum_x[kFinishChannels] = {};
-    for (int64_t task = 0; task < tasks.count; ++task) {
+    for (int64_t task = 0; task < tasks; ++task) {
       const C *g = partial + task * width, *gx = g + grad_channels;
       for (int64_t c = 0; c < channels; ++c) {
         sum[c] += g[(first + c) % grad_channels];
@@ -34,41 +33,42 @@ void finish_sums(const Inputs& in, const RowTasks& tasks, const C* partial, int6
 }
 
 struct Gradients {
+  const Inputs& in;
+  const std::vector<bool>& training;
   Tensor weight, bias;
   std::unique_ptr<char[]> offset, slope;
 
-  explicit Gradients(const Inputs& in)
-      : weight(in.empty_like_mean(in.total)),
+  Gradients(const Inputs& in, const std::vector<bool>& training)
+      : in(in),
+        training(training),
+        weight(in.empty_like_mean(in.total)),
         bias(in.empty_like_mean(in.total)),
         offset(scratch(in.total * in.vector_size)),
         slope(scratch(in.total * in.vector_size)) {}
 
-  // reduce(first row, rows, task's partial sums) for blocks of every task, then the sums over tasks.
-  template <typename Reduce>
-  void sum(const Inputs& in, int64_t grad_channels, const Reduce& reduce) {
-    const RowTasks tasks(in.rows, in.total);
-    const int64_t width = grad_channels + in.total;
-    const auto partial = scratch(tasks.count * width * in.vector_size);
-    tasks.run([&](int64_t task) {
-      char* sums = in.vector_at(partial.get(), task * width);
-      memset(sums, 0, width * in.vector_size);
-      const int64_t begin = tasks.begin(task);
-      row_blocks(begin, begin + tasks.size(task), in.total,
-                 [&](int64_t row, int64_t rows) { reduce(row, rows, sums); });
-    });
-    const auto finish = [&]<typename C>(C) {
-      const auto p = [](void* v) { return static_cast<C*>(v); };
-      finish_sums<C>(in, tasks, p(partial.get()), grad_channels, p(weight.data_ptr()), p(bias.data_ptr()),
-                     p(offset.get()), p(slope.get()));
-    };
-    in.dtype == DType::f64 ? finish(double{}) : finish(float{});
+  BnGrad of(size_t input, const RowResult& grad_x) const {
+    const bool batch = training[input];
+    return {.grad_x = rows_at(grad_x),
+            .offset = batch ? in.vector_at(offset.get(), in.first[input]) : nullptr,
+            .slope = batch ? in.vector_at(slope.get(), in.first[input]) : nullptr};
   }
 
-  BnGrad of(const Inputs& in, size_t branch, const RowResult& grad_x, int64_t row, bool training) const {
-    const int64_t first = in.first[branch];
-    return {at(grad_x.data, row * in.channels[branch], in.element_size),
-            training ? in.vector_at(offset.get(), first) : nullptr,
-            training ? in.vector_at(slope.get(), first) : nullptr};
+  // Both passes, over branches whose grad_out has `grad_channels` channels in all.
+  void run(const std::vector<BnBackward>& branches, int64_t grad_channels) {
+    const RowTasks tasks(in.rows, in.total);
+    const auto partial =
+        tasks.partial_sums((grad_channels + in.total) * in.vector_size, [&](int64_t begin, int64_t end, char* sums) {
+          for (const BnBackward& branch : branches) FUSED_CNN_PICK(bn_reduce)(in.dtype, branch, begin, end, sums);
+        });
+    with_type(in.dtype, [&](auto element) {
+      using C = compute_t<decltype(element)>;
+      finish_sums<C>(in, tasks.count, reinterpret_cast<const C*>(partial.get()), grad_channels,
+                     static_cast<C*>(weight.data_ptr()), static_cast<C*>(bias.data_ptr()),
+                     reinterpret_cast<C*>(offset.get()), reinterpret_cast<C*>(slope.get()));
+    });
+    parallel_row_blocks(in.rows, in.total, [&](int64_t begin, int64_t end) {
+      for (const BnBackward& branch : branches) FUSED_CNN_PICK(bn_grad_input)(in.dtype, branch, begin, end);
+    });
   }
 };
 
@@ -82,27 +82,22 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> bn_relu_concat_bwd(const Tensor&
   const Inputs in(op, xs, mean, rstd, weights, biases);
   check_gradient(op, grad_out, xs[0], in.total, training, xs.size());
   const RowView grad = rows_of(grad_out);
-  const auto slice = [&](size_t i, int64_t row) {
-    return BnRows{at(grad.data, row * grad.stride + in.first[i], in.element_size), grad.stride, nullptr};
-  };
-  Gradients gradients(in);
-  gradients.sum(in, in.total, [&](int64_t row, int64_t rows, char* sums) {
-    for (size_t i = 0; i < xs.size(); ++i) {
-      const BnInput branch = in.from_row(i, row);
-      const BnSums to{at(sums, in.first[i], in.vector_size),
-                      {at(sums, in.total + in.first[i], in.vector_size), nullptr}};
-      FUSED_CNN_PICK(bn_reduce)(in.dtype, &branch, 1, slice(i, row), relu, nullptr, to, in.channels[i], rows);
-    }
-  });
+  Gradients gradients(in, training);
   std::vector<RowResult> grad_xs;
-  for (const Tensor& x : xs) grad_xs.emplace_back(x, x.size(1), result_format(x), empty_result);
-  parallel_row_blocks(in.rows, in.total, [&](int64_t row, int64_t rows) {
-    for (size_t i = 0; i < xs.size(); ++i) {
-      const BnInput branch = in.from_row(i, row);
-      const BnGrad to = gradients.of(in, i, grad_xs[i], row, training[i]);
-      FUSED_CNN_PICK(bn_grad_input)(in.dtype, &branch, 1, slice(i, row), relu, &to, in.channels[i], rows);
-    }
-  });
+  std::vector<BnBackward> branches;
+  for (size_t i = 0; i < xs.size(); ++i) {
+    const int64_t first = in.first[i];
+    grad_xs.emplace_back(xs[i], xs[i].size(1), result_format(xs[i]), empty_result);
+    branches.push_back({.inputs = {in.inputs[i]},
+                        .count = 1,
+                        .grad_out = rows_at(grad, first),
+                        .relu = relu,
+                        .channels = in.channels[i],
+                        .sum = first,
+                        .sum_x = {in.total + first},
+                        .grads = {gradients.of(i, grad_xs[i])}});
+  }
+  gradients.run(branches, in.total);
   std::vector<Tensor> results;
   for (const RowResult& g : grad_xs) results.push_back(g.finish());
   return {results, gradients.weight, gradients.bias};
@@ -117,35 +112,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_bwd(const Tensor& grad_ou
   const char* op = "bn_add_relu_bwd";
   const std::vector<Tensor> xs = normalized_inputs(op, x, residual, weights.size());
   const Inputs in(op, xs, mean, rstd, weights, biases);
-  const int64_t channels = x.size(1), bytes = mask_bytes(channels);
-  const int count = static_cast<int>(xs.size());
+  const int64_t channels = x.size(1);
   check_gradient(op, grad_out, x, channels, training, xs.size());
-  const bool plain = count == 1;
-  Tensor bits_tensor;
-  if (plain) bits_tensor = checked_mask(op, mask, x);
+  const bool plain = xs.size() == 1;
+  Tensor bits;
+  if (plain) bits = checked_mask(op, mask, x);
   const RowView grad = rows_of(grad_out);
-  const RowResult grad_x(x, channels, result_format(x), empty_result),
-      grad_residual(x, channels, result_format(x), empty_result);
-  const auto gradient_rows = [&](int64_t row) {
-    uint8_t* bits = plain ? static_cast<uint8_t*>(bits_tensor.data_ptr()) + row * bytes : nullptr;
-    return BnRows{at(grad.data, row * grad.stride, in.element_size), grad.stride, bits};
+  const RowResult grad_x(x, channels, result_format(x), empty_result);
+  const RowResult grad_residual(x, channels, result_format(x), empty_result);
+  Gradients gradients(in, training);
+  // The masked gradient is that of a plain residual.
+  const BnBackward args{
+      .inputs = {in.inputs.front(), in.inputs.back()},
+      .count = static_cast<int>(xs.size()),
+      .grad_out = rows_at(grad),
+      .bits = plain ? static_cast<const uint8_t*>(bits.data_ptr()) : nullptr,
+      .masked = plain ? rows_at(grad_residual) : Rows{},
+      .channels = channels,
+      .sum = 0,
+      .sum_x = {channels, 2 * channels},
+      .grads = {gradients.of(0, grad_x), gradients.of(xs.size() - 1, grad_residual)},
   };
-  Gradients gradients(in);
-  gradients.sum(in, channels, [&](int64_t row, int64_t rows, char* sums) {
-    const BnInput inputs[] = {in.from_row(0, row), in.from_row(count - 1, row)};
-    const BnSums to{sums, {at(sums, channels, in.vector_size), at(sums, count * channels, in.vector_size)}};
-    void* masked = plain ? at(grad_residual.data, row * channels, in.element_size) : nullptr;
-    FUSED_CNN_PICK(bn_reduce)(in.dtype, inputs, count, gradient_rows(row), true, masked, to, channels, rows);
-  });
-  parallel_row_blocks(in.rows, in.total, [&](int64_t row, int64_t rows) {
-    const BnInput inputs[] = {in.from_row(0, row), in.from_row(count - 1, row)};
-    const BnGrad to[] = {gradients.of(in, 0, grad_x, row, training[0]),
-                         gradients.of(in, count - 1, grad_residual, row, training[count - 1])};
-    // With a plain residual the masked gradient has been written: it is the residual's own.
-    const BnRows from =
-        plain ? BnRows{at(grad_residual.data, row * channels, in.element_size), channels, nullptr} : gradient_rows(row);
-    FUSED_CNN_PICK(bn_grad_input)(in.dtype, inputs, count, from, !plain, to, channels, rows);
-  });
+  gradients.run({args}, channels);
   return {grad_x.finish(), grad_residual.finish(), gradients.weight, gradients.bias};
 }
 

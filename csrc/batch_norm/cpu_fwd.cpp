@@ -1,8 +1,7 @@
-// fused_cnn::bn_stats, bn_relu_concat_fwd and bn_add_relu_fwd on the CPU: check everything, view activations
-// as rows of channels, run the loops on every thread, and combine the tasks' moments in a fixed order.
+// fused_cnn::bn_stats, bn_relu_concat_fwd and bn_add_relu_fwd on the CPU: check everything, view activations as rows of
+// channels, run the loops on every thread, and combine the tasks' moments in a fixed order.
 #include <cmath>
 #include "batch_norm/cpu_inputs.h"
-#include "batch_norm/math.h"
 
 namespace fused_cnn {
 namespace {
@@ -33,8 +32,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_stats(const std::vector<Tensor>& xs, const
   const int64_t total = check_statistics(op, xs, eps), rows = row_count(xs[0]);
   const DType dtype = dtype_of(op, "x", xs[0]);
   const ScalarType type = vector_dtype(dtype);
-  Tensor mean = empty_vector(xs[0], total, type), rstd = empty_vector(xs[0], total, type),
-         var = empty_vector(xs[0], total, type);
+  const Tensor mean = empty_vector(xs[0], total, type), rstd = empty_vector(xs[0], total, type);
+  const Tensor var = empty_vector(xs[0], total, type);
   const RowTasks tasks(rows, total);
 
   std::vector<RowView> views;
@@ -43,24 +42,23 @@ std::tuple<Tensor, Tensor, Tensor> bn_stats(const std::vector<Tensor>& xs, const
     views.push_back(rows_of(xs[i]));
     channel_eps.insert(channel_eps.end(), xs[i].size(1), eps[i]);
   }
-  const int64_t size = xs[0].element_size(), vector_size = mean.element_size();
-  const auto partial = scratch(tasks.count * 2 * total * vector_size);
+  const int64_t vector_size = mean.element_size();
+  const auto partial = scratch(tasks.count * 2 * total * vector_size);  // a task's means, then its squared differences
   tasks.run([&](int64_t task) {
-    int64_t first = 0;
-    for (size_t i = 0; i < xs.size(); ++i) {
-      const int64_t channels = xs[i].size(1);
-      FUSED_CNN_PICK(bn_moments)(dtype, at(views[i].data, tasks.begin(task) * views[i].stride, size), views[i].stride,
-                                 channels, tasks.size(task), at(partial.get(), task * 2 * total + first, vector_size),
-                                 at(partial.get(), (task * 2 + 1) * total + first, vector_size));
+    int64_t first = task * 2 * total;
+    for (const RowView& view : views) {
+      const int64_t channels = view.tensor.size(1);
+      FUSED_CNN_PICK(bn_moments)(dtype, rows_at(view), channels, tasks.begin(task), tasks.begin(task + 1),
+                                 at(partial.get(), first, vector_size), at(partial.get(), first + total, vector_size));
       first += channels;
     }
   });
-  const auto finish = [&]<typename C>(C) {
+  with_type(dtype, [&](auto element) {
+    using C = compute_t<decltype(element)>;
     finish_stats<C>(tasks, reinterpret_cast<const C*>(partial.get()), total, channel_eps.data(),
                     static_cast<C*>(mean.data_ptr()), static_cast<C*>(rstd.data_ptr()),
                     static_cast<C*>(var.data_ptr()));
-  };
-  dtype == DType::f64 ? finish(double{}) : finish(float{});
+  });
   return {mean, rstd, var};
 }
 
@@ -68,12 +66,16 @@ Tensor bn_relu_concat_fwd(const std::vector<Tensor>& xs, const Tensor& mean, con
                           const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, bool relu) {
   const Inputs in("bn_relu_concat_fwd", xs, mean, rstd, weights, biases);
   const RowResult out(xs[0], in.total, result_format(xs[0]), empty_result);
-  parallel_row_blocks(in.rows, in.total, [&](int64_t row, int64_t rows) {
-    for (size_t i = 0; i < xs.size(); ++i) {
-      const BnInput branch = in.from_row(i, row);
-      const BnRows slice{at(out.data, row * in.total + in.first[i], in.element_size), in.total, nullptr};
-      FUSED_CNN_PICK(bn_apply)(in.dtype, &branch, 1, nullptr, 0, relu, slice, in.channels[i], rows);
-    }
+  std::vector<BnForward> branches;
+  for (size_t i = 0; i < xs.size(); ++i) {
+    branches.push_back({.inputs = {in.inputs[i]},
+                        .count = 1,
+                        .out = rows_at(out, in.first[i]),
+                        .relu = relu,
+                        .channels = in.channels[i]});
+  }
+  parallel_row_blocks(in.rows, in.total, [&](int64_t begin, int64_t end) {
+    for (const BnForward& branch : branches) FUSED_CNN_PICK(bn_apply)(in.dtype, branch, begin, end);
   });
   return out.finish();
 }
@@ -84,19 +86,18 @@ std::tuple<Tensor, Tensor> bn_add_relu_fwd(const Tensor& x, const Tensor& residu
   const char* op = "bn_add_relu_fwd";
   const std::vector<Tensor> xs = normalized_inputs(op, x, residual, weights.size());
   const Inputs in(op, xs, mean, rstd, weights, biases);
-  const int64_t channels = x.size(1), count = xs.size(), bytes = mask_bytes(channels);
-  const bool plain = count == 1;  // the residual is added as it is
-  const RowResult out(x, channels, result_format(x), empty_result);
+  const bool plain = xs.size() == 1;  // the residual is added as it is
+  const RowResult out(x, x.size(1), result_format(x), empty_result);
+  const Tensor mask = empty_mask(x, plain && save_mask ? in.rows : 0);
   const RowView addend = rows_of(residual);
-  Tensor mask = empty_mask(x, plain && save_mask ? in.rows : 0);
-  parallel_row_blocks(in.rows, in.total, [&](int64_t row, int64_t rows) {
-    const BnInput inputs[] = {in.from_row(0, row), in.from_row(count - 1, row)};
-    uint8_t* bits = plain && save_mask ? static_cast<uint8_t*>(mask.data_ptr()) + row * bytes : nullptr;
-    const BnRows to{at(out.data, row * channels, in.element_size), channels, bits};
-    FUSED_CNN_PICK(bn_apply)(in.dtype, inputs, static_cast<int>(count),
-                             plain ? at(addend.data, row * addend.stride, in.element_size) : nullptr, addend.stride,
-                             true, to, channels, rows);
-  });
+  const BnForward args{.inputs = {in.inputs.front(), in.inputs.back()},
+                       .count = static_cast<int>(xs.size()),
+                       .residual = plain ? rows_at(addend) : Rows{},
+                       .out = rows_at(out),
+                       .bits = plain && save_mask ? static_cast<uint8_t*>(mask.data_ptr()) : nullptr,
+                       .channels = x.size(1)};
+  parallel_row_blocks(in.rows, in.total,
+                      [&](int64_t begin, int64_t end) { FUSED_CNN_PICK(bn_apply)(in.dtype, args, begin, end); });
   return {out.finish(), mask};
 }
 

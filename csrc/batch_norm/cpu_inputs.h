@@ -1,50 +1,41 @@
-// What the forward and the backward of batch_norm share on the CPU: the normalised inputs as rows of channels
-// beside their per-channel vectors, all checked, and a loop over channels for combining partial sums.
+// What the forward and the backward of batch_norm share on the CPU: the normalised inputs as rows of channels beside
+// their per-channel vectors, all checked, and a loop over channels for combining partial sums.
 #pragma once
-#include <optional>
-#include <tuple>
 #include "batch_norm/checks.h"
 #include "batch_norm/cpu_kernels.h"
 #include "cpu/memory.h"
-#include "cpu/parallel.h"
+#include "cpu/tensor_rows.h"
 
 namespace fused_cnn {
 
 // The checked inputs as the kernels see them; scale is rstd * weight.
 struct Inputs : NormalizedInputs {
-  int64_t element_size, vector_size;
+  int64_t vector_size;
   std::unique_ptr<char[]> scale;
-  std::vector<BnInput> branches;
+  std::vector<BnInput> inputs;
   std::vector<int64_t> channels;
 
   Inputs(const char* op, const Tensors& xs, const Tensor& mean_, const Tensor& rstd_, const Tensors& weights_,
          const Tensors& biases_)
       : NormalizedInputs(op, xs, mean_, rstd_, weights_, biases_),
-        element_size(xs[0].element_size()),
         vector_size(mean.element_size()),
         scale(scratch(total * vector_size)) {
     for (size_t i = 0; i < xs.size(); ++i) {
-      channels.push_back(xs[i].size(1));
-      multiply(vector_at(rstd.data_ptr(), first[i]), weights[i].data_ptr(), vector_at(scale.get(), first[i]),
-               channels[i]);
-      branches.push_back({views[i].data, views[i].stride, vector_at(mean.data_ptr(), first[i]),
-                          vector_at(scale.get(), first[i]), biases[i].data_ptr()});
+      const int64_t begin = first[i], c = xs[i].size(1);
+      with_type(dtype, [&](auto element) {
+        using C = compute_t<decltype(element)>;
+        const C *r = static_cast<const C*>(rstd.data_ptr()) + begin, *w = static_cast<const C*>(weights[i].data_ptr());
+        std::transform(r, r + c, w, reinterpret_cast<C*>(scale.get()) + begin, std::multiplies<C>());
+      });
+      inputs.push_back({.x = rows_at(views[i]),
+                        .mean = vector_at(mean.data_ptr(), begin),
+                        .scale = vector_at(scale.get(), begin),
+                        .bias = biases[i].data_ptr()});
+      channels.push_back(c);
     }
   }
 
-  void multiply(const void* a, const void* b, void* out, int64_t n) const {
-    const auto run = [&]<typename C>(C) {
-      for (int64_t c = 0; c < n; ++c)
-        static_cast<C*>(out)[c] = static_cast<const C*>(a)[c] * static_cast<const C*>(b)[c];
-    };
-    dtype == DType::f64 ? run(double{}) : run(float{});
-  }
   char* vector_at(void* v, int64_t channel) const { return at(v, channel, vector_size); }
-  BnInput from_row(size_t branch, int64_t row) const {
-    BnInput in = branches[branch];
-    in.x = at(in.x, row * in.stride, element_size);
-    return in;
-  }
 };
 
 constexpr int64_t kFinishChannels = 256;

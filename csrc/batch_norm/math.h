@@ -31,3 +31,12 @@ FUSED_CNN_HD void merge_moments(C& mean, C& m2, C other_mean, C other_m2, C shar
 }
 
 }  // namespace fused_cnn::batch_norm
+
+namespace fused_cnn {
+
+// Bytes of a row of ReLU's mask: one bit a channel.
+FUSED_CNN_HD int64_t mask_bytes(int64_t channels) {
+  return (channels + 7) / 8;
+}
+
+}  // namespace fused_cnn

@@ -22,9 +22,9 @@ FUSED_CNN_EXPORT void fused_cnn_conv_work(const int64_t x[4], int64_t out_channe
                                           bool bfloat16, bool in_place, int64_t bytes_and_flops[2]) {
   using namespace fused_cnn;
   const auto pair = [](const int64_t* v) { return Ints{v[0], v[1]}; };
-  const engine::ConvShape shape = engine_shape(x[0], x[1], x[2], x[3], out_channels, pair(kernel),
-                                               {pair(stride), pair(padding), pair(dilation), 1});
-  const engine::DType dtype = bfloat16 ? engine::DType::bf16 : engine::DType::f32;
+  const engine::ConvShape shape = conv_shape({x[0], x[1], x[2], x[3]}, out_channels, pair(kernel),
+                                             {pair(stride), pair(padding), pair(dilation), /*groups=*/1});
+  const DType dtype = bfloat16 ? DType::bf16 : DType::f32;
   bytes_and_flops[0] = engine::packed_bytes_read(shape, dtype, in_place);
   bytes_and_flops[1] = 2 * engine::multiply_adds(shape, dtype, in_place);
 }

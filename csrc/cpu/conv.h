@@ -1,54 +1,32 @@
-// What the convolution rooms share on the CPU. A weight that was packed once runs on the project's own convolution
-// (engine/conv_engine.h; float32 and bfloat16, groups == 1). A plain weight runs on the library's with the epilogue in
-// one pass behind it: packing at every call would cost what the convolution itself does on small images.
+// What lies between PyTorch's tensors and the CPU convolutions. A weight that was packed once runs on the engine
+// (engine/conv_engine.h). A plain weight runs on PyTorch's convolution (oneDNN) with the epilogue in one pass behind
+// it: packing at every call would cost what the convolution itself does on small images.
 #pragma once
-#include <memory>
-#include "cpu/memory.h"
 #include "cpu/engine/conv_engine.h"
+#include "cpu/tensor_rows.h"
 #include "shared/aten_conv.h"
 
 namespace fused_cnn {
 
-// An activation as the engine reads it: pixels `pitch` elements apart, channels adjacent. Copies only what is laid out
-// otherwise.
-struct Pixels {
-  explicit Pixels(const Tensor& t);
-  Tensor tensor;
-  int64_t pitch;
-  void* data() const { return tensor.data_ptr(); }
-};
+// Convolutions without groups and max pools of float32 and bfloat16.
+bool engine_supports(const Tensor& x);
 
-bool engine_takes(const Tensor& x, int64_t groups);
-engine::DType engine_dtype(const Tensor& x);
-engine::ThreadPool engine_threads();
-engine::ConvShape engine_shape(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_channels,
-                               const Ints& kernel, const ConvParams& params);
+// The element type of x, which the engine must support.
+DType engine_dtype(const char* op, const Tensor& x);
 
-// How many of the images to take through a whole block before the next, given what lies between the block's
-// convolutions for each image: as many as leave that in the threads' caches, so that it does not travel to memory.
-int64_t images_at_once(int64_t images, int64_t bytes_between);
-
-// Memory for what lies between a block's convolutions. As much as images_at_once plans for is the calling thread's own
-// and kept for its next block: it is in cache then, and mapped.
-class Between {
- public:
-  explicit Between(int64_t bytes);
-  void* data() const { return data_; }
-
- private:
-  std::unique_ptr<void, void (*)(void*)> own_;
-  void* data_;
-};
+// x is (N, C, H, W); stride, padding and dilation are those of params.
+engine::ConvShape conv_shape(const Ints& x, int64_t out_channels, const Ints& kernel, const ConvParams& params);
 
 // One buffer of bytes that holds the weights and biases of convolutions sharing an input; biases are float32 or absent.
 Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
                    const Ints& stride = {1, 1}, const Ints& dilation = {1, 1});
-void check_packed(const char* op, const Tensor& packed, const engine::ConvShape& shape, engine::DType dtype);
+void check_packed(const char* op, const Tensor& packed, const engine::ConvShape& shape, DType dtype);
 
+// relu(conv(x, weight) + bias [+ residual]) of a packed weight on the engine.
 Tensor cpu_conv_packed(const char* op, const Tensor& x, const Tensor& packed, const Ints& weight_shape,
                        const std::optional<Tensor>& residual, const ConvParams& params, bool relu);
 
-// relu(conv(x, weight) + bias [+ residual]), checked.
+// The same of a plain weight.
 Tensor cpu_conv_forward(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                         const std::optional<Tensor>& residual, const ConvParams& params, bool relu);
 

@@ -1,80 +1,77 @@
-// The convolution epilogue in place (reads out and residual, writes out), and its gradient: one pass over grad_out and
-// out that writes the masked gradient and adds up its columns. Sums are kept in float for a few rows at a time and then
-// in double.
+// Reads and writes each element once; drelu_bgrad adds up columns on the way, as floats for a few rows at a time and
+// then in double.
 #include "cpu/cpu_kernels.h"
-#include "cpu/chunk.h"
+#include "cpu/simd.h"
 #include "shared/relu.h"
 
 namespace fused_cnn::FUSED_CNN_LEVEL {
 namespace {
 
-template <typename T>
-void epilogue_t(T* out, const T* residual, int64_t n, bool relu_on) {
+// Arguments come by value: the compiler then knows that no store changes them.
+template <typename T, bool Relu>
+void forward(BiasResidualRelu args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
-  ChunkIn<T> in, in_residual;
-  ChunkOut<T> result;
-  for (int64_t i = 0; i < n; i += kChunk) {
-    const int64_t m = n - i < kChunk ? n - i : kChunk;
-    const C* v = in.load(out + i, m);
-    C* to = result.at(out + i);
-    if (residual != nullptr) {
-      const C* r = in_residual.load(residual + i, m);
-      for (int64_t j = 0; j < m; ++j) to[j] = v[j] + r[j];
-      v = to;
-    }
-    if (relu_on) {
-      for (int64_t j = 0; j < m; ++j) to[j] = relu(v[j]);
-    } else if (v != to) {
-      for (int64_t j = 0; j < m; ++j) to[j] = v[j];
-    }
-    result.store(out + i, m);
-  }
+  const C* bias = static_cast<const C*>(args.bias);
+  row_groups(begin, end, args.channels * sizeof(T), [&](int64_t r, auto group) FUSED_CNN_LAMBDA {
+    columns<C>(args.channels, [&](int64_t c, auto used) FUSED_CNN_LAMBDA {
+      const Vec<C> b = bias ? load(bias + c, used) : Vec<C>{};
+      for (int64_t k = r; k < r + group.n; ++k) {
+        Vec<C> v = load(args.y.at<const T>(k) + c, used);
+        if (bias) v = v + b;
+        if (args.residual.data) v = v + load(args.residual.at<const T>(k) + c, used);
+        store(args.out.at<T>(k) + c, Relu ? relu(v) : v, used);
+      }
+    });
+  });
 }
 
-constexpr int64_t kRowsPerSum = 64;
+constexpr int64_t kStrip = 1024;     // channels whose sums lie in the first-level cache
+constexpr int64_t kRowsPerSum = 64;  // added up as floats
 
-template <typename T>
-void mask_and_sum_t(const T* grad_out, const T* out, T* grad, double* sums, int64_t begin, int64_t end,
-                    int64_t channels) {
+template <typename T, bool Relu, bool Sum>
+void backward(DreluBgrad args, int64_t begin, int64_t end, double* sums) {
   using C = compute_t<T>;
-  ChunkIn<T> in_grad, in_out;
-  ChunkOut<T> result;
-  C scratch[kChunk];
-  C partial[kChunk];
-  for (int64_t c0 = 0; c0 < channels; c0 += kChunk) {
-    const int64_t m = channels - c0 < kChunk ? channels - c0 : kChunk;
-    for (int64_t r0 = begin; r0 < end; r0 += kRowsPerSum) {
-      const int64_t r1 = end - r0 < kRowsPerSum ? end : r0 + kRowsPerSum;
-      for (int64_t j = 0; j < m; ++j) partial[j] = C(0);
-      for (int64_t r = r0; r < r1; ++r) {
-        const int64_t i = r * channels + c0;
-        const C* g = in_grad.load(grad_out + i, m);
-        C* to = grad != nullptr ? result.at(grad + i) : scratch;
-        if (out != nullptr) {
-          const C* o = in_out.load(out + i, m);
-          for (int64_t j = 0; j < m; ++j) to[j] = relu_grad(g[j], o[j]);
-        } else {
-          for (int64_t j = 0; j < m; ++j) to[j] = g[j];
-        }
-        for (int64_t j = 0; j < m; ++j) partial[j] += to[j];
-        if (grad != nullptr) result.store(grad + i, m);
+  C partial[kStrip];
+  for (int64_t first = 0; first < args.channels; first += kStrip) {
+    const int64_t width = min(kStrip, args.channels - first);
+    for (int64_t from = begin, until; from < end; from = until) {
+      until = Sum ? min(from + kRowsPerSum, end) : end;
+      if constexpr (Sum) memset(partial, 0, width * sizeof(C));
+      row_groups(from, until, width * sizeof(T), [&](int64_t r, auto group) FUSED_CNN_LAMBDA {
+        columns<C>(width, [&](int64_t c, auto used) FUSED_CNN_LAMBDA {
+          Vec<C> total{};
+          for (int64_t k = r; k < r + group.n; ++k) {
+            Vec<C> g = load(args.grad_out.at<const T>(k) + first + c, used);
+            if constexpr (Relu) g = relu_grad(g, load(args.out.at<const T>(k) + first + c, used));
+            if (args.grad.data) store(args.grad.at<T>(k) + first + c, g, used);
+            total = total + g;
+          }
+          if constexpr (Sum) store(partial + c, load(partial + c, used) + total, used);
+        });
+      });
+      if constexpr (Sum) {
+        for (int64_t c = 0; c < width; ++c) sums[first + c] += partial[c];
       }
-      for (int64_t j = 0; j < m; ++j) sums[c0 + j] += static_cast<double>(partial[j]);
     }
   }
 }
 
 }  // namespace
 
-void epilogue(DType dtype, void* out, const void* residual, int64_t n, bool relu) {
-  FUSED_CNN_DISPATCH(dtype, T, epilogue_t(static_cast<T*>(out), static_cast<const T*>(residual), n, relu))
+void bias_residual_relu(DType dtype, const BiasResidualRelu& args, int64_t begin, int64_t end) {
+  with_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    (args.relu ? forward<T, true> : forward<T, false>)(args, begin, end);
+  });
 }
 
-void mask_and_sum(DType dtype, const void* grad_out, const void* out, void* grad, double* sums, int64_t begin,
-                  int64_t end, int64_t channels) {
-  FUSED_CNN_DISPATCH(dtype, T,
-                     mask_and_sum_t(static_cast<const T*>(grad_out), static_cast<const T*>(out), static_cast<T*>(grad),
-                                    sums, begin, end, channels))
+void drelu_bgrad(DType dtype, const DreluBgrad& args, int64_t begin, int64_t end, double* sums) {
+  with_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto call = args.out.data ? (sums ? backward<T, true, true> : backward<T, true, false>)
+                                    : (sums ? backward<T, false, true> : backward<T, false, false>);
+    call(args, begin, end, sums);
+  });
 }
 
 }  // namespace fused_cnn::FUSED_CNN_LEVEL

@@ -1,16 +1,28 @@
-// Loops that several rooms share: the epilogue behind a library's convolution, and its gradient.
+// The two loops over rows of channels that several rooms share: what follows a convolution, and its gradient.
 #pragma once
 #include "cpu/level.h"
-#include "shared/dtype.h"
+#include "cpu/rows.h"
 
 namespace fused_cnn {
 
-// out = act(out + residual) in place over n adjacent elements; residual may be null, act is ReLU or the identity.
-FUSED_CNN_KERNEL(void epilogue(DType dtype, void* out, const void* residual, int64_t n, bool relu))
+// out = act(y + bias + residual), without the bias or the residual where it is null; act is ReLU or the identity.
+// `bias` is of the compute type; out may be y.
+struct BiasResidualRelu {
+  Rows y;
+  const void* bias = nullptr;
+  Rows residual = {}, out;
+  bool relu = true;
+  int64_t channels;
+};
+FUSED_CNN_KERNEL(void bias_residual_relu(DType dtype, const BiasResidualRelu& args, int64_t begin_row, int64_t end_row))
 
-// For rows [begin, end) of `channels` adjacent elements: grad = grad_out where out > 0 or NaN (everywhere if out is
-// null), and sums[c] += the column sums of grad. grad may be null where only the sums are wanted.
-FUSED_CNN_KERNEL(void mask_and_sum(DType dtype, const void* grad_out, const void* out, void* grad, double* sums,
-                                   int64_t begin, int64_t end, int64_t channels))
+// grad = grad_out where out > 0 or NaN (everywhere where `out` is null); nothing is written where `grad` is null.
+// sums[c] += the column sums of grad, unless sums is null.
+struct DreluBgrad {
+  Rows grad_out, out = {}, grad = {};
+  int64_t channels;
+};
+FUSED_CNN_KERNEL(void drelu_bgrad(DType dtype, const DreluBgrad& args, int64_t begin_row, int64_t end_row,
+                                  double* sums))
 
 }  // namespace fused_cnn

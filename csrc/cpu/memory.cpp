@@ -1,4 +1,4 @@
-// The pool behind empty_result(); see cpu_memory.h. torch_from_blob, which takes a deleter, is in PyTorch's stable
+// The pool behind empty_result(); see memory.h. torch_from_blob, which takes a deleter, is in PyTorch's stable
 // interface from 2.11 on, and is looked up at run time: with 2.10 every result is an ordinary tensor.
 #include "cpu/memory.h"
 #include <algorithm>
@@ -105,6 +105,18 @@ Tensor empty_result(const Tensor& like, int64_t channels, int64_t height, int64_
       code(torch::headeronly::Layout::Strided), nullptr, 0, [](void* freed, void*) { pool().give(freed); }, nullptr);
   FUSED_CNN_CHECK(failed == 0, "a result of ", bytes, " bytes could not be made a tensor");
   return Tensor(handle);
+}
+
+void* Workspace::at_least(int64_t bytes) {
+  constexpr int64_t kPage = 4096;
+  if (bytes > bytes_) {
+    bytes_ = 0;
+    data_.reset();  // first, so that both need not be there at once
+    data_.reset(std::aligned_alloc(kPage, (bytes + kPage - 1) / kPage * kPage));
+    FUSED_CNN_CHECK(data_ != nullptr, "out of memory: ", bytes, " bytes of scratch memory");
+    bytes_ = bytes;
+  }
+  return data_.get();
 }
 
 }  // namespace fused_cnn

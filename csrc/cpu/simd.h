@@ -1,16 +1,22 @@
-// Vectors of compute-type lanes for CPU kernels: load<T> converts any dtype to float (double for double)
-// lanes, store converts back. They are compiler vectors, so math.h's formulas take them as they take scalars.
-// A row of channels is walked by columns(), whose last step carries the number of lanes left; row_groups()
-// hands out the rows. No standard-library templates here (cpu_level.h).
+// Vectors for CPU kernels, as wide as the instruction set's registers. load() converts any dtype to float (double to
+// double) lanes and store() converts back; only the lanes that are asked for are read or written. They are compiler
+// vectors, so formulas written for scalars (shared/relu.h, a room's math.h) take them too. No standard-library
+// templates here, and nothing but internal linkage (cpu/level.h).
 #pragma once
 #include "shared/dtype.h"
 
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-// Bodies of loops are lambdas; each must be compiled into its loop.
-#define FUSED_CNN_INLINE __attribute__((always_inline))
+// For functions, and for lambdas that are loops' bodies: both must be compiled into their loops.
+#define FUSED_CNN_INLINE inline __attribute__((always_inline))
+#define FUSED_CNN_LAMBDA __attribute__((always_inline))
+#if defined(__clang__)
+#define FUSED_CNN_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define FUSED_CNN_UNROLL _Pragma("GCC unroll 32")
+#endif
 
 namespace fused_cnn::FUSED_CNN_LEVEL {
 namespace {
@@ -35,29 +41,16 @@ using Vec = typename VecOf<C>::type;
 typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
 using Words = Vec<uint32_t>;
 
-// How many lanes of a vector are in use: all of them, known when compiling, or the last `n` of a row.
+// How many lanes of a vector are in use: all of them, known when compiling, or the first `n` (all if n is larger).
 struct All {};
 struct Some {
-  int n;
+  int64_t n;
 };
-template <typename C>
-constexpr int lanes_used(All) {
-  return kLanes<C>;
-}
-template <typename C>
-constexpr int lanes_used(Some some) {
-  return some.n;
-}
 
-template <typename C>
-inline Vec<C> splat(C v) {
-  return Vec<C>{} + v;
-}
-
-inline Vec<float> to_lanes(HalfWords bits, bf16_t) {
+FUSED_CNN_INLINE Vec<float> to_lanes(HalfWords bits, bf16_t) {
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, Words) << 16);
 }
-inline Vec<float> to_lanes(HalfWords bits, f16_t) {
+FUSED_CNN_INLINE Vec<float> to_lanes(HalfWords bits, f16_t) {
 #if defined(__AVX512F__)
   // The masked form with all lanes on: GCC 12 warns of its own header's undefined operand in the plain one.
   return _mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(bits));
@@ -70,17 +63,18 @@ inline Vec<float> to_lanes(HalfWords bits, f16_t) {
 #endif
 }
 
-inline HalfWords to_bits(Vec<float> v, bf16_t) {
+// Round to nearest even. A NaN keeps its upper bits and is made quiet, so that it cannot round up to infinity.
+FUSED_CNN_INLINE HalfWords to_bits(Vec<float> v, bf16_t) {
 #if defined(__AVX512BF16__)
   return reinterpret_cast<HalfWords>(_mm512_cvtneps_pbh(v));  // subnormals become zero
 #else
   const Words u = reinterpret_cast<Words>(v);
   const Words rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const Words quiet_nan = Words{} + 0x7fc0u;
-  return __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded, HalfWords);
+  const Words quiet_nan = (u >> 16) | 0x40u;
+  return __builtin_convertvector(v == v ? rounded : quiet_nan, HalfWords);
 #endif
 }
-inline HalfWords to_bits(Vec<float> v, f16_t) {
+FUSED_CNN_INLINE HalfWords to_bits(Vec<float> v, f16_t) {
 #if defined(__AVX512F__)
   return reinterpret_cast<HalfWords>(_mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__)
@@ -97,7 +91,7 @@ inline HalfWords to_bits(Vec<float> v, f16_t) {
 }
 
 template <typename T>
-inline Vec<compute_t<T>> load(const T* p, All) {
+FUSED_CNN_INLINE Vec<compute_t<T>> load(const T* p, All = {}) {
   if constexpr (sizeof(T) == 2) {
     HalfWords bits;
     memcpy(&bits, p, sizeof(bits));
@@ -110,7 +104,7 @@ inline Vec<compute_t<T>> load(const T* p, All) {
 }
 
 template <typename T>
-inline void store(Vec<compute_t<T>> v, T* p, All) {
+FUSED_CNN_INLINE void store(T* p, Vec<compute_t<T>> v, All = {}) {
   if constexpr (sizeof(T) == 2) {
     const HalfWords bits = to_bits(v, T{});
     memcpy(p, &bits, sizeof(bits));
@@ -119,59 +113,97 @@ inline void store(Vec<compute_t<T>> v, T* p, All) {
   }
 }
 
-// Lanes past the last are read as zero and not written.
+// Two neighbouring vectors: one store of a whole cache line where they can be converted together.
 template <typename T>
-inline Vec<compute_t<T>> load(const T* p, Some some) {
+FUSED_CNN_INLINE void store_pair(T* p, Vec<compute_t<T>> first, Vec<compute_t<T>> second) {
+#if defined(__AVX512BF16__)
+  if constexpr (__is_same(T, bf16_t)) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(second, first);
+    memcpy(p, &both, sizeof(both));
+    return;
+  }
+#endif
+  store(p, first);
+  store(p + kLanes<compute_t<T>>, second);
+}
+
 #if defined(__AVX512BW__)
-  const auto mask = (1u << some.n) - 1;
+FUSED_CNN_INLINE __mmask32 first_bits(int64_t n) {
+  return n <= 0 ? 0 : n >= 32 ? ~0u : (1u << n) - 1;
+}
+#else
+// memcpy of n < kLanes elements in pieces whose sizes the compiler knows: a call of memcpy costs more than the work.
+template <typename T, int kPiece = kLanes<compute_t<T>> / 2>
+FUSED_CNN_INLINE void copy_lanes(T* to, const T* from, int64_t n) {
+  const int64_t piece = n & kPiece;
+  if (piece) memcpy(to, from, kPiece * sizeof(T));
+  if constexpr (kPiece > 1) copy_lanes<T, kPiece / 2>(to + piece, from + piece, n);
+}
+#endif
+
+// Lanes that are not in use are read as zero and not written.
+template <typename T>
+FUSED_CNN_INLINE Vec<compute_t<T>> load(const T* p, Some some) {
+#if defined(__AVX512BW__)
+  const auto mask = first_bits(some.n);
   if constexpr (sizeof(T) == 2) return to_lanes(reinterpret_cast<HalfWords>(_mm256_maskz_loadu_epi16(mask, p)), T{});
   if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(mask, p);
   if constexpr (sizeof(T) == 8) return _mm512_maskz_loadu_pd(mask, p);
 #else
+  if (some.n >= kLanes<compute_t<T>>) return load(p);
   T lanes[kLanes<compute_t<T>>] = {};
-  for (int i = 0; i < some.n; ++i) lanes[i] = p[i];
-  return load(static_cast<const T*>(lanes), All{});
+  copy_lanes(lanes, p, some.n);
+  return load(static_cast<const T*>(lanes));
 #endif
 }
 
 template <typename T>
-inline void store(Vec<compute_t<T>> v, T* p, Some some) {
+FUSED_CNN_INLINE void store(T* p, Vec<compute_t<T>> v, Some some) {
 #if defined(__AVX512BW__)
-  const auto mask = (1u << some.n) - 1;
+  const auto mask = first_bits(some.n);
   if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, mask, reinterpret_cast<__m256i>(to_bits(v, T{})));
   if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, mask, v);
   if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, mask, v);
 #else
+  if (some.n >= kLanes<compute_t<T>>) return store(p, v);
   T lanes[kLanes<compute_t<T>>];
-  store(v, static_cast<T*>(lanes), All{});
-  for (int i = 0; i < some.n; ++i) p[i] = lanes[i];
+  store(static_cast<T*>(lanes), v);
+  copy_lanes(p, lanes, some.n);
 #endif
+}
+
+// The standard library's are templates.
+FUSED_CNN_INLINE int64_t min(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+FUSED_CNN_INLINE int64_t max(int64_t a, int64_t b) {
+  return a > b ? a : b;
 }
 
 // body(first column, All or Some) over a row of `channels` columns.
 template <typename C, typename F>
-FUSED_CNN_INLINE inline void columns(int64_t channels, const F& body) {
+FUSED_CNN_INLINE void columns(int64_t channels, const F& body) {
   int64_t c = 0;
   for (; c + kLanes<C> <= channels; c += kLanes<C>) body(c, All{});
-  if (c < channels) body(c, Some{static_cast<int>(channels - c)});
+  if (c < channels) body(c, Some{channels - c});
 }
 
 template <int N>
-struct Rows {
+struct Count {
   static constexpr int n = N;
 };
 
-// body(first row, Rows<4> or Rows<1>) over [0, rows). Four short rows are worked on together, so that what is
+// body(first row, Count<4> or Count<1>) over [begin, end). Four short rows are worked on together, so that what is
 // per channel is loaded once for the four; long rows one after the other, because hardware prefetchers lose
 // four interleaved streams (measured on Zen 4: the four together are 1.3x faster at 64 floats a row, 2x
 // slower at 256).
 template <typename F>
-FUSED_CNN_INLINE inline void row_groups(int64_t rows, int64_t row_bytes, const F& body) {
-  int64_t r = 0;
+FUSED_CNN_INLINE void row_groups(int64_t begin, int64_t end, int64_t row_bytes, const F& body) {
+  int64_t r = begin;
   if (row_bytes <= 256) {
-    for (; r + 4 <= rows; r += 4) body(r, Rows<4>{});
+    for (; r + 4 <= end; r += 4) body(r, Count<4>{});
   }
-  for (; r < rows; ++r) body(r, Rows<1>{});
+  for (; r < end; ++r) body(r, Count<1>{});
 }
 
 }  // namespace

@@ -3,8 +3,9 @@
 //   out = cat([relu(1x1(x)), relu(3x3(relu(1x1(x)))), relu(kxk(relu(1x1(x)))), relu(1x1(maxpool3x3(x)))])
 // float32 and bfloat16: four engine calls. The three 1x1 convolutions of x are one call with three destinations: branch
 // 1's slice of the output and the two reduction buffers; the others and the projection write straight into their
-// slices. Other dtypes go through the library and copy each branch into its slice.
+// slices. Other dtypes run on PyTorch's convolution (oneDNN), and each branch is copied into its slice.
 #include "cpu/conv.h"
+#include "cpu/memory.h"
 #include "inception/checks.h"
 
 namespace fused_cnn {
@@ -12,13 +13,19 @@ namespace {
 
 constexpr int64_t kWorthPacking = 512;  // pixels; on fewer, packing plain weights costs more than it saves
 
-const ConvParams kPointwise{{1, 1}, {0, 0}, {1, 1}, 1};
-
-Tensor max_pool_3x3(const Tensor& x, const Pixels& in) {
-  Tensor out = empty_like_4d(x, MemoryFormat::ChannelsLast);
-  const engine::PoolShape shape{x.size(0), x.size(1), x.size(2), x.size(3), 3, 3,         1,
-                                1,         1,         1,         1,         1, x.size(2), x.size(3)};
-  engine::max_pool(shape, engine_dtype(x), in.data(), in.pitch, out.data_ptr(), x.size(1), engine_threads());
+Tensor max_pool_3x3(const Tensor& x, DType dtype, const Rows& in) {
+  const Tensor out = empty_like_4d(x, MemoryFormat::ChannelsLast);
+  const engine::PoolShape shape{.N = x.size(0),
+                                .C = x.size(1),
+                                .H = x.size(2),
+                                .W = x.size(3),
+                                .kernel_h = 3,
+                                .kernel_w = 3,
+                                .pad_h = 1,
+                                .pad_w = 1,
+                                .out_h = x.size(2),
+                                .out_w = x.size(3)};
+  engine::max_pool(shape, dtype, in, out.data_ptr());
   return out;
 }
 
@@ -34,48 +41,47 @@ std::vector<Tensor> inception_pack(std::vector<Tensor> weights, std::vector<Tens
 Tensor inception_packed_fwd(const Tensor& x, std::vector<Tensor> packed, Ints channels, Ints kernels) {
   const char* op = "inception_packed_fwd";
   check_4d(op, "x", x);
-  FUSED_CNN_CHECK(engine_takes(x, 1), op, ": x must be float32 or bfloat16");
+  const DType dtype = engine_dtype(op, x);
   FUSED_CNN_CHECK(packed.size() == 4 && channels.size() == kConvolutions && kernels.size() == 2, op,
                   ": four packed weights, six channel counts and two kernel sizes are wanted, got ", packed.size(),
                   ", ", channels.size(), " and ", kernels.size());
   for (const int64_t c : channels) FUSED_CNN_CHECK(c >= 1, op, ": channel counts must be at least 1, got ", c);
   for (const int64_t k : kernels) FUSED_CNN_CHECK(k >= 1 && k % 2 == 1, op, ": kernel sizes must be odd, got ", k);
 
-  const engine::DType dtype = engine_dtype(x);
-  const engine::ThreadPool threads = engine_threads();
-  const MemoryFormat nhwc = MemoryFormat::ChannelsLast;
-  const int64_t height = x.size(2), width = x.size(3), size = x.element_size();
+  const int64_t height = x.size(2), width = x.size(3);
   const int64_t total = channels[kBranch1] + channels[kConv3] + channels[kConv5] + channels[kPoolProj];
-
-  engine::ConvShape merged = engine_shape(x.size(0), x.size(1), height, width, channels[kBranch1], {1, 1}, kPointwise);
+  const auto shape_of_conv = [&](int64_t in_channels, int64_t out_channels, int64_t kernel) {
+    return conv_shape({x.size(0), in_channels, height, width}, out_channels, {kernel, kernel}, same_padding(kernel));
+  };
+  engine::ConvShape merged = shape_of_conv(x.size(1), channels[kBranch1], 1);
   merged.destinations = 3;
-  merged.out_channels[1] = channels[kReduce3], merged.out_channels[2] = channels[kReduce5];
+  merged.out_channels[1] = channels[kReduce3];
+  merged.out_channels[2] = channels[kReduce5];
   check_packed(op, packed[0], merged, dtype);
 
-  Tensor out = empty_result(x, total, height, width);
-  Tensor reduced3 = empty_nchw(x, channels[kReduce3], height, width, nhwc);
-  Tensor reduced5 = empty_nchw(x, channels[kReduce5], height, width, nhwc);
-  char* slice = static_cast<char*>(out.data_ptr());
+  const Tensor out = empty_result(x, total, height, width);
+  const Tensor reduced3 = empty_rows(x, channels[kReduce3], height, width);
+  const Tensor reduced5 = empty_rows(x, channels[kReduce5], height, width);
+  const RowView in = rows_of(x);
+  Rows slice{out.data_ptr(), total};  // of the next branch
+  const auto advance = [&](int64_t by) { slice.data = at(slice.data, by, x.element_size()); };
+  engine::ConvArgs args{.x = rows_at(in),
+                        .packed = packed[0].data_ptr(),
+                        .destination = {{.out = slice},
+                                        {.out = {reduced3.data_ptr(), channels[kReduce3]}},
+                                        {.out = {reduced5.data_ptr(), channels[kReduce5]}}}};
+  if (out.numel() > 0) engine::conv_forward(merged, dtype, args);
+  advance(channels[kBranch1]);
   const auto convolve = [&](const Tensor& from, const Tensor& weight, int64_t out_channels, int64_t kernel) {
-    const engine::ConvShape shape =
-        engine_shape(x.size(0), from.size(1), height, width, out_channels, {kernel, kernel}, same_padding(kernel));
+    const engine::ConvShape shape = shape_of_conv(from.size(1), out_channels, kernel);
     check_packed(op, weight, shape, dtype);
-    engine::ConvArgs args{from.data_ptr(), from.size(1), weight.data_ptr(), {}};
-    args.destination[0] = {slice, total, nullptr, 0, true};
-    if (out.numel() > 0) engine::conv_forward(shape, dtype, args, threads);
-    slice += out_channels * size;
+    args = {.x = {from.data_ptr(), from.size(1)}, .packed = weight.data_ptr(), .destination = {{.out = slice}}};
+    if (out.numel() > 0) engine::conv_forward(shape, dtype, args);
+    advance(out_channels);
   };
-
-  const Pixels in(x);
-  engine::ConvArgs args{in.data(), in.pitch, packed[0].data_ptr(), {}};
-  args.destination[0] = {slice, total, nullptr, 0, true};
-  args.destination[1] = {reduced3.data_ptr(), channels[kReduce3], nullptr, 0, true};
-  args.destination[2] = {reduced5.data_ptr(), channels[kReduce5], nullptr, 0, true};
-  if (out.numel() > 0) engine::conv_forward(merged, dtype, args, threads);
-  slice += channels[kBranch1] * size;
   convolve(reduced3, packed[1], channels[kConv3], kernels[0]);
   convolve(reduced5, packed[2], channels[kConv5], kernels[1]);
-  convolve(max_pool_3x3(x, in), packed[3], channels[kPoolProj], 1);
+  convolve(max_pool_3x3(x, dtype, rows_at(in)), packed[3], channels[kPoolProj], 1);
   return dense(out, result_format(x));
 }
 
@@ -85,7 +91,7 @@ Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<T
   const auto conv = [&](const Tensor& from, int i) {
     return cpu_conv_forward(op, from, weights[i], biases[i], std::nullopt, same_padding(weights[i].size(2)), true);
   };
-  if (engine_takes(x, 1) && x.numel() >= kWorthPacking * x.size(1)) {
+  if (engine_supports(x) && x.numel() >= kWorthPacking * x.size(1)) {
     Ints channels;
     for (const Tensor& w : weights) channels.push_back(w.size(0));
     return inception_packed_fwd(x, inception_pack(weights, biases), channels,

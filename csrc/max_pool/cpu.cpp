@@ -1,7 +1,8 @@
 // fused_cnn::max_pool2d_fwd and max_pool2d_bwd on the CPU: out = max over each window, padding -inf, NaN wins, and no
-// indices, which the library writes as eight bytes an element. float32 and bfloat16 run on the engine; the rest is the
-// library's pool without its indices.
+// indices, which PyTorch's own pool writes as eight bytes an element. float32 and bfloat16 run on the engine; the rest
+// is PyTorch's pool without its indices.
 #include "cpu/conv.h"
+#include "cpu/memory.h"
 
 namespace fused_cnn {
 namespace {
@@ -29,24 +30,31 @@ engine::PoolShape check_window(const char* op, const Tensor& x, const Ints& kern
     size[i] = pooled_size(x.size(i + 2), kernel[i], stride[i], padding[i], dilation[i], ceil_mode);
     FUSED_CNN_CHECK(size[i] >= 1, op, ": the window is larger than the padded input of shape ", shape_of(x));
   }
-  return {x.size(0), x.size(1),  x.size(2),  x.size(3),   kernel[0],   kernel[1], stride[0],
-          stride[1], padding[0], padding[1], dilation[0], dilation[1], size[0],   size[1]};
-}
-
-bool engine_pools(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16;
+  return {.N = x.size(0),
+          .C = x.size(1),
+          .H = x.size(2),
+          .W = x.size(3),
+          .kernel_h = kernel[0],
+          .kernel_w = kernel[1],
+          .stride_h = stride[0],
+          .stride_w = stride[1],
+          .pad_h = padding[0],
+          .pad_w = padding[1],
+          .dilation_h = dilation[0],
+          .dilation_w = dilation[1],
+          .out_h = size[0],
+          .out_w = size[1]};
 }
 
 Tensor max_pool2d_fwd(const Tensor& x, Ints kernel, Ints stride, Ints padding, Ints dilation, bool ceil_mode) {
-  const auto shape = check_window("max_pool2d_fwd", x, kernel, stride, padding, dilation, ceil_mode);
-  if (!engine_pools(x)) {
+  const char* op = "max_pool2d_fwd";
+  const auto shape = check_window(op, x, kernel, stride, padding, dilation, ceil_mode);
+  if (!engine_supports(x)) {
     return dense(aten_max_pool2d(x, kernel, stride, padding, dilation, ceil_mode), result_format(x));
   }
-  Tensor out = empty_result(x, shape.C, shape.out_h, shape.out_w);
-  if (out.numel() > 0) {
-    const Pixels in(x);
-    engine::max_pool(shape, engine_dtype(x), in.data(), in.pitch, out.data_ptr(), shape.C, engine_threads());
-  }
+  const Tensor out = empty_result(x, shape.C, shape.out_h, shape.out_w);
+  const RowView in = rows_of(x);
+  if (out.numel() > 0) engine::max_pool(shape, engine_dtype(op, x), rows_at(in), out.data_ptr());
   return dense(out, result_format(x));
 }
 
@@ -54,21 +62,18 @@ Tensor max_pool2d_bwd(const Tensor& grad_out, const Tensor& x, Ints kernel, Ints
                       bool ceil_mode) {
   const char* op = "max_pool2d_bwd";
   const auto shape = check_window(op, x, kernel, stride, padding, dilation, ceil_mode);
-  FUSED_CNN_CHECK(engine_pools(x), op, ": x must be float32 or bfloat16, got ",
-                  torch::headeronly::toString(x.scalar_type()));
+  const DType dtype = engine_dtype(op, x);
   check_4d(op, "grad_out", grad_out);
   check_like(op, "x", x, "grad_out", grad_out, /*same_shape=*/false);
   FUSED_CNN_CHECK(grad_out.size(0) == shape.N && grad_out.size(1) == shape.C && grad_out.size(2) == shape.out_h &&
                       grad_out.size(3) == shape.out_w,
                   op, ": grad_out must have the result's shape (", shape.N, ", ", shape.C, ", ", shape.out_h, ", ",
                   shape.out_w, "), got ", shape_of(grad_out));
-  Tensor grad_x = empty_like_4d(x, MemoryFormat::ChannelsLast);
-  if (grad_x.numel() > 0) {
-    const Pixels in(x);
-    const Tensor dense_grad = dense(grad_out, MemoryFormat::ChannelsLast);
-    engine::max_pool_backward(shape, engine_dtype(x), in.data(), in.pitch, dense_grad.data_ptr(), grad_x.data_ptr(),
-                              engine_threads());
-  }
+  const Tensor grad_x = empty_like_4d(x, MemoryFormat::ChannelsLast);
+  const Tensor dense_grad = dense(grad_out, MemoryFormat::ChannelsLast);
+  const RowView in = rows_of(x);
+  if (grad_x.numel() > 0)
+    engine::max_pool_backward(shape, dtype, rows_at(in), dense_grad.data_ptr(), grad_x.data_ptr());
   return dense(grad_x, result_format(x));
 }
 

@@ -1,6 +1,6 @@
 // The element types that kernels read and write, and their conversions to the type that they compute in (float, or
 // double for double); a GPU has instructions for them. No torch header: this file is compiled once per instruction set
-// (cpu_level.h) and by nvcc.
+// (cpu/level.h) and by nvcc.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -32,6 +32,23 @@ struct compute_type<double> {
 };
 template <typename T>
 using compute_t = typename compute_type<T>::type;
+
+#ifndef USE_CUDA  // cuda/launch.cuh has its own
+// body(T{}) for the element type.
+template <typename Body>
+inline __attribute__((always_inline)) void with_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f64:
+      return body(double{});
+    case DType::f32:
+      return body(float{});
+    case DType::f16:
+      return body(f16_t{});
+    case DType::bf16:
+      return body(bf16_t{});
+  }
+}
+#endif
 
 namespace detail {
 template <typename To, typename From>

@@ -1,5 +1,5 @@
 // ReLU as PyTorch defines it, shared by every backend in C++: NaN propagates, the gradient at 0 is 0, and the gradient
-// passes where the output is NaN. C is float, double, or a compiler vector of them (cpu_vec.h).
+// passes where the output is NaN. C is float, double, or a compiler vector of them (cpu/simd.h).
 #pragma once
 #include "shared/dtype.h"
 

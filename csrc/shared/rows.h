@@ -1,6 +1,6 @@
-// Activations as rows of adjacent channels: what every channels_last kernel reads and writes. A channels_last
-// tensor, or a slice of the channels of one, is used in place; any other layout is copied once. Also the
-// checks that lists of branches share.
+// Activations as rows of adjacent channels: what every channels_last kernel reads and writes. A channels_last tensor,
+// or a slice of the channels of one, is used in place; any other layout is copied once. Also the checks that lists of
+// branches share.
 #pragma once
 #include <memory>
 #include <optional>
@@ -16,24 +16,23 @@ struct RowView {
   int64_t stride;
 };
 
-inline bool has_rows(const Tensor& t, int64_t* row_stride) {
-  if (t.size(1) > 1 && t.stride(1) != 1) return false;
+// The elements between rows; none where the channels are not adjacent, the rows not evenly spaced, or overlapping.
+inline std::optional<int64_t> row_stride(const Tensor& t) {
   int64_t stride = t.size(1), rows = 1;
   for (const int dim : {3, 2, 0}) {
     if (t.size(dim) == 1) continue;
     if (rows == 1) stride = t.stride(dim);
-    if (t.stride(dim) != rows * stride) return false;
+    if (t.stride(dim) != rows * stride) return std::nullopt;
     rows *= t.size(dim);
   }
-  *row_stride = stride;
-  return true;
+  if (stride < t.size(1) || (t.size(1) > 1 && t.stride(1) != 1)) return std::nullopt;
+  return stride;
 }
 
 inline RowView rows_of(const Tensor& t) {
-  int64_t stride = t.size(1);
-  const bool in_place = t.numel() == 0 || has_rows(t, &stride);
-  const Tensor tensor = in_place ? t : dense(t, MemoryFormat::ChannelsLast);
-  return {tensor, tensor.data_ptr(), stride};
+  const std::optional<int64_t> stride = t.numel() == 0 ? t.size(1) : row_stride(t);
+  const Tensor tensor = stride ? t : dense(t, MemoryFormat::ChannelsLast);
+  return {tensor, tensor.data_ptr(), stride.value_or(t.size(1))};
 }
 
 inline Tensor empty_rows(const Tensor& like, int64_t channels, int64_t height, int64_t width) {

@@ -1,18 +1,16 @@
-// Chooses the kernels for this CPU, cuts a convolution into items and hands them to the caller's threads. Compiled for
-// the base instruction set. Memory: one scratch buffer per thread, kept between calls; everything else is the caller's.
+// Chooses the kernels for this CPU, cuts a call into items and hands them to PyTorch's threads. Compiled for the base
+// instruction set. Memory: one scratch buffer per thread, kept between calls; everything else is the caller's.
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <cstring>
-#include <new>
 #include <numeric>
 #include <vector>
 #include "cpu/engine/conv_plan.h"
+#include "cpu/memory.h"
+#include "cpu/parallel.h"
 
 namespace fused_cnn::engine {
 namespace {
 
-constexpr int64_t kPanelVectors = 2;
 constexpr int64_t kCacheLine = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) {
@@ -22,47 +20,34 @@ int64_t round_up(int64_t a, int64_t b) {
   return ceil_div(a, b) * b;
 }
 
-const Level* current() {
-  return &FUSED_CNN_PICK(engine_level);
+const Level& current() {
+  return FUSED_CNN_PICK(engine_level);
 }
 
-struct ScratchBuffer {
-  void* data = nullptr;
-  int64_t bytes = 0;
-  void* at_least(int64_t wanted) {
-    if (wanted > bytes) {
-      std::free(data);
-      bytes = round_up(wanted, 4096);
-      data = std::aligned_alloc(4096, bytes);
-      if (data == nullptr) {
-        bytes = 0;
-        throw std::bad_alloc();
-      }
-    }
-    return data;
-  }
-  ~ScratchBuffer() { std::free(data); }
-};
-thread_local ScratchBuffer scratch_buffer;
-
-int64_t step_size(const Level& level, DType dtype) {
-  return dtype == DType::bf16 ? level.bf16_step : 1;
+const Kernels& kernels(DType dtype) {
+  return dtype == DType::bf16 ? current().bf16 : current().f32;
 }
 
-int64_t element_size(const Level& level, DType dtype) {  // as the kernels read it
-  return step_size(level, dtype) > 1 ? 2 : 4;
+int64_t element_size(DType dtype) {  // as the kernels read it
+  return kernels(dtype).k_step > 1 ? 2 : 4;
 }
+
+thread_local Workspace workspace;
 
 Reduction reduction(const ConvShape& s, int64_t step) {
   const bool fold = s.kernel_w > 1 && (s.dilation_w == 1 || step == kMatrixStep) && s.C < 16;
   const int64_t run = fold ? s.kernel_w * s.C : s.C;
-  return {s.kernel_h, fold ? 1 : s.kernel_w, run, round_up(std::max<int64_t>(run, 1), step), fold};
+  return {.taps_h = s.kernel_h,
+          .taps_w = fold ? 1 : s.kernel_w,
+          .run = run,
+          .padded = round_up(std::max<int64_t>(run, 1), step),
+          .fold = fold};
 }
 
 // Costs of a 3 x 3 convolution in multiply-adds of vectors per pair of channels. The transforms' share, and 15% for
 // sums that pass through memory, measured on Zen 4 (2 cores, 2026-11-25).
 double direct_cost(const Plan& plan, int64_t pixels) {
-  return 9.0 * pixels / (plan.dtype == DType::bf16 ? step_size(*current(), plan.dtype) : 1);
+  return 9.0 * pixels / kernels(plan.dtype).k_step;
 }
 
 int64_t all_out_channels(const ConvShape& s) {
@@ -80,10 +65,10 @@ double winograd_cost(const ConvShape& s, int64_t tiles) {
 
 // Whether transformed weights are packed as well. In bfloat16 only small ones: they are float, 24 for 9, and the layers
 // with large ones have images so small that it does not pay.
-bool takes_winograd(const Plan& plan) {
+bool has_winograd(const Plan& plan) {
   const ConvShape& s = plan.shape;
   if (s.kernel_h != 3 || s.kernel_w != 3 || s.stride_h * s.stride_w * s.dilation_h * s.dilation_w != 1) return false;
-  if (plan.matrix || (plan.dtype == DType::bf16 && plan.vectors * current()->lanes * s.C > 1 << 16)) return false;
+  if (plan.matrix || (plan.dtype == DType::bf16 && plan.vectors * current().lanes * s.C > 1 << 16)) return false;
   return winograd_cost(s, 1) < direct_cost(plan, 8);
 }
 
@@ -92,48 +77,48 @@ bool takes_winograd(const Plan& plan) {
 bool winograd_pays(const Plan& plan, bool in_place) {
   const ConvShape& s = plan.shape;
   if (plan.winograd.panel_bytes == 0 || in_place) return false;
-  const Level& level = *current();
-  const double per_byte = level.lanes / 3.0;
+  const double per_byte = current().lanes / 3.0;
   return winograd_cost(s, winograd_tiles(s)) + kWinogradPositions * 4 * per_byte <
-         direct_cost(plan, s.batch * conv_out_h(s) * conv_out_w(s)) + 9 * element_size(level, plan.dtype) * per_byte;
+         direct_cost(plan, s.batch * plan.out_h * plan.out_w) + 9 * element_size(plan.dtype) * per_byte;
 }
 
-// The part of the plan that the packed layout depends on.
+// The part of the plan that all calls share: what the packed layout depends on, and the size of the output.
 Plan plan_weight(const ConvShape& shape, DType dtype, const void* packed) {
-  const Level& level = *current();
+  const int64_t lanes = current().lanes, step = kernels(dtype).k_step;
   Plan plan{};
   plan.shape = shape;
   plan.dtype = dtype;
-  plan.reduction = reduction(shape, step_size(level, dtype));
-  plan.matrix = step_size(level, dtype) == kMatrixStep;
+  plan.out_h = conv_out_h(shape);
+  plan.out_w = conv_out_w(shape);
+  plan.reduction = reduction(shape, step);
+  plan.matrix = step == kMatrixStep;
   for (int d = 0; d < shape.destinations; d++)
-    plan.vector_of[d + 1] = plan.vector_of[d] + ceil_div(shape.out_channels[d], level.lanes);
+    plan.vector_of[d + 1] = plan.vector_of[d] + ceil_div(shape.out_channels[d], lanes);
   plan.vectors = plan.vector_of[shape.destinations];
   plan.panels = ceil_div(plan.vectors, kPanelVectors);
   const Reduction& r = plan.reduction;
-  plan.panel_bytes = r.taps_h * r.taps_w * r.padded * kPanelVectors * level.lanes * element_size(level, dtype);
-  plan.bias_bytes = round_up(plan.vectors * level.lanes * 4, kCacheLine);
+  plan.panel_bytes = r.taps_h * r.taps_w * r.padded * kPanelVectors * lanes * element_size(dtype);
+  plan.bias_bytes = round_up(plan.vectors * lanes * 4, kCacheLine);
   plan.direct_bytes = plan.packed_bytes = plan.bias_bytes + ceil_div(plan.panel_bytes * plan.vectors, kPanelVectors);
-  if (takes_winograd(plan)) {
-    plan.winograd.panel_bytes = kWinogradPositions * shape.C * kPanelVectors * level.lanes * 4;
+  if (has_winograd(plan)) {
+    plan.winograd.panel_bytes = kWinogradPositions * shape.C * kPanelVectors * lanes * 4;
     plan.direct_bytes = round_up(plan.direct_bytes, kCacheLine);
     plan.packed_bytes = plan.direct_bytes + ceil_div(plan.winograd.panel_bytes * plan.vectors, kPanelVectors);
   }
   if (packed == nullptr) return plan;  // it is asked for sizes
   plan.args.packed = packed;
-  plan.bias = (const float*)packed;
-  plan.weight = (const char*)packed + plan.bias_bytes;
-  if (plan.winograd.panel_bytes > 0) plan.winograd.weight = (const char*)packed + plan.direct_bytes;
+  plan.bias = static_cast<const float*>(packed);
+  plan.weight = static_cast<const char*>(packed) + plan.bias_bytes;
+  if (plan.winograd.panel_bytes > 0) plan.winograd.weight = static_cast<const char*>(packed) + plan.direct_bytes;
   return plan;
 }
 
 // Blocks: enough pixels to use a weight panel several times while it is in cache, few enough that their input stays in
 // L2 beside it, and with the groups of panels enough items to keep all threads busy to the end.
-void plan_blocks(Plan& plan, const Level& level, int threads) {
+void plan_blocks(Plan& plan, int threads) {
   ConvShape& s = plan.shape;
   const Reduction& r = plan.reduction;
-  const int64_t size = element_size(level, plan.dtype), tile = plan.matrix ? kMatrixPixels : level.tile_pixels;
-  plan.out_h = conv_out_h(s), plan.out_w = conv_out_w(s);
+  const int64_t size = element_size(plan.dtype), tile = plan.matrix ? kMatrixPixels : current().tile_pixels;
   const bool pointwise = s.kernel_h * s.kernel_w == 1;
   const bool flat = pointwise && s.stride_h * s.stride_w == 1 && s.pad_h + s.pad_w == 0;
   if (flat) {
@@ -145,14 +130,15 @@ void plan_blocks(Plan& plan, const Level& level, int threads) {
 
   // Tile pixels 2 KiB (or a multiple) apart share a few L1 sets, and evict each other at every k.
   const int64_t x_size = plan.dtype == DType::bf16 ? 2 : 4;
-  const bool aliased = s.stride_w * plan.args.x_pitch * size % 4096 == 0;
-  plan.gather = s.pad_h || s.pad_w || size != x_size || aliased || (plan.reduction.fold && plan.args.x_pitch != s.C);
+  const bool aliased = s.stride_w * plan.args.x.pitch * size % 4096 == 0;
+  plan.gather = s.pad_h || s.pad_w || size != x_size || aliased || (r.fold && plan.args.x.pitch != s.C);
   if (plan.gather) {
     const int64_t lines = ceil_div(s.C * size, kCacheLine) | 1;  // odd, for the same reason
-    plan.pitch = plan.reduction.fold ? s.C : lines * kCacheLine / size;
+    plan.pitch = r.fold ? s.C : lines * kCacheLine / size;
   } else {
-    plan.pitch = plan.args.x_pitch;
-    plan.step_h = s.stride_h, plan.step_w = s.stride_w;
+    plan.pitch = plan.args.x.pitch;
+    plan.step_h = s.stride_h;
+    plan.step_w = s.stride_w;
   }
 
   const int64_t reach_h = (s.kernel_h - 1) * s.dilation_h + 1, reach_w = (s.kernel_w - 1) * s.dilation_w + 1;
@@ -162,7 +148,7 @@ void plan_blocks(Plan& plan, const Level& level, int threads) {
     // The sums are so fast that copying the rows which two blocks share shows; a pointwise convolution shares none.
     wanted = (pointwise ? 8 : 64) * tile;
     plan.gather = r.fold || r.run < r.padded || s.pad_h || s.pad_w || s.stride_h * s.stride_w > 1;
-    plan.pitch = plan.gather ? r.padded : plan.args.x_pitch;
+    plan.pitch = plan.gather ? r.padded : plan.args.x.pitch;
     plan.phases_h = std::min(s.stride_h, reach_h);
     plan.phases_w = r.fold ? 1 : std::min(s.stride_w, reach_w);
   }
@@ -208,65 +194,35 @@ std::vector<int64_t> tap_offsets(const Plan& plan) {
 }
 
 // Blocks of as many tiles as make two calls of the microkernel: a position's weights then serve twice from L1.
-void plan_winograd(Plan& plan, const Level& level, int threads) {
+void plan_winograd(Plan& plan, int threads) {
   const ConvShape& s = plan.shape;
   Winograd& wg = plan.winograd;
-  plan.out_h = conv_out_h(s), plan.out_w = conv_out_w(s);
-  wg.tiles_y = ceil_div(plan.out_h, 2), wg.tiles_x = ceil_div(plan.out_w, 4);
+  wg.tiles_y = ceil_div(plan.out_h, 2);
+  wg.tiles_x = ceil_div(plan.out_w, 4);
   wg.tiles = s.N * wg.tiles_y * wg.tiles_x;
   wg.pitch = (ceil_div(s.C * 4, kCacheLine) | 1) * kCacheLine / 4;  // odd: see plan_blocks
-  wg.blocks = ceil_div(wg.tiles, 2 * level.tile_pixels);
+  wg.blocks = ceil_div(wg.tiles, 2 * current().tile_pixels);
   wg.block_tiles = ceil_div(wg.tiles, wg.blocks);
   plan.groups = threads == 1 ? 1 : std::min(plan.panels, ceil_div(12 * threads, wg.blocks));
   plan.items = wg.blocks * plan.groups;
 }
 
-struct Work {
-  const Plan& plan;
-  void (*run_item)(const Plan& plan, int64_t item, Scratch& scratch);
-  int64_t scratch_bytes;
-  std::atomic<int64_t> next{0};
-};
-
 // Threads take items as they come free, so that one delayed by other work on the machine does not delay the call.
-void take_items(int64_t, int64_t, void* context) {
-  Work& work = *static_cast<Work*>(context);
-  Scratch scratch{work.scratch_bytes > 0 ? scratch_buffer.at_least(work.scratch_bytes) : nullptr, -1};
-  for (int64_t item; (item = work.next.fetch_add(1, std::memory_order_relaxed)) < work.plan.items;)
-    work.run_item(work.plan, item, scratch);
+void run_items(Plan& plan, void (*run_item)(const Plan&, int64_t, Scratch&), int64_t scratch_bytes, int threads) {
+  plan.workers = std::min<int64_t>(threads, plan.items);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, plan.workers, 1, [&](int64_t, int64_t) {
+    Scratch scratch{.data = workspace.at_least(scratch_bytes), .block = -1};
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < plan.items;)
+      run_item(plan, item, scratch);
+  });
 }
 
-void run_items(Plan& plan, Work& work, const ThreadPool& pool) {
-  plan.workers = std::min<int64_t>(pool.threads, plan.items);
-  if (plan.workers <= 1)
-    take_items(0, 1, &work);
-  else
-    pool.parallel_for(plan.workers, 1, take_items, &work);
-}
-
-struct PoolWork {
-  const PoolShape& shape;
-  const Level& level;
-  DType dtype;
-  const void* x;
-  int64_t x_pitch;
-  void* out;
-  int64_t out_pitch;
-};
-
-void pool_rows(int64_t begin, int64_t end, void* context) {
-  const PoolWork& w = *static_cast<const PoolWork*>(context);
-  for (int64_t row = begin; row < end; row++)
-    w.level.max_pool_row(w.shape, w.dtype, w.x, w.x_pitch, w.out, w.out_pitch, row);
-}
-
-}  // namespace
-
-namespace {
 int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
   const int64_t room = size + 2 * pad - (kernel - 1) * dilation - 1;
   return room < 0 ? 0 : room / stride + 1;  // division rounds towards zero
 }
+
 }  // namespace
 
 int64_t conv_out_h(const ConvShape& s) {
@@ -295,96 +251,66 @@ int64_t multiply_adds(const ConvShape& s, DType dtype, bool in_place) {
 
 void pack_weight(const ConvShape& shape, DType dtype, const void* const* weight, const float* const* bias,
                  void* packed) {
-  current()->pack(plan_weight(shape, dtype, packed), weight, bias, packed);
+  kernels(dtype).pack(plan_weight(shape, dtype, packed), weight, bias, packed);
 }
 
-void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args, const ThreadPool& pool) {
-  if (shape.N * conv_out_h(shape) * conv_out_w(shape) <= 0) return;
-  const Level& level = *current();
+void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args) {
   Plan plan = plan_weight(shape, dtype, args.packed);
   plan.args = args;
+  if (shape.N * plan.out_h * plan.out_w <= 0) return;
+  const int threads = static_cast<int>(torch::stable::get_num_threads());
   bool in_place = false;
-  for (int d = 0; d < shape.destinations; d++) in_place |= args.destination[d].residual == args.destination[d].out;
+  for (const Destination& to : args.destination) in_place |= to.out.data != nullptr && to.residual.data == to.out.data;
   if (winograd_pays(plan, in_place)) {
     int nonfinite = 0;
     plan.winograd.nonfinite = &nonfinite;
-    plan_winograd(plan, level, pool.threads);
-    const Winograd& wg = plan.winograd;
-    Work work{plan, level.run_item_winograd,
-              kWinogradPositions * wg.block_tiles * (wg.pitch + kPanelVectors * level.lanes) * 4};
-    run_items(plan, work, pool);
+    plan_winograd(plan, threads);
+    const int64_t floats_per_tile = plan.winograd.pitch + kPanelVectors * current().lanes;
+    run_items(plan, kernels(dtype).run_item_winograd,
+              kWinogradPositions * plan.winograd.block_tiles * floats_per_tile * 4, threads);
     if (!nonfinite) return;
   }
-  plan_blocks(plan, level, pool.threads);
+  plan_blocks(plan, threads);
   std::vector<int64_t> offsets;
-  if (plan.matrix) offsets = tap_offsets(plan), plan.tap_offset = offsets.data();
+  if (plan.matrix) offsets = tap_offsets(plan);
+  plan.tap_offset = offsets.data();
   plan.items = plan.shape.N * plan.blocks_y * plan.blocks_x * plan.groups;
   const int64_t pixels = plan.phases_h * plan.phases_w * plan.in_h * plan.in_w;
-  Work work{plan, level.run_item, plan.gather ? pixels * plan.pitch * element_size(level, dtype) : 0};
-  run_items(plan, work, pool);
+  run_items(plan, kernels(dtype).run_item, plan.gather ? pixels * plan.pitch * element_size(dtype) : 0, threads);
 }
 
-void max_pool(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, void* out, int64_t out_pitch,
-              const ThreadPool& pool) {
-  const int64_t rows = shape.N * shape.out_h, per_row = shape.out_w * shape.C * shape.kernel_h * shape.kernel_w;
-  PoolWork work{shape, *current(), dtype, x, x_pitch, out, out_pitch};
+void max_pool(const PoolShape& shape, DType dtype, Rows x, void* out) {
+  const int64_t per_row = shape.out_w * shape.C * shape.kernel_h * shape.kernel_w;
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, per_row));
-  if (pool.threads <= 1 || rows <= grain)
-    pool_rows(0, rows, &work);
-  else
-    pool.parallel_for(rows, grain, pool_rows, &work);
+  const auto pool_row = kernels(dtype).max_pool_row;
+  torch::stable::parallel_for(0, shape.N * shape.out_h, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) pool_row(shape, x, out, row);
+  });
 }
 
-namespace {
-
-struct PoolBackwardWork {
-  const PoolShape& shape;
-  const Level& level;
-  DType dtype;
-  const void* x;
-  int64_t x_pitch;
-  const void* grad_out;
-  void* grad_x;
-  int64_t vectors, groups, bands;  // of channels in a group; groups of channels, bands of output rows
-};
-
-int64_t ring_pixels(const PoolShape& s) {
-  return (s.dilation_h * (s.kernel_h - 1) + 1) * s.W;
-}
-
-void pool_backward_items(int64_t begin, int64_t end, void* context) {
-  const PoolBackwardWork& w = *static_cast<const PoolBackwardWork*>(context);
-  const PoolShape& s = w.shape;
-  const int64_t channels = w.vectors * w.level.lanes;
-  float* ring = static_cast<float*>(scratch_buffer.at_least(ring_pixels(s) * channels * sizeof(float)));
-  for (int64_t item = begin; item < end; item++) {
-    const int64_t part = item / w.groups, band = part % w.bands;
-    w.level.max_pool_backward(s, w.dtype, w.x, w.x_pitch, w.grad_out, w.grad_x,
-                              {part / w.bands, band * s.out_h / w.bands, (band + 1) * s.out_h / w.bands,
-                               item % w.groups * channels, w.vectors},
-                              ring);
-  }
-}
-
-}  // namespace
-
-void max_pool_backward(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, const void* grad_out,
-                       void* grad_x, const ThreadPool& pool) {
+void max_pool_backward(const PoolShape& shape, DType dtype, Rows x, const void* grad_out, void* grad_x) {
   constexpr int64_t kItemsPerThread = 4, kBandRows = 4, kRingBytes = 192 << 10;  // a ring lies in L2
-  const Level& level = *current();
-  const int64_t pixel_bytes = ring_pixels(shape) * level.lanes * sizeof(float);
-  const int64_t vectors =
-      std::clamp<int64_t>(kRingBytes / std::max<int64_t>(1, pixel_bytes), 1, ceil_div(shape.C, level.lanes));
-  const int64_t groups = ceil_div(shape.C, vectors * level.lanes), parts = shape.N * groups;
-  const int64_t bands = pool.threads <= 1 ? 1
-                                          : std::clamp<int64_t>(ceil_div(kItemsPerThread * pool.threads, parts), 1,
-                                                                std::max<int64_t>(1, shape.out_h / kBandRows));
-  PoolBackwardWork work{shape, level, dtype, x, x_pitch, grad_out, grad_x, vectors, groups, bands};
-  const int64_t items = parts * bands;
-  if (pool.threads <= 1 || items <= 1)
-    pool_backward_items(0, items, &work);
-  else
-    pool.parallel_for(items, 1, pool_backward_items, &work);
+  const int64_t lanes = current().lanes, threads = torch::stable::get_num_threads();
+  const int64_t ring_pixels = (shape.dilation_h * (shape.kernel_h - 1) + 1) * shape.W;
+  const int64_t vector_bytes = std::max<int64_t>(1, ring_pixels * lanes * sizeof(float));
+  const int64_t vectors = std::clamp<int64_t>(kRingBytes / vector_bytes, 1, ceil_div(shape.C, lanes));
+  const int64_t channels = vectors * lanes, groups = ceil_div(shape.C, channels), parts = shape.N * groups;
+  const int64_t bands = threads == 1 ? 1
+                                     : std::clamp<int64_t>(ceil_div(kItemsPerThread * threads, parts), 1,
+                                                           std::max<int64_t>(1, shape.out_h / kBandRows));
+  const auto pool_band = kernels(dtype).max_pool_backward;
+  torch::stable::parallel_for(0, parts * bands, 1, [&](int64_t begin, int64_t end) {
+    float* ring = static_cast<float*>(workspace.at_least(ring_pixels * channels * sizeof(float)));
+    for (int64_t item = begin; item < end; item++) {
+      const int64_t part = item / groups, band = part % bands;
+      const PoolBand piece{.n = part / bands,
+                           .first = band * shape.out_h / bands,
+                           .last = (band + 1) * shape.out_h / bands,
+                           .c = item % groups * channels,
+                           .vectors = vectors};
+      pool_band(shape, x, grad_out, grad_x, piece, ring);
+    }
+  });
 }
 
 }  // namespace fused_cnn::engine

@@ -2,10 +2,12 @@
 // each other: one Plan per call, cut into items that any thread may run, and one table of functions per level. Only
 // plain structs may appear here: an inline function could be emitted by an AVX-512 file and then be linked everywhere.
 #pragma once
-#include "cpu/level.h"
 #include "cpu/engine/conv_engine.h"
+#include "cpu/level.h"
 
 namespace fused_cnn::engine {
+
+constexpr int kPanelVectors = 2;
 
 // Matrix units multiply pixels by 32 elements along K at a time, here 32 pixels per call.
 constexpr int kMatrixStep = 32, kMatrixPixels = 32;
@@ -39,12 +41,12 @@ struct Plan {
   int64_t out_h, out_w;
   int64_t block_h, block_w, blocks_y, blocks_x;
   int64_t vectors, panels, groups;
-  int64_t items, workers;                          // block by block, and for each block the groups
-  bool tiles_first;                                // loop order within an item
-  int64_t vector_of[kMaxDestinations + 1];         // first vector of each destination
-  const float* bias;                               // packed: one float per lane of every vector
-  const void* weight;                              // packed: [panel][taps_h][taps_w][padded run][lanes], see pack_as
-  int64_t panel_bytes;                             // of a full panel
+  int64_t items, workers;                   // block by block, and for each block the groups
+  bool tiles_first;                         // loop order within an item
+  int64_t vector_of[kMaxDestinations + 1];  // first vector of each destination
+  const float* bias;                        // packed: one float per lane of every vector
+  const void* weight;                       // packed: [panel][taps_h][taps_w][padded run][lanes], see pack_direct
+  int64_t panel_bytes;                      // of a full panel
   int64_t bias_bytes, direct_bytes, packed_bytes;  // of what is packed: the bias, it and `weight`, everything
 
   // Where gather is set, the input of a block is first copied to scratch, with its zero padding, as in_h x in_w pixels
@@ -74,18 +76,22 @@ struct PoolBand {
   int64_t n, first, last, c, vectors;
 };
 
-struct Level {
-  int lanes;        // floats per vector; a panel is two vectors
-  int tile_pixels;  // output pixels per microkernel call, at most
-  int bf16_step;    // of K: 1 where bf16 is widened to float first, 2 for products of pairs, kMatrixStep
+// The functions of one element type.
+struct Kernels {
+  int k_step;  // elements of K per step: 1 where bf16 is widened to float first, 2 for products of pairs, kMatrixStep
   void (*pack)(const Plan& plan, const void* const* weight, const float* const* bias, void* packed);
   void (*run_item)(const Plan& plan, int64_t item, Scratch& scratch);
   void (*run_item_winograd)(const Plan& plan, int64_t item, Scratch& scratch);
-  void (*max_pool_row)(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, void* out,
-                       int64_t out_pitch, int64_t row);
+  void (*max_pool_row)(const PoolShape& shape, Rows x, void* out, int64_t row);
   // `ring` has room for the band's vectors of each pixel of as many rows as a window reaches over.
-  void (*max_pool_backward)(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, const void* grad_out,
-                            void* grad_x, const PoolBand& band, float* ring);
+  void (*max_pool_backward)(const PoolShape& shape, Rows x, const void* grad_out, void* grad_x, const PoolBand& band,
+                            float* ring);
+};
+
+struct Level {
+  int lanes;        // floats per vector; a panel is two vectors
+  int tile_pixels;  // output pixels per microkernel call, at most
+  Kernels f32, bf16;
 };
 
 }  // namespace fused_cnn::engine

@@ -1,51 +1,52 @@
-// Everything of the convolution engine that is compiled once per instruction set (cpu/level.h): packing, the
-// gathering of a block's input, and the loop over the tiles of an item. All but the table of functions at the end has
-// internal linkage, and nothing of the standard library but memcpy and memset is used: an inline library function
-// compiled here could otherwise be the copy that the linker keeps for the whole program, and fault on an older CPU.
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-#include <cstdint>
-#include <cstring>
+// Everything of the engine that is compiled once per instruction set (cpu/level.h): packing, the gathering of a block's
+// input, and the loop over the tiles of an item; the included files hold the rest. All but the table of functions at
+// the end has internal linkage, and nothing of the standard library but memcpy and memset is used: an inline library
+// function compiled here could otherwise be the copy that the linker keeps for the whole program, and fault on an older
+// CPU.
 #include "cpu/engine/conv_plan.h"
+#include "cpu/simd.h"
+#include "shared/relu.h"
 
-#if defined(__AVX512BF16__)
-#define ENGINE_BF16_PRODUCTS
-#endif
-
-#if defined(__clang__)
-#define ENGINE_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define ENGINE_UNROLL _Pragma("GCC unroll 32")
-#endif
-#define ENGINE_INLINE inline __attribute__((always_inline))
-#define ENGINE_LAMBDA __attribute__((always_inline))
-
-namespace fused_cnn::engine {
+namespace fused_cnn::FUSED_CNN_LEVEL {
 namespace {
 
-// Floats per vector, and output pixels per tile: a tile's sums are twice that many vectors, beside 2 weights and 1
-// input.
+using namespace engine;
+
+using Vector = Vec<float>;
+constexpr int kFloats = kLanes<float>;
+
+// Output pixels per tile: a tile's sums are twice that many vectors, beside 2 weights and 1 input.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kTilePixels = 14;  // of 32 registers
-#elif defined(__AVX2__)
-constexpr int kLanes = 8, kTilePixels = 6;  // of 16 registers
+constexpr int kTilePixels = 14;  // of 32 registers
 #elif defined(__x86_64__)
-constexpr int kLanes = 4, kTilePixels = 6;
+constexpr int kTilePixels = 6;  // of 16 registers
 #else
-constexpr int kLanes = 4, kTilePixels = 12;  // of 32 registers on aarch64
+constexpr int kTilePixels = 12;  // of 32 registers on aarch64
 #endif
-constexpr int kPanelVectors = 2;
 
 #if defined(__AMX_BF16__)
 constexpr int kBf16Step = kMatrixStep;
-#elif defined(ENGINE_BF16_PRODUCTS)
+#elif defined(__AVX512BF16__)
 constexpr int kBf16Step = 2;
 #else
 constexpr int kBf16Step = 1;
 #endif
 
-#include "cpu/engine/conv_simd.inc"
+int64_t vectors_of(const Plan& plan, int64_t panel) {
+  return min(plan.vectors - panel * kPanelVectors, kPanelVectors);
+}
+
+// Where an output channel lies in the packed weight: its panel, of so many vectors, the vector in it and the lane.
+struct PackedPlace {
+  int64_t panel, vectors, vector, lane;
+};
+
+PackedPlace packed_place(const Plan& plan, int destination, int64_t channel) {
+  const int64_t vector = plan.vector_of[destination] + channel / kFloats, panel = vector / kPanelVectors;
+  return {
+      .panel = panel, .vectors = vectors_of(plan, panel), .vector = vector % kPanelVectors, .lane = channel % kFloats};
+}
+
 #include "cpu/engine/conv_tile.inc"
 #include "cpu/engine/max_pool.inc"
 
@@ -53,49 +54,32 @@ constexpr int kBf16Step = 1;
 // consecutive k side by side for products of P elements, and `rows` of those together for matrix units (otherwise 1).
 // Lanes past a destination's last channel, and k past the run, are zero.
 template <class Product, class T>
-void pack_as(const Plan& plan, const void* const* weight, const float* const* bias, void* packed) {
+void pack_direct(const Plan& plan, const void* const* weight, const float* const* bias, void* packed) {
   constexpr int P = Product::kPerStep, kRows = Product::kRows;
   using Element = typename Product::Element;
   const ConvShape& s = plan.shape;
   const Reduction& r = plan.reduction;
   float* packed_bias = (float*)packed + (plan.bias - (const float*)plan.args.packed);
   char* packed_weight = (char*)packed + ((const char*)plan.weight - (const char*)plan.args.packed);
-  memset(packed_bias, 0, plan.vectors * kLanes * sizeof(float));
+  memset(packed_bias, 0, plan.vectors * kFloats * sizeof(float));
   memset(packed_weight, 0, plan.panel_bytes / kPanelVectors * plan.vectors);
   const int64_t steps = r.padded / P, spatial = s.kernel_h * s.kernel_w;
 
   for (int d = 0; d < s.destinations; d++) {
     for (int64_t o = 0; o < s.out_channels[d]; o++) {
-      const int64_t vector = plan.vector_of[d] + o / kLanes, panel = vector / kPanelVectors;
-      const int64_t vectors = plan.vectors - panel * kPanelVectors < kPanelVectors ? 1 : kPanelVectors;
+      const PackedPlace place = packed_place(plan, d, o);
       const T* from = (const T*)weight[d] + o * s.C * spatial;
-      Element* to = (Element*)(packed_weight + panel * plan.panel_bytes);
-      if (bias[d]) packed_bias[vector * kLanes + o % kLanes] = bias[d][o];
+      Element* to = (Element*)(packed_weight + place.panel * plan.panel_bytes);
+      if (bias[d]) packed_bias[plan.vector_of[d] * kFloats + o] = bias[d][o];
       for (int64_t tap = 0; tap < spatial; tap++) {
         for (int64_t c = 0; c < s.C; c++) {
           const int64_t in_run = r.fold ? tap % s.kernel_w * s.C + c : c;
           const int64_t step = (r.fold ? tap / s.kernel_w : tap) * steps + in_run / P;
-          const T value = from[c * spatial + tap];
-          const int64_t row = (step / kRows * vectors + vector % kPanelVectors) * kRows + step % kRows;
-          Element& slot = to[(row * kLanes + o % kLanes) * P + in_run % P];
-          if constexpr (sizeof(T) == sizeof(Element))
-            memcpy(&slot, &value, sizeof value);
-          else
-            slot = to_float(value);
+          const int64_t row = (step / kRows * place.vectors + place.vector) * kRows + step % kRows;
+          copy_elements(to + (row * kFloats + place.lane) * P + in_run % P, from + c * spatial + tap, 1);
         }
       }
     }
-  }
-}
-
-template <class T, class U>
-ENGINE_INLINE void copy_elements(U* to, const T* from, int64_t n) {
-  if constexpr (sizeof(T) == sizeof(U)) {
-    memcpy(to, from, n * sizeof(T));
-  } else {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
-    for (; i < n; i++) to[i] = to_float(from[i]);
   }
 }
 
@@ -105,40 +89,23 @@ void gather(const Plan& plan, int64_t n, int64_t y0, int64_t x0, int64_t in_h, U
   const ConvShape& s = plan.shape;
   const int64_t stride_y = s.stride_h / plan.step_h, stride_x = s.stride_w / plan.step_w, row = plan.in_w * plan.pitch;
   const int64_t left = x0 < 0 ? (-x0 + stride_x - 1) / stride_x : 0;
-  int64_t right = (s.W - x0 + stride_x - 1) / stride_x;  // first column past the image
-  right = right < left ? left : right > plan.in_w ? plan.in_w : right;
+  const int64_t right = max(left, min((s.W - x0 + stride_x - 1) / stride_x, plan.in_w));  // first column past the image
   for (int64_t j = 0; j < in_h; j++, scratch += row) {
     const int64_t y = y0 + j * stride_y;
     if (y < 0 || y >= s.H || left >= plan.in_w) {
       memset(scratch, 0, row * sizeof(U));
       continue;
     }
-    const T* from = (const T*)plan.args.x + ((n * s.H + y) * s.W + x0 + left * stride_x) * plan.args.x_pitch;
+    const T* from = plan.args.x.at<const T>((n * s.H + y) * s.W + x0 + left * stride_x);
     memset(scratch, 0, left * plan.pitch * sizeof(U));
-    if (stride_x == 1 && plan.args.x_pitch == s.C && plan.pitch == s.C) {
+    if (stride_x == 1 && plan.args.x.pitch == s.C && plan.pitch == s.C) {
       copy_elements(scratch + left * s.C, from, (right - left) * s.C);
     } else {
-      for (int64_t i = left; i < right; i++, from += stride_x * plan.args.x_pitch)
-        copy_elements(scratch + i * plan.pitch, from, s.C);
+      for (int64_t i = left; i < right; i++)
+        copy_elements(scratch + i * plan.pitch, from + (i - left) * stride_x * plan.args.x.pitch, s.C);
     }
     memset(scratch + right * plan.pitch, 0, (plan.in_w - right) * plan.pitch * sizeof(U));
   }
-}
-
-// Sets where a vector's channels go, and tells which destination that is.
-template <class T>
-int set_output(const Plan& plan, int64_t vector, Output& output) {
-  int d = 0;
-  while (vector >= plan.vector_of[d + 1]) d++;
-  const Destination& to = plan.args.destination[d];
-  const int64_t channel = (vector - plan.vector_of[d]) * kLanes, left = plan.shape.out_channels[d] - channel;
-  output = {(T*)to.out + channel,
-            to.residual ? (const T*)to.residual + channel : nullptr,
-            to.pitch,
-            to.residual_pitch,
-            left < kLanes ? left : kLanes,
-            to.relu};
-  return d;
 }
 
 // The output pixels of an item, and the input pixel that the first tap meets at the first of them.
@@ -156,8 +123,8 @@ Block block_of(const Plan& plan, int64_t item) {
   b.n = b.index / plan.blocks_x / plan.blocks_y;
   b.oy = b.index / plan.blocks_x % plan.blocks_y * plan.block_h;
   b.ox = b.index % plan.blocks_x * plan.block_w;
-  b.rows = plan.out_h - b.oy < plan.block_h ? plan.out_h - b.oy : plan.block_h;
-  b.columns = plan.out_w - b.ox < plan.block_w ? plan.out_w - b.ox : plan.block_w;
+  b.rows = min(plan.out_h - b.oy, plan.block_h);
+  b.columns = min(plan.out_w - b.ox, plan.block_w);
   b.y0 = b.oy * s.stride_h - s.pad_h;
   b.x0 = b.ox * s.stride_w - s.pad_w;
   b.first_panel = group * plan.panels / plan.groups;
@@ -176,11 +143,23 @@ int64_t panel_ahead(const Plan& plan, int64_t item, const Block& b, int64_t p) {
   return !last ? p + 1 : next_weights ? next_panel : -1;
 }
 
-// One block of output pixels by one group of panels. Weights that fit in L2 stay there while the tiles go by, each
-// meeting every panel at once, so that input and output stream through memory in order. Otherwise panels are the outer
-// loop: one panel (128 bytes * K) stays in L2 while every tile of the block, whose input is there as well, goes by.
+// run(panel, tile) for one block of output pixels by one group of panels. Weights that fit in L2 stay there while the
+// tiles go by, each meeting every panel at once, so that input and output stream through memory in order. Otherwise
+// panels are the outer loop: one panel (128 bytes * K) stays in L2 while every tile of the block, whose input is there
+// as well, goes by.
+template <class Run>
+FUSED_CNN_INLINE void for_each_tile(const Plan& plan, const Block& b, int64_t tiles, const Run& run) {
+  if (plan.tiles_first) {
+    for (int64_t t = 0; t < tiles; t++)
+      for (int64_t p = b.first_panel; p < b.last_panel; p++) run(p, t);
+  } else {
+    for (int64_t p = b.first_panel; p < b.last_panel; p++)
+      for (int64_t t = 0; t < tiles; t++) run(p, t);
+  }
+}
+
 template <class Product, class T>
-void run_item_as(const Plan& plan, int64_t item, Scratch& scratch) {
+void run_item(const Plan& plan, int64_t item, Scratch& scratch) {
   using Element = typename Product::Element;
   const ConvShape& s = plan.shape;
   const Block b = block_of(plan, item);
@@ -188,7 +167,7 @@ void run_item_as(const Plan& plan, int64_t item, Scratch& scratch) {
   const Element* x = (const Element*)scratch.data;
   int64_t row_pitch = plan.in_w * plan.pitch;
   if (!plan.gather) {
-    x = (const Element*)plan.args.x + ((b.n * s.H + b.y0) * s.W + b.x0) * plan.pitch;
+    x = (const Element*)plan.args.x.data + ((b.n * s.H + b.y0) * s.W + b.x0) * plan.pitch;
     row_pitch = s.W * plan.pitch;
   } else if (scratch.block != b.index) {
     const int64_t in_h = (b.rows - 1) * plan.step_h + (s.kernel_h - 1) * s.dilation_h + 1;
@@ -199,10 +178,13 @@ void run_item_as(const Plan& plan, int64_t item, Scratch& scratch) {
   Tile tile;
   constexpr int64_t kSize = sizeof(Element);
   tile.step = plan.step_w * plan.pitch * kSize;
-  tile.taps_h = plan.reduction.taps_h, tile.taps_w = plan.reduction.taps_w, tile.run = plan.reduction.run;
+  tile.taps_h = plan.reduction.taps_h;
+  tile.taps_w = plan.reduction.taps_w;
+  tile.run = plan.reduction.run;
   tile.tap_h_step = s.dilation_h * row_pitch * kSize;
   tile.tap_w_step = s.dilation_w * plan.pitch * kSize;
-  tile.H = s.H, tile.dilation_h = s.dilation_h;
+  tile.H = s.H;
+  tile.dilation_h = s.dilation_h;
   const int64_t row_step = plan.step_h * row_pitch * kSize;
   const int64_t first_pixel = (b.n * plan.out_h + b.oy) * plan.out_w + b.ox;
 
@@ -211,23 +193,23 @@ void run_item_as(const Plan& plan, int64_t item, Scratch& scratch) {
   const int64_t parts = (b.columns + kTilePixels - 1) / kTilePixels;
   const int64_t tiles = two_rows ? (b.rows + 1) / 2 : b.rows * parts;
 
-  auto run = [&](int64_t p, int64_t t) {
-    const int64_t vectors = plan.vectors - p * kPanelVectors < kPanelVectors ? 1 : kPanelVectors;
+  const auto run = [&](int64_t p, int64_t t) {
+    const int64_t vectors = vectors_of(plan, p);
     tile.weight = (const char*)plan.weight + p * plan.panel_bytes;
-    tile.bias = plan.bias + p * kPanelVectors * kLanes;
-    for (int64_t j = 0; j < vectors; j++) set_output<T>(plan, p * kPanelVectors + j, tile.output[j]);
+    tile.bias = plan.bias + p * kPanelVectors * kFloats;
+    for (int64_t j = 0; j < vectors; j++) tile.output[j] = output_of<T>(plan, p * kPanelVectors + j);
 
     const int64_t y = two_rows ? 2 * t : t / parts, part = two_rows ? 0 : t % parts;
     const bool pair = two_rows && y + 1 < b.rows;
-    const int64_t begin = part * b.columns / parts, pixels = (part + 1) * b.columns / parts - begin,
-                  half = (pixels + 1) / 2;
+    const int64_t begin = part * b.columns / parts, pixels = (part + 1) * b.columns / parts - begin;
+    const int64_t half = (pixels + 1) / 2;
     tile.x[0] = (const char*)x + y * row_step + begin * tile.step;
     tile.x[1] = tile.x[0] + (pair ? row_step : half * tile.step);
     const int64_t ahead = panel_ahead(plan, item, b, p);
     if (ahead >= 0) {
       const int64_t steps = tile.taps_h * tile.taps_w * (tile.run / Product::kPerStep);
       tile.ahead = (const char*)plan.weight + ahead * plan.panel_bytes + t * plan.panel_bytes / tiles;
-      tile.ahead_step = plan.panel_bytes / tiles / (steps > 0 ? steps : 1);
+      tile.ahead_step = plan.panel_bytes / tiles / max(steps, 1);
     } else {
       const bool streams = !plan.gather && p == b.first_panel;  // the input comes from memory, in order
       tile.ahead = streams ? tile.x[0] + pixels * tile.step : tile.x[0];
@@ -239,13 +221,7 @@ void run_item_as(const Plan& plan, int64_t item, Scratch& scratch) {
     tile.out_pixel[1] = tile.out_pixel[0] + (pair ? plan.out_w : half);
     tile_function<Product, T>(pair ? 2 * pixels : pixels, vectors)(tile);
   };
-  if (plan.tiles_first) {
-    for (int64_t t = 0; t < tiles; t++)
-      for (int64_t p = b.first_panel; p < b.last_panel; p++) run(p, t);
-  } else {
-    for (int64_t p = b.first_panel; p < b.last_panel; p++)
-      for (int64_t t = 0; t < tiles; t++) run(p, t);
-  }
+  for_each_tile(plan, b, tiles, run);
 }
 
 #include "cpu/engine/conv_winograd.inc"
@@ -253,53 +229,38 @@ void run_item_as(const Plan& plan, int64_t item, Scratch& scratch) {
 #include "cpu/engine/conv_amx.inc"
 #endif
 
-#ifdef ENGINE_BF16_PRODUCTS
+template <class Product, class T>
+void pack(const Plan& plan, const void* const* weight, const float* const* bias, void* packed) {
+  pack_direct<Product, T>(plan, weight, bias, packed);
+  if (plan.winograd.weight != nullptr) pack_winograd<T>(plan, weight, packed);
+}
+
+template <class Product, class T>
+constexpr Kernels kernels_of(int k_step, void (*run_item)(const Plan&, int64_t, Scratch&)) {
+  return {.k_step = k_step,
+          .pack = pack<Product, T>,
+          .run_item = run_item,
+          .run_item_winograd = run_item_winograd<T>,
+          .max_pool_row = max_pool_row<T>,
+          .max_pool_backward = max_pool_backward<T>};
+}
+
+#if defined(__AVX512BF16__)
 using Bf16Product = PairProduct;
 #else
 using Bf16Product = FloatProduct;
 #endif
-
-void pack(const Plan& plan, const void* const* weight, const float* const* bias, void* packed) {
-  const bool f32 = plan.dtype == DType::f32;
-  (f32 ? pack_as<FloatProduct, float> : pack_as<Bf16Product, bfloat16>)(plan, weight, bias, packed);
-  if (plan.winograd.weight != nullptr) (f32 ? pack_winograd<float> : pack_winograd<bfloat16>)(plan, weight, packed);
-}
-
-void run_item(const Plan& plan, int64_t item, Scratch& scratch) {
-  if (plan.dtype == DType::f32) return run_item_as<FloatProduct, float>(plan, item, scratch);
 #if defined(__AMX_BF16__)
-  run_item_amx(plan, item, scratch);
+constexpr auto run_item_bf16 = run_item_amx;
 #else
-  run_item_as<Bf16Product, bfloat16>(plan, item, scratch);
+constexpr auto run_item_bf16 = run_item<Bf16Product, bf16_t>;
 #endif
-}
-
-void run_winograd(const Plan& plan, int64_t item, Scratch& scratch) {
-  (plan.dtype == DType::f32 ? run_item_winograd<float> : run_item_winograd<bfloat16>)(plan, item, scratch);
-}
-
-void max_pool_row(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, void* out, int64_t out_pitch,
-                  int64_t row) {
-  if (dtype == DType::f32)
-    max_pool_row_as(shape, (const float*)x, x_pitch, (float*)out, out_pitch, row);
-  else
-    max_pool_row_as(shape, (const bfloat16*)x, x_pitch, (bfloat16*)out, out_pitch, row);
-}
-
-void max_pool_backward_band(const PoolShape& shape, DType dtype, const void* x, int64_t x_pitch, const void* grad_out,
-                            void* grad_x, const PoolBand& band, float* ring) {
-  if (dtype == DType::f32)
-    max_pool_backward_as(shape, (const float*)x, x_pitch, (const float*)grad_out, (float*)grad_x, band, ring);
-  else
-    max_pool_backward_as(shape, (const bfloat16*)x, x_pitch, (const bfloat16*)grad_out, (bfloat16*)grad_x, band, ring);
-}
 
 }  // namespace
 
-}  // namespace fused_cnn::engine
+extern const Level engine_level = {.lanes = kFloats,
+                                   .tile_pixels = kTilePixels,
+                                   .f32 = kernels_of<FloatProduct, float>(1, run_item<FloatProduct, float>),
+                                   .bf16 = kernels_of<Bf16Product, bf16_t>(kBf16Step, run_item_bf16)};
 
-namespace fused_cnn::FUSED_CNN_LEVEL {
-extern const engine::Level engine_level = {
-    engine::kLanes,   engine::kTilePixels,  engine::kBf16Step,    engine::pack,
-    engine::run_item, engine::run_winograd, engine::max_pool_row, engine::max_pool_backward_band};
 }  // namespace fused_cnn::FUSED_CNN_LEVEL
