@@ -53,7 +53,7 @@ def test_forward_and_backward_agree_with_float64(op_cases: OpCases, case: Case, 
 
 def test_the_rooms_are_all_here() -> None:
     simt_backend.install()
-    assert {p.parent.name for p in (simt_backend.ROOT / "csrc").glob("*/*.cu")} == set(simt_backend.ROOMS)
+    assert {p.parent.name for p in (simt_backend.ROOT / "csrc").glob("*/*.cu")} - {"cuda"} == set(simt_backend.ROOMS)
     missing = [op for op in _library.op_names() if "pack" not in op and not _library.has_kernel(op, "simt", "cpu")]
     assert all(op.startswith("max_pool2d") for op in missing), missing
 
