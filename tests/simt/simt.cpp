@@ -234,8 +234,8 @@ void __ubsan_handle_type_mismatch_v1(const void* description, const void*) {
   if (running) refuse("access on a multiple", size_t{1} << *after_type, "at another address");
 }
 
-// PyTorch's function, behind a look at the tensors that a kernel's host code hands to cuDNN, which was seen to read what
-// does not lie on 16 bytes as if it did.
+// PyTorch's function, behind a look at the tensors that a kernel's host code hands to cuDNN, which was seen to read
+// what does not lie on 16 bytes as if it did.
 __attribute__((visibility("default"))) int32_t torch_call_dispatcher(const char* name, const char* overload,
                                                                      uint64_t* stack, uint64_t version) {
   using Call = int32_t (*)(const char*, const char*, uint64_t*, uint64_t);
