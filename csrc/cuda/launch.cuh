@@ -35,15 +35,6 @@ class Launch {
   cudaStream_t stream_;
 };
 
-// body(T{}) for the element type.
-template <typename Body>
-auto with_type(DType dtype, const Body& body) {
-  if (dtype == DType::f64) return body(double{});
-  if (dtype == DType::f32) return body(float{});
-  if (dtype == DType::f16) return body(f16_t{});
-  return body(bf16_t{});
-}
-
 template <typename T>
 T* data_of(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());

@@ -33,22 +33,14 @@ struct compute_type<double> {
 template <typename T>
 using compute_t = typename compute_type<T>::type;
 
-#ifndef USE_CUDA  // cuda/launch.cuh has its own
 // body(T{}) for the element type.
 template <typename Body>
-inline __attribute__((always_inline)) void with_type(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::f64:
-      return body(double{});
-    case DType::f32:
-      return body(float{});
-    case DType::f16:
-      return body(f16_t{});
-    case DType::bf16:
-      return body(bf16_t{});
-  }
+inline __attribute__((always_inline)) auto with_type(DType dtype, const Body& body) {
+  if (dtype == DType::f64) return body(double{});
+  if (dtype == DType::f32) return body(float{});
+  if (dtype == DType::f16) return body(f16_t{});
+  return body(bf16_t{});
 }
-#endif
 
 namespace detail {
 template <typename To, typename From>
