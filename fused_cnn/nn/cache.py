@@ -55,10 +55,7 @@ class FoldingModule(nn.Module):
 
 
 class _Folded:
-    """A value, and what its sources and the input were when it was made.
-
-    `holds` is asked at every call, so it compares lists in C, not item by item.
-    """
+    """A value, and what its sources and the input were when it was made."""
 
     def __init__(self, value: Any, x: Tensor, owner: FoldingModule, sources: Sequence[nn.Module]) -> None:
         self.value, self.input = value, _kind(x)
@@ -82,6 +79,7 @@ class _Folded:
         return list(chain.from_iterable(map(dict.values, self.registries)))
 
     def holds(self, x: Tensor) -> bool:
+        """Asked at every call, so it compares lists in C, not item by item."""
         members = self._members()
         if _kind(x) != self.input or len(members) != len(self.members) or not all(map(is_, members, self.members)):
             return False

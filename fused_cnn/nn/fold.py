@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..ops import FoldedConv
 
-Norm = nn.BatchNorm2d | None
+Norm = nn.BatchNorm2d | None  # a convolution may have none
 ConvBN = tuple[nn.Conv2d, nn.BatchNorm2d]  # as blocks are built; is_plain_conv_bn asks what stands there today
 
 

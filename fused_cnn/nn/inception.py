@@ -17,8 +17,6 @@ from .fold import can_fold, fold, geometry, has_hooks, is_plain_conv_bn
 from .max_pool2d import MaxPool2d
 from .module import FusedModule
 
-Branch = list[Any]  # its layers, in order
-
 
 class Inception(FusedModule):
     """Parallel 1x1, 3x3 and 5x5 convolutions and a max pool, concatenated along the channels.
@@ -113,7 +111,7 @@ class Inception(FusedModule):
         self.remember("block", x, packed, list(self.modules())[1:])
         return inception(autocast(x)[0], *packed, backend=self.backend)
 
-    def _forward_train(self, x: Tensor, branches: list[Branch]) -> Tensor:
+    def _forward_train(self, x: Tensor, branches: list[list[Any]]) -> Tensor:
         """Raw convolutions, and BatchNorm or bias, ReLU and the concatenation of each branch's last one in one pass."""
         lasts = [branch[-1] for branch in branches]
         raw = []
@@ -129,7 +127,7 @@ class Inception(FusedModule):
         return bn_relu_concat(_same_size(raw), [BatchNormArgs.of(last.bn) for last in lasts], backend=self.backend)
 
 
-def _is_plain(branch: Branch) -> bool:
+def _is_plain(branch: list[Any]) -> bool:
     """Whether a branch ends in what ConvBNReLU means, after at most something else in front, with nobody watching."""
     first = next((i for i, layer in enumerate(branch) if isinstance(layer, ConvBNReLU)), len(branch))
     return (
@@ -139,7 +137,7 @@ def _is_plain(branch: Branch) -> bool:
     )
 
 
-def _is_one_op(branches: list[Branch]) -> bool:
+def _is_one_op(branches: list[list[Any]]) -> bool:
     """Whether the fused op computes exactly these branches: 1x1; 1x1, k x k; 1x1, k x k; 3x3 max pool, 1x1."""
     kinds = [[isinstance(layer, ConvBNReLU) for layer in branch] for branch in branches]
     if kinds != [[True], [True, True], [True, True], [False, True]]:
@@ -169,7 +167,7 @@ def _convert(branch: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> nn
     return made
 
 
-def _run(layers: Branch, x: Tensor) -> Tensor:
+def _run(layers: list[Any], x: Tensor) -> Tensor:
     for layer in layers:
         x = layer(x)
     return x

@@ -50,26 +50,6 @@ class _Residual(FusedModule):
             self.downsample = None
         return self
 
-    def _convs(self) -> list[ConvBN]:
-        """conv1 and bn1, conv2 and bn2, ..."""
-        return [(getattr(self, f"conv{i}"), getattr(self, f"bn{i}")) for i in range(1, self.num_convs + 1)]
-
-    def _projection(self) -> ConvBN | None:
-        """The shortcut's convolution and BatchNorm, where it is those two and nothing else."""
-        if not self.residual or type(self.downsample) is not nn.Sequential or has_hooks(self.downsample):
-            return None
-        layers: Any = tuple(self.downsample)
-        is_pair = len(layers) == 2 and isinstance(layers[1], nn.BatchNorm2d) and is_plain_conv_bn(*layers)
-        return layers if is_pair else None
-
-    def _shortcut(self, x: Tensor, projection: ConvBN | None) -> Tensor | None:
-        """What is added: x, its projection, what else `downsample` makes of it, or nothing."""
-        if projection is not None:
-            return self.conv_bn(*projection, x, relu=False)
-        if not self.residual:
-            return None
-        return x if self.downsample is None else self.downsample(x)
-
     def forward(self, x: Tensor) -> Tensor:
         block = self.packed(x)
         if block is not None:  # eval: the whole block is one op
@@ -83,18 +63,9 @@ class _Residual(FusedModule):
             y = self.conv_bn(conv, bn, y)
         return self.conv_bn(*convs[-1], y, residual=self._shortcut(x, projection))
 
-    def _forward_train(self, x: Tensor, convs: list[ConvBN], projection: ConvBN | None) -> Tensor:
-        """Raw convolutions, BatchNorm and ReLU fused between them, and the last BatchNorm with the sum and its ReLU."""
-        y, last = self.conv_chain(convs, x), convs[-1][1]
-        if projection is not None and not can_fold(x, [projection]):  # both BatchNorms in the pass that adds
-            conv, bn = projection
-            shortcut = conv(on_16_bytes(x))
-            return bn_add_relu(y, BatchNormArgs.of(last), shortcut, BatchNormArgs.of(bn), backend=self.backend)
-        return self.bn_act(y, last, residual=self._shortcut(x, projection))
-
     def packed(self, x: Tensor) -> PackedResidualStage | None:
         """The whole block, folded and packed for the op that computes it; None where that op cannot run it on x."""
-        block: PackedResidualStage | None = self.recall("block", x)
+        block = self.recall("block", x)
         if block is not None:
             return block
         convs, projection = self._convs(), self._projection()
@@ -112,9 +83,40 @@ class _Residual(FusedModule):
             or any(map(has_hooks, inner))
         ):
             return None
-        folded, shortcut = [fold(*pair) for pair in convs], None if projection is None else fold(*projection)
-        block = pack_residual_block(folded, shortcut, shortcut=self.residual, like=like, backend=self.backend)
+        folded = [fold(*pair) for pair in convs]
+        projected = None if projection is None else fold(*projection)
+        block = pack_residual_block(folded, projected, shortcut=self.residual, like=like, backend=self.backend)
         return self.remember("block", x, block, inner)
+
+    def _forward_train(self, x: Tensor, convs: list[ConvBN], projection: ConvBN | None) -> Tensor:
+        """Raw convolutions, BatchNorm and ReLU fused between them, and the last BatchNorm with the sum and its ReLU."""
+        y, last = self.conv_chain(convs, x), convs[-1][1]
+        if projection is not None and not can_fold(x, [projection]):  # both BatchNorms in the pass that adds
+            conv, bn = projection
+            shortcut = conv(on_16_bytes(x))
+            return bn_add_relu(y, BatchNormArgs.of(last), shortcut, BatchNormArgs.of(bn), backend=self.backend)
+        return self.bn_act(y, last, residual=self._shortcut(x, projection))
+
+    def _shortcut(self, x: Tensor, projection: ConvBN | None) -> Tensor | None:
+        """What is added: x, its projection, what else `downsample` makes of it, or nothing."""
+        if projection is not None:
+            return self.conv_bn(*projection, x, relu=False)
+        if not self.residual:
+            return None
+        return x if self.downsample is None else self.downsample(x)
+
+    def _projection(self) -> ConvBN | None:
+        """The shortcut's convolution and BatchNorm, where it is those two and nothing else."""
+        if not self.residual or type(self.downsample) is not nn.Sequential or has_hooks(self.downsample):
+            return None
+        layers: Any = tuple(self.downsample)
+        is_pair = len(layers) == 2 and isinstance(layers[1], nn.BatchNorm2d) and is_plain_conv_bn(*layers)
+        return layers if is_pair else None
+
+    def _convs(self) -> list[ConvBN]:
+        """conv1 and bn1, conv2 and bn2, ..."""
+        children: Any = self._modules
+        return [(children[f"conv{i}"], children[f"bn{i}"]) for i in range(1, self.num_convs + 1)]
 
 
 class BasicBlock(_Residual):
@@ -150,10 +152,9 @@ class Bottleneck(_Residual):
     Args:
         inplanes: channels of the input.
         planes: channels of the 3x3 convolution at base_width=64 and groups=1; the result has 4 * planes.
-        stride: of the 3x3 convolution.
+        stride, dilation: of the 3x3 convolution.
         downsample: the shortcut's projection, or None for the identity.
         groups, base_width: of the 3x3 convolution (ResNeXt, arXiv 1611.05431; wide ResNet, arXiv 1605.07146).
-        dilation: of the 3x3 convolution.
         residual: False leaves the shortcut out.
         backend: "reference", "native", or None for the best at hand.
 
