@@ -233,8 +233,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_bwd(const Tensor& grad_ou
   const BnInputs in(op, xs, mean, rstd, weights, biases);
   check_gradient(op, grad_out, x, x.size(1), training, xs.size());
   const bool plain = xs.size() == 1;
-  Tensor kept;
-  if (plain) kept = checked_mask(op, mask, x);
+  const Tensor kept = plain ? checked_mask(op, mask, x) : Tensor();
   const RowView grad = rows_of(grad_out);
   const RowResult grad_x(x, x.size(1), result_format(x)), grad_residual(x, x.size(1), result_format(x));
   const auto [grad_weight, grad_bias] = with_type(in.dtype, [&](auto element) {

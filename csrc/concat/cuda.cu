@@ -13,8 +13,7 @@ Tensor concat_bias_relu_fwd(const std::vector<Tensor>& branches, const std::opti
   const int64_t total = check_branches(op, branches);
   const DType dtype = dtype_of(op, "branch 0", branches[0]);
   const Launch launch(branches[0]);
-  Tensor vector;
-  if (bias) vector = checked_vector(op, "bias", *bias, total, branches[0], vector_dtype(dtype));
+  const Tensor vector = bias ? checked_vector(op, "bias", *bias, total, branches[0], vector_dtype(dtype)) : Tensor();
   std::vector<RowView> views;
   for (const Tensor& branch : branches) views.push_back(rows_of(branch));
   const RowResult out(branches[0], total, result_format(branches[0]));
@@ -44,8 +43,7 @@ std::tuple<std::vector<Tensor>, Tensor> concat_bias_relu_bwd(const Tensor& grad_
   const DType dtype = dtype_of(op, "grad_out", grad_out);
   const Launch launch(grad_out);
   const RowView grad = rows_of(grad_out);
-  std::optional<RowView> outs;
-  if (out) outs = rows_of(*out);
+  const RowView outs = out ? rows_of(*out) : RowView{};
   const Tensor grad_bias = empty_vector(grad_out, bias ? total : 0, vector_dtype(dtype));
   std::vector<RowResult> results;
   for (const int64_t c : channels) results.emplace_back(grad_out, c, result_format(out ? *out : grad_out));

@@ -61,15 +61,13 @@ __global__ void __launch_bounds__(kReduceThreads)
   if (threadIdx.x < 32 && inside) from_compute(static_cast<C>(sum), &out[channel]);
 }
 
-// grad_bias, of type Out, is null where it is not wanted.
+// `out` is RowView{} where there was no ReLU; grad_bias, of type Out, is null where it is not wanted.
 template <typename T, typename Out>
-void drelu_bgrad(const Launch& launch, const RowView& grad_out, const std::optional<RowView>& out,
+void drelu_bgrad(const Launch& launch, const RowView& grad_out, const RowView& out,
                  const std::vector<DreluBranch<T>>& branches, Out* grad_bias, int64_t rows) {
   using C = compute_t<T>;
-  const T* grad = static_cast<const T*>(grad_out.data);
-  const T* result = out ? static_cast<const T*>(out->data) : nullptr;
-  const int64_t result_pitch = out ? out->stride : 0;
-  bool aligned = rows_aligned16(grad, grad_out.stride) && rows_aligned16(result, result_pitch);
+  const T *grad = static_cast<const T*>(grad_out.data), *result = static_cast<const T*>(out.data);
+  bool aligned = rows_aligned16(grad, grad_out.stride) && rows_aligned16(result, out.stride);
   int64_t total = 0;
   for (const DreluBranch<T>& b : branches) {
     total += b.channels;
@@ -83,7 +81,7 @@ void drelu_bgrad(const Launch& launch, const RowView& grad_out, const std::optio
   }
   C* sums = grad_bias ? data_of<C>(partial) : nullptr;
   launch_columns(launch, "drelu_bgrad_kernel", aligned ? drelu_bgrad_kernel<T, true> : drelu_bgrad_kernel<T, false>,
-                 branches, chunks, grad, grad_out.stride, result, result_pitch, sums, total);
+                 branches, chunks, grad, grad_out.stride, result, out.stride, sums, total);
   if (grad_bias) {
     launch_reduce(launch, "reduce_chunks_kernel", reduce_chunks_kernel<C, Out>, total, sums, chunks.count, total,
                   grad_bias);
@@ -102,11 +100,8 @@ struct MaskedGradient {
     const int64_t channels = grad_out.size(1);
     if (!out && !needs_bias) return;
     if (needs_bias) bias = empty_vector(grad_out, channels, grad_out.scalar_type());
-    std::optional<RowView> result;
-    if (out) {
-      result = rows_of(*out);
-      own.emplace(grad_out, channels, result_format(*out));
-    }
+    if (out) own.emplace(grad_out, channels, result_format(*out));
+    const RowView result = out ? rows_of(*out) : RowView{};
     with_type(dtype_of("masked gradient", "grad_out", grad_out), [&](auto element) {
       using T = decltype(element);
       const std::vector<DreluBranch<T>> branch{
