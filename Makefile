@@ -50,7 +50,7 @@ guard-update: compile-check
 	$(BIN)/python scripts/guard.py --update $(CHECKS)/*.json
 
 report: venv
-	$(BIN)/fused-cnn report --update README.md --update benchmarks/OPS.md --update benchmarks/KERNELS.md --out benchmarks/plots
+	$(BIN)/fused-cnn report --update README.md --update benchmarks/RESULTS.md --update benchmarks/OPS.md --update benchmarks/KERNELS.md --out benchmarks/plots
 
 cuda-check: venv
 	$(BIN)/python scripts/compile_check.py --only cuda --json $(CHECKS)/cuda.json

@@ -40,7 +40,7 @@ def tables_of(results: Sequence[Result]) -> dict[str, str]:
                 found[f"memory-{name}{suffix}"] = markdown(*tables.memory(rows))
     for device, suffix in SUFFIX.items():
         networks = [r for r in latest if r["device"] == device and r["table"] in ("inference", "training", "steps")]
-        found[f"headlines{suffix}"] = tables.headlines(networks)
+        found[f"headlines{suffix}"] = markdown(*tables.headlines(networks))
     found["ran"] = markdown(*ran.table(results))
     return found
 

@@ -96,8 +96,12 @@ def _bench_row(row: Row, labels: Cells, variants: Cells) -> Cells:
 
 
 def of_limit(row: Row) -> str:
-    """Fused's share of the limit; for work that moves its bytes within the cache the operations' limit says nothing."""
-    return "in cache" if row.get("bound") == "cache" else f"{row['share_of_limit']['fused']:.0%}"
+    """Fused's share of the limit; for work that moves its bytes within the cache the operations' limit says nothing, nor
+    does that of a direct convolution, as older rows have it, where a form with fewer products passed it."""
+    share = row["share_of_limit"]["fused"]
+    if row.get("bound") == "cache":
+        return "in cache"
+    return f"{share:.0%}" if share <= 1 or "bound" in row else ""
 
 
 def failure(row: Row) -> str:
@@ -118,10 +122,10 @@ def losses(rows: Rows) -> str:
     return f"\nFused is slower than its fastest peer in {len(lost)} of {len(right)} rows.\n"
 
 
-def headlines(results: Iterable[Result]) -> str:
-    """A sentence for each network and pass at its largest batch: fused against eager and against its fastest peer.
+def headlines(results: Iterable[Result]) -> Table:
+    """A line for each network and pass at its largest batch: fused against eager and against its fastest peer.
     `results` are of `bench`, or of `profile` where `bench` has none of that pass."""
-    found: dict[tuple[str, str], str] = {}
+    found: dict[tuple[str, str], Cells] = {}
     for result in sorted(results, key=lambda r: r["kind"] == "bench"):
         steps: dict[tuple[Any, ...], dict[str, float]] = {}
         for row in timed(result["rows"]):
@@ -130,19 +134,17 @@ def headlines(results: Iterable[Result]) -> str:
         device = result["device_name"].partition(",")[0]
         for (batch, model, step, dtype), ms in sorted(steps.items()):
             if {"eager", "fused"} <= ms.keys():
-                found[model, step] = _headline(f"{model}, {step}, {dtype}, batch {batch}, {device}", ms)
-    return "".join(f"- {text}\n" for _, text in sorted(found.items()))
+                found[model, step] = [model, step, f"{dtype}, batch {batch}", device, *_headline(ms)]
+    headings = ["network", "pass", "of", "on", "eager ms", "fastest peer ms", "fused ms", "fused", "fused otherwise ms"]
+    return headings, [line for _, line in sorted(found.items())]
 
 
-def _headline(what: str, ms: Mapping[str, float]) -> str:
+def _headline(ms: Mapping[str, float]) -> Cells:
     peer = min((v for v in ms if v in PEERS), key=ms.__getitem__)
-    text = f"{what}: fused takes {ms['fused']:.3g} ms, eager {ms['eager']:.3g} ms"
-    if peer != "eager":
-        text += f", {named(peer)} {ms[peer]:.3g} ms"
     ratio = ms["fused"] / ms[peer]
-    text += f". **Fused loses to {named(peer)} by {ratio:.2f}x**" if ratio > 1 else f". Fused wins by {1 / ratio:.2f}x"
-    others = [f"{named(v)} {ms[v]:.3g} ms" for v in ("fused graph", "fused compile") if v in ms]
-    return f"{text} ({', '.join(others)})." if others else f"{text}."
+    verdict = f"**loses by {ratio:.2f}x**" if ratio > 1 else f"wins by {1 / ratio:.2f}x"
+    others = [f"{ms[v]:.3g} {named(v).removeprefix('fused ')}" for v in ("fused graph", "fused compile") if v in ms]
+    return [f"{ms['eager']:.3g}", f"{ms[peer]:.3g} ({named(peer)})", f"{ms['fused']:.3g}", verdict, ", ".join(others)]
 
 
 def memory(rows: Rows) -> Table:
