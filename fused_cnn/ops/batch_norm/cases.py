@@ -3,7 +3,8 @@ ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -34,8 +35,7 @@ GOOGLENET = [
 ]
 REASON = (
     "the result is rounded to the dtype once, as eager's last step is; the sums behind statistics and gradients are "
-    "float32 in "
-    "another order than eager's, which moves what cancels by a unit or two"
+    "float32 in another order than eager's, which moves what cancels by a unit or two"
 )
 
 
@@ -116,17 +116,7 @@ COSTS = {
 }
 
 
-def op_cases(
-    name: str,
-    op: Callable[..., Tensor],
-    cases: tuple[Case, ...],
-    make: Any,
-    least: Callable[..., tuple[Pass, Pass]],
-    registered: str,
-) -> OpCases:
-    return OpCases(name, op, cases, make, least, rounding=8, reason=REASON, registered=registered)
-
-
+op_cases = partial(OpCases, rounding=8, reason=REASON)
 CASES = [
     op_cases(
         "bn_relu",
@@ -138,7 +128,7 @@ CASES = [
         ),
         make_bn_relu,
         lambda out, x, bn, relu: least(out, [x], [bn]),
-        "bn_relu_concat_fwd",
+        registered="bn_relu_concat_fwd",
     ),
     op_cases(
         "bn_add_relu",
@@ -146,7 +136,6 @@ CASES = [
         (*shapes(RESNET_ENDS), *shapes([(f"{n} downsample", s) for n, s in RESNET_ENDS], projection=True)),
         make_bn_add_relu,
         least_bn_add_relu,
-        "bn_add_relu_fwd",
     ),
     op_cases(
         "bn_relu_concat",
@@ -159,6 +148,5 @@ CASES = [
         ),
         make_bn_relu_concat,
         least,
-        "bn_relu_concat_fwd",
     ),
 ]

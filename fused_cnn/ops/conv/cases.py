@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .._cases import Case, Maker, OpCases, Pass, awkward_shapes
-from .._conv import out_size
+from .._conv import empty_result, pair
 from .._cost import Arguments, Cost, conv_flops, engine_conv, one_pass, tensor_bytes
 from .add_relu import add_relu
 from .op import conv1x1_bias_relu, conv_bias_relu
@@ -58,27 +58,14 @@ ADDED = [
 ]
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    return value if isinstance(value, tuple) else (value, value)
-
-
-def _result_shape(case: Case) -> tuple[int, int, int, int]:
-    o = case.options
-    geometry = zip(
-        case.shape[2:],
-        *(_pair(o.get(k, d)) for k, d in (("kernel", 1), ("stride", 1), ("padding", 0), ("dilation", 1))),
-        strict=True,
-    )
-    height, width = (out_size(*axis) for axis in geometry)
-    return case.shape[0], o["out"], height, width
-
-
 def make(case: Case, maker: Maker) -> tuple[tuple[Any, ...], dict[str, Any]]:
     o = case.options
     x = maker.activation(*case.shape)
-    weight = maker.weight(o["out"], case.shape[1] // o.get("groups", 1), *_pair(o.get("kernel", 1)))
+    weight = maker.weight(o["out"], case.shape[1] // o.get("groups", 1), *pair(o.get("kernel", 1)))
     bias = maker.vector(o["out"]) if o.get("bias", True) else None
-    residual = maker.activation(*_result_shape(case)) if o.get("residual") else None
+    geometry = (pair(o.get(name, default)) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1)))
+    out = empty_result(x.to("meta"), weight.shape, *geometry)
+    residual = maker.activation(*out.shape) if o.get("residual") else None
     names = ("stride", "padding", "dilation", "groups", "relu")
     return (x, weight, bias, residual), {k: o[k] for k in names if k in o}
 

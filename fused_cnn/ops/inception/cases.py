@@ -60,46 +60,43 @@ def least(out: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Te
     return Pass((x, *weights, out), product), backward
 
 
-def block(x: Tensor, shapes: Sequence[Sequence[int]], convolutions: Sequence[Cost] = ()) -> Cost:
-    """The 1x1 convolutions of x as one, the two `convolutions` of what they reduced, the pool and its projection: x is
-    read by the first and by the pool."""
+def block(x: Tensor, shapes: Sequence[Sequence[int]], *, packed: bool) -> Cost:
+    """The 1x1 convolutions of x as one, the two of what they reduced (with packed weights: the engine's), the pool and
+    its projection: x is read by the first and by the pool."""
     between = pixels(x) * (shapes[1][0] + shapes[3][0] + x.size(1)) * x.element_size()
-    saved = sum(cost.flops_saved for cost in convolutions)
-    return Cost(5, {"x": 2}, scratch=between, flops=flops(x, shapes), flops_saved=saved)
+    costs = []
+    for shape in (shapes[2], shapes[4]) if packed else ():
+        reduced = x.new_empty((x.size(0), shape[1], *x.shape[2:]), device="meta")
+        costs.append(engine_conv(reduced, shape, (1, 1), (shape[2] // 2,) * 2, (1, 1))[1])
+    return Cost(
+        5,
+        {"x": 2, "packed": 0},
+        reads_more=sum(cost.reads_more for cost in costs),
+        scratch=between,
+        flops=flops(x, shapes),
+        flops_saved=sum(cost.flops_saved for cost in costs),
+    )
 
 
-def engine_convolutions(x: Tensor, shapes: Sequence[Sequence[int]]) -> list[Cost]:
-    """Conv3's and conv5's costs."""
-    return [
-        engine_conv(
-            x.new_empty((x.size(0), shape[1], *x.shape[2:]), device="meta"), shape, (1, 1), (shape[2] // 2,) * 2, (1, 1)
-        )[1]
-        for shape in (shapes[2], shapes[4])
-    ]
-
-
-def inception_fwd(args: Arguments, out: Tensor) -> Cost:
+def fwd_cost(args: Arguments, out: Tensor) -> Cost:
     x, weights = args["x"], args["weights"]
     shapes = [weight.shape for weight in weights]
-    # On the CPU the weights are packed at every call, where the image is worth it (csrc/inception/cpu.cpp:
-    # kWorthPacking).
+    # On the CPU weights are packed at every call, where the image is worth it (csrc/inception/cpu.cpp: kWorthPacking).
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() >= 512 * x.size(1):
-        cost = block(x, shapes, engine_convolutions(x, shapes))
-        return replace(cost, launches=6, scratch=cost.scratch + sum(map(tensor_bytes, weights)))
+        cost = block(x, shapes, packed=True)
+        return replace(cost, launches=6, reads_more=0, scratch=cost.scratch + sum(map(tensor_bytes, weights)))
     # Six of PyTorch's convolutions with an epilogue each, the pool, and a copy of every branch into its slice.
-    return replace(block(x, shapes), launches=17, rewrites=2)
+    return replace(block(x, shapes, packed=False), launches=17, rewrites=2)
 
 
-def inception_packed_fwd(args: Arguments, out: Tensor) -> Cost:
-    x, packed = args["x"], args["packed"]
-    shapes = weight_shapes(x.size(1), args["channels"], args["kernels"])
-    convolutions = engine_convolutions(x, shapes)
-    pointwise = tensor_bytes(packed[0]) + tensor_bytes(packed[3])  # of one form only
-    weights = pointwise + sum(cost.reads_more for cost in convolutions)
-    return replace(block(x, shapes, convolutions), reads={"x": 2, "packed": 0}, reads_more=weights)
+def packed_cost(args: Arguments, out: Tensor) -> Cost:
+    x, weights = args["x"], args["packed"]
+    cost = block(x, weight_shapes(x.size(1), args["channels"], args["kernels"]), packed=True)
+    pointwise = tensor_bytes(weights[0]) + tensor_bytes(weights[3])  # of one form only
+    return replace(cost, reads_more=cost.reads_more + pointwise)
 
 
-COSTS = {"inception_fwd": inception_fwd, "inception_pack": one_pass, "inception_packed_fwd": inception_packed_fwd}
+COSTS = {"inception_fwd": fwd_cost, "inception_pack": one_pass, "inception_packed_fwd": packed_cost}
 CASES = OpCases(
     name="inception",
     op=inception,
