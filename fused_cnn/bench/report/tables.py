@@ -96,8 +96,8 @@ def _bench_row(row: Row, labels: Cells, variants: Cells) -> Cells:
 
 
 def of_limit(row: Row) -> str:
-    """Fused's share of the limit. Work that moves its bytes within the cache has none; nor has an older row, whose limit
-    is a direct convolution's, where a form with fewer products passed that."""
+    """Fused's share of the limit. Work that moves its bytes within the cache has none; nor has an older row, whose
+    limit is a direct convolution's, where a form with fewer products passed that."""
     share = row["share_of_limit"]["fused"]
     if row.get("bound") == "cache":
         return "in cache"
