@@ -92,7 +92,7 @@ def _work(call: _Call, backend: str) -> Callable[[], object]:
 
 def _measure(call: _Call, backends: Sequence[str], device: torch.device) -> None:
     assert measuring.table is not None
-    _work(call, "reference")()  # where the library's path fails, the call itself is at fault
+    _work(call, "reference")()  # where PyTorch's own path fails, the call itself is at fault
     if "native" in backends and device.type == "cuda" and _library.cuda.loaded is not None:
         with contextlib.suppress(BackendUnavailable):  # no kernel for this op
             measure_gemm_tiles(_work(call, "native"), device, _library.cuda.loaded, measuring.table)
@@ -155,7 +155,7 @@ def tune(
             else without. A module's buffers are left as they were; what a plain callable changes stays changed.
         example: its arguments; their shapes, dtypes and device are what is tuned for.
         train: measure forward and backward, not forward alone.
-        backends: the candidates; the library's path ("reference") must be among them.
+        backends: the candidates; PyTorch's own path ("reference") must be among them.
         say: told of each step, for a progress display.
 
     While it runs no other thread may call the ops.

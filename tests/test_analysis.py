@@ -218,7 +218,7 @@ def test_fused_ops_by_hand():
     assert counted(lambda x: fused_cnn.add_relu(x, x, backend="native"), X) == (1, 2 * IMAGE, IMAGE)
     x, weight = X.double(), torch.randn(3, 4, 1, 1, dtype=torch.float64)
     run = lambda: fused_cnn.ops.conv_bias_relu(x, weight, backend="native")  # noqa: E731
-    found = count(run)  # float64: the library's convolution, then a pass over its result
+    found = count(run)  # float64: oneDNN's convolution, then a pass over its result
     assert (found.launches, found.bytes_read, found.bytes_written) == (2, 1600 + 96 + 1200, 2 * 1200)
     assert found.flops == 2 * 50 * 12
 

@@ -27,7 +27,7 @@ class Row:
     columns: dict[str, Any] = field(default_factory=dict)
     params: int = 0
     macs: int = 0
-    taken: tuple[int, ...] | None = None
+    input_shape: tuple[int, ...] | None = None
     result: tuple[int, ...] | None = None
 
 

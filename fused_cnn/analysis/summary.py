@@ -96,9 +96,9 @@ def summary(model: nn.Module, input_size: Sequence[int], name: str | None = None
     elif is_resnet(model):
         _compare_resnet(result, model)
     result.reductions = [
-        reduction(row.name, model.get_submodule(row.children[0]), row.taken)
+        reduction(row.name, model.get_submodule(row.children[0]), row.input_shape)
         for row in rows
-        if row.type == "inception" and row.taken is not None and "#3x3 reduce" in row.columns
+        if row.type == "inception" and row.input_shape is not None and "#3x3 reduce" in row.columns
     ]
     return result
 
@@ -118,11 +118,11 @@ def measure(model: nn.Module, rows: Sequence[Row], input_size: Sequence[int]) ->
 
 
 def _watch(child: nn.Module, row: Row, counter: Counter) -> None:
-    def before(module: nn.Module, taken: Any) -> None:
-        row.taken = row.taken or tuple(taken[0].shape)
+    def before(module: nn.Module, inputs: Any) -> None:
+        row.input_shape = row.input_shape or tuple(inputs[0].shape)
         row.macs -= counter.counts.flops // 2
 
-    def after(module: nn.Module, taken: Any, result: Any) -> None:
+    def after(module: nn.Module, inputs: Any, result: Any) -> None:
         row.macs += counter.counts.flops // 2
         row.result = next((tuple(t.shape) for t in tensors(result)), None)
 
@@ -164,8 +164,8 @@ def _shown(row: Row) -> dict[str, Any]:
     """The row as plain numbers."""
     assert row.result is not None
     columns = {key: value for key, value in row.columns.items() if value is not None}
-    if row.type == "avg pool" and row.taken is not None:
-        columns = {"patch_size": f"{row.taken[2]}x{row.taken[3]}/1", **columns}
+    if row.type == "avg pool" and row.input_shape is not None:
+        columns = {"patch_size": f"{row.input_shape[2]}x{row.input_shape[3]}/1", **columns}
     _, channels, *size = row.result
     output = [*(size or [1, 1]), channels]
     return {

@@ -205,10 +205,10 @@ def minimum_traffic(model: nn.Module, *inputs: Tensor, backward: bool = False) -
     alive: list[Any] = []  # results are told apart by id
     producer: dict[int, BlockTraffic] = {}
 
-    def record(name: str, module: nn.Module, taken: Any, result: Any) -> None:
+    def record(name: str, module: nn.Module, given: Any, result: Any) -> None:
         weights = _weight_bytes(module)
-        read, written = (sum(tensor_bytes(t) for t in tensors(v)) for v in (taken, result))
-        block = producer.get(id(taken[0])) if isinstance(module, _EPILOGUES) else None
+        read, written = (sum(tensor_bytes(t) for t in tensors(v)) for v in (given, result))
+        block = producer.get(id(given[0])) if isinstance(module, _EPILOGUES) else None
         if block is None:
             block = BlockTraffic(name, read, written)
             if backward:
@@ -223,7 +223,7 @@ def minimum_traffic(model: nn.Module, *inputs: Tensor, backward: bool = False) -
     def watch(name: str, module: nn.Module) -> None:
         if type(module).__name__ in _BLOCKS or next(module.children(), None) is None:
             # A block that is watched runs its layers as they are, so a stem's convolution and BatchNorm are seen too.
-            module.register_forward_hook(lambda m, taken, result: record(name, m, taken, result))
+            module.register_forward_hook(lambda m, given, result: record(name, m, given, result))
             return
         for child_name, child in module.named_children():
             watch(f"{name}.{child_name}".lstrip("."), child)

@@ -113,7 +113,7 @@ def check(
     for what, (found, true) in pairs.items():
         eps = torch.finfo(
             dtype
-        ).eps  # half of it once more where a library's product is rounded before the residual is added
+        ).eps  # half of it once more where cuBLAS's or oneDNN's product is rounded before the residual is added
         bounds = {"rtol": eps, "atol": eps / 2 * true.abs().max().item()}
         torch.testing.assert_close(found.double(), true, **bounds, msg=lambda text, w=what: f"{w} of {size}: {text}")
 

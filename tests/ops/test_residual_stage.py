@@ -83,7 +83,7 @@ def test_a_block_agrees_with_its_convolutions(name: str, dtype: torch.dtype, lay
     x = LAYOUTS[layout](torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype))
     block = pack_residual_block(chain, projection, shortcut=shortcut is not None, like=x)
     if block is None:
-        pytest.skip(f"{dtype} convolutions are the library's here")
+        pytest.skip(f"{dtype} convolutions are oneDNN's here")
     out = residual_stage(x, block)
     truth = in_turn(x, chain, projection, shortcut is not None, torch.float64)
     eager = in_turn(x, chain, projection, shortcut is not None, dtype)
@@ -128,7 +128,7 @@ def test_a_stage_agrees_with_its_blocks_one_by_one(name: str, dtype: torch.dtype
     stage = pack_residual_block(chain, projection, shortcut=shortcut is not None, like=x)
     block = pack_residual_block(rest, None, shortcut=True, like=x)
     if stage is None or block is None:
-        pytest.skip(f"{dtype} convolutions are the library's here")
+        pytest.skip(f"{dtype} convolutions are oneDNN's here")
     before, expected = x.clone(), residual_stage(x, stage)
     for _ in range(more):
         expected, stage = residual_stage(expected, block), stage.then(block)

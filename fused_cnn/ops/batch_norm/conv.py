@@ -91,11 +91,11 @@ def bn_relu_conv(
         weight: (out, C / groups, kh, kw), x's dtype and device.
         bias: (out,), x's dtype, or None.
         stride, padding, dilation, groups: of the convolution, as torch.nn.functional.conv2d takes them.
-        backend: of BatchNorm and ReLU; the convolution is the library's. "reference", "native", or None for the best at
-            hand.
+        backend: of BatchNorm and ReLU; the convolution is cuDNN's or oneDNN's. "reference", "native", or None for the
+            best at hand.
 
     Returns:
-        (N, out, H', W') in x's dtype, in the layout that the library's convolution gives.
+        (N, out, H', W') in x's dtype, in the layout that torch.nn.functional.conv2d gives.
 
     Saved for backward: x, weight and two vectors; relu(bn(x)) is computed again (arXiv 1604.06174, section 3: trading
     computation for memory). Mutated: the running statistics in training. The reference is differentiable twice, the

@@ -70,7 +70,7 @@ def _forward(branches: Sequence[Tensor], bias: Tensor | None, relu: bool, backen
 def concat_bias_relu(
     branches: Sequence[Tensor], bias: Tensor | None = None, *, relu: bool = True, backend: str | None = None
 ) -> Tensor:
-    """cat([relu(b_i + bias_i)], dim=1): the end of an Inception block whose convolutions are a library's.
+    """cat([relu(b_i + bias_i)], dim=1): the end of an Inception block whose convolutions are cuDNN's or oneDNN's.
 
     The "filter concatenation" of arXiv 1409.4842, section 4, figure 2b, with the bias and the ReLU of the convolutions
     before it.

@@ -1,7 +1,7 @@
-"""max_pool2d without indices: forward reads x once and writes the result; the library also writes an int64 index an
+"""max_pool2d without indices: forward reads x once and writes the result; PyTorch also writes an int64 index an
 element.
 
-Backward searches each window of x again (native float16 and float64: by the library's pool), so that no indices are
+Backward searches each window of x again (native float16 and float64: by PyTorch's pool), so that no indices are
 saved in between.
 """
 

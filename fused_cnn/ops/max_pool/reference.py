@@ -1,4 +1,4 @@
-"""The library's max pool: the definition that every backend is compared with."""
+"""PyTorch's max pool: the definition that every backend is compared with."""
 
 from __future__ import annotations
 
