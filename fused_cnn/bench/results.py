@@ -15,10 +15,10 @@ from typing import Any
 from .errors import RequestError
 
 KINDS = ("bench", "kernels", "verify", "tests")
-# By the name of its table, what a row calls a pass.
+# What a row calls a pass, by the name of its table.
 PASSES = {"inference": "inference", "training": "training step"}
 TABLES = {step: table for table, step in PASSES.items()}
-LABELS = ("op", "case", "model", "pass", "dtype", "batch", "variant")  # what tells it from others
+LABELS = ("op", "case", "model", "pass", "dtype", "batch", "variant")  # what tells a row from others
 OF_VARIANTS = ("times", "ratios", "gb_per_s", "tflop_per_s", "share_of_limit", "launches")
 Row = dict[str, Any]
 Result = dict[str, Any]
@@ -91,8 +91,8 @@ def table_of(row: Row) -> str:
 
 def _by_table(result: Result) -> dict[str, list[Row]]:
     rows: list[Row] = result.get("rows", [])
-    if result["kind"] in ("verify", "kernels"):
-        return {{"kernels": "steps"}.get(result["kind"], "verify"): rows}
+    if table := {"verify": "verify", "kernels": "steps"}.get(result["kind"]):
+        return {table: rows}
     return {table: [row for row in rows if table_of(row) == table] for table in dict.fromkeys(map(table_of, rows))}
 
 

@@ -25,7 +25,8 @@ from ..bench.results import PASSES, Result, Row, take_rows
 from ..bench.worker import Worker
 from ._common import Backend, Json, Minutes, Networks, Seconds, backend_of, device, dtype_of, progress, show_rows
 
-STEPS = {"ops": (), **{name: (step,) for name, step in PASSES.items()}}  # the passes of these that are timed
+# The networks' passes that are timed for what is asked for.
+STEPS = {"ops": (), **{name: (step,) for name, step in PASSES.items()}}
 STEPS |= dict.fromkeys(("models", "all"), tuple(PASSES.values()))
 
 
