@@ -223,6 +223,14 @@ def test_fused_ops_by_hand():
     assert found.flops == 2 * 50 * 12
 
 
+def test_winograds_form_spares_operations():
+    x, weight = torch.randn(1, 64, 28, 28), torch.randn(64, 64, 3, 3)
+    packed, _ = fused_cnn.ops.pack_conv(weight, None, like=x)
+    found = count(lambda: fused_cnn.ops.conv_bias_relu(x, packed, padding=1))
+    assert found.flops == 2 * 28 * 28 * 9 * 64 * 64
+    assert found.flops - found.flops_saved == 2 * 24 * (14 * 7) * 64 * 64  # 24 products for tiles of 2 x 4 pixels
+
+
 def test_onednn_ops_by_hand():
     conv = torch.ops.mkldnn._convolution_pointwise
     if not torch.backends.mkldnn.is_available():

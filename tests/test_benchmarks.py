@@ -102,6 +102,15 @@ def test_a_capture_that_fails_leaves_the_other_variants_times() -> None:
     assert set(Sum("adds", captured=True).run(0, CEILINGS)["share_of_limit"]) == {"eager", "fused", "peer"}
 
 
+def test_a_limit_is_a_bound_of_what_is_really_done() -> None:
+    ceilings = Ceilings(1e10, {"float32": 1e11, "bfloat16": 1e10, "float64": 5e10}, cache=1000)
+    assert ceilings.limit(2000, 100, "float32") == (2e-7, "memory")
+    assert ceilings.limit(2000, 10**6, "float32") == (1e-5, "products")
+    assert ceilings.limit(999, 100, "float32") == (1e-9, "cache")
+    assert ceilings.rate("bfloat16") == 1e11 and ceilings.rate("float64") == 5e10
+    assert Ceilings(1e10, {"bfloat16": 1e10}).limit(999, 100, "bfloat16") == (999e-10, "memory")  # an old result's
+
+
 @pytest.fixture(scope="module")
 def suite() -> ModuleType:
     """benchmarks/conftest.py."""

@@ -72,15 +72,17 @@ def roofline(result: Result, path: Path) -> Path:
     figure, panels = _panels(1, len(dtypes), (6.2 * len(dtypes), 4.8), sharey=True)
     for dtype, axes in zip(dtypes, panels[0], strict=True):
         of_dtype = [row for row in rows if row["dtype"] == dtype]
-        done = [row.get("flops_done", row["flops"]) for row in of_dtype]
-        intensities = [flops / row["bytes"] for flops, row in zip(done, of_dtype, strict=True)]
+        intensities = [_done(row) / row["bytes"] for row in of_dtype]
         copy, product = ceilings.copy, ceilings.rate(dtype)
         edges = [min(intensities) / 2, product / copy, max(*intensities, product / copy) * 2]
         axes.plot(edges, [min(product, copy * edge) for edge in edges], color="black", linewidth=1, label="limit")
         for variant, marker in (("eager", "x"), ("fused", "o")):
-            speeds = [flops / row["times"][variant]["median"] for flops, row in zip(done, of_dtype, strict=True)]
-            alphas = [0.2 if row.get("bound") == "cache" else 0.7 for row in of_dtype]
-            axes.scatter(intensities, speeds, s=16, marker=marker, alpha=alphas, color=COLOURS[variant], label=variant)
+            for label, alpha, in_cache in ((variant, 0.7, False), (f"{variant}, in cache", 0.2, True)):
+                some = [row for row in of_dtype if (row.get("bound") == "cache") == in_cache]
+                points = [(_done(row) / row["bytes"], _done(row) / row["times"][variant]["median"]) for row in some]
+                if points:
+                    style = {"marker": marker, "alpha": alpha, "color": COLOURS[variant], "label": label}
+                    axes.scatter(*zip(*points, strict=True), s=16, **style)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("floating-point operations per byte")
@@ -88,6 +90,12 @@ def roofline(result: Result, path: Path) -> Path:
     panels[0][0].set_ylabel("floating-point operations per second")
     panels[0][0].legend(frameon=False)
     return _save(figure, f"Every op, forward and backward, {result['device_name']}", path)
+
+
+def _done(row: Row) -> int:
+    """The operations of the algorithm that fused ran, where the row has them."""
+    done: int = row["flops_done" if "flops_done" in row else "flops"]
+    return done
 
 
 def images_per_second(result: Result, path: Path) -> Path:
