@@ -216,7 +216,7 @@ def test_bench_saves_rows_that_report_reads(capfd: pytest.CaptureFixture[str], t
         assert row["limit"] == (products if in_cache else max(memory, products)) and row["flops_done"] == row["flops"]
         assert row["bound"] == ("products" if memory <= products else "cache" if in_cache else "memory")
         assert row["share_of_limit"]["fused"] == pytest.approx(row["limit"] / row["times"]["fused"]["median"])
-    assert set(found["sources"]["native"]) >= {"add_relu", "batch_norm"}
+    assert set(found["sources"]["native"]) >= {"conv", "batch_norm"}
     code, text, _ = run(capfd, "report", str(file), "--out", str(tmp_path))
     assert code == 0 and text.count("| add_relu |") >= 8 and "rows." in text
     assert (tmp_path / f"roofline{SUFFIX}.png").read_bytes().startswith(b"\x89PNG")

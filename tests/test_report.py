@@ -45,11 +45,11 @@ def test_without_a_gpus_results_nothing_has_run() -> None:
 
 def test_a_run_is_named_with_its_gpu_date_and_source() -> None:
     here, elsewhere = state(run_of_the_tests("2026-11-25T10:00:00"))
-    assert here == f"NVIDIA H200, 2026-11-25, `{NOW['native']['add_relu'][:8]}`" and elsewhere == ran.NEVER
+    assert here == f"NVIDIA H200, 2026-11-25, `{NOW['native']['conv'][:8]}`" and elsewhere == ran.NEVER
 
 
 def test_a_changed_source_makes_a_run_stale_until_it_is_run_again() -> None:
-    old = run_of_the_tests("2026-11-25", sources={**NOW, "native": {**NOW["native"], "add_relu": "0123456789abcdef"}})
+    old = run_of_the_tests("2026-11-25", sources={**NOW, "native": {**NOW["native"], "conv": "0123456789abcdef"}})
     assert state(old)[0] == "*stale*: NVIDIA H200, 2026-11-25, `01234567`"
     assert state(run_of_the_tests("2026-11-26"), old)[0].startswith("NVIDIA H200, 2026-11-26")
 
@@ -61,7 +61,7 @@ def test_a_failure_is_named_one() -> None:
 
 
 def test_what_failed_in_other_sources_is_stale_and_named_a_failure() -> None:
-    old = {**NOW, "native": {**NOW["native"], "add_relu": "0123456789abcdef"}}
+    old = {**NOW, "native": {**NOW["native"], "conv": "0123456789abcdef"}}
     assert (
         state(run_of_the_tests("2026-11-25", passed=False, sources=old))[0]
         == "*stale*, failed: NVIDIA H200, 2026-11-25, `01234567`"
