@@ -109,15 +109,15 @@ def install(csrc: Path = ROOT / "csrc", rooms: Sequence[str] = tuple(ROOMS)) -> 
     return loaded
 
 
-def run_broken(room: str, breaks: Mapping[str, tuple[str, str, str]], folder: Path) -> dict[str, str]:
-    """What is said of a room when, in a copy of csrc for each break, a piece of a file is another; see main()."""
+def run_broken(op: str, breaks: Mapping[str, tuple[str, str, str]], folder: Path) -> dict[str, str]:
+    """What is said of an op when, in a copy of csrc for each break, a piece of a file is another; see main()."""
     for name, (file, right, wrong) in breaks.items():
         shutil.copytree(ROOT / "csrc", folder / name / "csrc")
         path = folder / name / "csrc" / file
         text = path.read_text()
         assert text.count(right) == 1, f"{file} has {text.count(right)} times: {right}"
         path.write_text(text.replace(right, wrong))
-    command = [sys.executable, __file__, room, *(str(folder / name) for name in breaks)]
+    command = [sys.executable, __file__, op, *(str(folder / name) for name in breaks)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     verdicts = {name: folder / name / "verdict" for name in breaks}
     return {
@@ -125,24 +125,23 @@ def run_broken(room: str, breaks: Mapping[str, tuple[str, str, str]], folder: Pa
     }
 
 
-def main(room: str, folders: Sequence[str]) -> None:
-    """In a process for each folder compare a room's kernels in its csrc with float64, and write down what came of
-    it."""
+def main(op: str, folders: Sequence[str]) -> None:
+    """In a process for each folder compare an op's kernels in its csrc with float64, and write down what came of it."""
     for folder in folders:
         child = os.fork()  # torch's import is the most of what a small room costs
         if child == 0:
-            Path(folder, "verdict").write_text(verdict(Path(folder, "csrc"), room))
+            Path(folder, "verdict").write_text(verdict(Path(folder, "csrc"), op))
             os._exit(0)
         os.waitpid(child, 0)
 
 
-def verdict(csrc: Path, room: str) -> str:
+def verdict(csrc: Path, op: str) -> str:
     """ "passed", or "caught" and what was."""
-    needed = {"inception": ("conv", "inception")}.get(room, (room,))
-    install(csrc, needed).simt_install(True)
+    room = next(room for room, ops in ROOMS.items() if op in ops)
+    install(csrc, ("conv", "inception") if room == "inception" else (room,)).simt_install(True)
     _backends.BACKENDS = (*_backends.BACKENDS, "simt")
     for cases in all_cases():
-        for case in cases.cases if cases.name in ROOMS[room] else ():
+        for case in cases.cases if cases.name == op else ():
             for dtype, layout in ((torch.float32, "channels_last"), (torch.float16, "offset")):
                 try:
                     wrong = [str(found) for found in compare(cases, case, "simt", dtype, layout) if not found.ok]

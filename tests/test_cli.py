@@ -273,7 +273,7 @@ def test_bench_times_a_network_and_counts_its_memory(capfd: pytest.CaptureFixtur
         )  # traffic is counted by the CPU kernels' costs
     assert training["saved"]["fused"] < training["saved"]["eager"]
     code, text, _ = run(capfd, "report", str(file), "--out", str(tmp_path))
-    assert code == 0 and text.count("| resnet18 |") == 4
+    assert code == 0 and text.count("| resnet18 |") == 6
     plots = ("images", "memory", *(("traffic-inference", "traffic-training") if DEVICE == "cpu" else ()))
     assert all((tmp_path / f"{name}{SUFFIX}.png").exists() for name in plots)
 

@@ -173,10 +173,12 @@ def test_results_are_bitwise_equal_in_reruns() -> None:
 
 
 OUTSIDE, OFF = "outside of every tensor", "on a multiple of 16 bytes at another address"
-# Mistakes that the checks must notice, by room and what of it: a file, a piece of it, what stands there instead, and
+# Mistakes that the checks must notice, by op: a file, a piece of it, what stands there instead, and
 # what is said of it.
 BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
-    "concat": {
+    "concat_bias_relu": {
+        "no mistake": ("shared/relu.h", "#pragma once", "#pragma once", "passed"),
+        "vectors where there are none": ("cuda/vector.cuh", "(p) % 16 == 0", "(p) % 2 == 0", OFF),
         "a row too many": (
             "cuda/column_reduction.cuh",
             "if (r < tile.end) load(u, r);",
@@ -194,12 +196,10 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
     "inception": {
         "a slice of the product in the wrong place": ("cuda/gemm/epilogue.cuh", "column -= slice.columns;", "", OUTSIDE)
     },
-    "conv": {
-        "no mistake": ("shared/relu.h", "#pragma once", "#pragma once", "passed"),
-        "a rest of the elements left out": ("conv/cuda_add_relu.cu", "if (rest > 0)", "if (rest > 63)", "error=inf"),
-        "vectors where there are none": ("cuda/vector.cuh", "(p) % 16 == 0", "(p) % 2 == 0", OFF),
+    "add_relu": {
+        "a rest of the elements left out": ("conv/cuda_add_relu.cu", "if (rest > 0)", "if (rest > 63)", "error=inf")
     },
-    "conv products": {
+    "conv1x1_bias_relu": {
         "a rest of the rows left out": ("conv/cuda.cu", "run(whole, 1, rest);", "run(whole, 0, rest);", "error="),
         "pairs of columns in the wrong place": (
             "cuda/gemm/epilogue.cuh",
@@ -209,7 +209,7 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
         ),
         "a residual's row too far": ("cuda/gemm/epilogue.cuh", "row >= m ||", "row > m ||", OUTSIDE),
     },
-    "conv cudnn": {
+    "conv_bias_relu": {
         "memory off 16 bytes for cuDNN": (
             "shared/aten_conv.h",
             "% 16 != 0) return",
@@ -217,7 +217,7 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
             "aten::convolution: ",
         )
     },
-    "batch_norm": {
+    "bn_add_relu": {
         "a channel of the mask left out": (
             "batch_norm/cuda_fwd.cu",
             "j < tile.n) byte |=",
@@ -228,10 +228,10 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", BREAKS)
-def test_broken_kernels_are_caught(kind: str, tmp_path: Path) -> None:
-    found = simt_backend.run_broken(kind.split()[0], {name: how[:3] for name, how in BREAKS[kind].items()}, tmp_path)
-    for name, (*_, expected) in BREAKS[kind].items():
+@pytest.mark.parametrize("op", BREAKS)
+def test_broken_kernels_are_caught(op: str, tmp_path: Path) -> None:
+    found = simt_backend.run_broken(op, {name: how[:3] for name, how in BREAKS[op].items()}, tmp_path)
+    for name, (*_, expected) in BREAKS[op].items():
         assert found[name].startswith(("caught", "passed")) and expected in found[name], (name, found[name])
 
 
