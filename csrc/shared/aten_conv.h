@@ -1,6 +1,7 @@
-// The library's convolution, its gradients, and the max pool, called through the dispatcher: oneDNN on the CPU, cuDNN
-// on CUDA.
+// PyTorch's (ATen's) convolution, its gradients and max pool, called through the dispatcher: oneDNN runs the
+// convolutions on the CPU, cuDNN on CUDA. And the checks of a convolution's arguments.
 #pragma once
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <tuple>
@@ -51,7 +52,7 @@ inline void check_conv(const char* op, const Tensor& x, const Tensor& weight, co
   check_like(op, "x", x, "weight", weight, /*same_shape=*/false);
   FUSED_CNN_CHECK(p.groups >= 1 && weight.size(0) % p.groups == 0 && weight.size(1) * p.groups == x.size(1), op,
                   ": x has ", x.size(1), " channels; a weight of shape ", shape_of(weight), " with groups=", p.groups,
-                  " takes ", weight.size(1) * p.groups);
+                  " needs ", weight.size(1) * p.groups);
   const Ints kernel{weight.size(2), weight.size(3)};
   check_geometry(op, x.size(2), x.size(3), kernel, p);
   if (bias) {
@@ -75,7 +76,7 @@ inline void check_1x1(const char* op, const Tensor& weight) {
                   shape_of(weight));
 }
 
-// A tensor as the library may have it. cuDNN was seen to read tensors of any address 16 bytes at a time (float32 weight
+// A tensor as cuDNN may have it: it was seen to read tensors of any address 16 bytes at a time (float32 weight
 // gradients, on an H200); so what does not lie on 16 bytes is copied.
 inline Tensor for_library(const Tensor& t) {
 #ifdef USE_CUDA
@@ -84,15 +85,21 @@ inline Tensor for_library(const Tensor& t) {
   return t;
 }
 
+// The results of an operator, which has one name for all its overloads.
+template <size_t kResults, typename... Args>
+auto call_aten(const char* name, const Args&... arguments) {
+  std::array<StableIValue, std::max(kResults, sizeof...(Args))> stack{torch::stable::detail::from(arguments)...};
+  call_operator(name, "", stack);
+  std::array<Tensor, kResults> results;
+  for (size_t i = 0; i < kResults; ++i) results[i] = torch::stable::detail::to<Tensor>(stack[i]);
+  return results;
+}
+
 inline Tensor library_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                            const ConvParams& p) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 9> stack{from(for_library(x)), from(for_library(weight)), from(bias),
-                                    from(p.stride),       from(p.padding),           from(p.dilation),
-                                    from(false),          from(Ints{0, 0}),          from(p.groups)};
-  call_operator("aten::convolution", "", stack);
-  Tensor y = torch::stable::detail::to<Tensor>(stack[0]);
-  FUSED_CNN_CHECK(y.scalar_type() == x.scalar_type(), "the library's convolution of ",
+  const auto [y] = call_aten<1>("aten::convolution", for_library(x), for_library(weight), bias, p.stride, p.padding,
+                                p.dilation, /*transposed=*/false, /*output_padding=*/Ints{0, 0}, p.groups);
+  FUSED_CNN_CHECK(y.scalar_type() == x.scalar_type(), "PyTorch's convolution of ",
                   torch::headeronly::toString(x.scalar_type()), " gave ", torch::headeronly::toString(y.scalar_type()),
                   ": autocast must be off around this op");
   return y;
@@ -101,34 +108,17 @@ inline Tensor library_conv(const Tensor& x, const Tensor& weight, const std::opt
 // (grad_x, grad_weight); one that is not needed is undefined.
 inline std::tuple<Tensor, Tensor> library_conv_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                                         const ConvParams& p, bool needs_x, bool needs_weight) {
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
-  const bool mask[] = {needs_x, needs_weight, false};
-  std::array<StableIValue, 11> stack{
-      from(for_library(grad)),
-      from(for_library(x)),
-      from(for_library(weight)),
-      from(std::optional<Ints>()),
-      from(p.stride),
-      from(p.padding),
-      from(p.dilation),
-      from(false),
-      from(Ints{0, 0}),
-      from(p.groups),
-      from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3)),
-  };
-  call_operator("aten::convolution_backward", "", stack);
-  Tensor grad_x = to<Tensor>(stack[0]), grad_weight = to<Tensor>(stack[1]), grad_bias = to<Tensor>(stack[2]);
+  const bool needs[] = {needs_x, needs_weight, false};
+  const auto [grad_x, grad_weight, grad_bias] =
+      call_aten<3>("aten::convolution_backward", for_library(grad), for_library(x), for_library(weight),
+                   /*bias_sizes=*/std::optional<Ints>(), p.stride, p.padding, p.dilation, /*transposed=*/false,
+                   /*output_padding=*/Ints{0, 0}, p.groups, torch::headeronly::HeaderOnlyArrayRef<bool>(needs, 3));
   return {grad_x, grad_weight};
 }
 
 inline Tensor library_max_pool2d(const Tensor& x, const Ints& kernel, const Ints& stride, const Ints& padding,
                                  const Ints& dilation, bool ceil_mode) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(for_library(x)), from(kernel),   from(stride),
-                                    from(padding),        from(dilation), from(ceil_mode)};
-  call_operator("aten::max_pool2d", "", stack);
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return call_aten<1>("aten::max_pool2d", for_library(x), kernel, stride, padding, dilation, ceil_mode)[0];
 }
 
 }  // namespace fused_cnn
