@@ -6,16 +6,6 @@
 namespace fused_cnn::FUSED_CNN_LEVEL {
 namespace {
 
-// Lanes in use.
-template <typename C>
-constexpr int64_t lanes_used(All) {
-  return kLanes<C>;
-}
-template <typename C>
-constexpr int64_t lanes_used(Some some) {
-  return some.n;
-}
-
 template <typename C, typename Used>
 FUSED_CNN_INLINE void store_bits(Vec<C> v, uint8_t* row, int64_t c, Used used) {
 #if defined(__AVX512F__)
@@ -32,14 +22,14 @@ FUSED_CNN_INLINE void store_bits(Vec<C> v, uint8_t* row, int64_t c, Used used) {
   } else {  // vectors of fewer than 8 lanes
     byte[0] |= static_cast<uint8_t>(bits << (c % 8));
   }
-  if (lanes_used<C>(used) > 8) byte[1] = static_cast<uint8_t>(bits >> 8);
+  if (min(used.n, kLanes<C>) > 8) byte[1] = static_cast<uint8_t>(bits >> 8);
 }
 
 // v where the bit is set, else 0.
 template <typename C, typename Used>
 FUSED_CNN_INLINE Vec<C> apply_bits(Vec<C> v, const uint8_t* row, int64_t c, Used used) {
   const uint8_t* byte = row + c / 8;
-  const uint32_t bits = (byte[0] | (lanes_used<C>(used) > 8 ? uint32_t{byte[1]} << 8 : 0u)) >> (c % 8);
+  const uint32_t bits = (byte[0] | (min(used.n, kLanes<C>) > 8 ? uint32_t{byte[1]} << 8 : 0u)) >> (c % 8);
 #if defined(__AVX512F__)
   if constexpr (sizeof(C) == 4) return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v);
   if constexpr (sizeof(C) == 8) return _mm512_maskz_mov_pd(static_cast<__mmask8>(bits), v);

@@ -16,10 +16,6 @@ constexpr int64_t kCacheBytes = 4 << 20;  // a thread's share of the caches, for
 struct Convolution {
   engine::ConvShape shape;
   const void* packed;
-
-  int64_t channels() const { return shape.out_channels[0]; }
-  int64_t height() const { return engine::conv_out_h(shape); }
-  int64_t width() const { return engine::conv_out_w(shape); }
 };
 
 Convolution convolution(const char* op, const Tensor& packed, const int64_t* g, DType dtype, int64_t channels,
@@ -53,7 +49,7 @@ Tensor residual_stage_packed_fwd(const Tensor& x, std::vector<Tensor> packed, In
   const auto next_of_size = [&](size_t index) {
     return convolution(op, packed[index], &geometry[index * kGeometry], dtype, size[0], size[1], size[2]);
   };
-  const auto size_of = [](const Convolution& c) { return Ints{c.channels(), c.height(), c.width()}; };
+  const auto size_of = [](const Convolution& c) { return Ints{c.shape.out_channels[0], c.shape.out_h, c.shape.out_w}; };
   std::optional<Convolution> projection;
   if (projects) projection = next_of_size(packed.size() - 1);
   int64_t between[2] = {0, 0};  // elements of an image, in turn
@@ -112,7 +108,7 @@ Tensor residual_stage_packed_fwd(const Tensor& x, std::vector<Tensor> packed, In
       const Rows result{in_scratch[b] ? scratch[2] : static_cast<char*>(out.data_ptr()) + n * image, channels};
       Rows from = input;
       for (int64_t i = 0; i + 1 < lengths[b]; ++i) {
-        const Rows to{scratch[i % 2], next->channels()};
+        const Rows to{scratch[i % 2], next->shape.out_channels[0]};
         run(*next++, from, {.out = to});
         from = to;
       }

@@ -13,11 +13,11 @@ DType engine_dtype(const char* op, const Tensor& x) {
   return dtype_of(op, "x", x);
 }
 
-engine::ConvShape conv_shape(const Ints& x, int64_t out_channels, const Ints& kernel, const ConvParams& p) {
-  return {.N = x[0],
-          .C = x[1],
-          .H = x[2],
-          .W = x[3],
+engine::Window window_of(const Ints& sizes, const Ints& kernel, const ConvParams& p) {
+  return {.N = sizes[0],
+          .C = sizes[1],
+          .H = sizes[2],
+          .W = sizes[3],
           .kernel_h = kernel[0],
           .kernel_w = kernel[1],
           .stride_h = p.stride[0],
@@ -26,8 +26,15 @@ engine::ConvShape conv_shape(const Ints& x, int64_t out_channels, const Ints& ke
           .pad_w = p.padding[1],
           .dilation_h = p.dilation[0],
           .dilation_w = p.dilation[1],
-          .out_channels = {out_channels},
-          .batch = x[0]};
+          .out_h = conv_out_size(sizes[2], kernel, p, 0),
+          .out_w = conv_out_size(sizes[3], kernel, p, 1)};
+}
+
+engine::ConvShape conv_shape(const Ints& sizes, int64_t out_channels, const Ints& kernel, const ConvParams& p) {
+  engine::ConvShape shape{window_of(sizes, kernel, p)};
+  shape.out_channels[0] = out_channels;
+  shape.batch = shape.N;
+  return shape;
 }
 
 Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
@@ -86,11 +93,10 @@ Tensor cpu_conv_packed(const char* op, const Tensor& x, const Tensor& packed, co
   const Ints kernel{weight_shape[2], weight_shape[3]};
   check_geometry(op, x.size(2), x.size(3), kernel, params);
   const int64_t channels = weight_shape[0];
-  const engine::ConvShape shape = conv_shape({x.size(0), x.size(1), x.size(2), x.size(3)}, channels, kernel, params);
-  const int64_t height = engine::conv_out_h(shape), width = engine::conv_out_w(shape);
-  if (residual) check_residual(op, x, *residual, channels, height, width);
+  const engine::ConvShape shape = conv_shape(sizes_of(x), channels, kernel, params);
+  if (residual) check_residual(op, x, *residual, channels, shape.out_h, shape.out_w);
   check_packed(op, packed, shape, dtype);
-  const Tensor out = empty_result(x, channels, height, width);
+  const Tensor out = empty_result(x, channels, shape.out_h, shape.out_w);
   if (out.numel() > 0) {
     const RowView in = rows_of(x);
     std::optional<RowView> addend;

@@ -14,8 +14,13 @@ bool engine_supports(const Tensor& x);
 // The element type of x, which the engine must support.
 DType engine_dtype(const char* op, const Tensor& x);
 
-// x is (N, C, H, W); stride, padding and dilation are those of params.
-engine::ConvShape conv_shape(const Ints& x, int64_t out_channels, const Ints& kernel, const ConvParams& params);
+// What a kernel meets on an input of the sizes (N, C, H, W), and such a convolution.
+engine::Window window_of(const Ints& sizes, const Ints& kernel, const ConvParams& params);
+engine::ConvShape conv_shape(const Ints& sizes, int64_t out_channels, const Ints& kernel, const ConvParams& params);
+
+inline Ints sizes_of(const Tensor& x) {
+  return {x.size(0), x.size(1), x.size(2), x.size(3)};
+}
 
 // One buffer of bytes that holds the weights and biases of convolutions sharing an input; biases are float32 or absent.
 Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,

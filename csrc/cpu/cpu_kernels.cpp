@@ -8,17 +8,17 @@ namespace fused_cnn::FUSED_CNN_LEVEL {
 namespace {
 
 // Arguments come by value: the compiler then knows that no store changes them.
-template <typename T, bool Relu>
+template <typename T, bool Bias, bool Residual, bool Relu>
 void forward(BiasResidualRelu args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
-  const C* bias = static_cast<const C*>(args.bias);
   row_groups(begin, end, args.channels * sizeof(T), [&](int64_t r, auto group) FUSED_CNN_LAMBDA {
     columns<C>(args.channels, [&](int64_t c, auto used) FUSED_CNN_LAMBDA {
-      const Vec<C> b = bias ? load(bias + c, used) : Vec<C>{};
+      Vec<C> bias{};
+      if constexpr (Bias) bias = load(static_cast<const C*>(args.bias) + c, used);
       for (int64_t k = r; k < r + group.n; ++k) {
         Vec<C> v = load(args.y.at<const T>(k) + c, used);
-        if (bias) v = v + b;
-        if (args.residual.data) v = v + load(args.residual.at<const T>(k) + c, used);
+        if constexpr (Bias) v = v + bias;
+        if constexpr (Residual) v = v + load(args.residual.at<const T>(k) + c, used);
         store(args.out.at<T>(k) + c, Relu ? relu(v) : v, used);
       }
     });
@@ -26,25 +26,26 @@ void forward(BiasResidualRelu args, int64_t begin, int64_t end) {
 }
 
 constexpr int64_t kStrip = 1024;     // channels whose sums lie in the first-level cache
-constexpr int64_t kRowsPerSum = 64;  // added up as floats
+constexpr int64_t kRowsPerSum = 64;  // added up as floats, at least
 
-template <typename T, bool Relu, bool Sum>
+template <typename T, bool Relu, bool Sum, bool Write>
 void backward(DreluBgrad args, int64_t begin, int64_t end, double* sums) {
   using C = compute_t<T>;
+  const int64_t blocks = Sum ? max((end - begin) / kRowsPerSum, 1) : 1;
   C partial[kStrip];
   for (int64_t first = 0; first < args.channels; first += kStrip) {
     const int64_t width = min(kStrip, args.channels - first);
-    for (int64_t from = begin, until; from < end; from = until) {
-      until = Sum ? min(from + kRowsPerSum, end) : end;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t from = begin + (end - begin) * block / blocks, to = begin + (end - begin) * (block + 1) / blocks;
       if constexpr (Sum) memset(partial, 0, width * sizeof(C));
-      row_groups(from, until, width * sizeof(T), [&](int64_t r, auto group) FUSED_CNN_LAMBDA {
+      row_groups(from, to, width * sizeof(T), [&](int64_t r, auto group) FUSED_CNN_LAMBDA {
         columns<C>(width, [&](int64_t c, auto used) FUSED_CNN_LAMBDA {
           Vec<C> total{};
           for (int64_t k = r; k < r + group.n; ++k) {
             Vec<C> g = load(args.grad_out.at<const T>(k) + first + c, used);
             if constexpr (Relu) g = relu_grad(g, load(args.out.at<const T>(k) + first + c, used));
-            if (args.grad.data) store(args.grad.at<T>(k) + first + c, g, used);
-            total = total + g;
+            if constexpr (Write) store(args.grad.at<T>(k) + first + c, g, used);
+            if constexpr (Sum) total = total + g;
           }
           if constexpr (Sum) store(partial + c, load(partial + c, used) + total, used);
         });
@@ -61,15 +62,19 @@ void backward(DreluBgrad args, int64_t begin, int64_t end, double* sums) {
 void bias_residual_relu(DType dtype, const BiasResidualRelu& args, int64_t begin, int64_t end) {
   with_type(dtype, [&](auto element) {
     using T = decltype(element);
-    (args.relu ? forward<T, true> : forward<T, false>)(args, begin, end);
+    const auto call = args.residual.data ? (args.relu ? forward<T, false, true, true> : forward<T, false, true, false>)
+                      : args.bias ? (args.relu ? forward<T, true, false, true> : forward<T, true, false, false>)
+                                  : (args.relu ? forward<T, false, false, true> : forward<T, false, false, false>);
+    call(args, begin, end);
   });
 }
 
 void drelu_bgrad(DType dtype, const DreluBgrad& args, int64_t begin, int64_t end, double* sums) {
   with_type(dtype, [&](auto element) {
     using T = decltype(element);
-    const auto call = args.out.data ? (sums ? backward<T, true, true> : backward<T, true, false>)
-                                    : (sums ? backward<T, false, true> : backward<T, false, false>);
+    const auto call = !args.grad.data ? backward<T, false, true, false>
+                      : args.out.data ? (sums ? backward<T, true, true, true> : backward<T, true, false, true>)
+                                      : (sums ? backward<T, false, true, true> : backward<T, false, false, true>);
     call(args, begin, end, sums);
   });
 }

@@ -5,8 +5,8 @@
 
 namespace fused_cnn {
 
-// out = act(y + bias + residual), without the bias or the residual where it is null; act is ReLU or the identity.
-// `bias` is of the compute type; out may be y.
+// out = act(y + bias), act(y + residual) or act(y), where both are null; act is ReLU or the identity. `bias` is of the
+// compute type; out may be y.
 struct BiasResidualRelu {
   Rows y;
   const void* bias = nullptr;
@@ -16,8 +16,8 @@ struct BiasResidualRelu {
 };
 FUSED_CNN_KERNEL(void bias_residual_relu(DType dtype, const BiasResidualRelu& args, int64_t begin_row, int64_t end_row))
 
-// grad = grad_out where out > 0 or NaN (everywhere where `out` is null); nothing is written where `grad` is null.
-// sums[c] += the column sums of grad, unless sums is null.
+// grad = grad_out where out > 0 or NaN (everywhere where `out` is null), and sums[c] += its column sums unless sums is
+// null. Where `grad` is null, the column sums of grad_out alone.
 struct DreluBgrad {
   Rows grad_out, out = {}, grad = {};
   int64_t channels;

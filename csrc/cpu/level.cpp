@@ -63,7 +63,9 @@ const char* cpu_level_name() {
 bool set_cpu_level(const char* name) {
   static const CpuLevel best = best_level();
   for (int i = 0; i <= static_cast<int>(best); ++i) {
-    if (std::strcmp(kNames[i], name) == 0) return current() = static_cast<CpuLevel>(i), true;
+    if (std::strcmp(kNames[i], name) != 0) continue;
+    current() = static_cast<CpuLevel>(i);
+    return true;
   }
   return false;
 }

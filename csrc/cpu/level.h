@@ -1,9 +1,10 @@
 // One kernel source, several instruction sets. setup.py compiles every csrc/**/cpu_kernels.cpp once per level, each
 // time with FUSED_CNN_LEVEL set to the level's name, which is also the namespace that the kernels land in.
-// FUSED_CNN_KERNEL declares a kernel at every level; FUSED_CNN_PICK takes the best one that this processor runs, at run
+// FUSED_CNN_KERNEL declares a kernel at every level; FUSED_CNN_PICK is the best one that this processor runs, at run
 // time. Kernel files must not instantiate standard-library templates: the linker keeps one copy of those, and it might
 // be the AVX-512 one.
 #pragma once
+#include <array>
 
 namespace fused_cnn {
 
@@ -16,34 +17,21 @@ const char* cpu_level_name();
 bool set_cpu_level(const char* name);
 
 #if defined(__x86_64__)
-#define FUSED_CNN_KERNEL(...) \
-  namespace generic {         \
-  __VA_ARGS__;                \
-  }                           \
-  namespace avx2 {            \
-  __VA_ARGS__;                \
-  }                           \
-  namespace avx512 {          \
-  __VA_ARGS__;                \
-  }                           \
-  namespace avx512_bf16 {     \
-  __VA_ARGS__;                \
-  }                           \
-  namespace amx {             \
-  __VA_ARGS__;                \
-  }
-#define FUSED_CNN_PICK(name)                                                            \
-  (::fused_cnn::cpu_level() == ::fused_cnn::CpuLevel::amx           ? amx::name         \
-   : ::fused_cnn::cpu_level() == ::fused_cnn::CpuLevel::avx512_bf16 ? avx512_bf16::name \
-   : ::fused_cnn::cpu_level() == ::fused_cnn::CpuLevel::avx512      ? avx512::name      \
-   : ::fused_cnn::cpu_level() == ::fused_cnn::CpuLevel::avx2        ? avx2::name        \
-                                                                    : generic::name)
+#define FUSED_CNN_AT_LEVELS(macro, ...)                                                                           \
+  macro(generic, __VA_ARGS__) macro(avx2, __VA_ARGS__) macro(avx512, __VA_ARGS__) macro(avx512_bf16, __VA_ARGS__) \
+      macro(amx, __VA_ARGS__)
 #else
-#define FUSED_CNN_KERNEL(...) \
-  namespace generic {         \
-  __VA_ARGS__;                \
-  }
-#define FUSED_CNN_PICK(name) generic::name
+#define FUSED_CNN_AT_LEVELS(macro, ...) macro(generic, __VA_ARGS__)
 #endif
+
+#define FUSED_CNN_DECLARE(level, ...) \
+  namespace level {                   \
+  __VA_ARGS__;                        \
+  }
+#define FUSED_CNN_KERNEL(...) FUSED_CNN_AT_LEVELS(FUSED_CNN_DECLARE, __VA_ARGS__)
+
+#define FUSED_CNN_ADDRESS(level, name) &level::name,
+#define FUSED_CNN_PICK(name) \
+  (*std::array{FUSED_CNN_AT_LEVELS(FUSED_CNN_ADDRESS, name)}[static_cast<int>(::fused_cnn::cpu_level())])
 
 }  // namespace fused_cnn

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <mutex>
-#include <unordered_map>
 #include <vector>
 #if defined(__linux__)
 #include <dlfcn.h>
@@ -38,7 +37,7 @@ struct Block {
 class Pool {
  public:
   // At least `bytes`, and less than twice as many; null where the system has no memory.
-  void* take(int64_t bytes) {
+  Block take(int64_t bytes) {
     const int64_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     {
       const std::lock_guard lock(mutex_);
@@ -48,29 +47,25 @@ class Pool {
           best = it;
       }
       if (best != free_.end()) {
-        void* data = best->data;
-        kept_ -= best->bytes;
+        const Block found = *best;
+        kept_ -= found.bytes;
         free_.erase(best);
-        return data;
+        return found;
       }
     }
     void* data = std::aligned_alloc(kHugePage, rounded);
-    if (data == nullptr) return nullptr;
 #if defined(__linux__)
-    madvise(data, rounded, MADV_HUGEPAGE);
+    if (data != nullptr) madvise(data, rounded, MADV_HUGEPAGE);
 #endif
-    const std::lock_guard lock(mutex_);
-    sizes_[data] = rounded;
-    return data;
+    return {data, rounded};
   }
 
-  void give(void* data) {
+  void give(Block block) {
     const std::lock_guard lock(mutex_);
-    free_.push_back({data, sizes_.at(data)});
-    kept_ += free_.back().bytes;
+    free_.push_back(block);
+    kept_ += block.bytes;
     while (kept_ > kKept) {  // the longest unused goes first
       kept_ -= free_.front().bytes;
-      sizes_.erase(free_.front().data);
       std::free(free_.front().data);
       free_.erase(free_.begin());
     }
@@ -79,7 +74,6 @@ class Pool {
  private:
   std::mutex mutex_;
   std::vector<Block> free_;  // the latest freed last
-  std::unordered_map<void*, int64_t> sizes_;
   int64_t kept_ = 0;
 };
 
@@ -94,15 +88,16 @@ Tensor empty_result(const Tensor& like, int64_t channels, int64_t height, int64_
   const int64_t bytes = like.size(0) * channels * height * width * like.element_size();
   if (bytes < kSmallest || bytes > kLargest || from_blob() == nullptr)
     return empty_nchw(like, channels, height, width, MemoryFormat::ChannelsLast);
-  void* data = pool().take(bytes);
-  FUSED_CNN_CHECK(data != nullptr, "out of memory: ", bytes, " bytes for a result");
+  const Block block = pool().take(bytes);
+  FUSED_CNN_CHECK(block.data != nullptr, "out of memory: ", bytes, " bytes for a result");
   const int64_t sizes[] = {like.size(0), channels, height, width};
   const int64_t strides[] = {height * width * channels, 1, width * channels, channels};
   const auto code = [](auto value) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(value)); };
+  const auto give_back = [](void* data, void* size) { pool().give({data, reinterpret_cast<intptr_t>(size)}); };
   AtenTensorHandle handle;
   const AOTITorchError failed = from_blob()(
-      data, 4, sizes, strides, 0, code(like.scalar_type()), code(like.device().type()), like.device().index(), &handle,
-      code(torch::headeronly::Layout::Strided), nullptr, 0, [](void* freed, void*) { pool().give(freed); }, nullptr);
+      block.data, 4, sizes, strides, 0, code(like.scalar_type()), code(like.device().type()), like.device().index(),
+      &handle, code(torch::headeronly::Layout::Strided), nullptr, 0, give_back, reinterpret_cast<void*>(block.bytes));
   FUSED_CNN_CHECK(failed == 0, "a result of ", bytes, " bytes could not be made a tensor");
   return Tensor(handle);
 }

@@ -1,6 +1,6 @@
 // Vectors for CPU kernels, as wide as the instruction set's registers. load() converts any dtype to float (double to
 // double) lanes and store() converts back; only the lanes that are asked for are read or written. They are compiler
-// vectors, so formulas written for scalars (shared/relu.h, a room's math.h) take them too. No standard-library
+// vectors, so formulas for scalars (shared/relu.h, a room's math.h) work on them too. No standard-library
 // templates here, and nothing but internal linkage (cpu/level.h).
 #pragma once
 #include "shared/dtype.h"
@@ -41,18 +41,31 @@ using Vec = typename VecOf<C>::type;
 typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
 using Words = Vec<uint32_t>;
 
-// How many lanes of a vector are in use: all of them, known when compiling, or the first `n` (all if n is larger).
-struct All {};
+// Which lanes of a vector are in use: all of them, or the first `n`, which are fewer.
+struct All {
+  static constexpr int64_t n = kVectorBytes;
+};
 struct Some {
   int64_t n;
 };
 
+// With AVX-512 the masked forms with all lanes on: GCC 12 warns of its own header's undefined operand in the plain
+// ones.
+FUSED_CNN_INLINE Words widen(HalfWords bits) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Words>(_mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(bits)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Words>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(bits)));
+#else
+  return __builtin_convertvector(bits, Words);  // in three instructions where there is one, with GCC 12
+#endif
+}
+
 FUSED_CNN_INLINE Vec<float> to_lanes(HalfWords bits, bf16_t) {
-  return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, Words) << 16);
+  return reinterpret_cast<Vec<float>>(widen(bits) << 16);
 }
 FUSED_CNN_INLINE Vec<float> to_lanes(HalfWords bits, f16_t) {
 #if defined(__AVX512F__)
-  // The masked form with all lanes on: GCC 12 warns of its own header's undefined operand in the plain one.
   return _mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(bits));
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(reinterpret_cast<__m128i>(bits));
@@ -127,11 +140,7 @@ FUSED_CNN_INLINE void store_pair(T* p, Vec<compute_t<T>> first, Vec<compute_t<T>
   store(p + kLanes<compute_t<T>>, second);
 }
 
-#if defined(__AVX512BW__)
-FUSED_CNN_INLINE __mmask32 first_bits(int64_t n) {
-  return n <= 0 ? 0 : n >= 32 ? ~0u : (1u << n) - 1;
-}
-#else
+#if !defined(__AVX512BW__)
 // memcpy of n < kLanes elements in pieces whose sizes the compiler knows: a call of memcpy costs more than the work.
 template <typename T, int kPiece = kLanes<compute_t<T>> / 2>
 FUSED_CNN_INLINE void copy_lanes(T* to, const T* from, int64_t n) {
@@ -145,12 +154,11 @@ FUSED_CNN_INLINE void copy_lanes(T* to, const T* from, int64_t n) {
 template <typename T>
 FUSED_CNN_INLINE Vec<compute_t<T>> load(const T* p, Some some) {
 #if defined(__AVX512BW__)
-  const auto mask = first_bits(some.n);
+  const auto mask = (1u << some.n) - 1;
   if constexpr (sizeof(T) == 2) return to_lanes(reinterpret_cast<HalfWords>(_mm256_maskz_loadu_epi16(mask, p)), T{});
   if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(mask, p);
   if constexpr (sizeof(T) == 8) return _mm512_maskz_loadu_pd(mask, p);
 #else
-  if (some.n >= kLanes<compute_t<T>>) return load(p);
   T lanes[kLanes<compute_t<T>>] = {};
   copy_lanes(lanes, p, some.n);
   return load(static_cast<const T*>(lanes));
@@ -160,16 +168,25 @@ FUSED_CNN_INLINE Vec<compute_t<T>> load(const T* p, Some some) {
 template <typename T>
 FUSED_CNN_INLINE void store(T* p, Vec<compute_t<T>> v, Some some) {
 #if defined(__AVX512BW__)
-  const auto mask = first_bits(some.n);
+  const auto mask = (1u << some.n) - 1;
   if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, mask, reinterpret_cast<__m256i>(to_bits(v, T{})));
   if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, mask, v);
   if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, mask, v);
 #else
-  if (some.n >= kLanes<compute_t<T>>) return store(p, v);
   T lanes[kLanes<compute_t<T>>];
   store(static_cast<T*>(lanes), v);
   copy_lanes(p, lanes, some.n);
 #endif
+}
+
+// The first n lanes, or all where n is larger.
+template <typename T>
+FUSED_CNN_INLINE Vec<compute_t<T>> load(const T* p, int64_t n) {
+  return n >= kLanes<compute_t<T>> ? load(p) : load(p, Some{n});
+}
+template <typename T>
+FUSED_CNN_INLINE void store(T* p, Vec<compute_t<T>> v, int64_t n) {
+  n >= kLanes<compute_t<T>> ? store(p, v) : store(p, v, Some{n});
 }
 
 // The standard library's are templates.

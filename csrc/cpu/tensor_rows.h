@@ -57,9 +57,12 @@ inline std::vector<double> masked_gradient(DType dtype, const std::vector<DreluB
 }
 
 inline Tensor vector_of(const std::vector<double>& values, const Tensor& like, ScalarType dtype) {
-  const Tensor wide = empty_vector(like, static_cast<int64_t>(values.size()), ScalarType::Double);
-  std::copy(values.begin(), values.end(), static_cast<double*>(wide.data_ptr()));
-  return torch::stable::to(wide, dtype);
+  const Tensor vector = empty_vector(like, static_cast<int64_t>(values.size()), dtype);
+  with_type(dtype_of("vector_of", "vector", vector), [&](auto element) {
+    auto* to = static_cast<decltype(element)*>(vector.data_ptr());
+    for (const double value : values) from_compute(static_cast<compute_t<decltype(element)>>(value), to++);
+  });
+  return vector;
 }
 
 }  // namespace fused_cnn

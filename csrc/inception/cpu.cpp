@@ -3,7 +3,7 @@
 //   out = cat([relu(1x1(x)), relu(3x3(relu(1x1(x)))), relu(kxk(relu(1x1(x)))), relu(1x1(maxpool3x3(x)))])
 // float32 and bfloat16: four engine calls. The three 1x1 convolutions of x are one call with three destinations: branch
 // 1's slice of the output and the two reduction buffers; the others and the projection write straight into their
-// slices. Other dtypes run on PyTorch's convolution (oneDNN), and each branch is copied into its slice.
+// slices. Other dtypes run on PyTorch's convolution (oneDNN), and its branches are concatenated.
 #include "cpu/conv.h"
 #include "cpu/memory.h"
 #include "inception/checks.h"
@@ -15,17 +15,7 @@ constexpr int64_t kWorthPacking = 512;  // pixels; on fewer, packing plain weigh
 
 Tensor max_pool_3x3(const Tensor& x, DType dtype, const Rows& in) {
   const Tensor out = empty_like_4d(x, MemoryFormat::ChannelsLast);
-  const engine::PoolShape shape{.N = x.size(0),
-                                .C = x.size(1),
-                                .H = x.size(2),
-                                .W = x.size(3),
-                                .kernel_h = 3,
-                                .kernel_w = 3,
-                                .pad_h = 1,
-                                .pad_w = 1,
-                                .out_h = x.size(2),
-                                .out_w = x.size(3)};
-  engine::max_pool(shape, dtype, in, out.data_ptr());
+  engine::max_pool(window_of(sizes_of(x), {3, 3}, same_padding(3)), dtype, in, out.data_ptr());
   return out;
 }
 
@@ -97,18 +87,11 @@ Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<T
     return inception_packed_fwd(x, inception_pack(weights, biases), channels,
                                 {weights[kConv3].size(2), weights[kConv5].size(2)});
   }
-  const Tensor branches[] = {conv(x, kBranch1), conv(conv(x, kReduce3), kConv3), conv(conv(x, kReduce5), kConv5),
-                             conv(aten_max_pool2d(x, {3, 3}, {1, 1}, {1, 1}, {1, 1}, false), kPoolProj)};
-  int64_t total = 0;
-  for (const Tensor& b : branches) total += b.size(1);
-  Tensor out = empty_nchw(x, total, x.size(2), x.size(3), result_format(x));
-  int64_t start = 0;
-  for (const Tensor& b : branches) {
-    Tensor slice = torch::stable::narrow(out, 1, start, b.size(1));
-    torch::stable::copy_(slice, b);
-    start += b.size(1);
-  }
-  return out;
+  const std::vector<Tensor> branches{
+      conv(x, kBranch1), conv(conv(x, kReduce3), kConv3), conv(conv(x, kReduce5), kConv5),
+      conv(aten_max_pool2d(x, {3, 3}, {1, 1}, {1, 1}, {1, 1}, /*ceil_mode=*/false), kPoolProj)};
+  const auto joined = call_operator("aten::cat", "", branches, /*dim=*/int64_t{1});
+  return dense(torch::stable::detail::to<Tensor>(joined[0]), result_format(x));
 }
 
 }  // namespace

@@ -15,8 +15,8 @@ int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t paddin
   return ceil_mode && (out - 1) * stride >= size + padding ? out - 1 : out;
 }
 
-engine::PoolShape check_window(const char* op, const Tensor& x, const Ints& kernel, const Ints& stride,
-                               const Ints& padding, const Ints& dilation, bool ceil_mode) {
+engine::Window checked_window(const char* op, const Tensor& x, const Ints& kernel, const Ints& stride,
+                              const Ints& padding, const Ints& dilation, bool ceil_mode) {
   check_4d(op, "x", x);
   for (const Ints* v : {&kernel, &stride, &padding, &dilation}) {
     FUSED_CNN_CHECK(v->size() == 2, op, ": kernel, stride, padding and dilation must have two values");
@@ -30,50 +30,40 @@ engine::PoolShape check_window(const char* op, const Tensor& x, const Ints& kern
     size[i] = pooled_size(x.size(i + 2), kernel[i], stride[i], padding[i], dilation[i], ceil_mode);
     FUSED_CNN_CHECK(size[i] >= 1, op, ": the window is larger than the padded input of shape ", shape_of(x));
   }
-  return {.N = x.size(0),
-          .C = x.size(1),
-          .H = x.size(2),
-          .W = x.size(3),
-          .kernel_h = kernel[0],
-          .kernel_w = kernel[1],
-          .stride_h = stride[0],
-          .stride_w = stride[1],
-          .pad_h = padding[0],
-          .pad_w = padding[1],
-          .dilation_h = dilation[0],
-          .dilation_w = dilation[1],
-          .out_h = size[0],
-          .out_w = size[1]};
+  engine::Window window = window_of(sizes_of(x), kernel, {stride, padding, dilation, /*groups=*/1});
+  window.out_h = size[0];
+  window.out_w = size[1];
+  return window;
 }
 
 Tensor max_pool2d_fwd(const Tensor& x, Ints kernel, Ints stride, Ints padding, Ints dilation, bool ceil_mode) {
   const char* op = "max_pool2d_fwd";
-  const auto shape = check_window(op, x, kernel, stride, padding, dilation, ceil_mode);
+  const engine::Window window = checked_window(op, x, kernel, stride, padding, dilation, ceil_mode);
   if (!engine_supports(x)) {
     return dense(aten_max_pool2d(x, kernel, stride, padding, dilation, ceil_mode), result_format(x));
   }
-  const Tensor out = empty_result(x, shape.C, shape.out_h, shape.out_w);
+  const Tensor out = empty_result(x, window.C, window.out_h, window.out_w);
   const RowView in = rows_of(x);
-  if (out.numel() > 0) engine::max_pool(shape, engine_dtype(op, x), rows_at(in), out.data_ptr());
+  if (out.numel() > 0) engine::max_pool(window, engine_dtype(op, x), rows_at(in), out.data_ptr());
   return dense(out, result_format(x));
 }
 
 Tensor max_pool2d_bwd(const Tensor& grad_out, const Tensor& x, Ints kernel, Ints stride, Ints padding, Ints dilation,
                       bool ceil_mode) {
   const char* op = "max_pool2d_bwd";
-  const auto shape = check_window(op, x, kernel, stride, padding, dilation, ceil_mode);
+  const engine::Window window = checked_window(op, x, kernel, stride, padding, dilation, ceil_mode);
   const DType dtype = engine_dtype(op, x);
   check_4d(op, "grad_out", grad_out);
   check_like(op, "x", x, "grad_out", grad_out, /*same_shape=*/false);
-  FUSED_CNN_CHECK(grad_out.size(0) == shape.N && grad_out.size(1) == shape.C && grad_out.size(2) == shape.out_h &&
-                      grad_out.size(3) == shape.out_w,
-                  op, ": grad_out must have the result's shape (", shape.N, ", ", shape.C, ", ", shape.out_h, ", ",
-                  shape.out_w, "), got ", shape_of(grad_out));
+  FUSED_CNN_CHECK(grad_out.size(0) == window.N && grad_out.size(1) == window.C && grad_out.size(2) == window.out_h &&
+                      grad_out.size(3) == window.out_w,
+                  op, ": grad_out must have the result's shape (", window.N, ", ", window.C, ", ", window.out_h, ", ",
+                  window.out_w, "), got ", shape_of(grad_out));
   const Tensor grad_x = empty_like_4d(x, MemoryFormat::ChannelsLast);
   const Tensor dense_grad = dense(grad_out, MemoryFormat::ChannelsLast);
   const RowView in = rows_of(x);
   if (grad_x.numel() > 0)
-    engine::max_pool_backward(shape, dtype, rows_at(in), dense_grad.data_ptr(), grad_x.data_ptr());
+    engine::max_pool_backward(window, dtype, rows_at(in), dense_grad.data_ptr(), grad_x.data_ptr());
   return dense(grad_x, result_format(x));
 }
 

@@ -1,4 +1,5 @@
-// ATen's convolution, its gradients, and the max pool, called through the dispatcher: oneDNN on the CPU, cuDNN on CUDA.
+// PyTorch's (ATen's) convolution, its gradients and max pool, called through the dispatcher: oneDNN runs the
+// convolutions on the CPU, cuDNN on CUDA. And the checks of a convolution's arguments.
 #pragma once
 #include <optional>
 #include <tuple>
@@ -49,7 +50,7 @@ inline void check_conv(const char* op, const Tensor& x, const Tensor& weight, co
   check_like(op, "x", x, "weight", weight, /*same_shape=*/false);
   FUSED_CNN_CHECK(p.groups >= 1 && weight.size(0) % p.groups == 0 && weight.size(1) * p.groups == x.size(1), op,
                   ": x has ", x.size(1), " channels; a weight of shape ", shape_of(weight), " with groups=", p.groups,
-                  " takes ", weight.size(1) * p.groups);
+                  " needs ", weight.size(1) * p.groups);
   const Ints kernel{weight.size(2), weight.size(3)};
   check_geometry(op, x.size(2), x.size(3), kernel, p);
   if (bias) {
@@ -73,7 +74,7 @@ inline void check_1x1(const char* op, const Tensor& weight) {
                   shape_of(weight));
 }
 
-// A tensor as cuDNN may have it. It was seen to read tensors of any address 16 bytes at a time (float32 weight
+// A tensor as cuDNN may have it: it was seen to read tensors of any address 16 bytes at a time (float32 weight
 // gradients, on an H200); so what does not lie on 16 bytes is copied.
 inline Tensor aligned_for_cudnn(const Tensor& t) {
 #ifdef USE_CUDA

@@ -44,7 +44,7 @@ std::array<StableIValue, sizeof...(Arguments)> call_operator(const char* name, c
                                                   : "failed, and PyTorch's message is on standard error");
 }
 
-// What m.impl() takes for a kernel: TORCH_BOX's function, whose errors PyTorch throws itself, so that they become
+// What m.impl() is given for a kernel: TORCH_BOX's function, whose errors PyTorch throws itself, so that they become
 // Python's whatever compiler and C++ library this one was built with.
 template <void (*boxed)(StableIValue*, uint64_t, uint64_t)>
 void throwing_as_pytorch(StableIValue* stack, uint64_t inputs, uint64_t outputs) {

@@ -88,8 +88,8 @@ Plan plan_weight(const ConvShape& shape, DType dtype, const void* packed) {
   Plan plan{};
   plan.shape = shape;
   plan.dtype = dtype;
-  plan.out_h = conv_out_h(shape);
-  plan.out_w = conv_out_w(shape);
+  plan.out_h = shape.out_h;
+  plan.out_w = shape.out_w;
   plan.reduction = reduction(shape, step);
   plan.matrix = step == kMatrixStep;
   for (int d = 0; d < shape.destinations; d++)
@@ -218,20 +218,7 @@ void run_items(Plan& plan, void (*run_item)(const Plan&, int64_t, Scratch&), int
   });
 }
 
-int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-  const int64_t room = size + 2 * pad - (kernel - 1) * dilation - 1;
-  return room < 0 ? 0 : room / stride + 1;  // division rounds towards zero
-}
-
 }  // namespace
-
-int64_t conv_out_h(const ConvShape& s) {
-  return out_size(s.H, s.kernel_h, s.stride_h, s.pad_h, s.dilation_h);
-}
-
-int64_t conv_out_w(const ConvShape& s) {
-  return out_size(s.W, s.kernel_w, s.stride_w, s.pad_w, s.dilation_w);
-}
 
 int64_t packed_weight_bytes(const ConvShape& shape, DType dtype) {
   return plan_weight(shape, dtype, nullptr).packed_bytes;
@@ -251,7 +238,7 @@ int64_t multiply_adds(const ConvShape& s, DType dtype, bool in_place) {
 
 void pack_weight(const ConvShape& shape, DType dtype, const void* const* weight, const float* const* bias,
                  void* packed) {
-  kernels(dtype).pack(plan_weight(shape, dtype, packed), weight, bias, packed);
+  kernels(dtype).pack(plan_weight(shape, dtype, packed), weight, bias);
 }
 
 void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args) {
@@ -279,36 +266,36 @@ void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args) {
   run_items(plan, kernels(dtype).run_item, plan.gather ? pixels * plan.pitch * element_size(dtype) : 0, threads);
 }
 
-void max_pool(const PoolShape& shape, DType dtype, Rows x, void* out) {
-  const int64_t per_row = shape.out_w * shape.C * shape.kernel_h * shape.kernel_w;
+void max_pool(const Window& window, DType dtype, Rows x, void* out) {
+  const int64_t per_row = window.out_w * window.C * window.kernel_h * window.kernel_w;
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, per_row));
   const auto pool_row = kernels(dtype).max_pool_row;
-  torch::stable::parallel_for(0, shape.N * shape.out_h, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row++) pool_row(shape, x, out, row);
+  torch::stable::parallel_for(0, window.N * window.out_h, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) pool_row(window, x, out, row);
   });
 }
 
-void max_pool_backward(const PoolShape& shape, DType dtype, Rows x, const void* grad_out, void* grad_x) {
+void max_pool_backward(const Window& window, DType dtype, Rows x, const void* grad_out, void* grad_x) {
   constexpr int64_t kItemsPerThread = 4, kBandRows = 4, kRingBytes = 192 << 10;  // a ring lies in L2
   const int64_t lanes = current().lanes, threads = torch::stable::get_num_threads();
-  const int64_t ring_pixels = (shape.dilation_h * (shape.kernel_h - 1) + 1) * shape.W;
+  const int64_t ring_pixels = (window.dilation_h * (window.kernel_h - 1) + 1) * window.W;
   const int64_t vector_bytes = std::max<int64_t>(1, ring_pixels * lanes * sizeof(float));
-  const int64_t vectors = std::clamp<int64_t>(kRingBytes / vector_bytes, 1, ceil_div(shape.C, lanes));
-  const int64_t channels = vectors * lanes, groups = ceil_div(shape.C, channels), parts = shape.N * groups;
+  const int64_t vectors = std::clamp<int64_t>(kRingBytes / vector_bytes, 1, ceil_div(window.C, lanes));
+  const int64_t channels = vectors * lanes, groups = ceil_div(window.C, channels), parts = window.N * groups;
   const int64_t bands = threads == 1 ? 1
                                      : std::clamp<int64_t>(ceil_div(kItemsPerThread * threads, parts), 1,
-                                                           std::max<int64_t>(1, shape.out_h / kBandRows));
+                                                           std::max<int64_t>(1, window.out_h / kBandRows));
   const auto pool_band = kernels(dtype).max_pool_backward;
   torch::stable::parallel_for(0, parts * bands, 1, [&](int64_t begin, int64_t end) {
     float* ring = static_cast<float*>(workspace.at_least(ring_pixels * channels * sizeof(float)));
     for (int64_t item = begin; item < end; item++) {
       const int64_t part = item / groups, band = part % bands;
       const PoolBand piece{.n = part / bands,
-                           .first = band * shape.out_h / bands,
-                           .last = (band + 1) * shape.out_h / bands,
+                           .first = band * window.out_h / bands,
+                           .last = (band + 1) * window.out_h / bands,
                            .c = item % groups * channels,
                            .vectors = vectors};
-      pool_band(shape, x, grad_out, grad_x, piece, ring);
+      pool_band(window, x, grad_out, grad_x, piece, ring);
     }
   });
 }

@@ -14,16 +14,21 @@ namespace fused_cnn::engine {
 
 constexpr int kMaxDestinations = 4;
 
-// Convolutions that share x, and all of the sizes below, run as one: `out_channels` lists the channels of each.
-struct ConvShape {
+// What a convolution or a pool reads, and the size of what it writes. A pool's windows are clipped to the input.
+struct Window {
   int64_t N, C, H, W;
   int64_t kernel_h, kernel_w;
   int64_t stride_h, stride_w;
-  int64_t pad_h, pad_w;  // zeros on both sides
+  int64_t pad_h, pad_w;  // on both sides
   int64_t dilation_h, dilation_w;
+  int64_t out_h, out_w;
+};
+
+// Convolutions that share x and the window run as one: `out_channels` lists the channels of each.
+struct ConvShape : Window {
+  int64_t out_channels[kMaxDestinations] = {};
   int destinations = 1;
-  int64_t out_channels[kMaxDestinations];
-  int64_t batch;  // images of the whole call, N or more: a caller may pass some at a time, and gets the same sums
+  int64_t batch = 0;  // images of the whole call, N or more: a caller may pass some at a time, and gets the same sums
 };
 
 struct Destination {
@@ -37,18 +42,6 @@ struct ConvArgs {
   const void* packed;  // from pack_weight, 64-byte aligned
   Destination destination[kMaxDestinations];
 };
-
-struct PoolShape {
-  int64_t N, C, H, W;
-  int64_t kernel_h, kernel_w;
-  int64_t stride_h = 1, stride_w = 1;
-  int64_t pad_h, pad_w;  // -inf on both sides
-  int64_t dilation_h = 1, dilation_w = 1;
-  int64_t out_h, out_w;  // the caller applies ceil_mode; windows are clipped to the input
-};
-
-int64_t conv_out_h(const ConvShape& shape);
-int64_t conv_out_w(const ConvShape& shape);
 
 // Bytes of the packed weight and bias. The layout belongs to this process's CPU level: never store it on disk.
 // N, H, W and padding do not matter to either function, so one packed weight serves every input size.
@@ -67,9 +60,9 @@ int64_t multiply_adds(const ConvShape& shape, DType dtype, bool in_place);
 void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args);
 
 // out is dense.
-void max_pool(const PoolShape& shape, DType dtype, Rows x, void* out);
+void max_pool(const Window& window, DType dtype, Rows x, void* out);
 
 // grad_x[n,h,w,c] of a max pool; grad_out and grad_x are dense. Needs no indices.
-void max_pool_backward(const PoolShape& shape, DType dtype, Rows x, const void* grad_out, void* grad_x);
+void max_pool_backward(const Window& window, DType dtype, Rows x, const void* grad_out, void* grad_x);
 
 }  // namespace fused_cnn::engine

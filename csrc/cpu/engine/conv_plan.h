@@ -79,12 +79,12 @@ struct PoolBand {
 // The functions of one element type.
 struct Kernels {
   int k_step;  // elements of K per step: 1 where bf16 is widened to float first, 2 for products of pairs, kMatrixStep
-  void (*pack)(const Plan& plan, const void* const* weight, const float* const* bias, void* packed);
+  void (*pack)(const Plan& plan, const void* const* weight, const float* const* bias);
   void (*run_item)(const Plan& plan, int64_t item, Scratch& scratch);
   void (*run_item_winograd)(const Plan& plan, int64_t item, Scratch& scratch);
-  void (*max_pool_row)(const PoolShape& shape, Rows x, void* out, int64_t row);
+  void (*max_pool_row)(const Window& window, Rows x, void* out, int64_t row);
   // `ring` has room for the band's vectors of each pixel of as many rows as a window reaches over.
-  void (*max_pool_backward)(const PoolShape& shape, Rows x, const void* grad_out, void* grad_x, const PoolBand& band,
+  void (*max_pool_backward)(const Window& window, Rows x, const void* grad_out, void* grad_x, const PoolBand& band,
                             float* ring);
 };
 

@@ -1,8 +1,6 @@
-// Everything of the engine that is compiled once per instruction set (cpu/level.h): packing, the gathering of a block's
-// input, and the loop over the tiles of an item; the included files hold the rest. All but the table of functions at
-// the end has internal linkage, and nothing of the standard library but memcpy and memset is used: an inline library
-// function compiled here could otherwise be the copy that the linker keeps for the whole program, and fault on an older
-// CPU.
+// Everything of the engine that is compiled once per instruction set (see README.md): packing, the gathering of a
+// block's input, and the loop over the tiles of an item; the included files hold the rest. Of the standard library
+// nothing but memcpy and memset is used, and all but the table of functions at the end has internal linkage.
 #include "cpu/engine/conv_plan.h"
 #include "cpu/simd.h"
 #include "shared/relu.h"
@@ -54,13 +52,13 @@ PackedPlace packed_place(const Plan& plan, int destination, int64_t channel) {
 // consecutive k side by side for products of P elements, and `rows` of those together for matrix units (otherwise 1).
 // Lanes past a destination's last channel, and k past the run, are zero.
 template <class Product, class T>
-void pack_direct(const Plan& plan, const void* const* weight, const float* const* bias, void* packed) {
+void pack_direct(const Plan& plan, const void* const* weight, const float* const* bias) {
   constexpr int P = Product::kPerStep, kRows = Product::kRows;
   using Element = typename Product::Element;
   const ConvShape& s = plan.shape;
   const Reduction& r = plan.reduction;
-  float* packed_bias = (float*)packed + (plan.bias - (const float*)plan.args.packed);
-  char* packed_weight = (char*)packed + ((const char*)plan.weight - (const char*)plan.args.packed);
+  float* packed_bias = (float*)plan.bias;  // the plan is of memory to be written here
+  char* packed_weight = (char*)plan.weight;
   memset(packed_bias, 0, plan.vectors * kFloats * sizeof(float));
   memset(packed_weight, 0, plan.panel_bytes / kPanelVectors * plan.vectors);
   const int64_t steps = r.padded / P, spatial = s.kernel_h * s.kernel_w;
@@ -90,21 +88,22 @@ void gather(const Plan& plan, int64_t n, int64_t y0, int64_t x0, int64_t in_h, U
   const int64_t stride_y = s.stride_h / plan.step_h, stride_x = s.stride_w / plan.step_w, row = plan.in_w * plan.pitch;
   const int64_t left = x0 < 0 ? (-x0 + stride_x - 1) / stride_x : 0;
   const int64_t right = max(left, min((s.W - x0 + stride_x - 1) / stride_x, plan.in_w));  // first column past the image
-  for (int64_t j = 0; j < in_h; j++, scratch += row) {
+  for (int64_t j = 0; j < in_h; j++) {
     const int64_t y = y0 + j * stride_y;
+    U* to = scratch + j * row;
     if (y < 0 || y >= s.H || left >= plan.in_w) {
-      memset(scratch, 0, row * sizeof(U));
+      memset(to, 0, row * sizeof(U));
       continue;
     }
     const T* from = plan.args.x.at<const T>((n * s.H + y) * s.W + x0 + left * stride_x);
-    memset(scratch, 0, left * plan.pitch * sizeof(U));
+    memset(to, 0, left * plan.pitch * sizeof(U));
     if (stride_x == 1 && plan.args.x.pitch == s.C && plan.pitch == s.C) {
-      copy_elements(scratch + left * s.C, from, (right - left) * s.C);
+      copy_elements(to + left * s.C, from, (right - left) * s.C);
     } else {
       for (int64_t i = left; i < right; i++)
-        copy_elements(scratch + i * plan.pitch, from + (i - left) * stride_x * plan.args.x.pitch, s.C);
+        copy_elements(to + i * plan.pitch, from + (i - left) * stride_x * plan.args.x.pitch, s.C);
     }
-    memset(scratch + right * plan.pitch, 0, (plan.in_w - right) * plan.pitch * sizeof(U));
+    memset(to + right * plan.pitch, 0, (plan.in_w - right) * plan.pitch * sizeof(U));
   }
 }
 
@@ -230,9 +229,9 @@ void run_item(const Plan& plan, int64_t item, Scratch& scratch) {
 #endif
 
 template <class Product, class T>
-void pack(const Plan& plan, const void* const* weight, const float* const* bias, void* packed) {
-  pack_direct<Product, T>(plan, weight, bias, packed);
-  if (plan.winograd.weight != nullptr) pack_winograd<T>(plan, weight, packed);
+void pack(const Plan& plan, const void* const* weight, const float* const* bias) {
+  pack_direct<Product, T>(plan, weight, bias);
+  if (plan.winograd.weight != nullptr) pack_winograd<T>(plan, weight);
 }
 
 template <class Product, class T>
