@@ -55,7 +55,7 @@ int64_t all_out_channels(const ConvShape& s) {
 }
 
 int64_t winograd_tiles(const ConvShape& s) {  // of the whole call, those that overhang the images included
-  return s.batch * ceil_div(conv_out_h(s), 2) * ceil_div(conv_out_w(s), 4);
+  return s.batch * ceil_div(s.out_h, 2) * ceil_div(s.out_w, 4);
 }
 
 double winograd_cost(const ConvShape& s, int64_t tiles) {
@@ -233,7 +233,7 @@ int64_t packed_bytes_read(const ConvShape& shape, DType dtype, bool in_place) {
 int64_t multiply_adds(const ConvShape& s, DType dtype, bool in_place) {
   const int64_t pairs = s.C * all_out_channels(s);
   if (winograd_pays(plan_weight(s, dtype, nullptr), in_place)) return kWinogradPositions * winograd_tiles(s) * pairs;
-  return s.batch * conv_out_h(s) * conv_out_w(s) * s.kernel_h * s.kernel_w * pairs;
+  return s.batch * s.out_h * s.out_w * s.kernel_h * s.kernel_w * pairs;
 }
 
 void pack_weight(const ConvShape& shape, DType dtype, const void* const* weight, const float* const* bias,
