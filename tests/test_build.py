@@ -96,7 +96,7 @@ import pathlib
 is_file = pathlib.Path.is_file
 pathlib.Path.is_file = lambda p: "cutlass_library" not in str(p) and is_file(p)
 """
-FEW = ("add_relu/cuda.cu", "conv1x1_bias_relu/cuda.cu", "cuda/gemm/sm80_bf16.cu", "cuda/gemm/sm90a_bf16.cu", "add_relu/cpu.cpp")
+FEW = ("add_relu/cuda.cu", "conv1x1_bias_relu/cuda.cu", "cuda/gemm/sm80_bf16.cu", "cuda/gemm/sm90a_bf16.cu", "conv/add_relu.cpp")
 
 
 @pytest.fixture

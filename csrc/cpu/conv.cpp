@@ -1,3 +1,4 @@
+// See conv.h.
 #include "cpu/conv.h"
 #include "cpu/memory.h"
 
