@@ -71,12 +71,7 @@ inline void check_gradient(const char* op, const Tensor& grad_out, const Tensor&
                            const std::vector<bool>& training, size_t inputs) {
   FUSED_CNN_CHECK(training.size() == inputs, op, ": expected one training flag for each of ", inputs, " inputs, got ",
                   training.size());
-  check_4d(op, "grad_out", grad_out);
-  check_like(op, "x", x, "grad_out", grad_out, /*same_shape=*/false);
-  FUSED_CNN_CHECK(grad_out.size(0) == x.size(0) && grad_out.size(1) == channels && grad_out.size(2) == x.size(2) &&
-                      grad_out.size(3) == x.size(3),
-                  op, ": grad_out must have shape (", x.size(0), ", ", channels, ", ", x.size(2), ", ", x.size(3),
-                  "), got ", shape_of(grad_out));
+  check_result_shape(op, "grad_out", grad_out, x, channels, x.size(2), x.size(3));
 }
 
 inline Tensor empty_mask(const Tensor& x, int64_t rows) {

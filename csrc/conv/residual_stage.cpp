@@ -49,7 +49,7 @@ Tensor residual_stage_packed_fwd(const Tensor& x, std::vector<Tensor> packed, In
   const auto next_of_size = [&](size_t index) {
     return convolution(op, packed[index], &geometry[index * kGeometry], dtype, size[0], size[1], size[2]);
   };
-  const auto size_of = [](const Convolution& c) { return Ints{c.shape.out_channels[0], c.shape.out_h, c.shape.out_w}; };
+  const auto size_of = [](const Convolution& c) { return Ints{c.shape.out_channels[0], c.shape.out.h, c.shape.out.w}; };
   std::optional<Convolution> projection;
   if (projects) projection = next_of_size(packed.size() - 1);
   int64_t between[2] = {0, 0};  // elements of an image, in turn
@@ -75,7 +75,7 @@ Tensor residual_stage_packed_fwd(const Tensor& x, std::vector<Tensor> packed, In
   size_t end = chain.size();
   for (size_t b = lengths.size() - 1; b > 0; --b) {
     const engine::ConvShape& last = chain[end - 1].shape;
-    const bool in_place = lengths[b] > 1 && last.kernel_h * last.kernel_w == 1;
+    const bool in_place = lengths[b] > 1 && last.kernel.h * last.kernel.w == 1;
     in_scratch[b - 1] = in_scratch[b] == in_place;
     second |= in_scratch[b - 1];
     end -= lengths[b];

@@ -1,3 +1,4 @@
+// See conv.h.
 #include "cpu/conv.h"
 #include "cpu/memory.h"
 
@@ -18,16 +19,11 @@ engine::Window window_of(const Ints& sizes, const Ints& kernel, const ConvParams
           .C = sizes[1],
           .H = sizes[2],
           .W = sizes[3],
-          .kernel_h = kernel[0],
-          .kernel_w = kernel[1],
-          .stride_h = p.stride[0],
-          .stride_w = p.stride[1],
-          .pad_h = p.padding[0],
-          .pad_w = p.padding[1],
-          .dilation_h = p.dilation[0],
-          .dilation_w = p.dilation[1],
-          .out_h = conv_out_size(sizes[2], kernel, p, 0),
-          .out_w = conv_out_size(sizes[3], kernel, p, 1)};
+          .kernel = {kernel[0], kernel[1]},
+          .stride = {p.stride[0], p.stride[1]},
+          .pad = {p.padding[0], p.padding[1]},
+          .dilation = {p.dilation[0], p.dilation[1]},
+          .out = {conv_out_size(sizes[2], kernel, p, 0), conv_out_size(sizes[3], kernel, p, 1)}};
 }
 
 engine::ConvShape conv_shape(const Ints& sizes, int64_t out_channels, const Ints& kernel, const ConvParams& p) {
@@ -94,9 +90,9 @@ Tensor cpu_conv_packed(const char* op, const Tensor& x, const Tensor& packed, co
   check_geometry(op, x.size(2), x.size(3), kernel, params);
   const int64_t channels = weight_shape[0];
   const engine::ConvShape shape = conv_shape(sizes_of(x), channels, kernel, params);
-  if (residual) check_residual(op, x, *residual, channels, shape.out_h, shape.out_w);
+  if (residual) check_result_shape(op, "residual", *residual, x, channels, shape.out.h, shape.out.w);
   check_packed(op, packed, shape, dtype);
-  const Tensor out = empty_result(x, channels, shape.out_h, shape.out_w);
+  const Tensor out = empty_result(x, channels, shape.out.h, shape.out.w);
   if (out.numel() > 0) {
     const RowView in = rows_of(x);
     std::optional<RowView> addend;

@@ -31,8 +31,7 @@ engine::Window checked_window(const char* op, const Tensor& x, const Ints& kerne
     FUSED_CNN_CHECK(size[i] >= 1, op, ": the window is larger than the padded input of shape ", shape_of(x));
   }
   engine::Window window = window_of(sizes_of(x), kernel, {stride, padding, dilation, /*groups=*/1});
-  window.out_h = size[0];
-  window.out_w = size[1];
+  window.out = {size[0], size[1]};
   return window;
 }
 
@@ -42,7 +41,7 @@ Tensor max_pool2d_fwd(const Tensor& x, Ints kernel, Ints stride, Ints padding, I
   if (!engine_supports(x)) {
     return dense(aten_max_pool2d(x, kernel, stride, padding, dilation, ceil_mode), result_format(x));
   }
-  const Tensor out = empty_result(x, window.C, window.out_h, window.out_w);
+  const Tensor out = empty_result(x, window.C, window.out.h, window.out.w);
   const RowView in = rows_of(x);
   if (out.numel() > 0) engine::max_pool(window, engine_dtype(op, x), rows_at(in), out.data_ptr());
   return dense(out, result_format(x));
@@ -53,12 +52,7 @@ Tensor max_pool2d_bwd(const Tensor& grad_out, const Tensor& x, Ints kernel, Ints
   const char* op = "max_pool2d_bwd";
   const engine::Window window = checked_window(op, x, kernel, stride, padding, dilation, ceil_mode);
   const DType dtype = engine_dtype(op, x);
-  check_4d(op, "grad_out", grad_out);
-  check_like(op, "x", x, "grad_out", grad_out, /*same_shape=*/false);
-  FUSED_CNN_CHECK(grad_out.size(0) == window.N && grad_out.size(1) == window.C && grad_out.size(2) == window.out_h &&
-                      grad_out.size(3) == window.out_w,
-                  op, ": grad_out must have the result's shape (", window.N, ", ", window.C, ", ", window.out_h, ", ",
-                  window.out_w, "), got ", shape_of(grad_out));
+  check_result_shape(op, "grad_out", grad_out, x, window.C, window.out.h, window.out.w);
   const Tensor grad_x = empty_like_4d(x, MemoryFormat::ChannelsLast);
   const Tensor dense_grad = dense(grad_out, MemoryFormat::ChannelsLast);
   const RowView in = rows_of(x);

@@ -32,16 +32,6 @@ inline void check_geometry(const char* op, int64_t height, int64_t width, const 
   }
 }
 
-inline void check_residual(const char* op, const Tensor& x, const Tensor& residual, int64_t channels, int64_t height,
-                           int64_t width) {
-  check_4d(op, "residual", residual);
-  check_like(op, "x", x, "residual", residual, /*same_shape=*/false);
-  FUSED_CNN_CHECK(residual.size(0) == x.size(0) && residual.size(1) == channels && residual.size(2) == height &&
-                      residual.size(3) == width,
-                  op, ": residual must have the result's shape (", x.size(0), ", ", channels, ", ", height, ", ", width,
-                  "), got ", shape_of(residual));
-}
-
 // Every condition under which a convolution's pointers may be used; the shape of weight is (out, in / groups, kh, kw).
 inline void check_conv(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                        const std::optional<Tensor>& residual, const ConvParams& p) {
@@ -58,8 +48,8 @@ inline void check_conv(const char* op, const Tensor& x, const Tensor& weight, co
     check_like(op, "x", x, "bias", *bias, /*same_shape=*/false);
   }
   if (residual) {
-    check_residual(op, x, *residual, weight.size(0), conv_out_size(x.size(2), kernel, p, 0),
-                   conv_out_size(x.size(3), kernel, p, 1));
+    check_result_shape(op, "residual", *residual, x, weight.size(0), conv_out_size(x.size(2), kernel, p, 0),
+                       conv_out_size(x.size(3), kernel, p, 1));
   }
 }
 

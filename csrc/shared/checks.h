@@ -102,6 +102,16 @@ inline void check_like(const char* op, const char* name_a, const Tensor& a, cons
   }
 }
 
+// t has the shape of x's result, (N, channels, height, width), and x's device and dtype.
+inline void check_result_shape(const char* op, const char* name, const Tensor& t, const Tensor& x, int64_t channels,
+                               int64_t height, int64_t width) {
+  check_4d(op, name, t);
+  check_like(op, "x", x, name, t, /*same_shape=*/false);
+  FUSED_CNN_CHECK(t.size(0) == x.size(0) && t.size(1) == channels && t.size(2) == height && t.size(3) == width, op,
+                  ": ", name, " must have the result's shape (", x.size(0), ", ", channels, ", ", height, ", ", width,
+                  "), got ", shape_of(t));
+}
+
 // A per-channel vector of `channels` elements of the given type.
 inline void check_channels(const char* op, const char* name, const Tensor& t, int64_t channels) {
   FUSED_CNN_CHECK(t.dim() == 1 && t.size(0) == channels, op, ": ", name, " must have shape (", channels, "), got ",

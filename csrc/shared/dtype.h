@@ -50,6 +50,29 @@ FUSED_CNN_HD To bit_cast(From from) {
   memcpy(&to, &from, sizeof(to));
   return to;
 }
+
+// IEEE half precision in and out of 32 bits, for a scalar or a compiler vector of them (U uint32_t, F float).
+// Branch-free, so that compilers vectorise it: the exponent is rebased by one multiplication, which makes subnormals
+// right too.
+template <typename F, typename U>
+FUSED_CNN_HD F from_half(U half) {
+  const U sign = (half & 0x8000u) << 16;
+  const U magnitude = (half & 0x7fffu) << 13;
+  const F scaled = bit_cast<F>(magnitude) * 0x1p112f;
+  return bit_cast<F>(sign | (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : bit_cast<U>(scaled)));
+}
+template <typename U, typename F>
+FUSED_CNN_HD U to_half(F v) {
+  const U u = bit_cast<U>(v);
+  const U sign = (u >> 16) & 0x8000u;
+  const U magnitude = u & 0x7fffffffu;
+  // Subnormal results: adding 0.5 (whose last bit is worth 2^-24, as a half's is) rounds to nearest even in hardware.
+  const U small = bit_cast<U>(bit_cast<F>(magnitude) + 0.5f) - 0x3f000000u;
+  const U normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  const U finite = magnitude < 0x38800000u ? small : normal;
+  const U large = magnitude > 0x7f800000u ? U{} + 0x7e00u : U{} + 0x7c00u;
+  return sign | (magnitude >= 0x477ff000u ? large : finite);
+}
 }  // namespace detail
 
 FUSED_CNN_HD double to_compute(double v) {
@@ -61,19 +84,13 @@ FUSED_CNN_HD float to_compute(float v) {
 FUSED_CNN_HD float to_compute(bf16_t v) {
   return detail::bit_cast<float>(static_cast<uint32_t>(v.bits) << 16);
 }
-// Branch-free, so that compilers vectorise it: the exponent is rebased by one multiplication, which makes subnormals
-// right too.
 FUSED_CNN_HD float to_compute(f16_t v) {
 #ifdef __CUDA_ARCH__
   float wide;
   asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(v.bits));
   return wide;
 #else
-  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
-  const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;
-  const float scaled = detail::bit_cast<float>(magnitude) * 0x1p112f;
-  const uint32_t special = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : detail::bit_cast<uint32_t>(scaled);
-  return detail::bit_cast<float>(sign | special);
+  return detail::from_half<float>(uint32_t{v.bits});
 #endif
 }
 
@@ -97,15 +114,7 @@ FUSED_CNN_HD void from_compute(float v, f16_t* out) {
 #ifdef __CUDA_ARCH__
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out->bits) : "f"(v));
 #else
-  const uint32_t u = detail::bit_cast<uint32_t>(v);
-  const uint32_t sign = (u >> 16) & 0x8000u;
-  const uint32_t magnitude = u & 0x7fffffffu;
-  // Subnormal results: adding 0.5 (whose last bit is worth 2^-24, as a half's is) rounds to nearest even in hardware.
-  const uint32_t small = detail::bit_cast<uint32_t>(detail::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
-  const uint32_t normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
-  const uint32_t finite = magnitude < 0x38800000u ? small : normal;
-  const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  out->bits = static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? large : finite));
+  out->bits = static_cast<uint16_t>(detail::to_half<uint32_t>(v));
 #endif
 }
 

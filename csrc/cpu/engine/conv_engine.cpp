@@ -35,10 +35,10 @@ int64_t element_size(DType dtype) {  // as the kernels read it
 thread_local Workspace workspace;
 
 Reduction reduction(const ConvShape& s, int64_t step) {
-  const bool fold = s.kernel_w > 1 && (s.dilation_w == 1 || step == kMatrixStep) && s.C < 16;
-  const int64_t run = fold ? s.kernel_w * s.C : s.C;
-  return {.taps_h = s.kernel_h,
-          .taps_w = fold ? 1 : s.kernel_w,
+  const bool fold = s.kernel.w > 1 && (s.dilation.w == 1 || step == kMatrixStep) && s.C < 16;
+  const int64_t run = fold ? s.kernel.w * s.C : s.C;
+  return {.taps_h = s.kernel.h,
+          .taps_w = fold ? 1 : s.kernel.w,
           .run = run,
           .padded = round_up(std::max<int64_t>(run, 1), step),
           .fold = fold};
@@ -55,7 +55,7 @@ int64_t all_out_channels(const ConvShape& s) {
 }
 
 int64_t winograd_tiles(const ConvShape& s) {  // of the whole call, those that overhang the images included
-  return s.batch * ceil_div(s.out_h, 2) * ceil_div(s.out_w, 4);
+  return s.batch * ceil_div(s.out.h, 2) * ceil_div(s.out.w, 4);
 }
 
 double winograd_cost(const ConvShape& s, int64_t tiles) {
@@ -67,7 +67,7 @@ double winograd_cost(const ConvShape& s, int64_t tiles) {
 // with large ones have images so small that it does not pay.
 bool has_winograd(const Plan& plan) {
   const ConvShape& s = plan.shape;
-  if (s.kernel_h != 3 || s.kernel_w != 3 || s.stride_h * s.stride_w * s.dilation_h * s.dilation_w != 1) return false;
+  if (s.kernel.h != 3 || s.kernel.w != 3 || s.stride.h * s.stride.w * s.dilation.h * s.dilation.w != 1) return false;
   if (plan.matrix || (plan.dtype == DType::bf16 && plan.vectors * current().lanes * s.C > 1 << 16)) return false;
   return winograd_cost(s, 1) < direct_cost(plan, 8);
 }
@@ -88,8 +88,8 @@ Plan plan_weight(const ConvShape& shape, DType dtype, const void* packed) {
   Plan plan{};
   plan.shape = shape;
   plan.dtype = dtype;
-  plan.out_h = shape.out_h;
-  plan.out_w = shape.out_w;
+  plan.out_h = shape.out.h;
+  plan.out_w = shape.out.w;
   plan.reduction = reduction(shape, step);
   plan.matrix = step == kMatrixStep;
   for (int d = 0; d < shape.destinations; d++)
@@ -119,38 +119,38 @@ void plan_blocks(Plan& plan, int threads) {
   ConvShape& s = plan.shape;
   const Reduction& r = plan.reduction;
   const int64_t size = element_size(plan.dtype), tile = plan.matrix ? kMatrixPixels : current().tile_pixels;
-  const bool pointwise = s.kernel_h * s.kernel_w == 1;
-  const bool flat = pointwise && s.stride_h * s.stride_w == 1 && s.pad_h + s.pad_w == 0;
+  const bool pointwise = s.kernel.h * s.kernel.w == 1;
+  const bool flat = pointwise && s.stride.h * s.stride.w == 1 && s.pad.h + s.pad.w == 0;
   if (flat) {
     s.W = plan.out_w = s.N * s.H * s.W;
     s.N = s.H = plan.out_h = 1;
   }
-  plan.step_h = s.kernel_h == 1 ? 1 : s.stride_h;
-  plan.step_w = s.kernel_w == 1 ? 1 : s.stride_w;
+  plan.step_h = s.kernel.h == 1 ? 1 : s.stride.h;
+  plan.step_w = s.kernel.w == 1 ? 1 : s.stride.w;
 
   // Tile pixels 2 KiB (or a multiple) apart share a few L1 sets, and evict each other at every k.
   const int64_t x_size = plan.dtype == DType::bf16 ? 2 : 4;
-  const bool aliased = s.stride_w * plan.args.x.pitch * size % 4096 == 0;
-  plan.gather = s.pad_h || s.pad_w || size != x_size || aliased || (r.fold && plan.args.x.pitch != s.C);
+  const bool aliased = s.stride.w * plan.args.x.pitch * size % 4096 == 0;
+  plan.gather = s.pad.h || s.pad.w || size != x_size || aliased || (r.fold && plan.args.x.pitch != s.C);
   if (plan.gather) {
     const int64_t lines = ceil_div(s.C * size, kCacheLine) | 1;  // odd, for the same reason
     plan.pitch = r.fold ? s.C : lines * kCacheLine / size;
   } else {
     plan.pitch = plan.args.x.pitch;
-    plan.step_h = s.stride_h;
-    plan.step_w = s.stride_w;
+    plan.step_h = s.stride.h;
+    plan.step_w = s.stride.w;
   }
 
-  const int64_t reach_h = (s.kernel_h - 1) * s.dilation_h + 1, reach_w = (s.kernel_w - 1) * s.dilation_w + 1;
+  const int64_t reach_h = (s.kernel.h - 1) * s.dilation.h + 1, reach_w = (s.kernel.w - 1) * s.dilation.w + 1;
   plan.phases_h = plan.phases_w = 1;
   int64_t wanted = 16 * tile;  // pixels per block
   if (plan.matrix) {
     // The sums are so fast that copying the rows which two blocks share shows; a pointwise convolution shares none.
     wanted = (pointwise ? 8 : 64) * tile;
-    plan.gather = r.fold || r.run < r.padded || s.pad_h || s.pad_w || s.stride_h * s.stride_w > 1;
+    plan.gather = r.fold || r.run < r.padded || s.pad.h || s.pad.w || s.stride.h * s.stride.w > 1;
     plan.pitch = plan.gather ? r.padded : plan.args.x.pitch;
-    plan.phases_h = std::min(s.stride_h, reach_h);
-    plan.phases_w = r.fold ? 1 : std::min(s.stride_w, reach_w);
+    plan.phases_h = std::min(s.stride.h, reach_h);
+    plan.phases_w = r.fold ? 1 : std::min(s.stride.w, reach_w);
   }
   for (;; wanted /= 2) {
     if (flat) {
@@ -164,8 +164,8 @@ void plan_blocks(Plan& plan, int threads) {
     plan.in_h = (plan.block_h - 1) * plan.step_h + reach_h;
     plan.in_w = (plan.block_w - 1) * plan.step_w + reach_w;
     if (plan.matrix) {
-      plan.in_h = plan.block_h + (reach_h - 1) / s.stride_h;
-      plan.in_w = plan.block_w + (r.fold ? 0 : (reach_w - 1) / s.stride_w);
+      plan.in_h = plan.block_h + (reach_h - 1) / s.stride.h;
+      plan.in_w = plan.block_w + (r.fold ? 0 : (reach_w - 1) / s.stride.w);
     }
     plan.blocks_y = ceil_div(plan.out_h, plan.block_h);
     plan.blocks_x = ceil_div(plan.out_w, plan.block_w);
@@ -185,9 +185,9 @@ std::vector<int64_t> tap_offsets(const Plan& plan) {
   std::vector<int64_t> offsets;
   for (int64_t h = 0; h < plan.reduction.taps_h; h++) {
     for (int64_t w = 0; w < plan.reduction.taps_w; w++) {
-      const int64_t y = h * s.dilation_h, x = w * s.dilation_w;
-      const int64_t image = y % s.stride_h * plan.phases_w + x % s.stride_w;
-      offsets.push_back(((image * plan.in_h + y / s.stride_h) * plan.in_w + x / s.stride_w) * plan.pitch * 2);
+      const int64_t y = h * s.dilation.h, x = w * s.dilation.w;
+      const int64_t image = y % s.stride.h * plan.phases_w + x % s.stride.w;
+      offsets.push_back(((image * plan.in_h + y / s.stride.h) * plan.in_w + x / s.stride.w) * plan.pitch * 2);
     }
   }
   return offsets;
@@ -233,7 +233,7 @@ int64_t packed_bytes_read(const ConvShape& shape, DType dtype, bool in_place) {
 int64_t multiply_adds(const ConvShape& s, DType dtype, bool in_place) {
   const int64_t pairs = s.C * all_out_channels(s);
   if (winograd_pays(plan_weight(s, dtype, nullptr), in_place)) return kWinogradPositions * winograd_tiles(s) * pairs;
-  return s.batch * s.out_h * s.out_w * s.kernel_h * s.kernel_w * pairs;
+  return s.batch * s.out.h * s.out.w * s.kernel.h * s.kernel.w * pairs;
 }
 
 void pack_weight(const ConvShape& shape, DType dtype, const void* const* weight, const float* const* bias,
@@ -267,10 +267,10 @@ void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args) {
 }
 
 void max_pool(const Window& window, DType dtype, Rows x, void* out) {
-  const int64_t per_row = window.out_w * window.C * window.kernel_h * window.kernel_w;
+  const int64_t per_row = window.out.w * window.C * window.kernel.h * window.kernel.w;
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, per_row));
   const auto pool_row = kernels(dtype).max_pool_row;
-  torch::stable::parallel_for(0, window.N * window.out_h, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, window.N * window.out.h, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) pool_row(window, x, out, row);
   });
 }
@@ -278,21 +278,21 @@ void max_pool(const Window& window, DType dtype, Rows x, void* out) {
 void max_pool_backward(const Window& window, DType dtype, Rows x, const void* grad_out, void* grad_x) {
   constexpr int64_t kItemsPerThread = 4, kBandRows = 4, kRingBytes = 192 << 10;  // a ring lies in L2
   const int64_t lanes = current().lanes, threads = torch::stable::get_num_threads();
-  const int64_t ring_pixels = (window.dilation_h * (window.kernel_h - 1) + 1) * window.W;
+  const int64_t ring_pixels = (window.dilation.h * (window.kernel.h - 1) + 1) * window.W;
   const int64_t vector_bytes = std::max<int64_t>(1, ring_pixels * lanes * sizeof(float));
   const int64_t vectors = std::clamp<int64_t>(kRingBytes / vector_bytes, 1, ceil_div(window.C, lanes));
   const int64_t channels = vectors * lanes, groups = ceil_div(window.C, channels), parts = window.N * groups;
   const int64_t bands = threads == 1 ? 1
                                      : std::clamp<int64_t>(ceil_div(kItemsPerThread * threads, parts), 1,
-                                                           std::max<int64_t>(1, window.out_h / kBandRows));
+                                                           std::max<int64_t>(1, window.out.h / kBandRows));
   const auto pool_band = kernels(dtype).max_pool_backward;
   torch::stable::parallel_for(0, parts * bands, 1, [&](int64_t begin, int64_t end) {
     float* ring = static_cast<float*>(workspace.at_least(ring_pixels * channels * sizeof(float)));
     for (int64_t item = begin; item < end; item++) {
       const int64_t part = item / groups, band = part % bands;
       const PoolBand piece{.n = part / bands,
-                           .first = band * window.out_h / bands,
-                           .last = (band + 1) * window.out_h / bands,
+                           .first = band * window.out.h / bands,
+                           .last = (band + 1) * window.out.h / bands,
                            .c = item % groups * channels,
                            .vectors = vectors};
       pool_band(window, x, grad_out, grad_x, piece, ring);

@@ -14,14 +14,15 @@ namespace fused_cnn::engine {
 
 constexpr int kMaxDestinations = 4;
 
-// What a convolution or a pool reads, and the size of what it writes. A pool's windows are clipped to the input.
+struct Extent {
+  int64_t h, w;
+};
+
+// What a convolution or a pool reads, and the size of what it writes. Padding is on both sides; a pool's windows are
+// clipped to the input.
 struct Window {
   int64_t N, C, H, W;
-  int64_t kernel_h, kernel_w;
-  int64_t stride_h, stride_w;
-  int64_t pad_h, pad_w;  // on both sides
-  int64_t dilation_h, dilation_w;
-  int64_t out_h, out_w;
+  Extent kernel, stride, pad, dilation, out;
 };
 
 // Convolutions that share x and the window run as one: `out_channels` lists the channels of each.

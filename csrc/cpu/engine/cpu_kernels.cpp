@@ -61,7 +61,7 @@ void pack_direct(const Plan& plan, const void* const* weight, const float* const
   char* packed_weight = (char*)plan.weight;
   memset(packed_bias, 0, plan.vectors * kFloats * sizeof(float));
   memset(packed_weight, 0, plan.panel_bytes / kPanelVectors * plan.vectors);
-  const int64_t steps = r.padded / P, spatial = s.kernel_h * s.kernel_w;
+  const int64_t steps = r.padded / P, spatial = s.kernel.h * s.kernel.w;
 
   for (int d = 0; d < s.destinations; d++) {
     for (int64_t o = 0; o < s.out_channels[d]; o++) {
@@ -71,8 +71,8 @@ void pack_direct(const Plan& plan, const void* const* weight, const float* const
       if (bias[d]) packed_bias[plan.vector_of[d] * kFloats + o] = bias[d][o];
       for (int64_t tap = 0; tap < spatial; tap++) {
         for (int64_t c = 0; c < s.C; c++) {
-          const int64_t in_run = r.fold ? tap % s.kernel_w * s.C + c : c;
-          const int64_t step = (r.fold ? tap / s.kernel_w : tap) * steps + in_run / P;
+          const int64_t in_run = r.fold ? tap % s.kernel.w * s.C + c : c;
+          const int64_t step = (r.fold ? tap / s.kernel.w : tap) * steps + in_run / P;
           const int64_t row = (step / kRows * place.vectors + place.vector) * kRows + step % kRows;
           copy_elements(to + (row * kFloats + place.lane) * P + in_run % P, from + c * spatial + tap, 1);
         }
@@ -85,7 +85,7 @@ void pack_direct(const Plan& plan, const void* const* weight, const float* const
 template <class T, class U>
 void gather(const Plan& plan, int64_t n, int64_t y0, int64_t x0, int64_t in_h, U* scratch) {
   const ConvShape& s = plan.shape;
-  const int64_t stride_y = s.stride_h / plan.step_h, stride_x = s.stride_w / plan.step_w, row = plan.in_w * plan.pitch;
+  const int64_t stride_y = s.stride.h / plan.step_h, stride_x = s.stride.w / plan.step_w, row = plan.in_w * plan.pitch;
   const int64_t left = x0 < 0 ? (-x0 + stride_x - 1) / stride_x : 0;
   const int64_t right = max(left, min((s.W - x0 + stride_x - 1) / stride_x, plan.in_w));  // first column past the image
   for (int64_t j = 0; j < in_h; j++) {
@@ -124,8 +124,8 @@ Block block_of(const Plan& plan, int64_t item) {
   b.ox = b.index % plan.blocks_x * plan.block_w;
   b.rows = min(plan.out_h - b.oy, plan.block_h);
   b.columns = min(plan.out_w - b.ox, plan.block_w);
-  b.y0 = b.oy * s.stride_h - s.pad_h;
-  b.x0 = b.ox * s.stride_w - s.pad_w;
+  b.y0 = b.oy * s.stride.h - s.pad.h;
+  b.x0 = b.ox * s.stride.w - s.pad.w;
   b.first_panel = group * plan.panels / plan.groups;
   b.last_panel = (group + 1) * plan.panels / plan.groups;
   b.next_group = next < plan.items ? next % plan.groups : group;
@@ -169,7 +169,7 @@ void run_item(const Plan& plan, int64_t item, Scratch& scratch) {
     x = (const Element*)plan.args.x.data + ((b.n * s.H + b.y0) * s.W + b.x0) * plan.pitch;
     row_pitch = s.W * plan.pitch;
   } else if (scratch.block != b.index) {
-    const int64_t in_h = (b.rows - 1) * plan.step_h + (s.kernel_h - 1) * s.dilation_h + 1;
+    const int64_t in_h = (b.rows - 1) * plan.step_h + (s.kernel.h - 1) * s.dilation.h + 1;
     gather<T>(plan, b.n, b.y0, b.x0, in_h, (Element*)scratch.data);
     scratch.block = b.index;
   }
@@ -180,10 +180,10 @@ void run_item(const Plan& plan, int64_t item, Scratch& scratch) {
   tile.taps_h = plan.reduction.taps_h;
   tile.taps_w = plan.reduction.taps_w;
   tile.run = plan.reduction.run;
-  tile.tap_h_step = s.dilation_h * row_pitch * kSize;
-  tile.tap_w_step = s.dilation_w * plan.pitch * kSize;
+  tile.tap_h_step = s.dilation.h * row_pitch * kSize;
+  tile.tap_w_step = s.dilation.w * plan.pitch * kSize;
   tile.H = s.H;
-  tile.dilation_h = s.dilation_h;
+  tile.dilation_h = s.dilation.h;
   const int64_t row_step = plan.step_h * row_pitch * kSize;
   const int64_t first_pixel = (b.n * plan.out_h + b.oy) * plan.out_w + b.ox;
 
@@ -214,8 +214,8 @@ void run_item(const Plan& plan, int64_t item, Scratch& scratch) {
       tile.ahead = streams ? tile.x[0] + pixels * tile.step : tile.x[0];
       tile.ahead_step = streams ? 64 : 0;
     }
-    tile.row[0] = b.y0 + y * s.stride_h;
-    tile.row[1] = tile.row[0] + (pair ? s.stride_h : 0);
+    tile.row[0] = b.y0 + y * s.stride.h;
+    tile.row[1] = tile.row[0] + (pair ? s.stride.h : 0);
     tile.out_pixel[0] = first_pixel + y * plan.out_w + begin;
     tile.out_pixel[1] = tile.out_pixel[0] + (pair ? plan.out_w : half);
     tile_function<Product, T>(pair ? 2 * pixels : pixels, vectors)(tile);
