@@ -194,24 +194,10 @@ def conv1x1_bias_relu(
     the last convolution of a bottleneck with its shortcut (arXiv 1512.03385, figure 5).
 
     Args:
-        x: (N, C, H, W), floating point, any strides.
         weight: (out, C, 1, 1), x's dtype and device.
-        bias: (out,), x's dtype, or None.
-        residual: the result's shape, x's dtype, added before the ReLU, or None.
         stride: rows and columns of x that are read, as torch.nn.functional.conv2d takes it.
-        relu: False leaves the ReLU out.
-        backend: "reference", "native", "triton", or None for the best at hand.
-
-    Returns:
-        (N, out, H', W') in x's dtype (autocast's where autocast is on); channels_last where x's channels are adjacent
-        in memory.
-
-    Saved for backward: x, weight and, with ReLU, the result. Nothing is mutated. Differentiable once (the reference:
-        twice).
-
-    Raises:
-        ValueError, TypeError: shapes, devices or dtypes do not agree, or the kernel is not 1x1.
-        BackendUnavailable: an explicit backend cannot run here.
+        x, bias, residual, relu, backend: conv_bias_relu's, as is what it returns, saves and raises; ValueError also
+            where the kernel is not 1x1.
     """
     if weight.dim() == 4 and tuple(weight.shape[2:]) != (1, 1):
         raise ValueError(f"conv1x1_bias_relu: weight must be (out, in, 1, 1), got shape {tuple(weight.shape)}")
