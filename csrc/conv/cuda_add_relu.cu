@@ -6,61 +6,53 @@
 namespace fused_cnn {
 namespace {
 
-// body(first element, width, rows) for all of n elements.
-template <typename Body>
-void flat_rows(int64_t n, const Body& body) {
+// run(launch, a, b, out, width, rows) on typed memory, for a tensor like `like` made of a and b, all in its layout.
+template <typename Run>
+Tensor elementwise(const char* op, const char* name_a, const Tensor& a, const char* name_b, const Tensor& b,
+                   const Tensor& like, const Run& run) {
   constexpr int64_t kWidth = 64;
-  const int64_t rest = n % kWidth;
-  if (n >= kWidth) body(0, kWidth, n / kWidth);
-  if (rest > 0) body(n - rest, rest, 1);
-}
-
-Tensor add_relu_fwd(const Tensor& x, const Tensor& residual) {
-  const char* op = "add_relu_fwd";
-  check_4d(op, "x", x);
-  check_like(op, "x", x, "residual", residual);
-  const MemoryFormat format = result_format(x);
-  const Launch launch(x);
-  const Tensor dense_x = dense(x, format), dense_residual = dense(residual, format);
-  Tensor out = empty_like_4d(x, format);
-  with_type(dtype_of(op, "x", x), [&](auto element) {
+  check_4d(op, name_a, a);
+  check_like(op, name_a, a, name_b, b);
+  const MemoryFormat format = result_format(like);
+  const Launch launch(a);
+  const Tensor dense_a = dense(a, format), dense_b = dense(b, format), out = empty_like_4d(like, format);
+  with_type(dtype_of(op, name_a, a), [&](auto element) {
     using T = decltype(element);
-    flat_rows(x.numel(), [&](int64_t first, int64_t width, int64_t rows) {
-      const EpilogueBranch<T, T> branch{.y = static_cast<const T*>(dense_x.data_ptr()) + first,
-                                        .y_pitch = width,
-                                        .bias = nullptr,
-                                        .residual = static_cast<const T*>(dense_residual.data_ptr()) + first,
-                                        .residual_pitch = width,
-                                        .out = static_cast<T*>(out.data_ptr()) + first,
-                                        .out_pitch = width,
-                                        .channels = width};
-      bias_residual_relu<T, T>(launch, {branch}, true, rows);
-    });
+    const auto run_rows = [&](int64_t first, int64_t width, int64_t rows) {
+      run(launch, data_of<T>(dense_a) + first, data_of<T>(dense_b) + first, data_of<T>(out) + first, width, rows);
+    };
+    const int64_t n = a.numel(), rest = n % kWidth;
+    if (n >= kWidth) run_rows(0, kWidth, n / kWidth);
+    if (rest > 0) run_rows(n - rest, rest, 1);
   });
   return out;
 }
 
+Tensor add_relu_fwd(const Tensor& x, const Tensor& residual) {
+  const auto run = [](const Launch& launch, auto* x, auto* residual, auto* out, int64_t width, int64_t rows) {
+    using T = std::remove_pointer_t<decltype(x)>;
+    const EpilogueBranch<T, T> branch{.y = x,
+                                      .y_pitch = width,
+                                      .bias = nullptr,
+                                      .residual = residual,
+                                      .residual_pitch = width,
+                                      .out = out,
+                                      .out_pitch = width,
+                                      .channels = width};
+    bias_residual_relu<T, T>(launch, {branch}, true, rows);
+  };
+  return elementwise("add_relu_fwd", "x", x, "residual", residual, x, run);
+}
+
+// The gradient has out's layout: grad_out may be a slice of a concatenation's gradient, or expanded.
 Tensor add_relu_bwd(const Tensor& grad_out, const Tensor& out) {
-  const char* op = "add_relu_bwd";
-  check_4d(op, "grad_out", grad_out);
-  check_like(op, "grad_out", grad_out, "out", out);
-  const MemoryFormat format = result_format(out);
-  const Launch launch(out);
-  const Tensor dense_grad = dense(grad_out, format), dense_out = dense(out, format);
-  Tensor grad = empty_like_4d(out, format);
-  with_type(dtype_of(op, "grad_out", grad_out), [&](auto element) {
-    using T = decltype(element);
-    flat_rows(out.numel(), [&](int64_t first, int64_t width, int64_t rows) {
-      const auto view = [&](const Tensor& t) {
-        return RowView{.tensor = t, .data = static_cast<T*>(t.data_ptr()) + first, .stride = width};
-      };
-      const RowView from = view(dense_grad), mask = view(dense_out);
-      const std::vector<DreluBranch<T>> branch{
-          {.grad = static_cast<T*>(grad.data_ptr()) + first, .channels = width, .first = 0}};
-      drelu_bgrad<T, T>(launch, from, mask, branch, nullptr, rows);
-    });
-  });
-  return grad;
+  const auto run = [](const Launch& launch, auto* grad_out, auto* out, auto* grad, int64_t width, int64_t rows) {
+    using T = std::remove_pointer_t<decltype(grad)>;
+    const RowView from{.tensor = {}, .data = grad_out, .stride = width},
+        mask{.tensor = {}, .data = out, .stride = width};
+    drelu_bgrad<T, T>(launch, from, mask, {{.grad = grad, .channels = width, .first = 0}}, nullptr, rows);
+  };
+  return elementwise("add_relu_bwd", "grad_out", grad_out, "out", out, out, run);
 }
 
 }  // namespace
