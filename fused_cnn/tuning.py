@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _library, _tables
-from ._backends import BACKENDS, BackendUnavailable
+from ._backends import BACKENDS
 from ._candidates import device_of, measuring
 from ._tables import Key, Table
 from ._trees import leaves_of, mapped, tensors
@@ -92,11 +92,12 @@ def _work(call: _Call, backend: str) -> Callable[[], object]:
 
 def _measure(call: _Call, backends: Sequence[str], device: torch.device) -> None:
     assert measuring.table is not None
-    _work(call, "reference")()  # where PyTorch's own path fails, the call itself is at fault
-    if "native" in backends and device.type == "cuda" and _library.cuda.loaded is not None:
-        with contextlib.suppress(BackendUnavailable):  # no kernel for this op
-            measure_gemm_tiles(_work(call, "native"), device, _library.cuda.loaded, measuring.table)
-    timed = _seconds({backend: _work(call, backend) for backend in backends}, device)
+    works = {backend: _work(call, backend) for backend in backends}
+    works["reference"]()  # where PyTorch's own path fails, the call itself is at fault
+    if "native" in works and device.type == "cuda" and _library.cuda.loaded is not None:
+        with contextlib.suppress(Exception):  # what does not run is no candidate, which _seconds finds, too
+            measure_gemm_tiles(works["native"], device, _library.cuda.loaded, measuring.table)
+    timed = _seconds(works, device)
     measuring.table.choices[call.key] = {"best": min(timed, key=timed.__getitem__), "seconds": timed}
 
 
