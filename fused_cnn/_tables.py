@@ -206,12 +206,12 @@ def _load(device: torch.device) -> Table:
         found.update(load(path, wanted))
     with contextlib.suppress(RuntimeError):  # a user without a home folder has no cache
         found.update(load(cache_file(device), facts(device)))
-    if device.type == "cuda" and _library.cuda.loaded is not None:
+    products = {tuple(problem): entry["best"] for (kernel, *problem), entry in found.tiles.items() if kernel == GEMM}
+    if products and _library.cuda.loaded is not None:
         tiles = [list(tile) for tile in _library.gemm_tiles(_library.cuda.loaded)]
-        for (kernel, *problem), entry in found.tiles.items():
-            if kernel == GEMM and entry["best"] in tiles:
-                chosen = (device.index or 0, *problem)
-                _library.choose_gemm_tile(_library.cuda.loaded, chosen, tiles.index(entry["best"]))
+        for problem, best in products.items():
+            if best in tiles:
+                _library.choose_gemm_tile(_library.cuda.loaded, (device.index or 0, *problem), tiles.index(best))
     _tables[device] = found
     kinds = {d.type for d in _tables}
     asks = (
