@@ -117,7 +117,7 @@ def wanted(name: str, arch: str) -> tuple[str, ...]:
     """The instructions that a kernel is nothing without."""
     if name.startswith("product"):
         return ("wgmma" if arch == "sm_90a" else "mma", "store 16")
-    if "true" not in name and "vector" not in name:  # the path for what does not lie on 16 bytes
+    if "true" not in name:  # the path for what does not lie on 16 bytes
         return ()
     sums_only = name.startswith("bn_moments") or (name.startswith("bn_reduce") and "(Residual)1" not in name)
     return ("load 16",) if sums_only else ("load 16", "store 16")
