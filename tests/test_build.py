@@ -224,6 +224,16 @@ def test_a_library_built_elsewhere_of_these_sources_is_kept_and_one_of_others_is
         assert (_builds.facts_in(tree / "fused_cnn" / "_C_cuda.so") == carried) == kept
 
 
+def test_nothing_stays_of_a_source_that_went(tree: Path, fake_tools: dict[str, str]) -> None:
+    archs_built(tree, fake_tools, TORCH_CUDA_ARCH_LIST="9.0a")
+    made = tree / "build" / "_C_cuda"
+    assert (made / "conv_cuda_add_relu.o").exists()
+    (tree / "csrc" / "conv" / "cuda_add_relu.cu").unlink()
+    done = build(tree, TORCH_CUDA_ARCH_LIST="9.0a", **fake_tools)
+    assert done.returncode == 0 and (made / "conv_cuda.o").exists(), done.stdout + done.stderr
+    assert not list(made.glob("conv_cuda_add_relu.*"))
+
+
 def nvcc_calls(tree: Path, file: str) -> list[str]:
     return [call for call in (tree / "calls").read_text().splitlines() if f"-c {file}" in call]
 
