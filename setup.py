@@ -114,9 +114,8 @@ def wanted_archs(built: Path) -> str:
     if asked:
         return ALL_ARCHS if asked == "all" else asked
     before, known = BUILDS["facts_in"](built).get("cuda_archs", ""), compilable(find_nvcc())
-    here = [
-        gpu for gpu in gpus() if not known or gpu in known
-    ]  # others, such as one for a display, are left to PyTorch
+    # Others, such as one for a display, are left to PyTorch.
+    here = [gpu for gpu in gpus() if not known or gpu in known]
     if before and all(BUILDS["covers"](before, gpu) for gpu in here):
         return before
     return ";".join(map(BUILDS["arch_for"], here)) or DEFAULT_ARCHS
@@ -223,9 +222,8 @@ class Build(build_ext):
             source, name, command = job
             target = objects_dir / name
             objects.append(str(target))
-            plain = (
-                source.endswith("cpu_kernels.cpp") or "/gemm/" in source
-            )  # made without PyTorch, and so the same for all of them
+            # Made without PyTorch, and so the same for all of them.
+            plain = source.endswith("cpu_kernels.cpp") or "/gemm/" in source
             line = [*command, *common, *([] if plain else stable), "-c", source, "-o", str(target)]
             stamp = target.with_suffix(".cmd")  # a changed flag rebuilds too
             if stale(target, target.with_suffix(".d")) or not stamp.exists() or stamp.read_text() != str(line):
@@ -248,6 +246,7 @@ class Build(build_ext):
             "ops": registered("*.cpp"),
             "cpu_levels": ";".join(CPU_LEVELS),
         }
+        # -std=c++20 would otherwise leave fused multiply-adds out.
         base = [
             compiler,
             "-fPIC",
@@ -258,7 +257,7 @@ class Build(build_ext):
             "-Wno-psabi",
             "-ffp-contract=fast",
             "-fno-math-errno",
-        ]  # -std=c++20 would otherwise leave fused multiply-adds out
+        ]
         jobs = []
         for source in sorted(ROOT.glob("csrc/**/*.cpp")):
             relative = str(source.relative_to(ROOT))
@@ -327,9 +326,8 @@ class Build(build_ext):
 def fits(built: dict[str, str], facts: dict[str, str]) -> bool:
     """Whether a library is what this build would make; made by another nvcc, or with CUTLASS where there is none here,
     it is as good."""
-    newer = int(built.get("cuda", "0").split(".")[0]) > int(
-        facts.get("cuda", "99").split(".")[0]
-    )  # a driver may be too old for it
+    # A driver may be too old for it.
+    newer = int(built.get("cuda", "0").split(".")[0]) > int(facts.get("cuda", "99").split(".")[0])
     same = ["sources", "recipe", "machine", *(name for name in ("cuda_archs", "cutlass") if facts.get(name))]
     return not newer and all(built.get(name) == facts[name] for name in same)
 

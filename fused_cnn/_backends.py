@@ -108,18 +108,13 @@ def _triton_status(device_type: str) -> tuple[bool, str, str]:
         if not torch.cuda.is_available():
             return False, "torch sees no CUDA device", "check the driver with nvidia-smi"
         missing = _missing_for_triton()
-        return (
-            not missing,
-            missing or "Triton kernels",
-            "`apt-get install gcc python3-dev`, or the like" if missing else "",
-        )
+        if missing:
+            return False, missing, "`apt-get install gcc python3-dev`, or the like"
+        return True, "Triton kernels", ""
     if device_type == "cpu" and triton_interprets():
         return True, "Triton's interpreter (slow; for tests)", ""
-    return (
-        False,
-        "Triton compiles for GPUs only",
-        "use native on the CPU; TRITON_INTERPRET=1 runs Triton's interpreter, for tests",
-    )
+    hint = "use native on the CPU; TRITON_INTERPRET=1 runs Triton's interpreter, for tests"
+    return False, "Triton compiles for GPUs only", hint
 
 
 def _missing_for_triton() -> str:
@@ -160,12 +155,8 @@ architecture._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def outlook(backend: str | None, device: torch.device) -> str:
     """In a line: which backend will run on a device, and what is missing for a better one."""
-    wanted = (
-        [backend]
-        if backend not in (None, "auto")
-        else ["native", *(["triton"] if device.type == "cuda" else []), "reference"]
-    )
-    states = [status(name, device) for name in wanted]
+    by_itself = ["native", *(["triton"] if device.type == "cuda" else []), "reference"]
+    states = [status(name, device) for name in (by_itself if backend in (None, "auto") else [backend])]
     found = next((i for i, state in enumerate(states) if state.on), None)
     missing = "".join(f"; {s.backend} is off: {s.reason}; {s.hint}" for s in states[:found])
     if found is None:

@@ -60,11 +60,8 @@ def mismatch(facts: dict[str, str], driver: int | None, capability: Capability) 
         supported = f"{driver // 1000}.{driver % 1000 // 10}"
         return f"built with CUDA {cuda}, but the driver supports CUDA {supported}: update it, or set CUDA_HOME"
     major, minor = (int(part) for part in cuda.split(".")[:2])
-    if covers(
-        archs, capability, ptx=driver is None or driver >= 1000 * major + 10 * minor
-    ):  # PTX of a later CUDA it cannot compile
+    ptx = driver is None or driver >= 1000 * major + 10 * minor  # PTX of a later CUDA it cannot compile
+    if covers(archs, capability, ptx):
         return ""
-    name = ".".join(map(str, capability))
-    return (
-        f"built for compute capability {archs}, but the GPU has {name}: set TORCH_CUDA_ARCH_LIST={arch_for(capability)}"
-    )
+    name, remedy = ".".join(map(str, capability)), f"set TORCH_CUDA_ARCH_LIST={arch_for(capability)}"
+    return f"built for compute capability {archs}, but the GPU has {name}: {remedy}"

@@ -25,9 +25,8 @@ NAMESPACES = {"native": "fused_cnn", "triton": "fused_cnn_triton"}
 
 _libraries = {backend: torch.library.Library(ns, "DEF") for backend, ns in NAMESPACES.items()}
 _kernels: dict[tuple[str, str], OpOverload] = {}
-_implemented: dict[
-    tuple[str, str, str], bool
-] = {}  # (op, backend, device type); a table, because torch.compile traces look-ups
+# By op, backend and device type; a table, because torch.compile traces look-ups.
+_implemented: dict[tuple[str, str, str], bool] = {}
 
 
 class NativeLibrary:

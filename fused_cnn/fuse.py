@@ -108,10 +108,8 @@ class _Walk:
         """Fuse what is inside the module, and its stem where it is a network that has one."""
         if full_name(type(module)) in NETWORKS and self._is_wanted(name, module):
             self._swap(name, module)
-        elif (
-            isinstance(module, ResidualStage) and module.backend == "reference"
-        ):  # its blocks are asked for and reported
-            module.backend = self.backend
+        elif isinstance(module, ResidualStage) and module.backend == "reference":
+            module.backend = self.backend  # its blocks are asked for and reported
         elif isinstance(module, FusedModule) and module.backend == "reference" and self._is_wanted(name, module):
             module.backend = self.backend
             self.report.fused.append(Entry(name, type(module).__name__, f"backend {self.backend or 'auto'}"))

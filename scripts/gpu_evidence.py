@@ -29,12 +29,8 @@ from gpu_summary import summary, tests
 
 MINUTES = 8.75
 SITE = ROOT / "build" / "wheels"  # where wheels are installed to: the machine's own packages stay as they are
-FIRST = (
-    "test_ops",
-    "test_triton",
-    "test_networks",
-    "test_full_size",
-)  # the tests that say most, lest the others take their time
+# The tests that say most, lest the others take their time.
+FIRST = ("test_ops", "test_triton", "test_networks", "test_full_size")
 NETWORKS = ("--model", "resnet50", "--model", "googlenet", "--dtype", "bfloat16")
 TINY = ("--model", "resnet18", "--size", "64", "--dtype", "float32", "--batch", "2")
 TUNED = [f"{network} --batch {of}" for of in ("256", "256 --train", "32") for network in ("resnet50", "googlenet")]
@@ -102,14 +98,8 @@ def correctness() -> list[Piece]:
 def sanitizer(tool: str, backend: str) -> list[str]:
     work = python("scripts/small_cases.py", "--backend", backend, "--minutes", "{minutes}")
     with_tool = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *work]
-    return [
-        "nice",
-        "-n",
-        "10",
-        "env",
-        "PYTORCH_NO_CUDA_MEMORY_CACHING=1",
-        *with_tool,
-    ]  # each tensor with bounds of its own
+    # Without the caching allocator each tensor has bounds of its own.
+    return ["nice", "-n", "10", "env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *with_tool]
 
 
 def compiler(which: str) -> list[str]:
@@ -179,9 +169,8 @@ def capabilities() -> str:
 
 def environment(dry: bool) -> Mapping[str, str]:
     path = [str(ROOT), str(ROOT / "scripts"), str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    threads = (
-        {"OMP_NUM_THREADS": "1"} if dry else {}
-    )  # where others work, too, as in CI, more would wait for each other
+    # Where others work, too, as in CI, more would wait for each other.
+    threads = {"OMP_NUM_THREADS": "1"} if dry else {}
     return {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
 
 

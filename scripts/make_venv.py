@@ -58,9 +58,8 @@ def main(folder: Path) -> None:
         step(f"making {folder}" + (" over this Python's own torch" if shared else ""))
         options = ["--system-site-packages"] if shared else []
         subprocess.run([sys.executable, "-m", "venv", *options, str(folder)], check=True)
-        if (
-            shared and sys.prefix != sys.base_prefix
-        ):  # a virtual environment's packages are not the system's: they are named one by one
+        # A virtual environment's packages are not the system's: they are named one by one.
+        if shared and sys.prefix != sys.base_prefix:
             version = f"python{sys.version_info.major}.{sys.version_info.minor}"
             (folder / "lib" / version / "site-packages" / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
 

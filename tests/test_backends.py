@@ -104,9 +104,8 @@ def test_a_build_that_does_not_fit_leaves_the_work_to_triton_and_says_why_when_a
     gpu(**broken)
     assert chosen("add_relu_fwd") == "triton"
     assert chosen("add_relu_fwd", torch.float64) == "reference"  # Triton's kernels compute in float32
-    assert (
-        convolution(3) == "reference" and convolution(1) == "triton"
-    )  # cuDNN's kernels before Triton's, but for products
+    # cuDNN's kernels before Triton's, but for products.
+    assert convolution(3) == "reference" and convolution(1) == "triton"
     assert message in refused("native") and "pip install -e ." in refused("native")
     outlook = _backends.outlook(None, CUDA)
     assert outlook.startswith("triton on cuda:0: Triton kernels; native is off: ") and message in outlook
@@ -189,9 +188,8 @@ def test_a_mismatch_with_driver_or_gpu_is_one_line() -> None:
         _builds.mismatch(BUILT, 13000, (13, 0)) == ""
         and _builds.mismatch({**BUILT, "cuda": "13.2"}, 13000, (12, 0)) == ""
     )
-    assert (
-        _builds.mismatch({**BUILT, "cuda": "13.2"}, 13000, (13, 0)) != ""
-    )  # PTX of a CUDA that is newer than the driver
+    # PTX of a CUDA that is newer than the driver.
+    assert _builds.mismatch({**BUILT, "cuda": "13.2"}, 13000, (13, 0)) != ""
     assert _builds.covers("10.0f", (10, 3)) and not _builds.covers("10.0a", (10, 3))
     assert "TORCH_CUDA_ARCH_LIST=9.0a" in _builds.mismatch({"cuda": "13.0", "cuda_archs": "8.0"}, 13000, (9, 0))
 

@@ -268,9 +268,8 @@ def test_bench_times_a_network_and_counts_its_memory(capfd: pytest.CaptureFixtur
     for row in (inference, training):
         assert row["launches"]["fused"] < row["launches"]["eager"] and row["flops"] > 1e8
         assert row["bytes"] > 0 and row["peak"]["fused"] > 0
-        assert (
-            DEVICE == "cuda" or row["bytes"] < row["traffic"]["fused"]
-        )  # traffic is counted by the CPU kernels' costs
+        # Traffic is counted by the CPU kernels' costs.
+        assert DEVICE == "cuda" or row["bytes"] < row["traffic"]["fused"]
     assert training["saved"]["fused"] < training["saved"]["eager"]
     code, text, _ = run(capfd, "report", str(file), "--out", str(tmp_path))
     assert code == 0 and text.count("| resnet18 |") == 6

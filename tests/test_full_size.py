@@ -82,9 +82,8 @@ class Part:
     """A piece of the work that can be done by itself."""
 
     inputs: Any  # the op's positional and keyword arguments, of which it takes
-    cut: Callable[
-        [Tensor, Tensor], Tensor
-    ]  # (one of them, that or its gradient) -> what belongs to this part; all of it if it is shared
+    # (one of them, that or its gradient) -> what belongs to this part; all of it if it is shared.
+    cut: Callable[[Tensor, Tensor], Tensor]
     out: Callable[[Tensor], Tensor]  # the result or its gradient -> what belongs to this part
 
 

@@ -387,10 +387,8 @@ def test_pools_keep_taking_what_pytorch_takes_and_backward_hooks_fire() -> None:
     model = nn.Sequential(nn.MaxPool2d(2))
     hits: list[str] = []
     model[0].register_full_backward_hook(lambda *a: hits.append("pool"))
-    inputs = [
-        torch.arange(64.0, device=DEVICE).view(1, 8, 8),
-        torch.arange(64).view(1, 1, 8, 8),
-    ]  # CUDA has no pool of integers
+    # CUDA has no pool of integers.
+    inputs = [torch.arange(64.0, device=DEVICE).view(1, 8, 8), torch.arange(64).view(1, 1, 8, 8)]
     expected = [model(x) for x in inputs]
     fuse_(model)
     assert all(torch.equal(model(x), out) for x, out in zip(inputs, expected, strict=True))

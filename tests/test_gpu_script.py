@@ -116,13 +116,11 @@ def test_the_deadline_is_kept_and_what_is_left_out_is_named(run: Any, tmp_path: 
     start = time.monotonic()
     outcomes = run(*(shell(f"piece {i}", HANGS, needed=i == 0) for i in range(20)), seconds=4)
     assert time.monotonic() - start < 4 + 4
-    assert [o.state for o in outcomes] == sorted(
-        (o.state for o in outcomes), reverse=True
-    )  # the first ones run, the last are left out
+    # The first ones run, the last are left out.
+    assert [o.state for o in outcomes] == sorted((o.state for o in outcomes), reverse=True)
     assert all(o.seconds > 0.6 for o in outcomes if o.state == "stopped")  # as long as anything needs, and the grace
-    assert (
-        outcomes[0].state == "stopped" and outcomes[0].seconds > 0.9
-    )  # needed: its second is its own, whatever comes later
+    # It is needed: its second is its own, whatever comes later.
+    assert outcomes[0].state == "stopped" and outcomes[0].seconds > 0.9
     assert outcomes[-1] == Outcome("piece 19", why="no time was left")
     (said,) = " ".join(gpu_summary.summary(outcomes, {"failures": []}, tmp_path)).split("left out, no time was left: ")[
         1:

@@ -78,9 +78,8 @@ VEC = number("cuda/vector.cuh", "kVec = #;")
 TILE = VEC * number(COLUMNS, "kTileVecs = #;")  # channels of a block
 BRANCHES = number(COLUMNS, "kBranches = #;")  # of a launch
 CHUNK = number(COLUMNS, "size = std::max<int64_t>(#, ")  # the fewest rows of a chunk of them
-BLOCKS = number(
-    COLUMNS, "blocks = ceil_div<int64_t>(#, "
-)  # channel tiles times chunks: where they would be more, chunks grow
+# Channel tiles times chunks: where they would be more, chunks grow.
+BLOCKS = number(COLUMNS, "blocks = ceil_div<int64_t>(#, ")
 PARTS = number(COLUMNS, "kReduceWarps = #;")  # of the chunks, when their sums are reduced
 # Rows above which the threads of a whole tile go round again: each has at most four in flight.
 ROUND = 4 * number(COLUMNS, "kColumnThreads = #;") * VEC // TILE

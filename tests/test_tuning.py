@@ -74,9 +74,8 @@ def test_the_fastest_runs_for_that_shape_and_nowhere_else() -> None:
     assert ops_of(add(other)) >= own
     assert ops_of(add(x.to(torch.bfloat16))) >= own
     assert ops_of(add(x.contiguous(memory_format=torch.channels_last))) >= own
-    assert (
-        ops_of(add(x, backend="native" if DEVICE == "cpu" else "triton")) >= own
-    )  # an explicit backend is not asked about
+    # An explicit backend is not asked about.
+    assert ops_of(add(x, backend="native" if DEVICE == "cpu" else "triton")) >= own
     assert ops_of(add(x.clone().requires_grad_())) >= own  # nor is training, which was not measured
 
 

@@ -111,9 +111,8 @@ def check(
     if residual:
         pairs["grad_residual"] = as_rows(grads[-1]), masked
     for what, (found, true) in pairs.items():
-        eps = torch.finfo(
-            dtype
-        ).eps  # half of it once more where cuBLAS's or oneDNN's product is rounded before the residual is added
+        # Half of it once more where cuBLAS's or oneDNN's product is rounded before the residual is added.
+        eps = torch.finfo(dtype).eps
         bounds = {"rtol": eps, "atol": eps / 2 * true.abs().max().item()}
         torch.testing.assert_close(found.double(), true, **bounds, msg=lambda text, w=what: f"{w} of {size}: {text}")
 
