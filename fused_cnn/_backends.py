@@ -10,8 +10,8 @@ import importlib.util
 import shutil
 import sysconfig
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -128,29 +128,27 @@ def _missing_for_triton() -> str:
     return ""
 
 
-_usable: dict[tuple[str, torch.device], bool] = {}
+_found: dict[Any, Any] = {}  # what usable and architecture have found out, once a process
 
 
 def usable(backend: str, device: torch.device) -> bool:
-    """Whether a backend can run on a device, found out once a process."""
+    """Whether a backend can run on a device."""
     key = (backend, device)
-    if key not in _usable:
-        _usable[key] = status(backend, device).on
-    return _usable[key]
+    if key not in _found:
+        _found[key] = status(backend, device).on
+    return _found[key]
 
 
-# What torch.compiler.assume_constant_result sets, which would import the compiler. Without it a first call inside of
-# the compiler would be traced; later ones find the table's entry.
-usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@lru_cache
 def architecture(device: torch.device) -> str:
     """ "sm_90" and the like of a GPU."""
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    if device not in _found:
+        _found[device] = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return _found[device]
 
 
-architecture._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# What torch.compiler.assume_constant_result sets, which would import the compiler: torch.compile's trace calls them
+# instead of going through them.
+usable._dynamo_marked_constant = architecture._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def outlook(backend: str | None, device: torch.device) -> str:

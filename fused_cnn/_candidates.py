@@ -81,7 +81,7 @@ def resolve(op: str, backend: str | None, x: Tensor, *problem: Any) -> str:
         raise BackendUnavailable(
             f"backend 'triton' cannot run {op} in float64: its kernels compute in float32; use backend=None"
         )
-    if not usable(backend, x.device):
+    if not _ready(backend, x.device):
         state = status(backend, x.device)
         raise BackendUnavailable(f"backend {backend!r} cannot run {op} on {device_type}: {state.reason}; {state.hint}")
     if not _library.has_kernel(op, backend, device_type):
@@ -103,9 +103,22 @@ def _runs(op: str, candidate: Candidate[str], device: torch.device, dtype: torch
         return True
     if backend == "triton" and (device.type != "cuda" or dtype == torch.float64):  # its interpreter is for tests
         return False
-    if not _library.has_kernel(op, backend, device.type) or not usable(backend, device):
+    if not _library.has_kernel(op, backend, device.type) or not _ready(backend, device):
         return False
     return not candidate.architectures or architecture(device) in candidate.architectures
+
+
+def _ready(backend: str, device: torch.device) -> bool:
+    """Whether a backend can run on a device. Before native kernels run on a GPU its table is read, which hands them
+    their tiles, though nobody may ask it: a call with an explicit backend does not, nor does a compiled one."""
+    if not usable(backend, device):
+        return False
+    if backend == "native" and device.type == "cuda":
+        _tables.table(device)
+    return True
+
+
+_ready._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as usable is
 
 
 class _Measuring:

@@ -156,7 +156,8 @@ def gemm_tiles(library: ctypes.CDLL) -> list[tuple[int, int, int]]:
 def choose_gemm_tile(library: ctypes.CDLL, problem: GemmProblem, tile: int) -> None:
     """Run the forward product of this problem with the tile of this index from now on."""
     library.fused_cnn_choose_gemm_tile.restype = ctypes.c_bool
-    assert library.fused_cnn_choose_gemm_tile((ctypes.c_int64 * 5)(*problem), tile), f"there is no tile {tile}"
+    if not library.fused_cnn_choose_gemm_tile((ctypes.c_int64 * 5)(*problem), tile):
+        raise ValueError(f"there is no tile {tile}")
 
 
 def gemms_of(library: ctypes.CDLL, work: Callable[[], object]) -> list[GemmProblem]:

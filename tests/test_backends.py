@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ import torch
 import fused_cnn
 from fused_cnn import _backends, _builds, _candidates, _library
 from fused_cnn._backends import BackendUnavailable
+from fused_cnn._tables import Table
 from fused_cnn.ops._conv import on_16_bytes
 
 CUDA = torch.device("cuda", 0)
@@ -17,9 +18,10 @@ HOPPER = {"ops": "", "sources": "", "cuda": "13.0", "cuda_archs": "9.0a", "cutla
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A machine with a Hopper GPU, a driver for CUDA 13 and everything built for it; the call takes things away."""
-    monkeypatch.setattr(_backends, "_usable", {})
+    monkeypatch.setattr(_backends, "_found", {})
+    monkeypatch.setattr(_candidates._tables, "_tables", {CUDA: Table()})
 
     def machine(
         facts: dict[str, str] | None = None, capability: tuple[int, int] = (9, 0), driver: int | None = 13000,
@@ -29,8 +31,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        _backends._usable.clear()
-        _backends.architecture.cache_clear()
+        _backends._found.clear()
         monkeypatch.setattr(_backends, "driver_version", lambda: driver)
         monkeypatch.setattr(_backends._sources, "library_hash", lambda device: "")
         monkeypatch.setattr(_library.cuda, "file", _library.cpu.file)  # one that exists
@@ -43,8 +44,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         if not triton:
             monkeypatch.setattr(_backends.importlib.util, "find_spec", lambda name: None)
 
-    yield machine
-    _backends.architecture.cache_clear()
+    return machine
 
 
 def chosen(op: str, dtype: torch.dtype = torch.bfloat16) -> str:
@@ -56,12 +56,12 @@ def convolution(kernel: int) -> str:
     return _candidates.best("conv_bias_relu_fwd", CUDA, torch.bfloat16, weight, (0, 0), 1)
 
 
+class OnGpu:
+    device, dtype = CUDA, torch.bfloat16
+
+
 def refused(backend: str) -> str:
     """What an explicit backend says of a tensor on the GPU."""
-
-    class OnGpu:
-        device, dtype = CUDA, torch.bfloat16
-
     with pytest.raises(BackendUnavailable) as caught:
         _candidates.resolve("add_relu_fwd", backend, OnGpu())  # type: ignore[arg-type]
     return str(caught.value)
@@ -71,6 +71,27 @@ def test_with_all_there_native_kernels_run(gpu: Callable[..., None]) -> None:
     gpu()
     assert chosen("bn_relu_concat_fwd") == "native"
     assert _backends.outlook(None, CUDA) == "native on cuda:0: CUDA kernels"
+
+
+def test_the_gpus_table_is_read_before_native_kernels_run_by_name_or_compiled(
+    gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither call asks the table for a backend, but the CUDA library has its tiles from there."""
+    gpu()
+    read, graphs = [], []
+    monkeypatch.setattr(_candidates._tables, "table", read.append)
+    assert _candidates.resolve("concat_bias_relu_fwd", "native", OnGpu()) == "native" and read == [CUDA]  # type: ignore[arg-type]
+
+    assert chosen("add_relu_fwd") == "triton"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # known by now; torch.compile would use the GPU
+    read.clear()
+
+    @torch.compile(fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    def compiled(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if chosen("add_relu_fwd") == "triton" and chosen("concat_bias_relu_fwd") == "native" else x
+
+    assert compiled(torch.zeros(2)).sum() == 2 and read
+    assert [n.op for n in graphs[0].graph.nodes] == ["placeholder", "call_function", "output"]  # asks no GPU anything
 
 
 def test_a_candidate_that_was_measured_to_be_faster_on_an_architecture_runs_there(gpu: Callable[..., None]) -> None:

@@ -412,7 +412,7 @@ def test_bad_input_is_refused_with_what_was_expected_and_what_came(what: str) ->
 
 def test_an_explicit_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_cnn._backends, "triton_interprets", lambda: False)
-    monkeypatch.setattr(fused_cnn._backends, "_usable", {})
+    monkeypatch.setattr(fused_cnn._backends, "_found", {})
     with pytest.raises(
         fused_cnn._backends.BackendUnavailable, match=r"cannot run add_relu_fwd on cpu: .* GPUs only; .*"
     ):
