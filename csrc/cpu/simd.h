@@ -93,11 +93,12 @@ FUSED_CNN_INLINE Vec<float> to_lanes(HalfWords bits, f16_t) {
 // Round to nearest even. A NaN keeps its upper bits and is made quiet, so that it cannot round up to infinity.
 FUSED_CNN_INLINE HalfWords to_bits(Vec<float> v, bf16_t) {
 #if defined(__AVX512BF16__)
-  return reinterpret_cast<HalfWords>(_mm512_cvtneps_pbh(v));  // subnormals become zero
-#else
+  constexpr int kSubnormal = 0x20;  // of which the instruction would make zeros
+  if (__builtin_expect(_mm512_fpclass_ps_mask(v, kSubnormal) == 0, 1))
+    return reinterpret_cast<HalfWords>(_mm512_cvtneps_pbh(v));
+#endif
   const Words u = reinterpret_cast<Words>(v);
   return narrow(v == v ? (u + 0x7fffu + ((u >> 16) & 1u)) >> 16 : (u >> 16) | 0x40u);
-#endif
 }
 FUSED_CNN_INLINE HalfWords to_bits(Vec<float> v, f16_t) {
 #if defined(__AVX512F__)

@@ -39,6 +39,16 @@ def test_nan_and_infinity_go_through_as_in_pytorch(backend: str) -> None:
     torch.testing.assert_close(grad, expected_grad, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_number_is_read_and_written_as_it_is(level: str, dtype: torch.dtype) -> None:
+    """Subnormals, of which an instruction would make zeros, infinities and NaN; and sums are rounded to even."""
+    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = numbers.view(1, 32, 32, 64).permute(0, 3, 1, 2)
+    for residual in (torch.zeros_like(x), x.flip(3)):
+        out = fused_cnn.add_relu(x, residual, backend="native")
+        torch.testing.assert_close(out, torch.relu(x + residual), rtol=0, atol=0, equal_nan=True)
+
+
 def test_nan_reaches_only_the_pixels_whose_window_holds_it() -> None:
     x = torch.randn(1, 5, 9, 9, device=DEVICE)
     x[0, 2, 4, 4] = NAN
