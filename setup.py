@@ -211,7 +211,7 @@ class Build(build_ext):
         text = json.dumps(json.dumps(facts))  # a C++ literal
         jobs.append(("csrc/build_facts.cpp", "build_facts.o", [compiler, "-fPIC", f"-DFUSED_CNN_BUILD_FACTS={text}"]))
         objects_dir.mkdir(parents=True, exist_ok=True)
-        for made in objects_dir.iterdir():  # of a source that went: compile-check would still report its kernels
+        for made in objects_dir.iterdir():  # of sources that are gone: compile-check would still report their kernels
             if made.with_suffix(".o").name not in {name for _, name, _ in jobs}:
                 made.unlink()
         common = ["-std=c++20", "-O3", "-Icsrc", "-MMD"]
@@ -279,8 +279,7 @@ class Build(build_ext):
         if cutlass is None:
             print(
                 f"[fused_cnn] CUTLASS's headers were not found: on CUDA 1x1 convolutions will be PyTorch's own with "
-                f"their "
-                f"epilogue behind them; for ours `pip install --no-deps {BUILDS['CUTLASS']}` and build again",
+                f"their epilogue behind them; for ours `pip install --no-deps {BUILDS['CUTLASS']}` and build again",
                 flush=True,
             )
             sources = {path: archs for path, archs in sources.items() if path.parent.name != "gemm"}

@@ -39,7 +39,7 @@ RUNS = (  # batch and dtype
     if GPU
     else [(2, torch.float32)]
 )
-LAYERS = {  # of each op the largest and the most different
+LAYERS = {  # of each op the largest and the most different; of one that is not here every real layer
     "add_relu": ("resnet50 layer1", "resnet50 layer4"),
     "bn_relu": ("resnet50 conv1 training", "resnet50 layer2 conv2 eval", "resnet50 layer4 conv2 training"),
     "bn_add_relu": ("resnet50 layer1 training", "resnet50 layer2 downsample training", "resnet50 layer4 eval"),
@@ -173,7 +173,7 @@ def every_run() -> Iterator[object]:
         cases = {case.name: case for case in op_cases.cases}
         for backend in backends() if GPU else ["native"]:
             if _library.has_kernel(op_cases.decides, backend, DEVICE):
-                for name in LAYERS[op_cases.name]:
+                for name in LAYERS.get(op_cases.name) or [case.name for case in op_cases.cases if case.real]:
                     for batch, dtype in RUNS:
                         label = f"{op_cases.name}-{backend}-{name}-{batch}-{str(dtype)[6:]}".replace(" ", "_")
                         yield pytest.param(op_cases, sized(cases[name], batch), backend, dtype, id=label)
