@@ -77,13 +77,10 @@ def stages(model: nn.Module) -> list[nn.Sequential]:
     return found
 
 
-def _patch(module: nn.Module) -> str | None:
-    """`7x7/2`: kernel and stride, where the module has them."""
-    kernel, stride = getattr(module, "kernel_size", None), getattr(module, "stride", None)
-    if kernel is None or stride is None:
-        return None
-    k, s = (v if isinstance(v, int) else v[0] for v in (kernel, stride))
-    return f"{k}x{k}/{s}"
+def _patch(module: Any) -> str:
+    """`7x7/2`: kernel and stride."""
+    kernel, stride = (v if isinstance(v, int) else v[0] for v in (module.kernel_size, module.stride))
+    return f"{kernel}x{kernel}/{stride}"
 
 
 def _googlenet(model: nn.Module) -> Iterator[Row]:
@@ -131,9 +128,8 @@ def _resnet(model: nn.Module) -> Iterator[Row]:
     yield Row("fc", "linear", ["fc"], {"layers": f"{getattr(children['fc'], 'out_features', '')}-d fc"})
 
 
-def _blocks(stage: nn.Module) -> str:
+def _blocks(stage: nn.Sequential) -> str:
     """`[1x1, 64; 3x3, 64; 1x1, 256] x 3`: the convolutions of a block, and how many blocks."""
-    blocks = list(stage.children())
-    convs = [m for name, m in blocks[-1].named_children() if isinstance(m, nn.Conv2d)]
+    convs = [m for m in stage[-1].children() if isinstance(m, nn.Conv2d)]
     parts = [f"{c.kernel_size[0]}x{c.kernel_size[0]}, {c.out_channels}" for c in convs]
-    return f"[{'; '.join(parts)}] x {len(blocks)}"
+    return f"[{'; '.join(parts)}] x {len(stage)}"

@@ -8,7 +8,7 @@ to the nearest gives the printed digits.
 from __future__ import annotations
 
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Printed(NamedTuple):
@@ -61,20 +61,18 @@ def agrees(value: int, printed: str) -> bool:
     return digits in (exact.quantize(last, rounding) for rounding in (ROUND_FLOOR, ROUND_CEILING))
 
 
-def in_units(value: int, printed: str) -> str:
-    """`value` with the unit of `printed`, and one digit more: what a note shows beside the paper's figure."""
-    places = len(printed[:-1].partition(".")[2]) + 1
-    return f"{value / _UNITS[printed[-1]]:.{places}f}{printed[-1]}"
-
-
-def disagreements(name: str, params: int, macs: int, printed: Printed) -> list[str]:
-    """A sentence for each printed figure of a row that its architecture does not give."""
-    pairs = (("parameters", params, printed.params), ("multiply-adds", macs, printed.ops))
-    return [
-        f"{name}: the paper prints {text} {what}; the architecture has {in_units(value, text)} ({value:,})"
-        for what, value, text in pairs
-        if text is not None and not agrees(value, text)
-    ]
+def compare(row: dict[str, Any], name: str, printed: Printed) -> list[str]:
+    """Put the printed figures into a row. A sentence for each that its architecture does not give, which shows the
+    architecture's with one digit more."""
+    differences = []
+    figures = (("parameters", row["params"], printed.params), ("multiply-adds", row["macs"], printed.ops))
+    for what, value, text in figures:
+        if text is not None and not agrees(value, text):
+            places = len(text[:-1].partition(".")[2]) + 1
+            has = f"{value / _UNITS[text[-1]]:.{places}f}{text[-1]} ({value:,})"
+            differences.append(f"{name}: the paper prints {text} {what}; the architecture has {has}")
+    row["paper"] = {**printed._asdict(), "agrees": not differences}
+    return differences
 
 
 GOOGLENET_NOTES = (

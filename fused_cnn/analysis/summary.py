@@ -163,46 +163,30 @@ def reduction(name: str, block: nn.Module, input_size: Sequence[int]) -> dict[st
 def _shown(row: Row) -> dict[str, Any]:
     """The row as plain numbers."""
     assert row.result is not None
-    columns = {key: value for key, value in row.columns.items() if value is not None}
+    columns = row.columns
     if row.type == "avg pool" and row.input_shape is not None:
         columns = {"patch_size": f"{row.input_shape[2]}x{row.input_shape[3]}/1", **columns}
     _, channels, *size = row.result
-    output = [*(size or [1, 1]), channels]
-    return {
-        "name": row.name,
-        "type": row.type,
-        **columns,
-        "output_size": output,
-        "params": row.params,
-        "macs": row.macs,
-    }
-
-
-def _compare(row: dict[str, Any], name: str, printed: paper.Printed) -> list[str]:
-    """Put the printed figures into a row; the sentences about those that differ."""
-    differences = paper.disagreements(name, row["params"], row["macs"], printed)
-    row["paper"] = {**printed._asdict(), "agrees": not differences}
-    return differences
+    measured = {"output_size": [*(size or [1, 1]), channels], "params": row.params, "macs": row.macs}
+    return {"name": row.name, "type": row.type, **columns, **measured}
 
 
 def _compare_googlenet(table: Summary) -> None:
     for row in table.rows:
         if row["name"] in paper.GOOGLENET:
-            table.notes += _compare(row, row["name"], paper.GOOGLENET[row["name"]])
-    table.notes += [*_compare(table.total, "total", paper.GOOGLENET_TOTAL), *paper.GOOGLENET_NOTES]
+            table.notes += paper.compare(row, row["name"], paper.GOOGLENET[row["name"]])
+    table.notes += [*paper.compare(table.total, "total", paper.GOOGLENET_TOTAL), *paper.GOOGLENET_NOTES]
 
 
 def _compare_resnet(table: Summary, model: nn.Module) -> None:
     found = stages(model)
-    block = next(found[0].children())
-    convs = [m for m in block.children() if isinstance(m, nn.Conv2d)]
+    convs = [m for m in found[0][0].children() if isinstance(m, nn.Conv2d)]
     kind = {2: "BasicBlock", 3: "Bottleneck"}.get(len(convs), "")
-    printed = paper.RESNETS.get((kind, tuple(len(list(stage.children())) for stage in found)))
+    printed = paper.RESNETS.get((kind, tuple(map(len, found))))
     stem = convolutions(model.get_submodule("conv1"))[0]
     # Neither grouped nor wide: the paper's first stage is as wide as its stem.
     if printed is None or convs[1].groups > 1 or convs[1].out_channels != stem.out_channels:
         return
-    table.notes += _compare(table.total, "total", printed)
-    strides = [conv.stride[0] for conv in convolutions(next(found[-1].children()))]
-    if kind == "Bottleneck" and strides[1] > 1:
+    table.notes += paper.compare(table.total, "total", printed)
+    if kind == "Bottleneck" and convolutions(found[-1][0])[1].stride[0] > 1:
         table.notes.append(paper.STRIDE_NOTE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import time
@@ -21,49 +22,37 @@ GRADIENT_IMAGES = 2  # float64 convolutions are slow; batch statistics need two 
 Say = Callable[[str], None]
 
 
-def stage_starts(model: nn.Module) -> dict[str, str]:
-    """Child -> stage: one with several convolutions starts one, the last pooling the head; before comes the stem."""
+@torch.no_grad()
+def stage_times(pair: Pair, images: Tensor, rounds: int) -> list[dict[str, Any]]:
+    """Median seconds of each stage of the forward pass, eager and fused, in interleaved rounds. A child with several
+    convolutions starts a stage, the last pooling the head; before comes the stem."""
     starts = {}
-    for name, child in model.named_children():
+    for name, child in pair.eager.named_children():
         if sum(isinstance(m, nn.Conv2d) for m in child.modules()) > 1:
             starts[name] = name
         elif isinstance(child, nn.AdaptiveAvgPool2d):
             starts[name] = "head"
-    return starts
-
-
-@torch.no_grad()
-def stage_times(pair: Pair, images: Tensor, rounds: int) -> list[dict[str, Any]]:
-    """Median seconds of each stage of the forward pass, eager and fused, in interleaved rounds."""
-    starts = stage_starts(pair.eager)
-    passes: dict[str, list[dict[str, float]]] = {variant: [] for variant in pair.models}
-    for _ in range(rounds):
-        for variant, model in pair.models.items():
-            passes[variant].append(_one_pass(model, images, starts))
-
-    def median(variant: str, stage: str) -> float:
-        return statistics.median(seconds[stage] for seconds in passes[variant])
-
-    return [{"stage": stage, **{v: median(v, stage) for v in passes}} for stage in passes["eager"][0]]
-
-
-def _one_pass(model: nn.Module, images: Tensor, starts: dict[str, str]) -> dict[str, float]:
     marks: list[tuple[str, float]] = []
 
     def mark(stage: str) -> None:
         synchronize(images.device)
         marks.append((stage, time.perf_counter()))
 
-    children = dict(model.named_children())
-    handles = [children[n].register_forward_pre_hook(lambda *_, stage=s: mark(stage)) for n, s in starts.items()]
-    try:
-        mark("stem")
-        model(images)
-        mark("end")
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {stage: after - start for (stage, start), (_, after) in itertools.pairwise(marks)}
+    taken: dict[str, dict[str, list[float]]] = {}
+    with contextlib.ExitStack() as hooks:
+        for model in pair.models.values():
+            for name, stage in starts.items():
+                child = model.get_submodule(name)
+                hooks.enter_context(child.register_forward_pre_hook(lambda *_, stage=stage: mark(stage)))
+        for _ in range(rounds):
+            for variant, model in pair.models.items():
+                marks.clear()
+                mark("stem")
+                model(images)
+                mark("end")
+                for (stage, start), (_, end) in itertools.pairwise(marks):
+                    taken.setdefault(stage, {}).setdefault(variant, []).append(end - start)
+    return [{"stage": s, **{v: statistics.median(seconds) for v, seconds in of.items()}} for s, of in taken.items()]
 
 
 def timed(works: dict[str, Work], device: torch.device, seconds: float) -> dict[str, Any]:

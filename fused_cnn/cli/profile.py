@@ -4,23 +4,22 @@ Python functions the host is in. Nothing is checked here; `fused-cnn bench` and 
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE
-from rich.table import Table
 
 from ..bench.benches import BATCHES, DTYPES
 from ..bench.errors import RequestError
 from ..bench.facts import facts_of_run
 from ..bench.network_benches import MODELS, NetworkBench, profiled
 from ..bench.peers import COMPILERS
-from ..bench.results import PASSES, Result, Row, take_rows
+from ..bench.report.kernel_tables import steps
+from ..bench.results import PASSES, Result, Row
 from ..bench.worker import Worker
-from ._common import Json, Minutes, Networks, Seconds, device, dtype_of, progress, show_rows
+from ._common import Json, Minutes, Networks, Seconds, device, dtype_of, take_rows
 
 VARIANTS = ("eager", "fused", "compile", "fused compile")
 
@@ -56,24 +55,16 @@ def profile(
         for each in variant or VARIANTS
     ]
     wanted.sort(key=lambda job: job[1] in COMPILERS)  # what takes minutes to compile comes last
-    end = time.monotonic() + 60 * minutes
     result: Result = {"kind": "kernels", **facts_of_run(device())}
-    with progress("profile") as say, Worker() as worker:
-        jobs = [
+
+    def jobs(worker: Worker, _: Any) -> list[tuple[str, Callable[[], Row]]]:
+        return [
             (f"{bench.name} {each}", partial(profiled, worker, bench, each, seconds, host)) for bench, each in wanted
         ]
-        take_rows(result, jobs, file, end, say)
-    show_rows(result, _table(result["rows"]), file, minutes, json)
+
+    take_rows("profile", result, jobs, partial(steps, longest=_longest), file, minutes, json)
 
 
-def _table(rows: list[Row]) -> Table:
-    table = Table("what", "variant", "ms a step", "images/s", "busy ms", "launches", "longest", box=SIMPLE)
-    for row in rows:
-        name = ", ".join(str(row[k]) for k in ("model", "pass", "dtype", "batch"))
-        if "error" in row:
-            table.add_row(name, row["variant"], "", "", "", "", f"[red]{row['error']}[/]")
-            continue
-        longest, _, taken = row["kernels"][0]
-        figures = [f"{row['ms']:.2f}", f"{row['batch'] / row['ms'] * 1e3:.0f}", f"{row['busy_ms']:.2f}"]
-        table.add_row(name, row["variant"], *figures, str(row["launches"]), f"{taken / 1e3:.2f} ms {longest[:40]}")
-    return table
+def _longest(row: Row) -> str:
+    kernel, _, microseconds = row["kernels"][0]
+    return f"{microseconds / 1e3:.2f} ms {kernel[:40]}"

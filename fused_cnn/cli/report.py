@@ -12,7 +12,7 @@ import typer
 
 from ..bench.report import draw, rewrite, tables_of
 from ..bench.results import load_all, newest
-from ._common import Json, emit, out
+from ._common import Json, emit
 
 RESULTS = Path("benchmarks/results")
 
@@ -36,8 +36,8 @@ def report(
         emit({"tables": tables, "plots": plots, "updated": updated})
         return
     for name, text in tables.items() if not update else ():
-        out().print(f"## {name}\n\n{text}", highlight=False, markup=False, soft_wrap=True)
+        print(f"## {name}\n\n{text}")
     for path in plots:
-        out().print(f"plot: {path}", highlight=False, soft_wrap=True)
+        print(f"plot: {path}")
     for file, names in updated.items():
-        out().print(f"{file}: {', '.join(names)}", highlight=False, soft_wrap=True)
+        print(f"{file}: {', '.join(names)}")

@@ -9,14 +9,12 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.box import SIMPLE
-from rich.table import Table
 
 from .. import _tables, fuse_, tuning
 from ..bench import networks
 from ..bench.numbers import Autocast
 from ..bench.results import write_json
-from ._common import Json, device, dtype_of, emit, out, progress
+from ._common import Json, device, dtype_of, emit, progress, say_plainly, show
 
 
 def tune(
@@ -50,12 +48,12 @@ def tune(
     if json:
         emit({"file": str(saved), **document})
         return
-    title = f"{model}, {'training' if train else 'inference'}"
-    table = Table("op", "input", "best", "library", "tried", box=SIMPLE, title=title)
+    lines = []
     for key, entry in _tables.in_order(measured.choices):
         seconds = entry["seconds"]
         gain = seconds["reference"] / seconds[entry["best"]]
         tried = ", ".join(f"{name} {s * 1e6:.0f} us" for name, s in seconds.items())
-        table.add_row(key[0], tuning.first_shape(key), entry["best"], f"{gain:.2f}x", tried)
-    out().print(table)
-    out().print(f"saved: {saved}", highlight=False, soft_wrap=True)
+        lines.append([key[0], tuning.first_shape(key), entry["best"], f"{gain:.2f}x", tried])
+    title = f"{model}, {'training' if train else 'inference'}"
+    show(["op", "input", "best", "library", "tried"], lines, title=title)
+    say_plainly(f"saved: {saved}")

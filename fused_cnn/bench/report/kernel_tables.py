@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Callable
 
 from ..results import Row
-from .tables import LABELS, Cells, Rows, Table, failure, named, timed
+from .tables import LABELS, Cells, Columns, Rows, Table, named, table, timed
 
 SHOWN = ("fused", "compile")  # the variants whose kernels a table lists
 MOST = 10  # kernels of each
@@ -20,34 +22,35 @@ def name(row: Row) -> str:
     return f"kernels-{row['model']}-{row['pass'].split()[0]}"
 
 
-def steps(rows: Rows) -> Table:
+def steps(rows: Rows, **more: Callable[[Row], str]) -> Table:
     """What a step takes, and how much of that the device is busy."""
-    headings = [*LABELS, "variant", "ms a step", "images/s", "device busy ms", "busy", "launches"]
-    return headings, [_step(row) for row in rows]
-
-
-def _step(row: Row) -> Cells:
-    cells = [*(str(row[label]) for label in LABELS), named(row["variant"])]
-    if "error" in row:
-        return [*cells, failure(row), *[""] * 4]
-    ms, busy = row["ms"], row["busy_ms"]
-    cells += [f"{ms:.3g}", f"{row['batch'] / ms * 1e3:.0f}", f"{busy:.3g}", f"{min(1, busy / ms):.0%}"]
-    return [*cells, str(row["launches"])]
+    columns: Columns = {
+        "ms a step": lambda row: f"{row['ms']:.3g}",
+        "images/s": lambda row: f"{row['batch'] / row['ms'] * 1e3:.0f}",
+        "device busy ms": lambda row: f"{row['busy_ms']:.3g}",
+        "busy": lambda row: f"{min(1, row['busy_ms'] / row['ms']):.0%}",
+        "launches": lambda row: str(row["launches"]),
+        **more,
+    }
+    return table(rows, [*LABELS, "variant"], columns)
 
 
 def kernels(rows: Rows) -> Table:
     """The kernels in which fused and torch.compile spend most of one network's step, of one pass."""
     found: list[Cells] = []
     for row in timed(row for row in rows if row["variant"] in SHOWN):
-        merged: dict[str, tuple[int, float]] = {}
-        for kernel, launches, microseconds in row["kernels"]:
-            before = merged.get(short_name(kernel), (0, 0.0))
-            merged[short_name(kernel)] = before[0] + launches, before[1] + microseconds / 1e3
-        longest = sorted(merged.items(), key=lambda item: -item[1][1])[:MOST]
-        rest = row["launches"] - sum(n for _, (n, _) in longest), row["busy_ms"] - sum(ms for _, (_, ms) in longest)
-        lines = [(f"`{kernel}`", of) for kernel, of in longest] + ([("all others", rest)] if rest[0] else [])
+        launches: Counter[str] = Counter()
+        busy: dict[str, float] = {}
+        for kernel, n, microseconds in row["kernels"]:
+            kernel = short_name(kernel)
+            launches[kernel] += n
+            busy[kernel] = busy.get(kernel, 0.0) + microseconds / 1e3
+        longest = sorted(busy, key=lambda kernel: -busy[kernel])[:MOST]
+        lines = [(f"`{kernel}`", launches[kernel], busy[kernel]) for kernel in longest]
+        if others := row["launches"] - sum(n for _, n, _ in lines):
+            lines.append(("all others", others, row["busy_ms"] - sum(ms for *_, ms in lines)))
         labels = [row["dtype"], str(row["batch"]), named(row["variant"])]
-        found += [[*labels, kernel, str(n), f"{ms:.3g}", f"{ms / row['busy_ms']:.0%}"] for kernel, (n, ms) in lines]
+        found += [[*labels, kernel, str(n), f"{ms:.3g}", f"{ms / row['busy_ms']:.0%}"] for kernel, n, ms in lines]
     return ["dtype", "batch", "variant", "kernel", "launches", "ms", "of the busy time"], found
 
 

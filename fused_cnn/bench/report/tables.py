@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ..peers import OURS
@@ -12,6 +13,7 @@ from ..results import Result, Row
 Cells = list[str]
 Table = tuple[Cells, list[Cells]]
 Rows = Sequence[Row]
+Columns = Mapping[str, Callable[[Row], str]]  # by heading, what a row has in it
 PEERS = ("eager", "library", "compile", "autotune", "graph", "onnxruntime", "openvino")
 VARIANTS = (*PEERS, "native", "triton", "fused", "fused graph", "fused compile")
 NAMES = {
@@ -29,6 +31,19 @@ LABELS = ["model", "pass", "dtype", "batch"]
 
 def named(variant: str) -> str:
     return NAMES.get(variant, variant)
+
+
+def table(rows: Rows, labels: Sequence[str], columns: Columns) -> Table:
+    """A line for each row: its labels, and what the columns make of it. One that failed says why instead."""
+
+    def line(row: Row) -> Cells:
+        failed = "error" in row and [f"**failed**: {row['error']}".replace("|", "/"), *[""] * (len(columns) - 1)]
+        return [
+            *(named(str(row.get(label, ""))) for label in labels),
+            *(failed or (cell(row) for cell in columns.values())),
+        ]
+
+    return [*labels, *columns], [line(row) for row in rows]
 
 
 def markdown(headings: Cells, rows: list[Cells]) -> str:
@@ -73,29 +88,12 @@ def best_peer(row: Row) -> str:
     return min((v for v in row["times"] if v not in OURS), key=lambda v: row["times"][v]["median"])
 
 
-def bench(rows: Rows, subject: str) -> Table:
-    """Ops or models: every variant's median, and fused against eager and against its fastest peer."""
-    variants = variants_in(rows)
-    labels = [subject, *(["case"] if subject == "op" else []), "pass", "dtype", "batch"]
-    figures = ["spread", "fused / eager", "fused / best peer", "GB/s", "TFLOP/s", "of the limit"]
-    headings = [*labels, *(f"{named(v)} ms" for v in variants), *figures]
-    return headings, [_bench_row(row, labels, variants) for row in rows]
-
-
-def _bench_row(row: Row, labels: Cells, variants: Cells) -> Cells:
-    cells = [str(row[label]) for label in labels]
-    if "error" in row:
-        return [*cells, failure(row), *[""] * (len(variants) + 5)]
-    times = row["times"]
-    cells += [f"{times[v]['median'] * 1e3:.3g}" if v in times else "" for v in variants]
-    spread = max((t["high"] - t["low"]) / t["median"] for t in times.values())
+def _against_best_peer(row: Row) -> str:
     peer = best_peer(row)
-    against = times[peer]["median"] / times["fused"]["median"]
-    cells += [f"{spread:.0%}", f"{row['ratios']['fused']:.2f}x", f"{against:.2f}x ({named(peer)})"]
-    return [*cells, *(f"{row[k]['fused']:.3g}" for k in ("gb_per_s", "tflop_per_s")), of_limit(row)]
+    return f"{row['times'][peer]['median'] / row['times']['fused']['median']:.2f}x ({named(peer)})"
 
 
-def of_limit(row: Row) -> str:
+def _of_limit(row: Row) -> str:
     """Fused's share of the limit. Work that moves its bytes within the cache has none; nor has an older row, whose
     limit is a direct convolution's, where a form with fewer products passed that."""
     share = row["share_of_limit"]["fused"]
@@ -104,8 +102,29 @@ def of_limit(row: Row) -> str:
     return f"{share:.0%}" if share <= 1 or "bound" in row else ""
 
 
-def failure(row: Row) -> str:
-    return f"**failed**: {row['error']}".replace("|", "/")
+FIGURES: Columns = {
+    "spread": lambda row: f"{max((t['high'] - t['low']) / t['median'] for t in row['times'].values()):.0%}",
+    "fused / eager": lambda row: f"{row['ratios']['fused']:.2f}x",
+    "fused / best peer": _against_best_peer,
+    "GB/s": lambda row: f"{row['gb_per_s']['fused']:.3g}",
+    "TFLOP/s": lambda row: f"{row['tflop_per_s']['fused']:.3g}",
+    "of the limit": _of_limit,
+}
+
+
+def medians(variants: Iterable[str]) -> Columns:
+    """Milliseconds of each variant that a row has."""
+
+    def median(row: Row, variant: str) -> str:
+        return f"{row['times'][variant]['median'] * 1e3:.3g}" if variant in row["times"] else ""
+
+    return {f"{named(v)} ms": partial(median, variant=v) for v in variants}
+
+
+def bench(rows: Rows, subject: str) -> Table:
+    """Ops or models: every variant's median, and fused against eager and against its fastest peer."""
+    labels = [subject, *(["case"] if subject == "op" else []), "pass", "dtype", "batch"]
+    return table(rows, labels, {**medians(variants_in(rows)), **FIGURES})
 
 
 def absences(rows: Rows) -> str:
@@ -153,32 +172,28 @@ def memory(rows: Rows) -> Table:
     def arrow(values: Mapping[str, int] | None, unit: float = 1e6) -> str:
         return f"{values['eager'] / unit:.0f} -> {values['fused'] / unit:.0f}" if values else ""
 
-    def line(row: Row) -> Cells:
-        traffic = f"{arrow(row.get('traffic'))} ({row['bytes'] / 1e6:.0f})"
-        kept = arrow(row.get("saved")), arrow(row["peak"])
-        return [*(str(row[label]) for label in LABELS), arrow(row["launches"], 1), traffic, *kept]
-
-    counted = ["launches", "traffic MB (minimum)", "kept for backward MB", "peak memory MB"]
-    return [*LABELS, *counted], [line(row) for row in timed(rows)]
+    columns: Columns = {
+        "launches": lambda row: arrow(row["launches"], 1),
+        "traffic MB (minimum)": lambda row: f"{arrow(row.get('traffic'))} ({row['bytes'] / 1e6:.0f})",
+        "kept for backward MB": lambda row: arrow(row.get("saved")),
+        "peak memory MB": lambda row: arrow(row["peak"]),
+    }
+    return table(timed(rows), LABELS, columns)
 
 
 def verify(result: Result) -> Table:
-    headings = ["model", "blocks fused", "eager ms", "fused ms", "fused / eager", "launches", "traffic MB (minimum)"]
-    headings += ["scores - float64: fused (eager)", "numbers agree"]
-    rows = []
-    for name, found in result["models"].items():
-        time, traffic, scores = found["time"]["eval"], found["traffic"]["eval"], found["scores"]
-        eager, fused, least = (traffic[v] for v in ("eager", "fused", "minimum"))
-        rows.append(
-            [
-                name,
-                f"{len(found['fused'])} of {len(found['fused']) + len(found['skipped'])}",
-                *(f"{time[v]['median'] * 1e3:.1f}" for v in ("eager", "fused")),
-                f"{time['ratio']:.2f}x",
-                f"{eager['launches']} -> {fused['launches']}",
-                f"{eager['bytes'] / 1e6:.0f} -> {fused['bytes'] / 1e6:.0f} ({least['bytes'] / 1e6:.0f})",
-                f"{scores['error']:.1e} ({scores['eager_error']:.1e})",
-                "yes" if found["ok"] else "**no**",
-            ]
-        )
-    return headings, rows
+    def traffic(row: Row) -> str:
+        eager, fused, least = (row["traffic"]["eval"][v]["bytes"] / 1e6 for v in ("eager", "fused", "minimum"))
+        return f"{eager:.0f} -> {fused:.0f} ({least:.0f})"
+
+    columns: Columns = {
+        "blocks fused": lambda row: f"{len(row['fused'])} of {len(row['fused']) + len(row['skipped'])}",
+        "eager ms": lambda row: f"{row['time']['eval']['eager']['median'] * 1e3:.1f}",
+        "fused ms": lambda row: f"{row['time']['eval']['fused']['median'] * 1e3:.1f}",
+        "fused / eager": lambda row: f"{row['time']['eval']['ratio']:.2f}x",
+        "launches": lambda row: " -> ".join(str(row["traffic"]["eval"][v]["launches"]) for v in ("eager", "fused")),
+        "traffic MB (minimum)": traffic,
+        "scores - float64: fused (eager)": lambda row: "{error:.1e} ({eager_error:.1e})".format(**row["scores"]),
+        "numbers agree": lambda row: "yes" if row["ok"] else "**no**",
+    }
+    return table([{"model": name, **found} for name, found in result["models"].items()], ["model"], columns)
