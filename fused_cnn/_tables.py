@@ -21,7 +21,7 @@ import re
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,16 +93,16 @@ def device_name(device: torch.device) -> str:
     """The device as tables name it: the GPU's name, or the processor's with its instruction set."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = re.search(r"^model name\s*: (.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
-    level = _library.cpu_level() or "no native kernels"
-    return f"{model[1] if model else 'CPU'}, {level}"
+    return f"{cpuinfo('model name') or 'CPU'}, {_library.cpu_level() or 'no native kernels'}"
 
 
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
+def cpuinfo(field: str) -> str:
+    """The first processor's, as Linux states it; empty where it does not."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(field):
+                return line.partition(":")[2].strip()
+    return ""
 
 
 def driver(device: torch.device) -> int | None:
@@ -117,9 +117,8 @@ def facts(device: torch.device) -> dict[str, Any]:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = None
-    name = device_name(device)
     return {
-        "device": name,
+        "device": device_name(device),
         "driver": driver(device),
         "torch": torch.__version__,
         "triton": triton,
@@ -157,18 +156,11 @@ def load(path: Path, wanted: Mapping[str, Any]) -> Table:
         return Table()
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time. The system drops the lock of a process that ends, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def save(path: Path, table: Table, found: Mapping[str, Any]) -> None:
     """Add the table's entries to those of the file, which is at every moment the old one or the new one, whole."""
-    with _locked(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system drops the lock of a process that ends, however it ends
         merged = load(path, found)
         merged.update(table)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import _backends, _library
 from .._trees import leaves_of
 from ..analysis import count
-from ..measure import Interleaved, Timing, Work
+from ..measure import Timing, Work, interleaved
 from ..ops._cases import Case, Maker, OpCases
 from ..testing import all_cases, compare, relative
 from . import peers
@@ -119,7 +119,7 @@ class Bench(ABC):
             "limit": limit,
             "bound": bound,
             **work.counted,
-            "times": {name: t.to_dict() for name, t in timings.items()},
+            "times": {name: asdict(t) for name, t in timings.items()},
             "ratios": {name: medians["eager"] / t for name, t in medians.items() if name != "eager"},
             "gb_per_s": {name: work.bytes / t / 1e9 for name, t in medians.items()},
             "tflop_per_s": {name: work.flops / t / 1e12 for name, t in medians.items()},
@@ -128,7 +128,7 @@ class Bench(ABC):
 
     def _timed(self, variants: Mapping[str, Work], seconds: float) -> dict[str, Timing]:
         cold = self.kind == "op" and self.device == "cuda"  # a layer's tensors would stay in the second-level cache
-        return Interleaved(variants, self.device, cold=cold).run(seconds)
+        return interleaved(variants, self.device, seconds, cold=cold)
 
 
 def measured(worker: Worker, bench: Bench, seconds: float, ceilings: Ceilings, check: bool = True) -> Row:

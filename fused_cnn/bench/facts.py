@@ -16,8 +16,10 @@ import torch
 
 from .. import _backends, _library, _sources, _tables
 
-PICTURES = ("numpy", "scikit-image", "matplotlib")
-PACKAGES = ("fused_cnn", "torch", "torchvision", "timm", "triton", *PICTURES, "onnxruntime", "openvino")
+PACKAGES = (
+    *("fused_cnn", "torch", "torchvision", "timm", "triton"),
+    *("numpy", "scikit-image", "matplotlib", "onnxruntime", "openvino"),
+)
 
 
 def collect() -> dict[str, Any]:
@@ -38,7 +40,7 @@ def facts_of_run(device: str) -> dict[str, Any]:
     return {
         "device": device,
         "device_name": devices()["cuda:0" if device == "cuda" else "cpu"],
-        "arch": architecture(device),
+        "arch": _backends.architecture(torch.device("cuda")) if device == "cuda" else _library.cpu_level() or "none",
         "driver": _tables.driver(torch.device(device)),
         "clocks": clocks(device),
         "versions": {k: v for k, v in versions().items() if k in kept},
@@ -48,19 +50,12 @@ def facts_of_run(device: str) -> dict[str, Any]:
     }
 
 
-def architecture(device: str) -> str:
-    """sm_90 and the like of a GPU; the instruction set that the kernels use on a CPU."""
-    if device == "cuda":
-        return "sm_{}{}".format(*torch.cuda.get_device_capability())
-    return _library.cpu_level() or "none"
-
-
 def clocks(device: str) -> str:
     """The clocks at this moment, as the driver or Linux states them; empty where neither does."""
     if device == "cuda":
         what = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
         return _said(["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader", "--id=0"])
-    mhz = cpuinfo("cpu MHz")
+    mhz = _tables.cpuinfo("cpu MHz")
     return f"{mhz} MHz" if mhz else ""
 
 
@@ -87,15 +82,8 @@ def versions() -> dict[str, str]:
     return found | {"torch": torch.__version__}  # which says what it was built for; its package may not
 
 
-def cpuinfo(field: str) -> str:
-    """The first processor's, as Linux states it; empty where it does not."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
-
-
 def devices() -> dict[str, str]:
-    name = cpuinfo("model name") or platform.processor() or platform.machine()
+    name = _tables.cpuinfo("model name") or platform.processor() or platform.machine()
     found = {"cpu": f"{name}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"}
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)

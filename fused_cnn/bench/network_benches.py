@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..analysis import count, minimum_traffic, saved_bytes
-from ..measure import Interleaved, Work, synchronize
-from . import kernels, memory, networks, peers
+from ..measure import Work, interleaved
+from . import networks, peers
 from .benches import Bench, Makers, Prepared
 from .ceilings import short
 from .numbers import LARGEST, Autocast, Pair, compare_scores, compare_training, work
+from .profiling import host, kernels, peak_on_gpu, peaks_in_children
 from .results import PASSES, Row
-from .worker import Worker
 
 MODELS = ("googlenet", "resnet50")
 MOST_KERNELS = 45  # of a profile
@@ -102,15 +102,15 @@ class NetworkBench(Bench):
         compiled = {name: partial(self.compiled, name, pair, images) for name in self.compilers}
         prepared.add_peers({**makers, **compiled}, LARGEST[self.dtype])
         if self.device == "cuda":
-            counted["launches"] = {name: kernels.launches(each, self.device) for name, each in variants.items()}
-            counted["peak"] = {name: memory.peak_on_gpu(model, variants[name]) for name, model in pair.models.items()}
+            counted["launches"] = {name: sum(n for _, n, _ in kernels(v, self.device)) for name, v in variants.items()}
+            counted["peak"] = {name: peak_on_gpu(model, variants[name]) for name, model in pair.models.items()}
             graphs = {"fused graph": "fused", "graph": "eager"}
             prepared.captures = {name: partial(peers.graphed, variants[of]) for name, of in graphs.items()}
         else:
             counted["launches"] = {name: c.launches for name, c in counts.items()}
             counted["traffic"] = {name: c.bytes for name, c in counts.items()}
             counted["unknown"] = {name: c.unknown for name, c in counts.items() if c.unknown}
-            counted["peak"] = memory.peaks_in_children({name: partial(self.variant, name) for name in pair.models})
+            counted["peak"] = peaks_in_children({name: partial(self.variant, name) for name in pair.models})
         return prepared
 
     def compiled(self, name: str, pair: Pair, images: Tensor) -> Work:
@@ -127,26 +127,19 @@ class NetworkBench(Bench):
         return work(pair.models[name], images, training=self.training)
 
     def profile(self, variant: str, seconds: float, with_host: bool) -> Row:
+        """A variant's milliseconds a step, how long of these the device was busy and with how many launches, and its
+        kernels. `peak` is the most bytes that were allocated on a GPU during a step, weights and images among them."""
         torch.compiler.reset()  # forgets the row before
         step = self.variant(variant)
         gc.collect()  # the other variant's network
-        ms = Interleaved({variant: step}, self.device).run(seconds)[variant].median * 1e3
-        peak = None
-        if self.device == "cuda":
+        on_gpu = self.device == "cuda"
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-            step()
-            synchronize(self.device)
-            peak = torch.cuda.max_memory_allocated()
-        found = kernels.kernels(step, self.device)
+        ms = interleaved({variant: step}, self.device, seconds)[variant].median * 1e3
+        peak = torch.cuda.max_memory_allocated() if on_gpu else None
+        found = kernels(step, self.device)
         busy = sum(microseconds for *_, microseconds in found) / 1e3
         launches = sum(n for _, n, _ in found)
         longest = [list(kernel) for kernel in found[:MOST_KERNELS]]
-        host = {"host": kernels.host(step, self.device)} if with_host else {}
-        return {"ms": ms, "peak": peak, "busy_ms": busy, "launches": launches, "kernels": longest, **host}
-
-
-def profiled(worker: Worker, bench: NetworkBench, variant: str, seconds: float, with_host: bool) -> Row:
-    """A variant's milliseconds a step, how long of these the device was busy and with how many launches, and its
-    kernels. `peak` is the most bytes that were allocated on a GPU during a step, weights and images among them."""
-    labels = {**bench.labels, "variant": variant}
-    return worker.row(labels, bench.model, bench.profile, variant, seconds, with_host)
+        more = {"host": host(step, self.device)} if with_host else {}
+        return {"ms": ms, "peak": peak, "busy_ms": busy, "launches": launches, "kernels": longest, **more}

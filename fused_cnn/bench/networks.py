@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from .errors import RequestError, require
 
@@ -25,13 +26,12 @@ INSTALL_TORCHVISION = "`make venv` installs it, or see examples/torchvision_shim
 def _photograph_file(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
-    package = importlib.util.find_spec("skimage")
-    if package is None or not package.submodule_search_locations:
+    skimage = importlib.util.find_spec("skimage")
+    if skimage is None or skimage.origin is None:
         raise RequestError("the photographs are scikit-image's, which is not installed: `pip install scikit-image`")
-    folder = Path(package.submodule_search_locations[0]) / "data"
-    for suffix in (".png", ".jpg"):
-        if (folder / f"{name}{suffix}").is_file():
-            return folder / f"{name}{suffix}"
+    for file in (Path(skimage.origin).parent / "data" / f"{name}{suffix}" for suffix in (".png", ".jpg")):
+        if file.is_file():
+            return file
     raise RequestError(f"--image {name!r} is neither a file nor one of scikit-image's {', '.join(PHOTOGRAPHS)}")
 
 
@@ -81,20 +81,14 @@ def network(name: str, images: Tensor) -> nn.Module:
 
 def make_statistics_real(model: nn.Module, images: Tensor) -> None:
     """Give every BatchNorm random gamma and beta and the statistics of `images` and noise; centre the last layer."""
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    momenta = [m.momentum for m in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.weight.uniform_(0.5, 1.5)
-        norm.bias.normal_(0, 0.2)
-        norm.momentum = None  # the plain average over the passes below
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(0, 0.2)
     few = images[:4]
     both = torch.cat([few, few.flip(3)])
-    model.train()
-    for scale in (0.0, 0.3, 1.0):
-        model(both + scale * torch.randn(1, device=few.device) * torch.randn_like(few).repeat(2, 1, 1, 1))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    noise = (scale * torch.randn(1, device=few.device) * torch.randn_like(few) for scale in (0.0, 0.3, 1.0))
+    update_bn((both + more.repeat(2, 1, 1, 1) for more in noise), model)
     model.eval()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if not linear:

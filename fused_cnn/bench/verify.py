@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import _backends
 from ..analysis import count, minimum_traffic, saved_bytes
-from ..measure import Interleaved, Work, synchronize
+from ..measure import Work, interleaved, synchronize
 from .numbers import Pair, compare_scores, compare_training
 
 GRADIENT_IMAGES = 2  # float64 convolutions are slow; batch statistics need two images where they are small
@@ -56,9 +56,9 @@ def stage_times(pair: Pair, images: Tensor, rounds: int) -> list[dict[str, Any]]
 
 
 def timed(works: dict[str, Work], device: torch.device, seconds: float) -> dict[str, Any]:
-    timings = Interleaved(works, device).run(seconds)
+    timings = interleaved(works, device, seconds)
     ratio = timings["eager"].median / timings["fused"].median
-    return {name: t.to_dict() for name, t in timings.items()} | {"ratio": ratio}
+    return {name: asdict(t) for name, t in timings.items()} | {"ratio": ratio}
 
 
 def counted(pair: Pair, images: Tensor, backend: str | None, *, training: bool) -> dict[str, Any]:

@@ -43,7 +43,12 @@ class Worker(AbstractContextManager["Worker"]):
         if room != self._room:
             self.close()
         if self._process is None:
-            self._start(room)
+            context = get_context("spawn")  # a forked process could not use CUDA
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs, torch.get_num_threads()))
+            self._process.start()
+            theirs.close()
+            self._room = room
         try:
             self._pipe.send((function, args))
             done, value, usable = self._pipe.recv()
@@ -75,14 +80,6 @@ class Worker(AbstractContextManager["Worker"]):
         self._process.kill()
         self._process.join()
         self._process = None
-
-    def _start(self, room: str) -> None:
-        context = get_context("spawn")  # a forked process could not use CUDA
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, torch.get_num_threads()))
-        self._process.start()
-        theirs.close()
-        self._room = room
 
     def _obituary(self) -> str:
         self._process.join(PATIENCE)

@@ -7,6 +7,7 @@ is lost, is reported without a time and makes the exit code 1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,7 +70,7 @@ def bench(
     def jobs(worker: Worker, say: Callable[[str], None]) -> list[tuple[str, Callable[[], Row]]]:
         say("the device's ceilings: a copy, a matrix product")
         limits = worker.call("ceilings", ceilings.measure, here, dtypes)
-        result["ceilings"] = limits.to_dict()
+        result["ceilings"] = asdict(limits)
         return [(each.name, partial(measured, worker, each, seconds, limits, check)) for each in benches]
 
     take_rows("bench", result, jobs, _table, file, minutes, json)

@@ -14,7 +14,7 @@ import typer
 from ..bench.benches import BATCHES, DTYPES
 from ..bench.errors import RequestError
 from ..bench.facts import facts_of_run
-from ..bench.network_benches import MODELS, NetworkBench, profiled
+from ..bench.network_benches import MODELS, NetworkBench
 from ..bench.peers import COMPILERS
 from ..bench.report.kernel_tables import steps
 from ..bench.results import PASSES, Result, Row
@@ -59,7 +59,11 @@ def profile(
 
     def jobs(worker: Worker, _: Any) -> list[tuple[str, Callable[[], Row]]]:
         return [
-            (f"{bench.name} {each}", partial(profiled, worker, bench, each, seconds, host)) for bench, each in wanted
+            (
+                f"{of.name} {each}",
+                partial(worker.row, {**of.labels, "variant": each}, of.model, of.profile, each, seconds, host),
+            )
+            for of, each in wanted
         ]
 
     take_rows("profile", result, jobs, partial(steps, longest=_longest), file, minutes, json)
