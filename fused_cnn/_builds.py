@@ -33,17 +33,18 @@ def entries(arch_list: str) -> list[str]:
 def covers(arch_list: str, capability: Capability, ptx: bool = True) -> bool:
     """Whether code for these architectures runs on a GPU: machine code on its own major version from its minor on (with
     an `a` on that one alone), PTX, which the driver compiles, on all later ones too."""
-    return any(_covers(entry, capability, ptx) for entry in entries(arch_list))
-
-
-def _covers(entry: str, capability: Capability, ptx: bool) -> bool:
-    number = entry.removesuffix("+PTX")
-    major, minor = (int(part.rstrip("af")) for part in number.split("."))
-    if number.endswith("a"):
-        return (major, minor) == capability
-    return (major == capability[0] and minor <= capability[1]) or (
-        ptx and entry.endswith("+PTX") and (major, minor) <= capability
-    )
+    for entry in entries(arch_list):
+        number = entry.removesuffix("+PTX")
+        major, minor = (int(part.rstrip("af")) for part in number.split("."))
+        if number.endswith("a"):
+            fits = (major, minor) == capability
+        elif ptx and entry.endswith("+PTX"):
+            fits = (major, minor) <= capability
+        else:
+            fits = major == capability[0] and minor <= capability[1]
+        if fits:
+            return True
+    return False
 
 
 def arch_for(capability: Capability) -> str:
@@ -60,11 +61,8 @@ def mismatch(facts: dict[str, str], driver: int | None, capability: Capability) 
         supported = f"{driver // 1000}.{driver % 1000 // 10}"
         return f"built with CUDA {cuda}, but the driver supports CUDA {supported}: update it, or set CUDA_HOME"
     major, minor = (int(part) for part in cuda.split(".")[:2])
-    if covers(
-        archs, capability, ptx=driver is None or driver >= 1000 * major + 10 * minor
-    ):  # PTX of a later CUDA it cannot compile
+    ptx = driver is None or driver >= 1000 * major + 10 * minor  # that of a later CUDA it cannot compile
+    if covers(archs, capability, ptx):
         return ""
-    name = ".".join(map(str, capability))
-    return (
-        f"built for compute capability {archs}, but the GPU has {name}: set TORCH_CUDA_ARCH_LIST={arch_for(capability)}"
-    )
+    name, wanted = ".".join(map(str, capability)), arch_for(capability)
+    return f"built for compute capability {archs}, but the GPU has {name}: set TORCH_CUDA_ARCH_LIST={wanted}"

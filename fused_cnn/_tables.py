@@ -30,10 +30,10 @@ import torch
 
 from . import _library
 from ._backends import BACKENDS, driver_version
+from ._sources import PACKAGE, digest
 
 VERSION = 1
 GEMM = "gemm"  # the kernel by which the CUDA library's forward product goes in `tiles`; its key is dtype, m, n, k
-PACKAGE = Path(__file__).parent
 Key = tuple[Any, ...]
 
 
@@ -49,12 +49,8 @@ class Table:
         self.tiles |= other.tiles
 
     def to_json(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        kinds = {"choices": self.choices, "tiles": self.tiles}
-        return {
-            "version": VERSION,
-            **facts,
-            **{name: {repr(k): v for k, v in in_order(kind)} for name, kind in kinds.items()},
-        }
+        choices, tiles = ({repr(k): v for k, v in in_order(kind)} for kind in (self.choices, self.tiles))
+        return {"version": VERSION, **facts, "choices": choices, "tiles": tiles}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], wanted: Mapping[str, Any]) -> Table:
@@ -81,12 +77,8 @@ def in_order(entries: Mapping[Key, Any]) -> list[tuple[Key, Any]]:
 def source_hash(device_type: str) -> str:
     """A hash of the sources of a device's kernels: of the Triton files as they are, of the native library as it was
     built."""
-    digest = hashlib.sha256()
-    for path in sorted((PACKAGE / "ops").rglob("*triton*.py")):
-        digest.update(path.read_bytes())
     library = _library.cuda if device_type == "cuda" else _library.cpu
-    digest.update(library.facts.get("sources", "").encode())
-    return digest.hexdigest()[:16]
+    return f"{digest((PACKAGE / 'ops').rglob('*triton*.py'), PACKAGE)} {library.facts.get('sources', '')}"
 
 
 def device_name(device: torch.device) -> str:
@@ -105,23 +97,22 @@ def cpuinfo(field: str) -> str:
     return ""
 
 
-def driver(device: torch.device) -> int | None:
-    """CUDA's driver version, such as 13000; None on a CPU."""
-    return driver_version() if device.type == "cuda" else None
+def version(package: str) -> str | None:
+    """Of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @functools.lru_cache
 def facts(device: torch.device) -> dict[str, Any]:
-    """What a measured table holds for."""
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
+    """What a measured table holds for; the driver is the version of CUDA that it supports, such as 13000."""
     return {
         "device": device_name(device),
-        "driver": driver(device),
+        "driver": driver_version() if device.type == "cuda" else None,
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": version("triton"),
         "sources": source_hash(device.type),
     }
 

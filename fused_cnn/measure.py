@@ -18,9 +18,7 @@ from torch import Tensor
 
 MIN_SAMPLE = 1e-3
 CACHE_BYTES = 256 << 20  # more than any device's last-level cache
-HEAD_START = (
-    1_000_000  # cycles, half a millisecond: the host queues the work meanwhile, so its own time is not measured
-)
+HEAD_START = 1_000_000  # cycles, half a millisecond, in which the host queues work: its own time is not measured
 Work = Callable[[], object]
 
 

@@ -8,6 +8,7 @@ Winograd's form).
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,7 @@ from torch import Tensor
 from .. import _backends, _library
 from .._trees import leaves_of
 from ..analysis import count
-from ..measure import Timing, Work, interleaved
+from ..measure import Work, interleaved
 from ..ops._cases import Case, Maker, OpCases
 from ..testing import all_cases, compare, relative
 from . import peers
@@ -99,12 +100,13 @@ class Bench(ABC):
         if self.compilers:
             torch.compiler.reset()  # forgets the row before; within a row nothing may be forgotten
         work = self.make()
-        timings = self._timed(work.variants, seconds)
+        cold = self.kind == "op" and self.device == "cuda"  # a layer's tensors would stay in the second-level cache
+        timings = interleaved(work.variants, self.device, seconds, cold=cold)
         if work.captures:
             work.add_peers(work.captures, LARGEST[self.dtype])
             made = {name: work.variants[name] for name in work.captures if name in work.variants}
             try:
-                timings |= self._timed(made, seconds) if made else {}
+                timings |= interleaved(made, self.device, seconds, cold=cold) if made else {}
             except Exception as error:  # in a process that another capture has left unfit
                 work.counted.setdefault("absent", {}).update(dict.fromkeys(made, described(error)))
         done = work.flops - (count(work.variants["fused"]).flops_saved if self.device == "cpu" else 0)
@@ -126,10 +128,6 @@ class Bench(ABC):
             "share_of_limit": {name: limit / t for name, t in medians.items()},
         }
 
-    def _timed(self, variants: Mapping[str, Work], seconds: float) -> dict[str, Timing]:
-        cold = self.kind == "op" and self.device == "cuda"  # a layer's tensors would stay in the second-level cache
-        return interleaved(variants, self.device, seconds, cold=cold)
-
 
 def measured(worker: Worker, bench: Bench, seconds: float, ceilings: Ceilings, check: bool = True) -> Row:
     """The bench's row, run in a process of its room's."""
@@ -147,15 +145,12 @@ def op_benches(
     telling: bool = False,
 ) -> Iterator[OpBench]:
     """Every op x real case x batch x dtype, forward and backward; channels_last. `telling`: two cases of each op."""
-    for batch in batches:
-        for op_cases in all_cases():
-            if only and op_cases.name not in only:
-                continue
+    for batch, op_cases in itertools.product(batches, all_cases()):
+        if not only or op_cases.name in only:
             real = [c.batched(batch) for c in op_cases.cases if c.real]
-            for case in extremes(op_cases, real) if telling else real:
-                for dtype in dtypes:
-                    for direction in ("forward", "backward"):
-                        yield OpBench(dtype, device, backend, tuple(compilers), op_cases.name, case, direction)
+            cases = extremes(op_cases, real) if telling else real
+            for case, dtype, direction in itertools.product(cases, dtypes, ("forward", "backward")):
+                yield OpBench(dtype, device, backend, tuple(compilers), op_cases.name, case, direction)
 
 
 def extremes(op_cases: OpCases, cases: Iterable[Case]) -> list[Case]:
@@ -181,8 +176,8 @@ class OpBench(Bench):
 
     @property
     def labels(self) -> Row:
-        case = {"op": self.op, "case": self.case.name, "batch": self.case.shape[0]}
-        return {**case, "dtype": short(self.dtype), "pass": self.direction}
+        of = {"op": self.op, "case": self.case.name, "batch": self.case.shape[0]}
+        return {**of, "dtype": short(self.dtype), "pass": self.direction}
 
     @property
     def backward(self) -> bool:

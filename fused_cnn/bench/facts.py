@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -41,7 +40,7 @@ def facts_of_run(device: str) -> dict[str, Any]:
         "device": device,
         "device_name": devices()["cuda:0" if device == "cuda" else "cpu"],
         "arch": _backends.architecture(torch.device("cuda")) if device == "cuda" else _library.cpu_level() or "none",
-        "driver": _tables.driver(torch.device(device)),
+        "driver": _tables.facts(torch.device(device))["driver"],
         "clocks": clocks(device),
         "versions": {k: v for k, v in versions().items() if k in kept},
         "commit": commit(),
@@ -73,13 +72,9 @@ def _said(command: Sequence[str]) -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found | {"torch": torch.__version__}  # which says what it was built for; its package may not
+    found = {package: _tables.version(package) or "not installed" for package in PACKAGES}
+    # What torch says of itself names what it was built for; its package may not.
+    return {"python": platform.python_version(), **found, "torch": torch.__version__}
 
 
 def devices() -> dict[str, str]:

@@ -37,13 +37,9 @@ def bench(
     batch: Annotated[list[int] | None, typer.Option(help="May be given again.")] = None,
     size: Annotated[int, typer.Option(min=32, help="Height and width of a network's images.")] = 224,
     backend: Backend = "auto",
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Time torch.compile too: minutes of compilation.")
-    ] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile too: it takes minutes.")] = False,
     autotune: Annotated[bool, typer.Option(help="Time torch.compile's max-autotune too: more minutes.")] = False,
-    check: Annotated[
-        bool, typer.Option("--check/--no-check", help="Check each row's numbers before timing it.")
-    ] = True,
+    check: Annotated[bool, typer.Option(help="Check each row's numbers before timing it.")] = True,
     seconds: Seconds = 1.0,
     minutes: Minutes = float("inf"),
     file: Annotated[Path, typer.Option("--out", help="Where to save the JSON.")] = Path("out/bench.json"),

@@ -16,7 +16,7 @@ from ..bench.errors import RequestError
 from ..bench.facts import facts_of_run
 from ..bench.network_benches import MODELS, NetworkBench
 from ..bench.peers import COMPILERS
-from ..bench.report.kernel_tables import steps
+from ..bench.report.tables import steps
 from ..bench.results import PASSES, Result, Row
 from ..bench.worker import Worker
 from ._common import Json, Minutes, Networks, Seconds, device, dtype_of, take_rows
@@ -27,12 +27,8 @@ VARIANTS = ("eager", "fused", "compile", "fused compile")
 def profile(
     model: Networks = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images a step.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; training in 16 bits is float32 under autocast.")
-    ] = None,
-    passes: Annotated[
-        list[str] | None, typer.Option("--pass", help="inference or training; may be given again.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or, to train by autocast, bfloat16 or float16.")] = None,
+    passes: Annotated[list[str] | None, typer.Option("--pass", help="inference or training; may be repeated.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help=f"{', '.join(VARIANTS)}; may be given again.")] = None,
     host: Annotated[bool, typer.Option("--host", help="Profile the host's Python, too.")] = False,
     size: Annotated[int, typer.Option(min=32, help="Height and width of the images.")] = 224,

@@ -22,12 +22,8 @@ def tune(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 1,
     size: Annotated[int, typer.Option(min=32, help="Height and width of the images.")] = 224,
-    train: Annotated[
-        bool, typer.Option("--train", help="Tune forward and backward, 16 bits by autocast, not inference.")
-    ] = False,
-    file: Annotated[
-        Path | None, typer.Option("--out", help="Save what was measured here, too, as a table to ship.")
-    ] = None,
+    train: Annotated[bool, typer.Option("--train", help="Tune training steps, by autocast in 16 bits.")] = False,
+    file: Annotated[Path | None, typer.Option("--out", help="Save what was measured here, too.")] = None,
     json: Json = False,
 ) -> None:
     """Measure which backend and tiles are fastest for each op of a network; backend=None then uses them."""
