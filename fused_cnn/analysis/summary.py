@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +93,10 @@ def summary(model: nn.Module, input_size: Sequence[int], name: str | None = None
     if unused:
         result.notes.append(f"{unused:,} more parameters did not run: training uses them (auxiliary classifiers)")
     if is_googlenet(model) and is_paper_form(model):
-        _compare_googlenet(result)
+        for row in shown:
+            if row["name"] in paper.GOOGLENET:
+                result.notes += paper.compare(row, row["name"], paper.GOOGLENET[row["name"]])
+        result.notes += [*paper.compare(total, "total", paper.GOOGLENET_TOTAL), *paper.GOOGLENET_NOTES]
     elif is_resnet(model):
         _compare_resnet(result, model)
     result.reductions = [
@@ -107,43 +111,30 @@ def measure(model: nn.Module, rows: Sequence[Row], input_size: Sequence[int]) ->
     """Run the model in eval without computing, for an input of `input_size` (N, C, H, W), and fill in the rows."""
     stand_in = meta_copy(model).eval()
     counter = Counter()
+
+    def before(row: Row, module: nn.Module, inputs: Any) -> None:
+        row.input_shape = row.input_shape or tuple(inputs[0].shape)
+        row.macs -= counter.counts.flops // 2
+
+    def after(row: Row, module: nn.Module, inputs: Any, result: Any) -> None:
+        row.macs += counter.counts.flops // 2
+        row.result = next((tuple(t.shape) for t in tensors(result)), None)
+
     for row in rows:
         children = [stand_in.get_submodule(name) for name in row.children]
         row.params = sum(p.numel() for p in {p for child in children for p in child.parameters()})
         for child in children:
             # A watched child is called as it is, so a ResNet's stem is seen too, which fuses its children.
-            _watch(child, row, counter)
+            child.register_forward_pre_hook(partial(before, row))
+            child.register_forward_hook(partial(after, row))
     with counter:
         stand_in(torch.empty(tuple(input_size), device="meta"))
 
 
-def _watch(child: nn.Module, row: Row, counter: Counter) -> None:
-    def before(module: nn.Module, inputs: Any) -> None:
-        row.input_shape = row.input_shape or tuple(inputs[0].shape)
-        row.macs -= counter.counts.flops // 2
-
-    def after(module: nn.Module, inputs: Any, result: Any) -> None:
-        row.macs += counter.counts.flops // 2
-        row.result = next((tuple(t.shape) for t in tensors(result)), None)
-
-    child.register_forward_pre_hook(before)
-    child.register_forward_hook(after)
-
-
 def reduction(name: str, block: nn.Module, input_size: Sequence[int]) -> dict[str, Any]:
-    """What the 1x1 reductions of an Inception block save: it and its naive form (arXiv 1409.4842, figure 2, b and a) on
-    the same input.
-
-    Args:
-        name: what to call the row.
-        block: an Inception block with its 1x1 reductions.
-        input_size: (N, C, H, W) of the block's input.
-
-    Returns:
-        params, macs and channels of the block's result, and the same with "naive_" before them. The naive form
-        concatenates the pool as it is, so its result is wider, and in a network of such blocks the next one costs more
-        still.
-    """
+    """What the 1x1 reductions of an Inception block save: params, macs and channels of its result for an input of
+    `input_size` (N, C, H, W), and with "naive_" before them those of its naive form (arXiv 1409.4842, figure 2, b and
+    a). That concatenates the pool as it is: its result is wider, and in a network the next block costs more still."""
     convs = convolutions(block)
     widths = [conv.out_channels for conv in convs]
     with torch.device("meta"):
@@ -169,13 +160,6 @@ def _shown(row: Row) -> dict[str, Any]:
     _, channels, *size = row.result
     measured = {"output_size": [*(size or [1, 1]), channels], "params": row.params, "macs": row.macs}
     return {"name": row.name, "type": row.type, **columns, **measured}
-
-
-def _compare_googlenet(table: Summary) -> None:
-    for row in table.rows:
-        if row["name"] in paper.GOOGLENET:
-            table.notes += paper.compare(row, row["name"], paper.GOOGLENET[row["name"]])
-    table.notes += [*paper.compare(table.total, "total", paper.GOOGLENET_TOTAL), *paper.GOOGLENET_NOTES]
 
 
 def _compare_resnet(table: Summary, model: nn.Module) -> None:

@@ -115,14 +115,9 @@ def count(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Counts:
     return counter.counts
 
 
-def saved_bytes(fn: Callable[..., Any], *args: Any, model: nn.Module | None = None, **kwargs: Any) -> int:
-    """Bytes that autograd keeps for the backward pass of `fn(*args, **kwargs)`, each storage once.
-
-    Parameters and buffers are not counted: those of `model`, or of `fn` itself where it is a module. The input is,
-    where a layer saves it.
-    """
-    owner = fn if isinstance(fn, nn.Module) else model
-    own = () if owner is None else (*owner.parameters(), *owner.buffers())
+def saved_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Bytes that autograd keeps for the backward pass of `fn(*args, **kwargs)`, each storage once; an input is, where a
+    layer saves it. Parameters are not counted, nor are the buffers of `fn` itself where it is a module."""
     kept: dict[int, torch.UntypedStorage] = {}  # holding a storage keeps its address from being used again
 
     def keep(tensor: Tensor) -> Tensor:
@@ -133,7 +128,7 @@ def saved_bytes(fn: Callable[..., Any], *args: Any, model: nn.Module | None = No
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         fn(*args, **kwargs)
-    for tensor in own:
+    for tensor in (*fn.parameters(), *fn.buffers()) if isinstance(fn, nn.Module) else ():
         kept.pop(tensor.untyped_storage()._cdata, None)
     return sum(storage.nbytes() for storage in kept.values())
 

@@ -87,7 +87,7 @@ class NetworkBench(Bench):
 
     def make(self) -> Prepared:
         pair, images = self.prepared(self.batch, self.size)
-        variants = pair.works(images, training=self.training)
+        variants = pair.works(images)
         for each in variants.values():
             each()  # folds and packs
         # At the dispatcher, with the CPU kernels' costs: what a GPU launches is profiled.
@@ -116,15 +116,14 @@ class NetworkBench(Bench):
     def compiled(self, name: str, pair: Pair, images: Tensor) -> Work:
         """One of peers.COMPILERS over the eager or the fused network."""
         of, mode = peers.COMPILERS[name]
-        work_of = partial(work, images=images, training=self.training)
-        return peers.compiled(pair.models[of], mode, work_of, frozen=not self.training)
+        return peers.compiled(pair.models[of], mode, partial(work, images=images), frozen=not self.training)
 
     def variant(self, name: str) -> Work:
         """One variant by itself: eager, fused or one of peers.COMPILERS."""
         pair, images = self.prepared(self.batch, self.size)
         if name in peers.COMPILERS:
             return self.compiled(name, pair, images)
-        return work(pair.models[name], images, training=self.training)
+        return work(pair.models[name], images)
 
     def profile(self, variant: str, seconds: float, with_host: bool) -> Row:
         """A variant's milliseconds a step, how long of these the device was busy and with how many launches, and its

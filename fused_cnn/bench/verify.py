@@ -61,10 +61,10 @@ def timed(works: dict[str, Work], device: torch.device, seconds: float) -> dict[
     return {name: asdict(t) for name, t in timings.items()} | {"ratio": ratio}
 
 
-def counted(pair: Pair, images: Tensor, backend: str | None, *, training: bool) -> dict[str, Any]:
+def counted(pair: Pair, images: Tensor, backend: str | None) -> dict[str, Any]:
     """Traffic and launches of each variant, the least traffic, and which backend ran each op of the fused network."""
-    traffic = {name: count(each).to_dict() for name, each in pair.works(images, training=training).items()}
-    least = {"bytes": minimum_traffic(pair.eager, images, backward=training).bytes}
+    traffic = {name: count(each).to_dict() for name, each in pair.works(images).items()}
+    least = {"bytes": minimum_traffic(pair.eager, images, backward=pair.eager.training).bytes}
     ran = who_ran(traffic["fused"]["by_op"], backend, images.device.type)
     return {"traffic": traffic | {"minimum": least}, "backends": ran}
 
@@ -109,16 +109,16 @@ def verify_network(
         "top5": agreement,
     }
     say("timing eager and fused")
-    found["time"] = {"eval": timed(pair.works(images, training=False), images.device, seconds)}
+    found["time"] = {"eval": timed(pair.works(images), images.device, seconds)}
     found["stages"] = stage_times(pair, images, rounds=5)
     say("counting launches and bytes")
-    found |= {key: {"eval": value} for key, value in counted(pair, images, backend, training=False).items()}
+    found |= {key: {"eval": value} for key, value in counted(pair, images, backend).items()}
     if train:
         say("timing a training step")
         pair = pair.training()
         found["train"] = {
-            "time": timed(pair.works(images, training=True), images.device, seconds),
-            **counted(pair, images, backend, training=True),
+            "time": timed(pair.works(images), images.device, seconds),
+            **counted(pair, images, backend),
             "saved_bytes": {n: saved_bytes(m, images) for n, m in pair.models.items()},
         }
     return found

@@ -25,11 +25,7 @@ USAGE = 2  # what was asked for cannot be done: a wrong option, a missing packag
 INTERNAL = 3
 INTERRUPTED = 130
 
-app = typer.Typer(
-    help="Fused blocks for GoogLeNet- and ResNet-like CNNs: same weights, same numbers, less memory traffic.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.callback()
