@@ -181,12 +181,3 @@ def tune(
         _tables.save(path, measured, found)
         _tables.forget()
     return measured
-
-
-def first_shape(key: Key) -> str:
-    """The first activation of a choice's key, to be shown."""
-    described = next(
-        v for v in (*key[2], *(v for _, v in key[3])) if isinstance(v, tuple) and v and isinstance(v[0], (str, tuple))
-    )
-    dtype, shape, layout = described if isinstance(described[0], str) else described[0]
-    return f"{'x'.join(map(str, shape))} {dtype} {layout}"

@@ -18,7 +18,7 @@ from torch import nn
 from .._trees import tensors
 from ..nn import Inception
 from . import paper
-from .layout import Row, convolutions, is_googlenet, is_paper_form, is_resnet, rows_of, stages
+from .paper import Row, convolutions, is_googlenet, is_resnet, stages
 from .traffic import Counter, meta_copy
 
 
@@ -75,16 +75,12 @@ def summary(model: nn.Module, input_size: Sequence[int], name: str | None = None
         input_size: (C, H, W).
         name: what to call it; its class name where not given.
 
-    Returns:
-        Rows with params (weights that train) and macs (multiply-adds of convolutions and matrix products), and their
-        total.
-
     Raises:
         ValueError: input_size is not three positive numbers.
     """
     if len(input_size) != 3 or min(input_size) < 1:
         raise ValueError(f"input_size must be three positive numbers (C, H, W), got {tuple(input_size)}")
-    rows = rows_of(model)
+    rows = paper.rows_of(model)
     measure(model, rows, (1, *input_size))
     shown = [_shown(row) for row in rows if row.result is not None]
     total = {"params": sum(row["params"] for row in shown), "macs": sum(row["macs"] for row in shown)}
@@ -92,7 +88,7 @@ def summary(model: nn.Module, input_size: Sequence[int], name: str | None = None
     unused = sum(p.numel() for p in model.parameters()) - total["params"]
     if unused:
         result.notes.append(f"{unused:,} more parameters did not run: training uses them (auxiliary classifiers)")
-    if is_googlenet(model) and is_paper_form(model):
+    if is_googlenet(model) and paper.is_paper_form(model):
         for row in shown:
             if row["name"] in paper.GOOGLENET:
                 result.notes += paper.compare(row, row["name"], paper.GOOGLENET[row["name"]])

@@ -60,14 +60,14 @@ class Prepared:
                 self.counted.setdefault("absent", {})[name] = described(error)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bench(ABC):
     """One piece of work: what it is, how to check it, and its variants. Pickled, and made ready where it runs."""
 
     dtype: torch.dtype
     device: str
-    backend: str | None
-    compilers: tuple[str, ...]
+    backend: str | None = None
+    compilers: tuple[str, ...] = ()
 
     kind: ClassVar[str]
 
@@ -135,22 +135,16 @@ def measured(worker: Worker, bench: Bench, seconds: float, ceilings: Ceilings, c
 
 
 def op_benches(
-    dtypes: Sequence[torch.dtype],
-    batches: Sequence[int],
-    *,
-    device: str,
-    backend: str | None = None,
-    compilers: Sequence[str] = (),
-    only: Sequence[str] = (),
-    telling: bool = False,
+    dtypes: Sequence[torch.dtype], batches: Sequence[int], *, only: Sequence[str] = (), telling: bool = False, **of: Any
 ) -> Iterator[OpBench]:
-    """Every op x real case x batch x dtype, forward and backward; channels_last. `telling`: two cases of each op."""
+    """Every op x real case x batch x dtype, forward and backward; channels_last. `telling`: two cases of each op. `of`
+    is what the benches have in common."""
     for batch, op_cases in itertools.product(batches, all_cases()):
         if not only or op_cases.name in only:
             real = [c.batched(batch) for c in op_cases.cases if c.real]
             cases = extremes(op_cases, real) if telling else real
             for case, dtype, direction in itertools.product(cases, dtypes, ("forward", "backward")):
-                yield OpBench(dtype, device, backend, tuple(compilers), op_cases.name, case, direction)
+                yield OpBench(op=op_cases.name, case=case, dtype=dtype, direction=direction, **of)
 
 
 def extremes(op_cases: OpCases, cases: Iterable[Case]) -> list[Case]:
@@ -164,7 +158,7 @@ def extremes(op_cases: OpCases, cases: Iterable[Case]) -> list[Case]:
     return [ordered[0], ordered[-1]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OpBench(Bench):
     """An op on one layer, forward or backward."""
 

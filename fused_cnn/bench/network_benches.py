@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,30 +31,25 @@ def network_benches(
     names: Sequence[str],
     dtypes: Sequence[torch.dtype],
     batches: Sequence[int],
-    *,
-    device: str,
     passes: Iterable[str] = PASSES.values(),
-    backend: str | None = None,
-    compilers: Sequence[str] = (),
-    size: int = 224,
+    **of: Any,
 ) -> Iterator[NetworkBench]:
     """torchvision's networks with their BatchNorm statistics made real: inference at every batch, and a training step
-    at the largest; a training step in a 16-bit dtype is float32 under autocast."""
-    for direction in passes:
-        for dtype in dtypes:
-            for batch in batches if direction == "inference" else [max(batches)]:
-                for name in names:
-                    yield NetworkBench(dtype, device, backend, tuple(compilers), name, batch, direction, size)
+    at the largest; a training step in a 16-bit dtype is float32 under autocast. `of` is what the benches have in
+    common."""
+    for direction, dtype in itertools.product(passes, dtypes):
+        for batch, name in itertools.product(batches if direction == "inference" else [max(batches)], names):
+            yield NetworkBench(model=name, batch=batch, dtype=dtype, direction=direction, **of)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NetworkBench(Bench):
     """A network's inference or training step."""
 
     model: str
     batch: int
     direction: str
-    size: int
+    size: int = 224
 
     kind = "model"
 

@@ -35,24 +35,21 @@ def _photograph_file(name: str) -> Path:
     raise RequestError(f"--image {name!r} is neither a file nor one of scikit-image's {', '.join(PHOTOGRAPHS)}")
 
 
-def photograph(name: str, size: int) -> Tensor:
-    """The middle square of a photograph as a (3, size, size) tensor, normalised as ImageNet's are."""
-    image_module = require("PIL.Image", "`pip install pillow`")
-    numpy = require("numpy", "`pip install numpy`")
-    try:
-        picture = image_module.open(_photograph_file(name)).convert("RGB")
-    except OSError as error:
-        raise RequestError(f"--image {name!r} cannot be read as a picture: {error}") from error
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    picture = picture.resize((size, size), box=(left, top, left + side, top + side))
-    pixels = torch.from_numpy(numpy.array(picture)).permute(2, 0, 1) / 255
-    return (pixels - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
-
-
 def photographs(batch: int, size: int, names: Sequence[str] = PHOTOGRAPHS) -> Tensor:
-    """(batch, 3, size, size), channels_last; fewer photographs than that come again, mirrored and shifted."""
-    single = [photograph(name, size) for name in names]
+    """(batch, 3, size, size), channels_last: the middle squares of photographs, normalised as ImageNet's are; fewer
+    photographs than that come again, mirrored and shifted."""
+    pillow, numpy = require("PIL.Image", "`pip install pillow`"), require("numpy", "`pip install numpy`")
+    mean, std = (torch.tensor(of).view(3, 1, 1) for of in (IMAGENET_MEAN, IMAGENET_STD))
+    single = []
+    for name in names:
+        try:
+            picture = pillow.open(_photograph_file(name)).convert("RGB")
+        except OSError as error:
+            raise RequestError(f"--image {name!r} cannot be read as a picture: {error}") from error
+        side = min(picture.size)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        picture = picture.resize((size, size), box=(left, top, left + side, top + side))
+        single.append((torch.from_numpy(numpy.array(picture)).permute(2, 0, 1) / 255 - mean) / std)
     images = []
     for i in range(batch):
         image, again = single[i % len(single)], i // len(single)

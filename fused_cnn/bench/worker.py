@@ -61,8 +61,7 @@ class Worker(AbstractContextManager["Worker"]):
             self.close()
         if not done:
             raise WorkFailed(value)
-        result: T = value
-        return result
+        return value
 
     def row(self, labels: Row, room: str, function: Callable[..., Row], *args: Any) -> Row:
         """The labels with what a call returns; of one that fails, or loses its process, with the `error`."""

@@ -52,7 +52,7 @@ def bench(
     here = device()
     dtypes = [dtype_of(name) for name in dtype] if dtype else DTYPES[here]
     batches = batch or BATCHES[here]
-    compilers = [*(("compile", "fused compile") if compiled else ()), *(("autotune",) if autotune else ())]
+    compilers = (*(("compile", "fused compile") if compiled else ()), *(("autotune",) if autotune else ()))
     options: dict[str, Any] = {"device": here, "backend": backend_of(backend), "compilers": compilers}
     benches: list[Bench] = []
     if what in ("ops", "all"):

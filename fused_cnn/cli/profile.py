@@ -44,8 +44,9 @@ def profile(
         if unknown := [name for name in given or () if name not in known]:
             raise RequestError(f"{option} must be one of {', '.join(known)}, got {unknown[0]!r}")
     images = batch or max(BATCHES[device()])
+    of: dict[str, Any] = {"size": size, "dtype": chosen, "device": device()}
     wanted = [
-        (NetworkBench(chosen, device(), None, (), name, images, PASSES[which], size), each)
+        (NetworkBench(model=name, batch=images, direction=PASSES[which], **of), each)
         for name in model or MODELS
         for which in passes or PASSES
         for each in variant or VARIANTS

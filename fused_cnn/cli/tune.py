@@ -1,9 +1,8 @@
-"""`fused-cnn tune`: measures, for every op of a fused network whose weights are not packed, each backend and the tiles
-of the Triton kernels, and keeps the fastest; backend=None uses it from then on.
-"""
+"""`fused-cnn tune`: the command over fused_cnn.tuning, for torchvision's networks."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +25,8 @@ def tune(
     file: Annotated[Path | None, typer.Option("--out", help="Save what was measured here, too.")] = None,
     json: Json = False,
 ) -> None:
-    """Measure which backend and tiles are fastest for each op of a network; backend=None then uses them."""
+    """Measure which backend and tiles are fastest for each op of a fused network whose weights are not packed;
+    backend=None then uses them."""
     images = networks.photographs(batch, size).to(device())
     network = networks.network(model, images).train(train)
     fuse_(network)
@@ -48,8 +48,10 @@ def tune(
     for key, entry in _tables.in_order(measured.choices):
         seconds = entry["seconds"]
         gain = seconds["reference"] / seconds[entry["best"]]
+        # The first activation of the key, described: dtype, shape and layout.
+        dtype, shape, layout = re.findall(r"\('(\w+)', \(([\d, ]+)\), '(\w+)'\)", repr(key))[0]
         tried = ", ".join(f"{name} {s * 1e6:.0f} us" for name, s in seconds.items())
-        lines.append([key[0], tuning.first_shape(key), entry["best"], f"{gain:.2f}x", tried])
+        lines.append([key[0], f"{shape.replace(', ', 'x')} {dtype} {layout}", entry["best"], f"{gain:.2f}x", tried])
     title = f"{model}, {'training' if train else 'inference'}"
     show(["op", "input", "best", "library", "tried"], lines, title=title)
     say_plainly(f"saved: {saved}")

@@ -94,8 +94,7 @@ def roofline(result: Result, path: Path) -> Path:
 
 def _done(row: Row) -> int:
     """The operations of the algorithm that fused ran, where the row has them."""
-    done: int = row["flops_done" if "flops_done" in row else "flops"]
-    return done
+    return row["flops_done" if "flops_done" in row else "flops"]
 
 
 def images_per_second(result: Result, path: Path) -> Path:
