@@ -81,13 +81,6 @@ def source_hash(device_type: str) -> str:
     return f"{digest((PACKAGE / 'ops').rglob('*triton*.py'), PACKAGE)} {library.facts.get('sources', '')}"
 
 
-def device_name(device: torch.device) -> str:
-    """The device as tables name it: the GPU's name, or the processor's with its instruction set."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{cpuinfo('model name') or 'CPU'}, {_library.cpu_level() or 'no native kernels'}"
-
-
 def cpuinfo(field: str) -> str:
     """The first processor's, as Linux states it; empty where it does not."""
     with contextlib.suppress(OSError):
@@ -107,10 +100,13 @@ def version(package: str) -> str | None:
 
 @functools.lru_cache
 def facts(device: torch.device) -> dict[str, Any]:
-    """What a measured table holds for; the driver is the version of CUDA that it supports, such as 13000."""
+    """What a measured table holds for: the GPU and the version of CUDA that its driver supports, such as 13000, or the
+    processor with the kernels' instruction set."""
+    gpu = device.type == "cuda"
+    processor = f"{cpuinfo('model name') or 'CPU'}, {_library.cpu_level() or 'no native kernels'}"
     return {
-        "device": device_name(device),
-        "driver": driver_version() if device.type == "cuda" else None,
+        "device": torch.cuda.get_device_name(device) if gpu else processor,
+        "driver": driver_version() if gpu else None,
         "torch": torch.__version__,
         "triton": version("triton"),
         "sources": source_hash(device.type),

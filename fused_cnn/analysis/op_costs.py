@@ -128,9 +128,7 @@ def read_arguments(op: OpOverload, args: Arguments) -> dict[str, Any]:
     name = _name(op)
     if name in _WRITE_ONLY:
         return {}
-    unread = {a.name for a in op._schema.arguments if a.is_out}
-    if name == "copy_":
-        unread.add("self")
+    unread = {a.name for a in op._schema.arguments if a.is_out or (name, a.name) == ("copy_", "self")}
     return {key: value for key, value in args.items() if key not in unread}
 
 

@@ -24,12 +24,17 @@ PACKAGES = (
 def collect() -> dict[str, Any]:
     """Everything that `info` shows, as JSON."""
     libraries = {library.file.name: library.facts or "not built" for library in (_library.cpu, _library.cuda)}
+    tables = {d: _tables.table(torch.device(d)) for d in ("cpu", *(["cuda:0"] if torch.cuda.is_available() else []))}
+    known = ", ".join(f"{len(t.choices) + len(t.tiles)} for {d}" for d, t in tables.items())
     return {
         "backends": [asdict(_backends.status(b, d)) for d in ("cpu", "cuda") for b in _backends.BACKENDS],
         "build": {**libraries, "commit": commit() or "not a git checkout"},
         "versions": versions(),
         "devices": devices(),
-        "cache": cache(),
+        "cache": {
+            "on disk": f"{_tables.cache_dir()}: what `fused-cnn tune` measured; entries that hold here: {known}",
+            "in memory": "folded and packed weights, one copy for each fused block that has run in eval",
+        },
     }
 
 
@@ -84,12 +89,3 @@ def devices() -> dict[str, str]:
         p = torch.cuda.get_device_properties(i)
         found[f"cuda:{i}"] = f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"
     return found
-
-
-def cache() -> dict[str, str]:
-    tables = {d: _tables.table(torch.device(d)) for d in ("cpu", *(["cuda:0"] if torch.cuda.is_available() else []))}
-    known = ", ".join(f"{len(t.choices) + len(t.tiles)} for {d}" for d, t in tables.items())
-    return {
-        "on disk": f"{_tables.cache_dir()}: what `fused-cnn tune` measured; entries that hold here: {known}",
-        "in memory": "folded and packed weights, one copy for each fused block that has run in eval",
-    }

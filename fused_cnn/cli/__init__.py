@@ -41,13 +41,12 @@ for command in (info, summary, verify, bench, profile, tune, report):
 
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; errors become one line."""
-    show = "--traceback" in arguments
     try:
         return app(args=arguments or ["--help"], prog_name="fused-cnn", standalone_mode=False) or 0
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except Exception as error:
-        if show:
+        if "--traceback" in arguments:
             raise
         if hasattr(error, "format_message"):  # what typer raises for a wrong command line
             return _fail(error.format_message(), USAGE)

@@ -7,7 +7,7 @@ numbers first. A run of the tests that left some out says `without` what.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ... import _library, _sources
 from ...testing import all_cases
@@ -20,8 +20,7 @@ NEVER = "never run on a GPU"
 Key = tuple[str, str, str, str]  # op, backend, dtype, architecture
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One kernel's latest evidence."""
 
     device: str
