@@ -111,16 +111,13 @@ def _print_numbers(scores: dict[str, Any], training: list[dict[str, Any]], exact
 
 def _print_costs(title: str, time: dict[str, Any], traffic: dict[str, Any], saved: dict[str, int] | None) -> None:
     lines = []
-    for variant in ("eager", "fused"):
-        t, c = time[variant], traffic[variant]
-        line = [variant, f"{t['median'] * 1e3:.2f} ms", str(c["launches"]), f"{c['bytes'] / 1e6:.1f} MB"]
-        lines.append([*line, f"{saved[variant] / 1e6:.1f} MB"] if saved else line)
+    for v in ("eager", "fused"):
+        kept = f"{saved[v] / 1e6:.1f} MB" if saved else ""
+        moved = f"{traffic[v]['bytes'] / 1e6:.1f} MB"
+        lines.append([v, f"{time[v]['median'] * 1e3:.2f} ms", str(traffic[v]["launches"]), moved, kept])
     lines.append(["minimum", "", "", f"{traffic['minimum']['bytes'] / 1e6:.1f} MB"])
     unknown = sorted({op for v in ("eager", "fused") for op in traffic[v]["unknown"]})
     not_counted = f"; not counted: {', '.join(unknown)}" if unknown else ""
-    show(
-        ["", "time", "kernel launches", "memory traffic", *(["kept for backward"] if saved else [])],
-        lines,
-        title=f"{title}: fused is {time['ratio']:.2f}x as fast as eager",
-        caption=f"medians of {time['fused']['samples']} interleaved rounds{not_counted}",
-    )
+    headings = ["", "time", "kernel launches", "memory traffic", "kept for backward"]
+    title = f"{title}: fused is {time['ratio']:.2f}x as fast as eager"
+    show(headings, lines, title=title, caption=f"medians of {time['fused']['samples']} interleaved rounds{not_counted}")
