@@ -209,9 +209,7 @@ def test_kernels_of_one_name_are_added_and_the_rest_is_counted() -> None:
     product = "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cute::tuple<int, int>"
     few = [(f"kernel_{i}", 1, 10.0) for i in range(tables.MOST)]
     fused = kernel_row("fused", 2, (product + ", 1", 3, 600.0), (product + ", 2", 1, 200.0), *few, step="inference")
-    headings, rows = tables.kernels(
-        [fused, kernel_row("compile", 1, ("b", 1, 1.0)), {**fused, "variant": "eager"}]
-    )
+    headings, rows = tables.kernels([fused, kernel_row("compile", 1, ("b", 1, 1.0)), {**fused, "variant": "eager"}])
     assert rows[0][headings.index("kernel") :] == ["`device_kernel GemmUniversal`", "4", "0.8", "89%"]
     assert [line[headings.index("launches")] for line in rows if "all others" in line] == ["1"]
     assert {line[headings.index("variant")] for line in rows} == {"fused", "torch.compile"}

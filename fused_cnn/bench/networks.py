@@ -20,7 +20,6 @@ from .errors import RequestError, require
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-INSTALL_TORCHVISION = "`make venv` installs it, or see examples/torchvision_shim.py"
 
 
 def _photograph_file(name: str) -> Path:
@@ -59,7 +58,7 @@ def photographs(batch: int, size: int, names: Sequence[str] = PHOTOGRAPHS) -> Te
 
 def network(name: str, images: Tensor) -> nn.Module:
     """torchvision's architecture of that name, float32, in eval, with seeded weights and statistics of `images`."""
-    torchvision = require("torchvision", INSTALL_TORCHVISION)
+    torchvision = require("torchvision", "`make venv` installs it, or see examples/torchvision_shim.py")
     known = torchvision.models.list_models(torchvision.models)
     if name not in known:
         near = [k for k in known if k.startswith(name[:6])]
