@@ -49,9 +49,9 @@ def tune(
         seconds = entry["seconds"]
         gain = seconds["reference"] / seconds[entry["best"]]
         # The first activation of the key, described: dtype, shape and layout.
-        dtype, shape, layout = re.findall(r"\('(\w+)', \(([\d, ]+)\), '(\w+)'\)", repr(key))[0]
+        stored, shape, layout = re.findall(r"\('(\w+)', \(([\d, ]+)\), '(\w+)'\)", repr(key))[0]
         tried = ", ".join(f"{name} {s * 1e6:.0f} us" for name, s in seconds.items())
-        lines.append([key[0], f"{shape.replace(', ', 'x')} {dtype} {layout}", entry["best"], f"{gain:.2f}x", tried])
+        lines.append([key[0], f"{shape.replace(', ', 'x')} {stored} {layout}", entry["best"], f"{gain:.2f}x", tried])
     title = f"{model}, {'training' if train else 'inference'}"
     show(["op", "input", "best", "library", "tried"], lines, title=title)
     say_plainly(f"saved: {saved}")
