@@ -15,6 +15,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -168,7 +169,7 @@ def progress(request: pytest.FixtureRequest) -> Progress:
 @pytest.fixture(scope="session")
 def ceilings(worker: Worker, progress: Progress) -> Ceilings:
     found = worker.call("ceilings", measure_ceilings, DEVICE, DTYPES[DEVICE])
-    progress.facts = {**facts_of_run(DEVICE), "ceilings": found.to_dict()}
+    progress.facts = {**facts_of_run(DEVICE), "ceilings": asdict(found)}
     return found
 
 

@@ -33,17 +33,18 @@ def entries(arch_list: str) -> list[str]:
 def covers(arch_list: str, capability: Capability, ptx: bool = True) -> bool:
     """Whether code for these architectures runs on a GPU: machine code on its own major version from its minor on (with
     an `a` on that one alone), PTX, which the driver compiles, on all later ones too."""
-    return any(_covers(entry, capability, ptx) for entry in entries(arch_list))
-
-
-def _covers(entry: str, capability: Capability, ptx: bool) -> bool:
-    number = entry.removesuffix("+PTX")
-    major, minor = (int(part.rstrip("af")) for part in number.split("."))
-    if number.endswith("a"):
-        return (major, minor) == capability
-    return (major == capability[0] and minor <= capability[1]) or (
-        ptx and entry.endswith("+PTX") and (major, minor) <= capability
-    )
+    for entry in entries(arch_list):
+        number = entry.removesuffix("+PTX")
+        major, minor = (int(part.rstrip("af")) for part in number.split("."))
+        if number.endswith("a"):
+            fits = (major, minor) == capability
+        elif ptx and entry.endswith("+PTX"):
+            fits = (major, minor) <= capability
+        else:
+            fits = major == capability[0] and minor <= capability[1]
+        if fits:
+            return True
+    return False
 
 
 def arch_for(capability: Capability) -> str:

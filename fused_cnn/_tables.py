@@ -21,7 +21,7 @@ import re
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,10 @@ import torch
 
 from . import _library
 from ._backends import BACKENDS, driver_version
+from ._sources import PACKAGE, digest
 
 VERSION = 1
 GEMM = "gemm"  # the kernel by which the CUDA library's forward product goes in `tiles`; its key is dtype, m, n, k
-PACKAGE = Path(__file__).parent
 Key = tuple[Any, ...]
 
 
@@ -49,12 +49,8 @@ class Table:
         self.tiles |= other.tiles
 
     def to_json(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        kinds = {"choices": self.choices, "tiles": self.tiles}
-        return {
-            "version": VERSION,
-            **facts,
-            **{name: {repr(k): v for k, v in in_order(kind)} for name, kind in kinds.items()},
-        }
+        choices, tiles = ({repr(k): v for k, v in in_order(kind)} for kind in (self.choices, self.tiles))
+        return {"version": VERSION, **facts, "choices": choices, "tiles": tiles}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], wanted: Mapping[str, Any]) -> Table:
@@ -81,48 +77,38 @@ def in_order(entries: Mapping[Key, Any]) -> list[tuple[Key, Any]]:
 def source_hash(device_type: str) -> str:
     """A hash of the sources of a device's kernels: of the Triton files as they are, of the native library as it was
     built."""
-    digest = hashlib.sha256()
-    for path in sorted((PACKAGE / "ops").rglob("*triton*.py")):
-        digest.update(path.read_bytes())
     library = _library.cuda if device_type == "cuda" else _library.cpu
-    digest.update(library.facts.get("sources", "").encode())
-    return digest.hexdigest()[:16]
+    return f"{digest((PACKAGE / 'ops').rglob('*triton*.py'), PACKAGE)} {library.facts.get('sources', '')}"
 
 
-def device_name(device: torch.device) -> str:
-    """The device as tables name it: the GPU's name, or the processor's with its instruction set."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = re.search(r"^model name\s*: (.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
-    level = _library.cpu_level() or "no native kernels"
-    return f"{model[1] if model else 'CPU'}, {level}"
+def cpuinfo(field: str) -> str:
+    """The first processor's, as Linux states it; empty where it does not."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(field):
+                return line.partition(":")[2].strip()
+    return ""
 
 
-def _read(path: str) -> str:
+def version(package: str) -> str | None:
+    """Of an installed package."""
     try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
-
-
-def driver(device: torch.device) -> int | None:
-    """CUDA's driver version, such as 13000; None on a CPU."""
-    return driver_version() if device.type == "cuda" else None
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @functools.lru_cache
 def facts(device: torch.device) -> dict[str, Any]:
-    """What a measured table holds for."""
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
-    name = device_name(device)
+    """What a measured table holds for: the GPU and the version of CUDA that its driver supports, such as 13000, or the
+    processor with the kernels' instruction set."""
+    gpu = device.type == "cuda"
+    processor = f"{cpuinfo('model name') or 'CPU'}, {_library.cpu_level() or 'no native kernels'}"
     return {
-        "device": name,
-        "driver": driver(device),
+        "device": torch.cuda.get_device_name(device) if gpu else processor,
+        "driver": driver_version() if gpu else None,
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": version("triton"),
         "sources": source_hash(device.type),
     }
 
@@ -157,18 +143,11 @@ def load(path: Path, wanted: Mapping[str, Any]) -> Table:
         return Table()
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time. The system drops the lock of a process that ends, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def save(path: Path, table: Table, found: Mapping[str, Any]) -> None:
     """Add the table's entries to those of the file, which is at every moment the old one or the new one, whole."""
-    with _locked(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system drops the lock of a process that ends, however it ends
         merged = load(path, found)
         merged.update(table)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")

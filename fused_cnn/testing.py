@@ -6,6 +6,7 @@ The reference in float64 is the truth. The largest error against it is at most t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,10 +26,8 @@ FIXED_BOUND = {torch.float64: 1e-11, torch.float32: 2e-4, torch.float16: 0.016, 
 
 def all_cases() -> list[OpCases]:
     """Every public op's cases, found in the rooms: `ops/<room>/cases.py` holds CASES, one OpCases or several."""
-    found: list[OpCases] = []
-    for room in rooms():
-        found += [room.CASES] if isinstance(room.CASES, OpCases) else room.CASES
-    return found
+    of_rooms = ([room.CASES] if isinstance(room.CASES, OpCases) else room.CASES for room in rooms())
+    return list(itertools.chain.from_iterable(of_rooms))
 
 
 @dataclass(frozen=True)
@@ -128,24 +127,18 @@ def compare(
     def inputs(layout: str) -> Any:
         return op_cases.make(case, Maker(dtype, layout, device, grad=backward))
 
-    def to_float64(leaf: Tensor) -> Tensor:
-        if not leaf.is_floating_point():
-            return leaf
-        return leaf.detach().to(torch.float64).requires_grad_(leaf.requires_grad)
+    def to_float64(t: Tensor) -> Tensor:
+        return t.detach().to(torch.float64).requires_grad_(t.requires_grad) if t.is_floating_point() else t
 
-    calls = [
-        (mapped(to_float64, inputs(theirs), Tensor), "reference"),
-        (inputs(theirs), "reference"),
-        (inputs(layout), backend),
-    ]
-    outs = [op_cases.op(*args, **kwargs, backend=chosen) for (args, kwargs), chosen in calls]
+    given = [mapped(to_float64, inputs(theirs), Tensor), inputs(theirs), inputs(layout)]
+    backends = ("reference", "reference", backend)
+    outs = [op_cases.op(*args, **kwargs, backend=b) for (args, kwargs), b in zip(given, backends, strict=True)]
     grad_out = None
     if backward:
         grad_out = Maker(dtype, layout, device, seed=1, grad=False).activation(*outs[0].shape)
         grad_out = _same_side_of_the_kink(grad_out, outs)
     aligned = grad_out if theirs == layout or grad_out is None else grad_out.clone()
-    leaves = [leaves_of(given) for given, _ in calls]
-    truth, eager, actual = map(_results, outs, leaves, (aligned, aligned, grad_out))
+    truth, eager, actual = map(_results, outs, map(leaves_of, given), (aligned, aligned, grad_out))
     for what, true_value in truth.items():
         if actual[what].dtype != eager[what].dtype:
             raise AssertionError(f"{what}: expected dtype {eager[what].dtype}, got {actual[what].dtype}")

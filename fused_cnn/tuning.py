@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from . import _library, _tables
 from ._backends import BACKENDS
-from ._candidates import device_of, measuring
+from ._candidates import measuring
 from ._tables import Key, Table
 from ._trees import leaves_of, mapped, tensors
-from .measure import Interleaved
+from .measure import interleaved
 
 
 class _Call(NamedTuple):
-    """A public op's call, with its tensors described, not kept."""
+    """A public op's call, with tensors on the meta device in place of its own."""
 
     function: Callable[..., Any]
     key: Key
@@ -46,37 +46,26 @@ def _seconds(variants: Mapping[Any, Callable[[], object]], device: torch.device)
             error = failed
     if not runs:
         raise RuntimeError("tune: no candidate runs") from error
-    timings = Interleaved(runs, device, cold=True).run(0.02, at_least=7)
-    return {name: t.median for name, t in timings.items()}
+    return {name: t.median for name, t in interleaved(runs, device, 0.02, at_least=7, cold=True).items()}
 
 
-class _Spec(NamedTuple):
-    """A tensor without its values."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    requires_grad: bool
-
-    @classmethod
-    def of(cls, t: Tensor) -> _Spec:
-        return cls(tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad)
-
-    def make(self) -> Tensor:
-        """A tensor of random values; vectors are positive, because variances are."""
-        sizes = [min(n, 1) if step == 0 else n for n, step in zip(self.shape, self.stride, strict=True)]
-        t = torch.empty_strided(sizes, self.stride, dtype=self.dtype, device=self.device)
-        if t.is_floating_point():
-            t = t.uniform_(0.5, 1.5) if t.dim() < 2 else t.normal_()
-        return t.expand(self.shape).requires_grad_(self.requires_grad)
+def _without_values(t: Tensor) -> Tensor:
+    like = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    return like.requires_grad_(t.requires_grad)
 
 
-def _work(call: _Call, backend: str) -> Callable[[], object]:
-    args, kwargs = mapped(_Spec.make, (call.args, call.kwargs), _Spec)
+def _random(like: Tensor, device: torch.device) -> Tensor:
+    """A tensor of random values; vectors are positive, because variances are."""
+    sizes = [min(n, 1) if step == 0 else n for n, step in zip(like.shape, like.stride(), strict=True)]
+    t = torch.empty_strided(sizes, like.stride(), dtype=like.dtype, device=device)
+    if t.is_floating_point():
+        t = t.uniform_(0.5, 1.5) if t.dim() < 2 else t.normal_()
+    return t.expand(like.shape).requires_grad_(like.requires_grad)
+
+
+def _work(call: _Call, backend: str, device: torch.device) -> Callable[[], object]:
+    args, kwargs = mapped(functools.partial(_random, device=device), (call.args, call.kwargs), Tensor)
     leaves = leaves_of((args, kwargs))
-    device = device_of(args, kwargs)
-    assert device is not None
 
     def step() -> object:
         enabled = call.autocast is not None
@@ -92,7 +81,7 @@ def _work(call: _Call, backend: str) -> Callable[[], object]:
 
 def _measure(call: _Call, backends: Sequence[str], device: torch.device) -> None:
     assert measuring.table is not None
-    works = {backend: _work(call, backend) for backend in backends}
+    works = {backend: _work(call, backend, device) for backend in backends}
     works["reference"]()  # where PyTorch's own path fails, the call itself is at fault
     if "native" in works and device.type == "cuda" and _library.cuda.loaded is not None:
         with contextlib.suppress(Exception):  # what does not run is no candidate, which _seconds finds, too
@@ -127,7 +116,7 @@ def _calls_of(model: Callable[..., Any], example: Sequence[Tensor], train: bool)
 
     def record(function: Callable[..., Any], key: Key, autocast: torch.dtype | None, *arguments: Any) -> None:
         if all(t.dtype != torch.uint8 for t in tensors(arguments)):  # packed weights have their backend already
-            calls.setdefault(key, _Call(function, key, autocast, *mapped(_Spec.of, arguments, Tensor)))
+            calls.setdefault(key, _Call(function, key, autocast, *mapped(_without_values, arguments, Tensor)))
 
     measuring.record = record
     try:
@@ -192,12 +181,3 @@ def tune(
         _tables.save(path, measured, found)
         _tables.forget()
     return measured
-
-
-def first_shape(key: Key) -> str:
-    """The first activation of a choice's key, to be shown."""
-    described = next(
-        v for v in (*key[2], *(v for _, v in key[3])) if isinstance(v, tuple) and v and isinstance(v[0], (str, tuple))
-    )
-    dtype, shape, layout = described if isinstance(described[0], str) else described[0]
-    return f"{'x'.join(map(str, shape))} {dtype} {layout}"

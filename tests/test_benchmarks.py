@@ -35,7 +35,7 @@ class Sum(Bench):
     room = "sums"
 
     def __init__(self, peer: str, *, captured: bool = False) -> None:
-        super().__init__(torch.float32, "cpu", None, ())
+        super().__init__(dtype=torch.float32, device="cpu")
         object.__setattr__(self, "peer", peer)
         object.__setattr__(self, "captured", captured)
 

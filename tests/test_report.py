@@ -9,7 +9,7 @@ import pytest
 
 from fused_cnn import _sources
 from fused_cnn.bench.peers import COMPILERS, OURS
-from fused_cnn.bench.report import kernel_tables, ran, rewritten, tables, tables_of
+from fused_cnn.bench.report import ran, rewritten, tables, tables_of
 from fused_cnn.bench.results import load, load_all, newest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,9 +172,9 @@ def test_results_of_one_device_and_commit_are_one_in_which_the_later_row_counts(
 def test_a_variant_that_fails_later_is_not_shown_with_its_earlier_time() -> None:
     absent = {"graph": "RuntimeError: no capture"}
     old, new = row(1, eager=4, fused=2, graph=1), {**row(1, eager=4, fused=2), "absent": absent}
-    tables = tables_of([result("2026-11-25T10", old), result("2026-11-25T11", new)])
-    assert "CUDA graph ms" not in tables["inference-cuda"]
-    assert "Not timed in 1 of 1 rows: CUDA graph (RuntimeError: no capture)." in tables["inference-cuda"]
+    text = tables_of([result("2026-11-25T10", old), result("2026-11-25T11", new)])["inference-cuda"]
+    assert "CUDA graph ms" not in text
+    assert "Not timed in 1 of 1 rows: CUDA graph (RuntimeError: no capture)." in text
 
 
 def test_a_table_says_which_rows_it_has() -> None:
@@ -207,17 +207,15 @@ def test_the_headline_names_the_fastest_peer_and_who_loses() -> None:
 
 def test_kernels_of_one_name_are_added_and_the_rest_is_counted() -> None:
     product = "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cute::tuple<int, int>"
-    few = [(f"kernel_{i}", 1, 10.0) for i in range(kernel_tables.MOST)]
+    few = [(f"kernel_{i}", 1, 10.0) for i in range(tables.MOST)]
     fused = kernel_row("fused", 2, (product + ", 1", 3, 600.0), (product + ", 2", 1, 200.0), *few, step="inference")
-    headings, rows = kernel_tables.kernels(
-        [fused, kernel_row("compile", 1, ("b", 1, 1.0)), {**fused, "variant": "eager"}]
-    )
+    headings, rows = tables.kernels([fused, kernel_row("compile", 1, ("b", 1, 1.0)), {**fused, "variant": "eager"}])
     assert rows[0][headings.index("kernel") :] == ["`device_kernel GemmUniversal`", "4", "0.8", "89%"]
     assert [line[headings.index("launches")] for line in rows if "all others" in line] == ["1"]
     assert {line[headings.index("variant")] for line in rows} == {"fused", "torch.compile"}
     failed = {**kernel_row("fused", 1), "error": "its process was ended by SIGKILL"}
-    assert "**failed**: its process was ended by SIGKILL" in kernel_tables.steps([failed])[1][0]
-    assert kernel_tables.kernels([failed])[1] == []
+    assert "**failed**: its process was ended by SIGKILL" in tables.steps([failed])[1][0]
+    assert tables.kernels([failed])[1] == []
 
 
 @pytest.mark.parametrize(
@@ -238,7 +236,7 @@ def test_kernels_of_one_name_are_added_and_the_rest_is_counted() -> None:
     ],
 )
 def test_a_kernels_short_name_still_tells_it(kernel: str, short: str) -> None:
-    assert kernel_tables.short_name(kernel) == short
+    assert tables.short_name(kernel) == short
 
 
 def test_every_variant_that_is_timed_has_a_place_in_the_tables() -> None:

@@ -76,31 +76,28 @@ def _batch_norm_backward(args: Arguments, result: Any) -> Cost:
     return Cost(2, {grad: 2, "input": 2 if args.get("train", args.get("update", True)) else 1})
 
 
+_SEVERAL_PASSES: dict[str, Callable[[Arguments, Any], Cost]] = {
+    "convolution": _convolution,
+    "convolution_backward": _convolution_backward,
+    **dict.fromkeys(
+        ("native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", "cudnn_batch_norm"), _batch_norm
+    ),
+    **dict.fromkeys(
+        ("native_batch_norm_backward", "batch_norm_backward", "cudnn_batch_norm_backward"), _batch_norm_backward
+    ),
+}
+
+
 def _onednn_convolution(args: Arguments, result: Tensor) -> Cost:
     return Cost(flops=conv_flops(result, args["W"].shape))
 
 
-def _onednn_linear(args: Arguments, result: Tensor) -> Cost:
-    return Cost(flops=2 * result.numel() * args["X"].size(-1))
-
-
-_SEVERAL_PASSES: dict[str, Callable[[Arguments, Any], Cost]] = {
-    "convolution": _convolution,
-    "convolution_backward": _convolution_backward,
-    "native_batch_norm": _batch_norm,
-    "_native_batch_norm_legit": _batch_norm,
-    "_batch_norm_with_update": _batch_norm,
-    "cudnn_batch_norm": _batch_norm,
-    "native_batch_norm_backward": _batch_norm_backward,
-    "batch_norm_backward": _batch_norm_backward,
-    "cudnn_batch_norm_backward": _batch_norm_backward,
-}
 FUSED_COSTS: dict[str, Callable[[Arguments, Any], Cost]] = {
     **{f"fused_cnn::{name}": cost for room in rooms() for name, cost in room.COSTS.items()},
     "mkldnn::_convolution_pointwise": _onednn_convolution,
     "mkldnn::_convolution_pointwise_": _onednn_convolution,
     "mkldnn::_reorder_convolution_weight": one_pass,
-    "mkldnn::_linear_pointwise": _onednn_linear,
+    "mkldnn::_linear_pointwise": lambda args, out: Cost(flops=2 * out.numel() * args["X"].size(-1)),
     "mkldnn::_reorder_linear_weight": one_pass,
 }
 
@@ -111,15 +108,11 @@ def _name(op: OpOverload) -> str:
     return name if namespace == "aten" else f"{namespace.removesuffix('_triton')}::{name}"
 
 
-def _is_view(op: OpOverload) -> bool:
-    returns = op._schema.returns
-    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-
-
 def cost_of(op: OpOverload, args: Arguments, result: Any) -> Cost | None:
     """The cost of this call, or None where the op is not known; `args` are its arguments by name."""
-    name = _name(op)
-    if name in _ALLOCATE or torch.Tag.inplace_view in op.tags or op.namespace in ("prim", "profiler") or _is_view(op):
+    name, returns = _name(op), op._schema.returns
+    is_view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    if is_view or name in _ALLOCATE or torch.Tag.inplace_view in op.tags or op.namespace in ("prim", "profiler"):
         return Cost(launches=0)
     if name.startswith("_foreach_"):  # on the CPU a loop over the tensors, on a GPU one kernel for many
         return Cost(1 if args["self"][0].is_cuda else len(args["self"]))
@@ -135,9 +128,7 @@ def read_arguments(op: OpOverload, args: Arguments) -> dict[str, Any]:
     name = _name(op)
     if name in _WRITE_ONLY:
         return {}
-    unread = {a.name for a in op._schema.arguments if a.is_out}
-    if name == "copy_":
-        unread.add("self")
+    unread = {a.name for a in op._schema.arguments if a.is_out or (name, a.name) == ("copy_", "self")}
     return {key: value for key, value in args.items() if key not in unread}
 
 

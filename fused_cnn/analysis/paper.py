@@ -1,14 +1,141 @@
-"""What the papers print about their networks, and whether a measured figure is the printed one to its last digit.
+"""The papers' tables: which modules make up which row of a network's, what the papers print about it, and whether a
+measured figure is the printed one to its last digit.
 
 GoogLeNet: arXiv 1409.4842, Table 1. ResNets: arXiv 1512.03385, Table 1 (multiply-adds, which the paper calls FLOPs),
-Figure 3 and Table 6. The papers round down as often as to the nearest, so a figure agrees when rounding it down, up or
-to the nearest gives the printed digits.
+Figure 3 and Table 6. The forms are recognised by their parts, so torchvision's models have the papers' rows as ours do;
+any other network has one row for each of its children. What a row says about its layers is read from the modules. The
+papers round down as often as to the nearest, so a figure agrees when rounding it down or up gives the printed digits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..nn import MaxPool2d
+
+
+@dataclass
+class Row:
+    """The children whose work a row shows and what it says about them; measured: their parameters that train, their
+    multiply-adds, and their shapes in and out, None for what did not run."""
+
+    name: str
+    type: str
+    children: list[str]
+    columns: dict[str, Any] = field(default_factory=dict)
+    params: int = 0
+    macs: int = 0
+    input_shape: tuple[int, ...] | None = None
+    result: tuple[int, ...] | None = None
+
+
+def rows_of(model: nn.Module) -> list[Row]:
+    """The rows of this network's table, in the order in which they run."""
+    if is_googlenet(model):
+        return list(_googlenet(model))
+    if is_resnet(model):
+        return list(_resnet(model))
+    return [Row(name, type(child).__name__, [name]) for name, child in model.named_children()]
+
+
+def is_googlenet(model: nn.Module) -> bool:
+    """Whether the network has GoogLeNet's nine blocks, by torchvision's names."""
+    return all(is_inception(getattr(model, f"inception{name}", None)) for name in ("3a", "4e", "5b"))
+
+
+def is_resnet(model: nn.Module) -> bool:
+    """Whether the network has a ResNet's stem and stages, by torchvision's names."""
+    return all(hasattr(model, name) for name in ("conv1", "bn1", "layer1", "fc")) and bool(stages(model))
+
+
+def is_inception(module: Any) -> bool:
+    """Whether a module has the four branches of an Inception block, reduced or naive."""
+    return isinstance(module, nn.Module) and all(hasattr(module, f"branch{i}") for i in (1, 2, 3, 4)) and (
+        isinstance(module.branch2, nn.Sequential) and len(module.branch2) in (1, 2)
+    )  # fmt: skip
+
+
+def is_paper_form(model: nn.Module) -> bool:
+    """Whether a GoogLeNet is the paper's: 5x5 convolutions, the reductions, and no BatchNorm."""
+    block = model.get_submodule("inception3a")
+    convs = convolutions(block)
+    return len(convs) == 6 and convs[4].kernel_size[0] == 5 and convs[4].bias is not None
+
+
+def convolutions(module: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions inside, in the order of their registration."""
+    return [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+
+
+def stages(model: nn.Module) -> list[nn.Sequential]:
+    """A ResNet's stages: layer1, layer2, ... as long as they are there."""
+    found: list[nn.Sequential] = []
+    while isinstance(stage := getattr(model, f"layer{len(found) + 1}", None), nn.Sequential) and len(stage):
+        found.append(stage)
+    return found
+
+
+def _patch(module: Any) -> str:
+    """`7x7/2`: kernel and stride."""
+    kernel, stride = (v if isinstance(v, int) else v[0] for v in (module.kernel_size, module.stride))
+    return f"{kernel}x{kernel}/{stride}"
+
+
+def _googlenet(model: nn.Module) -> Iterator[Row]:
+    children = dict(model.named_children())
+    conv1, conv2, conv3 = (convolutions(children[name])[0] for name in ("conv1", "conv2", "conv3"))
+    yield Row("conv1", "convolution", ["conv1"], {"patch_size": _patch(conv1), "depth": 1})
+    yield Row("maxpool1", "max pool", ["maxpool1"], {"patch_size": _patch(children["maxpool1"]), "depth": 0})
+    columns: dict[str, Any] = {"patch_size": _patch(conv3), "depth": 2}
+    columns |= {"#3x3 reduce": conv2.out_channels, "#3x3": conv3.out_channels}
+    yield Row("conv2", "convolution", ["conv2", "conv3"], columns)
+    for name, child in children.items():
+        if is_inception(child):
+            label = name.replace("inception", "inception_")
+            widths = _widths(child)
+            yield Row(label, "inception", [name], {"depth": 2 if "#3x3 reduce" in widths else 1, **widths})
+        elif name in ("maxpool2", "maxpool3", "maxpool4"):
+            yield Row(name, "max pool", [name], {"patch_size": _patch(child), "depth": 0})
+    yield Row("avgpool", "avg pool", ["avgpool"], {"depth": 0})
+    yield Row("dropout", f"dropout ({children['dropout'].p:.0%})", ["dropout"], {"depth": 0})
+    yield Row("linear", "linear", ["fc"], {"depth": 1})
+
+
+def _widths(block: nn.Module) -> dict[str, int]:
+    """The columns of Table 1: the channels of an Inception block's convolutions; the naive form has three."""
+    channels = [conv.out_channels for conv in convolutions(block)]
+    if len(channels) == 3:
+        return dict(zip(("#1x1", "#3x3", "#5x5"), channels, strict=True))
+    names = ("#1x1", "#3x3 reduce", "#3x3", "#5x5 reduce", "#5x5", "pool proj")
+    return dict(zip(names, channels, strict=True))
+
+
+def _resnet(model: nn.Module) -> Iterator[Row]:
+    children = dict(model.named_children())
+    stem = convolutions(children["conv1"])[0]
+    yield Row("conv1", "convolution", ["conv1", "bn1"], {"layers": f"{_patch(stem)}, {stem.out_channels}"})
+    for i, stage in enumerate(stages(model)):
+        parts = [f"layer{i + 1}"]
+        layers = _blocks(stage)
+        if i == 0 and isinstance(children.get("maxpool"), (nn.MaxPool2d, MaxPool2d)):
+            parts.insert(0, "maxpool")
+            layers = f"{_patch(children['maxpool'])} max pool; {layers}"
+        yield Row(f"conv{i + 2}_x", "stage", parts, {"layers": layers})
+    pool = "avgpool" if "avgpool" in children else "global_pool"
+    yield Row("avgpool", "avg pool", [pool] if pool in children else [])
+    yield Row("fc", "linear", ["fc"], {"layers": f"{getattr(children['fc'], 'out_features', '')}-d fc"})
+
+
+def _blocks(stage: nn.Sequential) -> str:
+    """`[1x1, 64; 3x3, 64; 1x1, 256] x 3`: the convolutions of a block, and how many blocks."""
+    convs = [m for m in stage[-1].children() if isinstance(m, nn.Conv2d)]
+    parts = [f"{c.kernel_size[0]}x{c.kernel_size[0]}, {c.out_channels}" for c in convs]
+    return f"[{'; '.join(parts)}] x {len(stage)}"
 
 
 class Printed(NamedTuple):
@@ -61,20 +188,18 @@ def agrees(value: int, printed: str) -> bool:
     return digits in (exact.quantize(last, rounding) for rounding in (ROUND_FLOOR, ROUND_CEILING))
 
 
-def in_units(value: int, printed: str) -> str:
-    """`value` with the unit of `printed`, and one digit more: what a note shows beside the paper's figure."""
-    places = len(printed[:-1].partition(".")[2]) + 1
-    return f"{value / _UNITS[printed[-1]]:.{places}f}{printed[-1]}"
-
-
-def disagreements(name: str, params: int, macs: int, printed: Printed) -> list[str]:
-    """A sentence for each printed figure of a row that its architecture does not give."""
-    pairs = (("parameters", params, printed.params), ("multiply-adds", macs, printed.ops))
-    return [
-        f"{name}: the paper prints {text} {what}; the architecture has {in_units(value, text)} ({value:,})"
-        for what, value, text in pairs
-        if text is not None and not agrees(value, text)
-    ]
+def compare(row: dict[str, Any], name: str, printed: Printed) -> list[str]:
+    """Put the printed figures into a row. A sentence for each that its architecture does not give, which shows the
+    architecture's with one digit more."""
+    differences = []
+    figures = (("parameters", row["params"], printed.params), ("multiply-adds", row["macs"], printed.ops))
+    for what, value, text in figures:
+        if text is not None and not agrees(value, text):
+            places = len(text[:-1].partition(".")[2]) + 1
+            has = f"{value / _UNITS[text[-1]]:.{places}f}{text[-1]} ({value:,})"
+            differences.append(f"{name}: the paper prints {text} {what}; the architecture has {has}")
+    row["paper"] = {**printed._asdict(), "agrees": not differences}
+    return differences
 
 
 GOOGLENET_NOTES = (

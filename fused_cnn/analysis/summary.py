@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from .._trees import tensors
 from ..nn import Inception
 from . import paper
-from .layout import Row, convolutions, is_googlenet, is_paper_form, is_resnet, rows_of, stages
+from .paper import Row, convolutions, is_googlenet, is_resnet, stages
 from .traffic import Counter, meta_copy
 
 
@@ -74,16 +75,12 @@ def summary(model: nn.Module, input_size: Sequence[int], name: str | None = None
         input_size: (C, H, W).
         name: what to call it; its class name where not given.
 
-    Returns:
-        Rows with params (weights that train) and macs (multiply-adds of convolutions and matrix products), and their
-        total.
-
     Raises:
         ValueError: input_size is not three positive numbers.
     """
     if len(input_size) != 3 or min(input_size) < 1:
         raise ValueError(f"input_size must be three positive numbers (C, H, W), got {tuple(input_size)}")
-    rows = rows_of(model)
+    rows = paper.rows_of(model)
     measure(model, rows, (1, *input_size))
     shown = [_shown(row) for row in rows if row.result is not None]
     total = {"params": sum(row["params"] for row in shown), "macs": sum(row["macs"] for row in shown)}
@@ -91,8 +88,11 @@ def summary(model: nn.Module, input_size: Sequence[int], name: str | None = None
     unused = sum(p.numel() for p in model.parameters()) - total["params"]
     if unused:
         result.notes.append(f"{unused:,} more parameters did not run: training uses them (auxiliary classifiers)")
-    if is_googlenet(model) and is_paper_form(model):
-        _compare_googlenet(result)
+    if is_googlenet(model) and paper.is_paper_form(model):
+        for row in shown:
+            if row["name"] in paper.GOOGLENET:
+                result.notes += paper.compare(row, row["name"], paper.GOOGLENET[row["name"]])
+        result.notes += [*paper.compare(total, "total", paper.GOOGLENET_TOTAL), *paper.GOOGLENET_NOTES]
     elif is_resnet(model):
         _compare_resnet(result, model)
     result.reductions = [
@@ -107,43 +107,30 @@ def measure(model: nn.Module, rows: Sequence[Row], input_size: Sequence[int]) ->
     """Run the model in eval without computing, for an input of `input_size` (N, C, H, W), and fill in the rows."""
     stand_in = meta_copy(model).eval()
     counter = Counter()
+
+    def before(row: Row, module: nn.Module, inputs: Any) -> None:
+        row.input_shape = row.input_shape or tuple(inputs[0].shape)
+        row.macs -= counter.counts.flops // 2
+
+    def after(row: Row, module: nn.Module, inputs: Any, result: Any) -> None:
+        row.macs += counter.counts.flops // 2
+        row.result = next((tuple(t.shape) for t in tensors(result)), None)
+
     for row in rows:
         children = [stand_in.get_submodule(name) for name in row.children]
         row.params = sum(p.numel() for p in {p for child in children for p in child.parameters()})
         for child in children:
             # A watched child is called as it is, so a ResNet's stem is seen too, which fuses its children.
-            _watch(child, row, counter)
+            child.register_forward_pre_hook(partial(before, row))
+            child.register_forward_hook(partial(after, row))
     with counter:
         stand_in(torch.empty(tuple(input_size), device="meta"))
 
 
-def _watch(child: nn.Module, row: Row, counter: Counter) -> None:
-    def before(module: nn.Module, inputs: Any) -> None:
-        row.input_shape = row.input_shape or tuple(inputs[0].shape)
-        row.macs -= counter.counts.flops // 2
-
-    def after(module: nn.Module, inputs: Any, result: Any) -> None:
-        row.macs += counter.counts.flops // 2
-        row.result = next((tuple(t.shape) for t in tensors(result)), None)
-
-    child.register_forward_pre_hook(before)
-    child.register_forward_hook(after)
-
-
 def reduction(name: str, block: nn.Module, input_size: Sequence[int]) -> dict[str, Any]:
-    """What the 1x1 reductions of an Inception block save: it and its naive form (arXiv 1409.4842, figure 2, b and a) on
-    the same input.
-
-    Args:
-        name: what to call the row.
-        block: an Inception block with its 1x1 reductions.
-        input_size: (N, C, H, W) of the block's input.
-
-    Returns:
-        params, macs and channels of the block's result, and the same with "naive_" before them. The naive form
-        concatenates the pool as it is, so its result is wider, and in a network of such blocks the next one costs more
-        still.
-    """
+    """What the 1x1 reductions of an Inception block save: params, macs and channels of its result for an input of
+    `input_size` (N, C, H, W), and with "naive_" before them those of its naive form (arXiv 1409.4842, figure 2, b and
+    a). That concatenates the pool as it is: its result is wider, and in a network the next block costs more still."""
     convs = convolutions(block)
     widths = [conv.out_channels for conv in convs]
     with torch.device("meta"):
@@ -163,46 +150,23 @@ def reduction(name: str, block: nn.Module, input_size: Sequence[int]) -> dict[st
 def _shown(row: Row) -> dict[str, Any]:
     """The row as plain numbers."""
     assert row.result is not None
-    columns = {key: value for key, value in row.columns.items() if value is not None}
+    columns = row.columns
     if row.type == "avg pool" and row.input_shape is not None:
         columns = {"patch_size": f"{row.input_shape[2]}x{row.input_shape[3]}/1", **columns}
     _, channels, *size = row.result
-    output = [*(size or [1, 1]), channels]
-    return {
-        "name": row.name,
-        "type": row.type,
-        **columns,
-        "output_size": output,
-        "params": row.params,
-        "macs": row.macs,
-    }
-
-
-def _compare(row: dict[str, Any], name: str, printed: paper.Printed) -> list[str]:
-    """Put the printed figures into a row; the sentences about those that differ."""
-    differences = paper.disagreements(name, row["params"], row["macs"], printed)
-    row["paper"] = {**printed._asdict(), "agrees": not differences}
-    return differences
-
-
-def _compare_googlenet(table: Summary) -> None:
-    for row in table.rows:
-        if row["name"] in paper.GOOGLENET:
-            table.notes += _compare(row, row["name"], paper.GOOGLENET[row["name"]])
-    table.notes += [*_compare(table.total, "total", paper.GOOGLENET_TOTAL), *paper.GOOGLENET_NOTES]
+    measured = {"output_size": [*(size or [1, 1]), channels], "params": row.params, "macs": row.macs}
+    return {"name": row.name, "type": row.type, **columns, **measured}
 
 
 def _compare_resnet(table: Summary, model: nn.Module) -> None:
     found = stages(model)
-    block = next(found[0].children())
-    convs = [m for m in block.children() if isinstance(m, nn.Conv2d)]
+    convs = [m for m in found[0][0].children() if isinstance(m, nn.Conv2d)]
     kind = {2: "BasicBlock", 3: "Bottleneck"}.get(len(convs), "")
-    printed = paper.RESNETS.get((kind, tuple(len(list(stage.children())) for stage in found)))
+    printed = paper.RESNETS.get((kind, tuple(map(len, found))))
     stem = convolutions(model.get_submodule("conv1"))[0]
     # Neither grouped nor wide: the paper's first stage is as wide as its stem.
     if printed is None or convs[1].groups > 1 or convs[1].out_channels != stem.out_channels:
         return
-    table.notes += _compare(table.total, "total", printed)
-    strides = [conv.stride[0] for conv in convolutions(next(found[-1].children()))]
-    if kind == "Bottleneck" and strides[1] > 1:
+    table.notes += paper.compare(table.total, "total", printed)
+    if kind == "Bottleneck" and convolutions(found[-1][0])[1].stride[0] > 1:
         table.notes.append(paper.STRIDE_NOTE)

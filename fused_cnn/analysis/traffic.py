@@ -33,33 +33,34 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class _Sums:
-    launches: int = 0
+class Moved:
+    """Bytes read and written."""
+
     bytes_read: int = 0
     bytes_written: int = 0
-    flops: int = 0
-    flops_saved: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.bytes_read + self.bytes_written
 
 
 @dataclass
-class OpCounts(_Sums):
-    """The calls of one op: kernels launched, bytes read and written, floating-point operations."""
+class OpCounts(Moved):
+    """What calls did. `flops` are those of direct convolutions; the algorithms that ran did `flops_saved` fewer
+    (Winograd's on the CPU)."""
 
+    launches: int = 0
+    flops: int = 0
+    flops_saved: int = 0
     calls: int = 0
 
 
 @dataclass
-class Counts(_Sums):
-    """What a call did, in all and by op; `unknown` names each op not counted, and how often it ran. `flops` are those
-    of direct convolutions; the algorithms that ran did `flops_saved` fewer (Winograd's on the CPU)."""
+class Counts(OpCounts):
+    """In all and by op; `unknown` names each op not counted, and how often it ran."""
 
     by_op: dict[str, OpCounts] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes read and written together."""
-        return self.bytes_read + self.bytes_written
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -75,38 +76,32 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        known = flop_registry.get(func._overloadpacket)
-        flops = 0 if known is None else int(known(*args, **(kwargs or {}), out_val=result))
-        self._add(func, _by_name(func, args, kwargs or {}), result, flops)
-        return result
-
-    def _add(self, op: OpOverload, args: dict[str, Any], result: Any, flops: int) -> None:
-        name = op._schema.name
-        cost = cost_of(op, args, result)
+        name, parameters = func._schema.name, func._schema.arguments
+        given = dict(zip((p.name for p in parameters), args, strict=False)) | (kwargs or {})
+        arguments = {p.name: given.get(p.name, p.default_value) for p in parameters}
+        cost = cost_of(func, arguments, result)
         if cost is None:
             self.counts.unknown[name] = self.counts.unknown.get(name, 0) + 1
-            return
+            return result
         if not cost.launches:
-            return
-        arguments = read_arguments(op, args).items()
+            return result
+        flops = flop_registry.get(func._overloadpacket)
+        counted = 0 if flops is None else int(flops(*args, **(kwargs or {}), out_val=result))
         read = cost.reads_more + sum(
-            cost.reads.get(key, 1) * tensor_bytes(t) for key, value in arguments for t in tensors(value)
+            cost.reads.get(key, 1) * tensor_bytes(t)
+            for key, value in read_arguments(func, arguments).items()
+            for t in tensors(value)
         )
-        written = [tensor_bytes(t) for t in written_tensors(op, args, result)]
+        written = [tensor_bytes(t) for t in written_tensors(func, arguments, result)]
         again = cost.scratch + (cost.rewrites * written[0] if written else 0)
         for total in (self.counts, self.counts.by_op.setdefault(name, OpCounts())):
+            total.calls += 1
             total.launches += cost.launches
             total.bytes_read += read + again
             total.bytes_written += sum(written) + again
-            total.flops += flops + cost.flops
+            total.flops += counted + cost.flops
             total.flops_saved += cost.flops_saved
-        self.counts.by_op[name].calls += 1
-
-
-def _by_name(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Every argument by its name in the schema, defaults included, in order."""
-    named = dict(zip((a.name for a in op._schema.arguments), args, strict=False)) | kwargs
-    return {a.name: named.get(a.name, a.default_value) for a in op._schema.arguments}
+        return result
 
 
 def count(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Counts:
@@ -120,29 +115,21 @@ def count(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Counts:
     return counter.counts
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def saved_bytes(fn: Callable[..., Any], *args: Any, model: nn.Module | None = None, **kwargs: Any) -> int:
-    """Bytes that autograd keeps for the backward pass of `fn(*args, **kwargs)`, each storage once.
-
-    Parameters and buffers are not counted: those of `model`, or of `fn` itself where it is a module. The input is,
-    where a layer saves it.
-    """
-    owner = fn if isinstance(fn, nn.Module) else model
-    own = set() if owner is None else {_storage(t) for t in (*owner.parameters(), *owner.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
+def saved_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Bytes that autograd keeps for the backward pass of `fn(*args, **kwargs)`, each storage once; an input is, where a
+    layer saves it. Parameters are not counted, nor are the buffers of `fn` itself where it is a module."""
+    kept: dict[int, torch.UntypedStorage] = {}  # holding a storage keeps its address from being used again
 
     def keep(tensor: Tensor) -> Tensor:
-        base = tensor if tensor._base is None else tensor._base
-        if not isinstance(base, nn.Parameter) and _storage(tensor) not in own:
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
             storage = tensor.untyped_storage()
-            kept[_storage(tensor)] = storage  # holding it keeps its address from being used again
+            kept[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         fn(*args, **kwargs)
+    for tensor in (*fn.parameters(), *fn.buffers()) if isinstance(fn, nn.Module) else ():
+        kept.pop(tensor.untyped_storage()._cdata, None)
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -164,31 +151,17 @@ _EPILOGUES = (nn.BatchNorm2d, nn.ReLU, nn.Dropout, nn.Identity)
 
 
 @dataclass
-class BlockTraffic:
-    """One block's least traffic in bytes."""
+class BlockTraffic(Moved):
+    """One block's least traffic."""
 
-    name: str
-    bytes_read: int
-    bytes_written: int
+    name: str = ""
 
 
 @dataclass
-class MinimumTraffic:
-    """The blocks in the order in which they ran, and their sums in bytes."""
+class MinimumTraffic(Moved):
+    """The blocks in the order in which they ran, and their sums."""
 
-    blocks: list[BlockTraffic]
-
-    @property
-    def bytes_read(self) -> int:
-        return sum(block.bytes_read for block in self.blocks)
-
-    @property
-    def bytes_written(self) -> int:
-        return sum(block.bytes_written for block in self.blocks)
-
-    @property
-    def bytes(self) -> int:
-        return self.bytes_read + self.bytes_written
+    blocks: list[BlockTraffic] = field(default_factory=list)
 
 
 def minimum_traffic(model: nn.Module, *inputs: Tensor, backward: bool = False) -> MinimumTraffic:
@@ -206,11 +179,13 @@ def minimum_traffic(model: nn.Module, *inputs: Tensor, backward: bool = False) -
     producer: dict[int, BlockTraffic] = {}
 
     def record(name: str, module: nn.Module, given: Any, result: Any) -> None:
-        weights = _weight_bytes(module)
+        # Weights and biases; BatchNorm's scale and statistics fold into the weights before it.
+        parameters = module.named_parameters()
+        weights = sum(tensor_bytes(p) for name, p in parameters if p.dim() > 1 or name.endswith("bias"))
         read, written = (sum(tensor_bytes(t) for t in tensors(v)) for v in (given, result))
         block = producer.get(id(given[0])) if isinstance(module, _EPILOGUES) else None
         if block is None:
-            block = BlockTraffic(name, read, written)
+            block = BlockTraffic(read, written, name)
             if backward:
                 block.bytes_read += read + written
                 block.bytes_written += read if blocks else 0  # nobody asks for the gradient of the image
@@ -230,10 +205,4 @@ def minimum_traffic(model: nn.Module, *inputs: Tensor, backward: bool = False) -
 
     watch("", stand_in)
     stand_in(*[t.to("meta") for t in inputs])
-    return MinimumTraffic(blocks)
-
-
-def _weight_bytes(module: nn.Module) -> int:
-    """Weights and biases; BatchNorm's scale and statistics fold into the weights before it."""
-    parameters = module.named_parameters()
-    return sum(tensor_bytes(p) for name, p in parameters if p.dim() > 1 or name.endswith("bias"))
+    return MinimumTraffic(sum(b.bytes_read for b in blocks), sum(b.bytes_written for b in blocks), blocks)

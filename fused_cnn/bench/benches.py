@@ -8,9 +8,10 @@ Winograd's form).
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from .. import _backends, _library
 from .._trees import leaves_of
 from ..analysis import count
-from ..measure import Interleaved, Timing, Work
+from ..measure import Work, interleaved
 from ..ops._cases import Case, Maker, OpCases
 from ..testing import all_cases, compare, relative
 from . import peers
@@ -59,14 +60,14 @@ class Prepared:
                 self.counted.setdefault("absent", {})[name] = described(error)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bench(ABC):
     """One piece of work: what it is, how to check it, and its variants. Pickled, and made ready where it runs."""
 
     dtype: torch.dtype
     device: str
-    backend: str | None
-    compilers: tuple[str, ...]
+    backend: str | None = None
+    compilers: tuple[str, ...] = ()
 
     kind: ClassVar[str]
 
@@ -99,12 +100,13 @@ class Bench(ABC):
         if self.compilers:
             torch.compiler.reset()  # forgets the row before; within a row nothing may be forgotten
         work = self.make()
-        timings = self._timed(work.variants, seconds)
+        cold = self.kind == "op" and self.device == "cuda"  # a layer's tensors would stay in the second-level cache
+        timings = interleaved(work.variants, self.device, seconds, cold=cold)
         if work.captures:
             work.add_peers(work.captures, LARGEST[self.dtype])
             made = {name: work.variants[name] for name in work.captures if name in work.variants}
             try:
-                timings |= self._timed(made, seconds) if made else {}
+                timings |= interleaved(made, self.device, seconds, cold=cold) if made else {}
             except Exception as error:  # in a process that another capture has left unfit
                 work.counted.setdefault("absent", {}).update(dict.fromkeys(made, described(error)))
         done = work.flops - (count(work.variants["fused"]).flops_saved if self.device == "cpu" else 0)
@@ -119,16 +121,12 @@ class Bench(ABC):
             "limit": limit,
             "bound": bound,
             **work.counted,
-            "times": {name: t.to_dict() for name, t in timings.items()},
+            "times": {name: asdict(t) for name, t in timings.items()},
             "ratios": {name: medians["eager"] / t for name, t in medians.items() if name != "eager"},
             "gb_per_s": {name: work.bytes / t / 1e9 for name, t in medians.items()},
             "tflop_per_s": {name: work.flops / t / 1e12 for name, t in medians.items()},
             "share_of_limit": {name: limit / t for name, t in medians.items()},
         }
-
-    def _timed(self, variants: Mapping[str, Work], seconds: float) -> dict[str, Timing]:
-        cold = self.kind == "op" and self.device == "cuda"  # a layer's tensors would stay in the second-level cache
-        return Interleaved(variants, self.device, cold=cold).run(seconds)
 
 
 def measured(worker: Worker, bench: Bench, seconds: float, ceilings: Ceilings, check: bool = True) -> Row:
@@ -137,25 +135,16 @@ def measured(worker: Worker, bench: Bench, seconds: float, ceilings: Ceilings, c
 
 
 def op_benches(
-    dtypes: Sequence[torch.dtype],
-    batches: Sequence[int],
-    *,
-    device: str,
-    backend: str | None = None,
-    compilers: Sequence[str] = (),
-    only: Sequence[str] = (),
-    telling: bool = False,
+    dtypes: Sequence[torch.dtype], batches: Sequence[int], *, only: Sequence[str] = (), telling: bool = False, **of: Any
 ) -> Iterator[OpBench]:
-    """Every op x real case x batch x dtype, forward and backward; channels_last. `telling`: two cases of each op."""
-    for batch in batches:
-        for op_cases in all_cases():
-            if only and op_cases.name not in only:
-                continue
+    """Every op x real case x batch x dtype, forward and backward; channels_last. `telling`: two cases of each op. `of`
+    is what the benches have in common."""
+    for batch, op_cases in itertools.product(batches, all_cases()):
+        if not only or op_cases.name in only:
             real = [c.batched(batch) for c in op_cases.cases if c.real]
-            for case in extremes(op_cases, real) if telling else real:
-                for dtype in dtypes:
-                    for direction in ("forward", "backward"):
-                        yield OpBench(dtype, device, backend, tuple(compilers), op_cases.name, case, direction)
+            cases = extremes(op_cases, real) if telling else real
+            for case, dtype, direction in itertools.product(cases, dtypes, ("forward", "backward")):
+                yield OpBench(op=op_cases.name, case=case, dtype=dtype, direction=direction, **of)
 
 
 def extremes(op_cases: OpCases, cases: Iterable[Case]) -> list[Case]:
@@ -169,7 +158,7 @@ def extremes(op_cases: OpCases, cases: Iterable[Case]) -> list[Case]:
     return [ordered[0], ordered[-1]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OpBench(Bench):
     """An op on one layer, forward or backward."""
 
@@ -181,8 +170,8 @@ class OpBench(Bench):
 
     @property
     def labels(self) -> Row:
-        case = {"op": self.op, "case": self.case.name, "batch": self.case.shape[0]}
-        return {**case, "dtype": short(self.dtype), "pass": self.direction}
+        of = {"op": self.op, "case": self.case.name, "batch": self.case.shape[0]}
+        return {**of, "dtype": short(self.dtype), "pass": self.direction}
 
     @property
     def backward(self) -> bool:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..measure import Interleaved, Work
+from ..measure import Work, interleaved
 
 COPIED = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes: far more than any cache holds
 SIDE = {"cpu": 1536, "cuda": 8192}  # of the square matrices
@@ -40,15 +39,6 @@ class Ceilings:
             return products, "products"
         return (products, "cache") if least_bytes < self.cache else (memory, "memory")
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def last_level_cache() -> int:
-    """The CPU's, in bytes, as Linux states it; 0 where it does not."""
-    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    return max((int(file.read_text().strip().removesuffix("K")) << 10 for file in files), default=0)
-
 
 def short(dtype: torch.dtype) -> str:
     """A dtype's name in rows and files: float32."""
@@ -64,7 +54,9 @@ def measure(device: str, dtypes: Sequence[torch.dtype], seconds: float = 0.5) ->
     for dtype in dtypes if device == "cuda" else dict.fromkeys([*dtypes, torch.float32]):
         matrix = torch.randn(side, side, device=device).to(dtype)
         works[short(dtype)] = lambda m=matrix: m @ m  # type: ignore[misc]
-    taken = {name: t.median for name, t in Interleaved(works, device).run(seconds * len(works)).items()}
+    taken = {name: t.median for name, t in interleaved(works, device, seconds * len(works)).items()}
     copy = 2 * source.numel() / taken.pop("copy")
     products = {name: 2 * side**3 / t for name, t in taken.items()}
-    return Ceilings(copy, products, last_level_cache() if device == "cpu" else 0)
+    caches = [*Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")] if device == "cpu" else []
+    sizes = [int(file.read_text().strip().removesuffix("K")) << 10 for file in caches]  # as Linux states them
+    return Ceilings(copy, products, max(sizes, default=0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -16,19 +15,26 @@ import torch
 
 from .. import _backends, _library, _sources, _tables
 
-PICTURES = ("numpy", "scikit-image", "matplotlib")
-PACKAGES = ("fused_cnn", "torch", "torchvision", "timm", "triton", *PICTURES, "onnxruntime", "openvino")
+PACKAGES = (
+    *("fused_cnn", "torch", "torchvision", "timm", "triton"),
+    *("numpy", "scikit-image", "matplotlib", "onnxruntime", "openvino"),
+)
 
 
 def collect() -> dict[str, Any]:
     """Everything that `info` shows, as JSON."""
     libraries = {library.file.name: library.facts or "not built" for library in (_library.cpu, _library.cuda)}
+    tables = {d: _tables.table(torch.device(d)) for d in ("cpu", *(["cuda:0"] if torch.cuda.is_available() else []))}
+    known = ", ".join(f"{len(t.choices) + len(t.tiles)} for {d}" for d, t in tables.items())
     return {
         "backends": [asdict(_backends.status(b, d)) for d in ("cpu", "cuda") for b in _backends.BACKENDS],
         "build": {**libraries, "commit": commit() or "not a git checkout"},
         "versions": versions(),
         "devices": devices(),
-        "cache": cache(),
+        "cache": {
+            "on disk": f"{_tables.cache_dir()}: what `fused-cnn tune` measured; entries that hold here: {known}",
+            "in memory": "folded and packed weights, one copy for each fused block that has run in eval",
+        },
     }
 
 
@@ -38,8 +44,8 @@ def facts_of_run(device: str) -> dict[str, Any]:
     return {
         "device": device,
         "device_name": devices()["cuda:0" if device == "cuda" else "cpu"],
-        "arch": architecture(device),
-        "driver": _tables.driver(torch.device(device)),
+        "arch": _backends.architecture(torch.device("cuda")) if device == "cuda" else _library.cpu_level() or "none",
+        "driver": _tables.facts(torch.device(device))["driver"],
         "clocks": clocks(device),
         "versions": {k: v for k, v in versions().items() if k in kept},
         "commit": commit(),
@@ -48,19 +54,12 @@ def facts_of_run(device: str) -> dict[str, Any]:
     }
 
 
-def architecture(device: str) -> str:
-    """sm_90 and the like of a GPU; the instruction set that the kernels use on a CPU."""
-    if device == "cuda":
-        return "sm_{}{}".format(*torch.cuda.get_device_capability())
-    return _library.cpu_level() or "none"
-
-
 def clocks(device: str) -> str:
     """The clocks at this moment, as the driver or Linux states them; empty where neither does."""
     if device == "cuda":
         what = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
         return _said(["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader", "--id=0"])
-    mhz = cpuinfo("cpu MHz")
+    mhz = _tables.cpuinfo("cpu MHz")
     return f"{mhz} MHz" if mhz else ""
 
 
@@ -78,35 +77,15 @@ def _said(command: Sequence[str]) -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found | {"torch": torch.__version__}  # which says what it was built for; its package may not
-
-
-def cpuinfo(field: str) -> str:
-    """The first processor's, as Linux states it; empty where it does not."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+    found = {package: _tables.version(package) or "not installed" for package in PACKAGES}
+    # What torch says of itself names what it was built for; its package may not.
+    return {"python": platform.python_version(), **found, "torch": torch.__version__}
 
 
 def devices() -> dict[str, str]:
-    name = cpuinfo("model name") or platform.processor() or platform.machine()
+    name = _tables.cpuinfo("model name") or platform.processor() or platform.machine()
     found = {"cpu": f"{name}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"}
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         found[f"cuda:{i}"] = f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"
     return found
-
-
-def cache() -> dict[str, str]:
-    tables = {d: _tables.table(torch.device(d)) for d in ("cpu", *(["cuda:0"] if torch.cuda.is_available() else []))}
-    known = ", ".join(f"{len(t.choices) + len(t.tiles)} for {d}" for d, t in tables.items())
-    return {
-        "on disk": f"{_tables.cache_dir()}: what `fused-cnn tune` measured; entries that hold here: {known}",
-        "in memory": "folded and packed weights, one copy for each fused block that has run in eval",
-    }

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..analysis import count, minimum_traffic, saved_bytes
-from ..measure import Interleaved, Work, synchronize
-from . import kernels, memory, networks, peers
+from ..measure import Work, interleaved
+from . import networks, peers
 from .benches import Bench, Makers, Prepared
 from .ceilings import short
 from .numbers import LARGEST, Autocast, Pair, compare_scores, compare_training, work
+from .profiling import host, kernels, peak_on_gpu, peaks_in_children
 from .results import PASSES, Row
-from .worker import Worker
 
 MODELS = ("googlenet", "resnet50")
 MOST_KERNELS = 45  # of a profile
@@ -29,30 +31,25 @@ def network_benches(
     names: Sequence[str],
     dtypes: Sequence[torch.dtype],
     batches: Sequence[int],
-    *,
-    device: str,
     passes: Iterable[str] = PASSES.values(),
-    backend: str | None = None,
-    compilers: Sequence[str] = (),
-    size: int = 224,
+    **of: Any,
 ) -> Iterator[NetworkBench]:
     """torchvision's networks with their BatchNorm statistics made real: inference at every batch, and a training step
-    at the largest; a training step in a 16-bit dtype is float32 under autocast."""
-    for direction in passes:
-        for dtype in dtypes:
-            for batch in batches if direction == "inference" else [max(batches)]:
-                for name in names:
-                    yield NetworkBench(dtype, device, backend, tuple(compilers), name, batch, direction, size)
+    at the largest; a training step in a 16-bit dtype is float32 under autocast. `of` is what the benches have in
+    common."""
+    for direction, dtype in itertools.product(passes, dtypes):
+        for batch, name in itertools.product(batches if direction == "inference" else [max(batches)], names):
+            yield NetworkBench(model=name, batch=batch, dtype=dtype, direction=direction, **of)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NetworkBench(Bench):
     """A network's inference or training step."""
 
     model: str
     batch: int
     direction: str
-    size: int
+    size: int = 224
 
     kind = "model"
 
@@ -87,7 +84,7 @@ class NetworkBench(Bench):
 
     def make(self) -> Prepared:
         pair, images = self.prepared(self.batch, self.size)
-        variants = pair.works(images, training=self.training)
+        variants = pair.works(images)
         for each in variants.values():
             each()  # folds and packs
         # At the dispatcher, with the CPU kernels' costs: what a GPU launches is profiled.
@@ -102,51 +99,43 @@ class NetworkBench(Bench):
         compiled = {name: partial(self.compiled, name, pair, images) for name in self.compilers}
         prepared.add_peers({**makers, **compiled}, LARGEST[self.dtype])
         if self.device == "cuda":
-            counted["launches"] = {name: kernels.launches(each, self.device) for name, each in variants.items()}
-            counted["peak"] = {name: memory.peak_on_gpu(model, variants[name]) for name, model in pair.models.items()}
+            counted["launches"] = {name: sum(n for _, n, _ in kernels(v, self.device)) for name, v in variants.items()}
+            counted["peak"] = {name: peak_on_gpu(model, variants[name]) for name, model in pair.models.items()}
             graphs = {"fused graph": "fused", "graph": "eager"}
             prepared.captures = {name: partial(peers.graphed, variants[of]) for name, of in graphs.items()}
         else:
             counted["launches"] = {name: c.launches for name, c in counts.items()}
             counted["traffic"] = {name: c.bytes for name, c in counts.items()}
             counted["unknown"] = {name: c.unknown for name, c in counts.items() if c.unknown}
-            counted["peak"] = memory.peaks_in_children({name: partial(self.variant, name) for name in pair.models})
+            counted["peak"] = peaks_in_children({name: partial(self.variant, name) for name in pair.models})
         return prepared
 
     def compiled(self, name: str, pair: Pair, images: Tensor) -> Work:
         """One of peers.COMPILERS over the eager or the fused network."""
         of, mode = peers.COMPILERS[name]
-        work_of = partial(work, images=images, training=self.training)
-        return peers.compiled(pair.models[of], mode, work_of, frozen=not self.training)
+        return peers.compiled(pair.models[of], mode, partial(work, images=images), frozen=not self.training)
 
     def variant(self, name: str) -> Work:
         """One variant by itself: eager, fused or one of peers.COMPILERS."""
         pair, images = self.prepared(self.batch, self.size)
         if name in peers.COMPILERS:
             return self.compiled(name, pair, images)
-        return work(pair.models[name], images, training=self.training)
+        return work(pair.models[name], images)
 
     def profile(self, variant: str, seconds: float, with_host: bool) -> Row:
+        """A variant's milliseconds a step, how long of these the device was busy and with how many launches, and its
+        kernels. `peak` is the most bytes that were allocated on a GPU during a step, weights and images among them."""
         torch.compiler.reset()  # forgets the row before
         step = self.variant(variant)
         gc.collect()  # the other variant's network
-        ms = Interleaved({variant: step}, self.device).run(seconds)[variant].median * 1e3
-        peak = None
-        if self.device == "cuda":
+        on_gpu = self.device == "cuda"
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-            step()
-            synchronize(self.device)
-            peak = torch.cuda.max_memory_allocated()
-        found = kernels.kernels(step, self.device)
+        ms = interleaved({variant: step}, self.device, seconds)[variant].median * 1e3
+        peak = torch.cuda.max_memory_allocated() if on_gpu else None
+        found = kernels(step, self.device)
         busy = sum(microseconds for *_, microseconds in found) / 1e3
         launches = sum(n for _, n, _ in found)
         longest = [list(kernel) for kernel in found[:MOST_KERNELS]]
-        host = {"host": kernels.host(step, self.device)} if with_host else {}
-        return {"ms": ms, "peak": peak, "busy_ms": busy, "launches": launches, "kernels": longest, **host}
-
-
-def profiled(worker: Worker, bench: NetworkBench, variant: str, seconds: float, with_host: bool) -> Row:
-    """A variant's milliseconds a step, how long of these the device was busy and with how many launches, and its
-    kernels. `peak` is the most bytes that were allocated on a GPU during a step, weights and images among them."""
-    labels = {**bench.labels, "variant": variant}
-    return worker.row(labels, bench.model, bench.profile, variant, seconds, with_host)
+        more = {"host": host(step, self.device)} if with_host else {}
+        return {"ms": ms, "peak": peak, "busy_ms": busy, "launches": launches, "kernels": longest, **more}

@@ -14,45 +14,41 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from .errors import RequestError, require
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-INSTALL_TORCHVISION = "`make venv` installs it, or see examples/torchvision_shim.py"
 
 
 def _photograph_file(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
-    package = importlib.util.find_spec("skimage")
-    if package is None or not package.submodule_search_locations:
+    skimage = importlib.util.find_spec("skimage")
+    if skimage is None or skimage.origin is None:
         raise RequestError("the photographs are scikit-image's, which is not installed: `pip install scikit-image`")
-    folder = Path(package.submodule_search_locations[0]) / "data"
-    for suffix in (".png", ".jpg"):
-        if (folder / f"{name}{suffix}").is_file():
-            return folder / f"{name}{suffix}"
+    for file in (Path(skimage.origin).parent / "data" / f"{name}{suffix}" for suffix in (".png", ".jpg")):
+        if file.is_file():
+            return file
     raise RequestError(f"--image {name!r} is neither a file nor one of scikit-image's {', '.join(PHOTOGRAPHS)}")
 
 
-def photograph(name: str, size: int) -> Tensor:
-    """The middle square of a photograph as a (3, size, size) tensor, normalised as ImageNet's are."""
-    image_module = require("PIL.Image", "`pip install pillow`")
-    numpy = require("numpy", "`pip install numpy`")
-    try:
-        picture = image_module.open(_photograph_file(name)).convert("RGB")
-    except OSError as error:
-        raise RequestError(f"--image {name!r} cannot be read as a picture: {error}") from error
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    picture = picture.resize((size, size), box=(left, top, left + side, top + side))
-    pixels = torch.from_numpy(numpy.array(picture)).permute(2, 0, 1) / 255
-    return (pixels - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
-
-
 def photographs(batch: int, size: int, names: Sequence[str] = PHOTOGRAPHS) -> Tensor:
-    """(batch, 3, size, size), channels_last; fewer photographs than that come again, mirrored and shifted."""
-    single = [photograph(name, size) for name in names]
+    """(batch, 3, size, size), channels_last: the middle squares of photographs, normalised as ImageNet's are; fewer
+    photographs than that come again, mirrored and shifted."""
+    pillow, numpy = require("PIL.Image", "`pip install pillow`"), require("numpy", "`pip install numpy`")
+    mean, std = (torch.tensor(of).view(3, 1, 1) for of in (IMAGENET_MEAN, IMAGENET_STD))
+    single = []
+    for name in names:
+        try:
+            picture = pillow.open(_photograph_file(name)).convert("RGB")
+        except OSError as error:
+            raise RequestError(f"--image {name!r} cannot be read as a picture: {error}") from error
+        side = min(picture.size)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        picture = picture.resize((size, size), box=(left, top, left + side, top + side))
+        single.append((torch.from_numpy(numpy.array(picture)).permute(2, 0, 1) / 255 - mean) / std)
     images = []
     for i in range(batch):
         image, again = single[i % len(single)], i // len(single)
@@ -62,7 +58,7 @@ def photographs(batch: int, size: int, names: Sequence[str] = PHOTOGRAPHS) -> Te
 
 def network(name: str, images: Tensor) -> nn.Module:
     """torchvision's architecture of that name, float32, in eval, with seeded weights and statistics of `images`."""
-    torchvision = require("torchvision", INSTALL_TORCHVISION)
+    torchvision = require("torchvision", "`make venv` installs it, or see examples/torchvision_shim.py")
     known = torchvision.models.list_models(torchvision.models)
     if name not in known:
         near = [k for k in known if k.startswith(name[:6])]
@@ -81,20 +77,14 @@ def network(name: str, images: Tensor) -> nn.Module:
 
 def make_statistics_real(model: nn.Module, images: Tensor) -> None:
     """Give every BatchNorm random gamma and beta and the statistics of `images` and noise; centre the last layer."""
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    momenta = [m.momentum for m in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.weight.uniform_(0.5, 1.5)
-        norm.bias.normal_(0, 0.2)
-        norm.momentum = None  # the plain average over the passes below
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(0, 0.2)
     few = images[:4]
     both = torch.cat([few, few.flip(3)])
-    model.train()
-    for scale in (0.0, 0.3, 1.0):
-        model(both + scale * torch.randn(1, device=few.device) * torch.randn_like(few).repeat(2, 1, 1, 1))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    noise = (scale * torch.randn(1, device=few.device) * torch.randn_like(few) for scale in (0.0, 0.3, 1.0))
+    update_bn((both + more.repeat(2, 1, 1, 1) for more in noise), model)
     model.eval()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if not linear:

@@ -55,8 +55,8 @@ class Pair:
         """Copies in training mode that two runs can be compared on."""
         return Pair(without_dropout(self.eager).train(), without_dropout(self.fused).train(), self.report)
 
-    def works(self, images: Tensor, *, training: bool) -> dict[str, Work]:
-        return {variant: work(model, images, training=training) for variant, model in self.models.items()}
+    def works(self, images: Tensor) -> dict[str, Work]:
+        return {variant: work(model, images) for variant, model in self.models.items()}
 
 
 class Autocast(nn.Module):
@@ -93,9 +93,9 @@ def training_step(model: nn.Module, images: Tensor) -> Any:
     return out
 
 
-def work(model: nn.Module, images: Tensor, *, training: bool) -> Work:
-    """One inference or one training step, of whose graph nothing is kept."""
-    if training:
+def work(model: nn.Module, images: Tensor) -> Work:
+    """One inference or, of a model in training mode, one training step, of whose graph nothing is kept."""
+    if model.training:
         return lambda: scores(training_step(model, images)).detach()
     return torch.no_grad()(lambda: model(images))
 

@@ -14,7 +14,6 @@ import importlib.util
 import io
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from ..measure import Work
 from ..ops._conv import IntPair, pair
 from .errors import require
+from .numbers import contiguous
 
 INSTALL = "`pip install fused_cnn[peers]`"
 OURS = ("fused", "fused graph", "fused compile", "native", "triton")  # every other variant is a peer
@@ -100,50 +100,48 @@ def fused_convolution(
     return op.binary(x, residual, weight, bias, *geometry, "add", 1.0, "relu" if relu else None, [], "")
 
 
-class Exported:
-    """An unfused network in eval as ONNX, float32, and the runtimes for CPUs that take it."""
+def exported(model: nn.Module, images: Tensor) -> bytes:
+    """An unfused network in eval as ONNX, float32."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(contiguous(model).float(), (images,), dynamo=True, verbose=False)
+    assert program is not None
+    return program.model_proto.SerializeToString()
 
-    def __init__(self, model: nn.Module, images: Tensor) -> None:
-        self.images = images.float().contiguous()
-        plain: Any = copy.deepcopy(model)  # whose `to` the stubs of some torch do not know with memory_format alone
-        plain = plain.float().to(memory_format=torch.contiguous_format)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(plain, (self.images,), dynamo=True, verbose=False)
-        assert program is not None
-        self.bytes = program.model_proto.SerializeToString()
 
-    def onnxruntime(self) -> Work:
-        onnxruntime = require("onnxruntime", INSTALL)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(self.bytes, options, providers=["CPUExecutionProvider"])
-        feed = {session.get_inputs()[0].name: self.images.numpy()}
-        return lambda: torch.from_numpy(session.run(None, feed)[0])
+def onnxruntime(onnx: bytes, images: Tensor) -> Work:
+    runtime = require("onnxruntime", INSTALL)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: images.numpy()}
+    return lambda: torch.from_numpy(session.run(None, feed)[0])
 
-    def openvino(self, dtype: torch.dtype) -> Work:
-        core = require("openvino", INSTALL).Core()
-        settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype],
-        }
-        request = core.compile_model(core.read_model(io.BytesIO(self.bytes)), "CPU", settings).create_infer_request()
-        feed = [self.images.numpy()]
 
-        def work() -> Tensor:
-            request.infer(feed)
-            return torch.from_numpy(request.get_output_tensor(0).data)
+def openvino(onnx: bytes, images: Tensor, dtype: torch.dtype) -> Work:
+    core = require("openvino", INSTALL).Core()
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype],
+    }
+    request = core.compile_model(core.read_model(io.BytesIO(onnx)), "CPU", settings).create_infer_request()
+    feed = [images.numpy()]
 
-        return work
+    def work() -> Tensor:
+        request.infer(feed)
+        return torch.from_numpy(request.get_output_tensor(0).data)
+
+    return work
 
 
 def runtimes(model: nn.Module, images: Tensor) -> dict[str, Callable[[], Work]]:
     """What makes ONNX Runtime's (float32 alone: its CPU kernels know no bfloat16) and OpenVINO's, where installed."""
-    at_hand = {name for name in ("onnxruntime", "openvino", "onnxscript") if importlib.util.find_spec(name)}
-    wanted = at_hand & ({"onnxruntime", "openvino"} if images.dtype == torch.float32 else {"openvino"})
-    if "onnxscript" not in at_hand or not wanted or images.device.type != "cpu":
+    if images.device.type != "cpu" or importlib.util.find_spec("onnxscript") is None:
         return {}
-    export = functools.cache(lambda: Exported(model, images))
-    makers = {"onnxruntime": lambda: export().onnxruntime(), "openvino": lambda: export().openvino(images.dtype)}
-    return {name: makers[name] for name in sorted(wanted)}
+    plain = images.float().contiguous()
+    export = functools.cache(lambda: exported(model, plain))
+    makers = {"openvino": lambda: openvino(export(), plain, images.dtype)}
+    if images.dtype == torch.float32:
+        makers = {"onnxruntime": lambda: onnxruntime(export(), plain), **makers}
+    return {name: make for name, make in makers.items() if importlib.util.find_spec(name)}

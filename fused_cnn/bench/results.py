@@ -7,8 +7,7 @@ counts, with the variants that only the earlier has.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +26,6 @@ Result = dict[str, Any]
 def write_json(path: Path, document: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=2) + "\n")
-
-
-def take_rows(
-    result: Result, jobs: Sequence[tuple[str, Callable[[], Row]]], file: Path, end: float, say: Callable[[str], None]
-) -> None:
-    """Add a row for each named job, and save the result after each, so that an interrupted run keeps what it measured.
-    None is started after `end` (of time.monotonic); `left_out` counts those that were not."""
-    result |= {"rows": [], "left_out": len(jobs)}
-    write_json(file, result)
-    for i, (name, job) in enumerate(jobs, 1):
-        if time.monotonic() > end:
-            break
-        say(f"{i} of {len(jobs)}: {name}")
-        result["rows"].append(job())
-        result["left_out"] = len(jobs) - i
-        write_json(file, result)
 
 
 def load_all(places: Iterable[Path]) -> list[Result]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import time
@@ -14,122 +15,98 @@ from torch import Tensor, nn
 
 from .. import _backends
 from ..analysis import count, minimum_traffic, saved_bytes
-from ..measure import Interleaved, Work, synchronize
+from ..measure import interleaved, synchronize
 from .numbers import Pair, compare_scores, compare_training
 
 GRADIENT_IMAGES = 2  # float64 convolutions are slow; batch statistics need two images where they are small
-Say = Callable[[str], None]
-
-
-def stage_starts(model: nn.Module) -> dict[str, str]:
-    """Child -> stage: one with several convolutions starts one, the last pooling the head; before comes the stem."""
-    starts = {}
-    for name, child in model.named_children():
-        if sum(isinstance(m, nn.Conv2d) for m in child.modules()) > 1:
-            starts[name] = name
-        elif isinstance(child, nn.AdaptiveAvgPool2d):
-            starts[name] = "head"
-    return starts
 
 
 @torch.no_grad()
 def stage_times(pair: Pair, images: Tensor, rounds: int) -> list[dict[str, Any]]:
-    """Median seconds of each stage of the forward pass, eager and fused, in interleaved rounds."""
-    starts = stage_starts(pair.eager)
-    passes: dict[str, list[dict[str, float]]] = {variant: [] for variant in pair.models}
-    for _ in range(rounds):
-        for variant, model in pair.models.items():
-            passes[variant].append(_one_pass(model, images, starts))
-
-    def median(variant: str, stage: str) -> float:
-        return statistics.median(seconds[stage] for seconds in passes[variant])
-
-    return [{"stage": stage, **{v: median(v, stage) for v in passes}} for stage in passes["eager"][0]]
-
-
-def _one_pass(model: nn.Module, images: Tensor, starts: dict[str, str]) -> dict[str, float]:
+    """Median seconds of each stage of the forward pass, eager and fused, in interleaved rounds. A child with several
+    convolutions starts a stage, the last pooling the head; before comes the stem."""
+    starts = {}
+    for name, child in pair.eager.named_children():
+        if sum(isinstance(m, nn.Conv2d) for m in child.modules()) > 1:
+            starts[name] = name
+        elif isinstance(child, nn.AdaptiveAvgPool2d):
+            starts[name] = "head"
     marks: list[tuple[str, float]] = []
 
     def mark(stage: str) -> None:
         synchronize(images.device)
         marks.append((stage, time.perf_counter()))
 
-    children = dict(model.named_children())
-    handles = [children[n].register_forward_pre_hook(lambda *_, stage=s: mark(stage)) for n, s in starts.items()]
-    try:
-        mark("stem")
-        model(images)
-        mark("end")
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {stage: after - start for (stage, start), (_, after) in itertools.pairwise(marks)}
+    taken: dict[str, dict[str, list[float]]] = {}
+    with contextlib.ExitStack() as hooks:
+        for model in pair.models.values():
+            for name, stage in starts.items():
+                child = model.get_submodule(name)
+                hooks.enter_context(child.register_forward_pre_hook(lambda *_, stage=stage: mark(stage)))
+        for _ in range(rounds):
+            for variant, model in pair.models.items():
+                marks.clear()
+                mark("stem")
+                model(images)
+                mark("end")
+                for (stage, start), (_, end) in itertools.pairwise(marks):
+                    taken.setdefault(stage, {}).setdefault(variant, []).append(end - start)
+    return [{"stage": s, **{v: statistics.median(seconds) for v, seconds in of.items()}} for s, of in taken.items()]
 
 
-def timed(works: dict[str, Work], device: torch.device, seconds: float) -> dict[str, Any]:
-    timings = Interleaved(works, device).run(seconds)
+def measured(pair: Pair, images: Tensor, backend: str | None, seconds: float) -> dict[str, Any]:
+    """What a pass of each variant takes, launches and moves, the least traffic, and which backend ran each op of the
+    fused network."""
+    works = pair.works(images)
+    timings = interleaved(works, images.device, seconds)
     ratio = timings["eager"].median / timings["fused"].median
-    return {name: t.to_dict() for name, t in timings.items()} | {"ratio": ratio}
-
-
-def counted(pair: Pair, images: Tensor, backend: str | None, *, training: bool) -> dict[str, Any]:
-    """Traffic and launches of each variant, the least traffic, and which backend ran each op of the fused network."""
-    traffic = {name: count(each).to_dict() for name, each in pair.works(images, training=training).items()}
-    least = {"bytes": minimum_traffic(pair.eager, images, backward=training).bytes}
+    traffic = {name: count(each).to_dict() for name, each in works.items()}
     ran = who_ran(traffic["fused"]["by_op"], backend, images.device.type)
-    return {"traffic": traffic | {"minimum": least}, "backends": ran}
+    traffic["minimum"] = {"bytes": minimum_traffic(pair.eager, images, backward=pair.eager.training).bytes}
+    time = {name: asdict(timing) for name, timing in timings.items()}
+    return {"time": {**time, "ratio": ratio}, "traffic": traffic, "backends": ran}
 
 
 def who_ran(by_op: dict[str, Any], backend: str | None, device_type: str) -> list[dict[str, Any]]:
     """Which backend ran each op, and why."""
+    asked, native = f"asked for with --backend {backend}", _backends.status("native", device_type)
+    not_ours = "not part of a fused op" if native.on else f"native is off: {native.reason}"
     rows = []
     for name, of_op in sorted(by_op.items(), key=lambda item: -item[1]["launches"]):
-        namespace = name.partition("::")[0]
-        ours = {"fused_cnn": "native", "fused_cnn_triton": "triton"}.get(namespace)
+        ours = {"fused_cnn": "native", "fused_cnn_triton": "triton"}.get(name.partition("::")[0])
         if ours is None:
-            why = "not part of a fused op"
-            if backend == "reference":
-                why = "asked for with --backend reference"
-            elif not (state := _backends.status("native", device_type)).on:
-                why = f"native is off: {state.reason}"
-        elif backend in (None, "auto"):
-            why = f"auto takes {ours} where it has a kernel for {device_type}"
+            why = asked if backend == "reference" else not_ours
         else:
-            why = f"asked for with --backend {backend}"
+            why = asked if backend else f"auto takes {ours} where it has a kernel for {device_type}"
         rows.append({"op": name, "calls": of_op["calls"], "backend": ours or "PyTorch", "why": why})
     return rows
 
 
 def verify_network(
-    model: nn.Module, images: Tensor, *, backend: str | None, train: bool, seconds: float, say: Say
+    model: nn.Module, images: Tensor, *, backend: str | None, train: bool, seconds: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Everything that the main job says about one network (eval mode, in images' dtype and device), as JSON."""
     pair = Pair.of(model, backend)
-    entries = {k: [asdict(e) for e in getattr(pair.report, k)] for k in ("fused", "skipped")}
     say("comparing scores with float64")
     score, agreement = compare_scores(pair, images)
     say("comparing every gradient with float64")
     few = torch.cat([images, images.flip(3)])[:GRADIENT_IMAGES].contiguous(memory_format=torch.channels_last)
     gradients, exact = compare_training(pair, few)
+    say("timing eager and fused, counting launches and bytes")
+    inference = measured(pair, images, backend, seconds)
     found: dict[str, Any] = {
-        **entries,
+        **{k: [asdict(e) for e in getattr(pair.report, k)] for k in ("fused", "skipped")},
         "ok": all(n.ok for n in (score, *gradients, *exact)),
         "scores": score.to_dict(),
         "training": [n.to_dict() for n in gradients],
         "training_float64": [n.to_dict() for n in exact],
         "top5": agreement,
+        **{key: {"eval": value} for key, value in inference.items()},
+        "stages": stage_times(pair, images, rounds=5),
     }
-    say("timing eager and fused")
-    found["time"] = {"eval": timed(pair.works(images, training=False), images.device, seconds)}
-    found["stages"] = stage_times(pair, images, rounds=5)
-    say("counting launches and bytes")
-    found |= {key: {"eval": value} for key, value in counted(pair, images, backend, training=False).items()}
     if train:
         say("timing a training step")
         pair = pair.training()
-        found["train"] = {
-            "time": timed(pair.works(images, training=True), images.device, seconds),
-            **counted(pair, images, backend, training=True),
-            "saved_bytes": {n: saved_bytes(m, images) for n, m in pair.models.items()},
-        }
+        saved = {n: saved_bytes(m, images) for n, m in pair.models.items()}
+        found["train"] = {**measured(pair, images, backend, seconds), "saved_bytes": saved}
     return found

@@ -35,20 +35,26 @@ class Worker(AbstractContextManager["Worker"]):
         self._process: Any = None
         self._pipe: Connection
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def call(self, room: str, function: Callable[..., T], *args: Any) -> T:
         """function(*args), all of which can be pickled. Raises WorkFailed where it raised or its process ended."""
         if room != self._room:
             self.close()
         if self._process is None:
-            self._start(room)
+            context = get_context("spawn")  # a forked process could not use CUDA
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs, torch.get_num_threads()))
+            self._process.start()
+            theirs.close()
+            self._room = room
         try:
             self._pipe.send((function, args))
             done, value, usable = self._pipe.recv()
         except (EOFError, ConnectionError):  # the other end is gone, and with it the process
-            done, value, usable = False, self._obituary(), False
+            self._process.join(PATIENCE)
+            code = self._process.exitcode
+            killed = code is not None and code < 0
+            value = f"was ended by {signal.Signals(-code).name}" if killed else f"ended with exit code {code}"
+            done, value, usable = False, f"its process {value}", False
         except BaseException:
             self._process.kill()
             raise
@@ -56,8 +62,7 @@ class Worker(AbstractContextManager["Worker"]):
             self.close()
         if not done:
             raise WorkFailed(value)
-        result: T = value
-        return result
+        return value
 
     def row(self, labels: Row, room: str, function: Callable[..., Row], *args: Any) -> Row:
         """The labels with what a call returns; of one that fails, or loses its process, with the `error`."""
@@ -66,7 +71,7 @@ class Worker(AbstractContextManager["Worker"]):
         except WorkFailed as error:
             return {**labels, "error": str(error)}
 
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         """End the process, if there is one."""
         if self._process is None:
             return
@@ -76,20 +81,7 @@ class Worker(AbstractContextManager["Worker"]):
         self._process.join()
         self._process = None
 
-    def _start(self, room: str) -> None:
-        context = get_context("spawn")  # a forked process could not use CUDA
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, torch.get_num_threads()))
-        self._process.start()
-        theirs.close()
-        self._room = room
-
-    def _obituary(self) -> str:
-        self._process.join(PATIENCE)
-        code = self._process.exitcode
-        if code and code < 0:
-            return f"its process was ended by {signal.Signals(-code).name}"
-        return f"its process ended with exit code {code}"
+    __exit__ = close
 
 
 def described(error: BaseException) -> str:

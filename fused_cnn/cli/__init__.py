@@ -25,11 +25,7 @@ USAGE = 2  # what was asked for cannot be done: a wrong option, a missing packag
 INTERNAL = 3
 INTERRUPTED = 130
 
-app = typer.Typer(
-    help="Fused blocks for GoogLeNet- and ResNet-like CNNs: same weights, same numbers, less memory traffic.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.callback()
@@ -45,13 +41,12 @@ for command in (info, summary, verify, bench, profile, tune, report):
 
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; errors become one line."""
-    show = "--traceback" in arguments
     try:
         return app(args=arguments or ["--help"], prog_name="fused-cnn", standalone_mode=False) or 0
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except Exception as error:
-        if show:
+        if "--traceback" in arguments:
             raise
         if hasattr(error, "format_message"):  # what typer raises for a wrong command line
             return _fail(error.format_message(), USAGE)

@@ -6,20 +6,24 @@ Standard output carries the answer alone, progress and errors go to standard err
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from .._backends import BACKENDS
 from ..bench.errors import RequestError
-from ..bench.results import Result
+from ..bench.report import tables
+from ..bench.results import Result, Row, write_json
+from ..bench.worker import Worker
 
 DISAGREE = 1  # exit code: the numbers do not agree
 NARROWEST = 130  # columns
@@ -37,6 +41,19 @@ def out() -> Console:
     console = Console()
     console.width = max(console.width, NARROWEST)
     return console
+
+
+def show(headings: Iterable[str | Column], lines: Iterable[Iterable[str]], **options: Any) -> None:
+    """Print a table."""
+    table = Table(*headings, box=SIMPLE, **options)
+    for line in lines:
+        table.add_row(*line)
+    out().print(table)
+
+
+def say_plainly(text: str) -> None:
+    """Print text as it is, such as a path, which a narrow window must not break."""
+    out().print(text, highlight=False, soft_wrap=True)
 
 
 def emit(document: Any) -> None:
@@ -57,17 +74,38 @@ def progress(title: str) -> Iterator[Any]:
         yield lambda text: bar.update(task, description=f"{title}: {text}")
 
 
-def show_rows(result: Result, table: Table, file: Path, minutes: float, json: bool) -> None:
-    """Print measured rows, as JSON or as a table; the exit code is 1 where one of them failed."""
-    rows, left_out = result["rows"], result["left_out"]
+def take_rows(
+    command: str,
+    result: Result,
+    jobs_of: Callable[[Worker, Callable[[str], None]], Sequence[tuple[str, Callable[[], Row]]]],
+    table_of: Callable[[list[Row]], tables.Table],
+    file: Path,
+    minutes: float,
+    json: bool,
+) -> None:
+    """Add a row to the result for each named job, and save it after each, so that an interrupted run keeps what it
+    measured; then print the rows, as JSON or as a table. The exit code is 1 where one of them failed. None is started
+    after so many minutes; `left_out` counts those that were not."""
+    end = time.monotonic() + 60 * minutes
+    with progress(command) as say, Worker() as worker:
+        jobs = jobs_of(worker, say)
+        result |= {"rows": [], "left_out": len(jobs)}
+        write_json(file, result)
+        for i, (name, job) in enumerate(jobs, 1):
+            if time.monotonic() > end:
+                break
+            say(f"{i} of {len(jobs)}: {name}")
+            result["rows"].append(job())
+            result["left_out"] = len(jobs) - i
+            write_json(file, result)
     if json:
         emit(result)
     else:
-        out().print(table)
-        out().print(f"saved: {file}", highlight=False, soft_wrap=True)
-        if left_out:
-            out().print(f"{left_out} of {len(rows) + left_out} rows were left out: {minutes:g} minutes were over")
-    if any("error" in row for row in rows):
+        show(*table_of(result["rows"]))
+        say_plainly(f"saved: {file}")
+        if result["left_out"]:
+            out().print(f"{result['left_out']} of {len(jobs)} rows were left out: {minutes:g} minutes were over")
+    if any("error" in row for row in result["rows"]):
         raise typer.Exit(DISAGREE)
 
 

@@ -6,24 +6,23 @@ is lost, is reported without a time and makes the exit code 1.
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE
-from rich.table import Table
 
 from ..bench import ceilings
 from ..bench.benches import BATCHES, DTYPES, Bench, measured, op_benches
 from ..bench.errors import RequestError
 from ..bench.facts import facts_of_run
 from ..bench.network_benches import MODELS, network_benches
-from ..bench.report.tables import of_limit
-from ..bench.results import PASSES, Result, Row, take_rows
+from ..bench.report import tables
+from ..bench.results import PASSES, Result, Row
 from ..bench.worker import Worker
-from ._common import Backend, Json, Minutes, Networks, Seconds, backend_of, device, dtype_of, progress, show_rows
+from ._common import Backend, Json, Minutes, Networks, Seconds, backend_of, device, dtype_of, take_rows
 
 # The networks' passes that are timed for what is asked for.
 STEPS = {"ops": (), **{name: (step,) for name, step in PASSES.items()}}
@@ -38,13 +37,9 @@ def bench(
     batch: Annotated[list[int] | None, typer.Option(help="May be given again.")] = None,
     size: Annotated[int, typer.Option(min=32, help="Height and width of a network's images.")] = 224,
     backend: Backend = "auto",
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Time torch.compile too: minutes of compilation.")
-    ] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile too: it takes minutes.")] = False,
     autotune: Annotated[bool, typer.Option(help="Time torch.compile's max-autotune too: more minutes.")] = False,
-    check: Annotated[
-        bool, typer.Option("--check/--no-check", help="Check each row's numbers before timing it.")
-    ] = True,
+    check: Annotated[bool, typer.Option(help="Check each row's numbers before timing it.")] = True,
     seconds: Seconds = 1.0,
     minutes: Minutes = float("inf"),
     file: Annotated[Path, typer.Option("--out", help="Where to save the JSON.")] = Path("out/bench.json"),
@@ -57,7 +52,7 @@ def bench(
     here = device()
     dtypes = [dtype_of(name) for name in dtype] if dtype else DTYPES[here]
     batches = batch or BATCHES[here]
-    compilers = [*(("compile", "fused compile") if compiled else ()), *(("autotune",) if autotune else ())]
+    compilers = (*(("compile", "fused compile") if compiled else ()), *(("autotune",) if autotune else ()))
     options: dict[str, Any] = {"device": here, "backend": backend_of(backend), "compilers": compilers}
     benches: list[Bench] = []
     if what in ("ops", "all"):
@@ -66,26 +61,18 @@ def bench(
         benches += network_benches(model or MODELS, dtypes, batches, passes=STEPS[what], size=size, **options)
     if not benches:
         raise RequestError(f"--op {', '.join(op or ())}: no such op; see fused_cnn.ops")
-    end = time.monotonic() + 60 * minutes
     result: Result = {"kind": "bench", "backend": backend, "checked": check, **facts_of_run(here)}
-    with progress("bench") as say, Worker() as worker:
+
+    def jobs(worker: Worker, say: Callable[[str], None]) -> list[tuple[str, Callable[[], Row]]]:
         say("the device's ceilings: a copy, a matrix product")
         limits = worker.call("ceilings", ceilings.measure, here, dtypes)
-        result["ceilings"] = limits.to_dict()
-        jobs = [(each.name, partial(measured, worker, each, seconds, limits, check)) for each in benches]
-        take_rows(result, jobs, file, end, say)
-    show_rows(result, _table(result["rows"]), file, minutes, json)
+        result["ceilings"] = asdict(limits)
+        return [(each.name, partial(measured, worker, each, seconds, limits, check)) for each in benches]
+
+    take_rows("bench", result, jobs, _table, file, minutes, json)
 
 
-def _table(rows: list[Row]) -> Table:
-    headings = ("what", "eager", "fused", "fused is", "GB/s", "of the limit")
-    table = Table(*headings, box=SIMPLE, title="Medians of interleaved rounds")
-    for row in rows:
-        name = ", ".join(str(row[k]) for k in ("op", "model", "case", "batch", "dtype", "pass") if k in row)
-        if "error" in row:
-            table.add_row(name, "", "", f"[red]wrong: {row['error']}[/]", "", "")
-            continue
-        eager, fused = (f"{row['times'][v]['median'] * 1e3:.3f} ms" for v in ("eager", "fused"))
-        ratio, speed = (row[k]["fused"] for k in ("ratios", "gb_per_s"))
-        table.add_row(name, eager, fused, f"{ratio:.2f}x", f"{speed:.1f}", of_limit(row))
-    return table
+def _table(rows: list[Row]) -> tables.Table:
+    labels = [k for k in ("op", "model", "case", "batch", "dtype", "pass") if any(k in row for row in rows)]
+    figures = {name: tables.FIGURES[name] for name in ("fused / eager", "GB/s", "of the limit")}
+    return tables.table(rows, labels, {**tables.medians(("eager", "fused")), **figures})

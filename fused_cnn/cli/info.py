@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-
 from ..bench.facts import collect
-from ._common import Json, emit, out
+from ._common import Json, emit, show
 
 
 def info(json: Json = False) -> None:
@@ -14,15 +12,14 @@ def info(json: Json = False) -> None:
     if json:
         emit(facts)
         return
-    console = out()
-    table = Table("backend", "device", "state", "why", "to turn it on", title="Backends")
-    for row in facts["backends"]:
-        state = "[green]on[/]" if row["on"] else "[yellow]off[/]"
-        table.add_row(row["backend"], row["device"], state, row["reason"], row["hint"])
-    console.print(table)
+    lines = [
+        [row["backend"], row["device"], "[green]on[/]" if row["on"] else "[yellow]off[/]", row["reason"], row["hint"]]
+        for row in facts["backends"]
+    ]
+    show(["backend", "device", "state", "why", "to turn it on"], lines, title="Backends")
     for title in ("build", "versions", "devices", "cache"):
-        table = Table(title=title.capitalize(), show_header=False)
-        for name, value in facts[title].items():
-            lines = [f"{k}: {v}" for k, v in value.items()] if isinstance(value, dict) else [str(value)]
-            table.add_row(name, "\n".join(lines))
-        console.print(table)
+        lines = [
+            [name, "\n".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value]
+            for name, value in facts[title].items()
+        ]
+        show(["", ""], lines, title=title.capitalize(), show_header=False)

@@ -4,23 +4,22 @@ Python functions the host is in. Nothing is checked here; `fused-cnn bench` and 
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE
-from rich.table import Table
 
 from ..bench.benches import BATCHES, DTYPES
 from ..bench.errors import RequestError
 from ..bench.facts import facts_of_run
-from ..bench.network_benches import MODELS, NetworkBench, profiled
+from ..bench.network_benches import MODELS, NetworkBench
 from ..bench.peers import COMPILERS
-from ..bench.results import PASSES, Result, Row, take_rows
+from ..bench.report.tables import steps
+from ..bench.results import PASSES, Result, Row
 from ..bench.worker import Worker
-from ._common import Json, Minutes, Networks, Seconds, device, dtype_of, progress, show_rows
+from ._common import Json, Minutes, Networks, Seconds, device, dtype_of, take_rows
 
 VARIANTS = ("eager", "fused", "compile", "fused compile")
 
@@ -28,12 +27,8 @@ VARIANTS = ("eager", "fused", "compile", "fused compile")
 def profile(
     model: Networks = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images a step.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; training in 16 bits is float32 under autocast.")
-    ] = None,
-    passes: Annotated[
-        list[str] | None, typer.Option("--pass", help="inference or training; may be given again.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or, to train by autocast, bfloat16 or float16.")] = None,
+    passes: Annotated[list[str] | None, typer.Option("--pass", help="inference or training; may be repeated.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help=f"{', '.join(VARIANTS)}; may be given again.")] = None,
     host: Annotated[bool, typer.Option("--host", help="Profile the host's Python, too.")] = False,
     size: Annotated[int, typer.Option(min=32, help="Height and width of the images.")] = 224,
@@ -49,31 +44,28 @@ def profile(
         if unknown := [name for name in given or () if name not in known]:
             raise RequestError(f"{option} must be one of {', '.join(known)}, got {unknown[0]!r}")
     images = batch or max(BATCHES[device()])
+    of: dict[str, Any] = {"size": size, "dtype": chosen, "device": device()}
     wanted = [
-        (NetworkBench(chosen, device(), None, (), name, images, PASSES[which], size), each)
+        (NetworkBench(model=name, batch=images, direction=PASSES[which], **of), each)
         for name in model or MODELS
         for which in passes or PASSES
         for each in variant or VARIANTS
     ]
     wanted.sort(key=lambda job: job[1] in COMPILERS)  # what takes minutes to compile comes last
-    end = time.monotonic() + 60 * minutes
     result: Result = {"kind": "kernels", **facts_of_run(device())}
-    with progress("profile") as say, Worker() as worker:
-        jobs = [
-            (f"{bench.name} {each}", partial(profiled, worker, bench, each, seconds, host)) for bench, each in wanted
+
+    def jobs(worker: Worker, _: Any) -> list[tuple[str, Callable[[], Row]]]:
+        return [
+            (
+                f"{of.name} {each}",
+                partial(worker.row, {**of.labels, "variant": each}, of.model, of.profile, each, seconds, host),
+            )
+            for of, each in wanted
         ]
-        take_rows(result, jobs, file, end, say)
-    show_rows(result, _table(result["rows"]), file, minutes, json)
+
+    take_rows("profile", result, jobs, partial(steps, longest=_longest), file, minutes, json)
 
 
-def _table(rows: list[Row]) -> Table:
-    table = Table("what", "variant", "ms a step", "images/s", "busy ms", "launches", "longest", box=SIMPLE)
-    for row in rows:
-        name = ", ".join(str(row[k]) for k in ("model", "pass", "dtype", "batch"))
-        if "error" in row:
-            table.add_row(name, row["variant"], "", "", "", "", f"[red]{row['error']}[/]")
-            continue
-        longest, _, taken = row["kernels"][0]
-        figures = [f"{row['ms']:.2f}", f"{row['batch'] / row['ms'] * 1e3:.0f}", f"{row['busy_ms']:.2f}"]
-        table.add_row(name, row["variant"], *figures, str(row["launches"]), f"{taken / 1e3:.2f} ms {longest[:40]}")
-    return table
+def _longest(row: Row) -> str:
+    kernel, _, microseconds = row["kernels"][0]
+    return f"{microseconds / 1e3:.2f} ms {kernel[:40]}"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.box import SIMPLE
-from rich.table import Table
+from rich.table import Column
 
 from .. import models
 from ..analysis import summary as summarize
 from ..bench.errors import RequestError
-from ._common import Json, emit, out
+from ._common import Json, emit, out, show
 
 
 def summary(
@@ -30,31 +29,15 @@ def summary(
         emit(found.to_dict())
         return
     headings, body = found.table()
-    table = Table(title=f"{model}, input {' x '.join(map(str, found.input_size))}", box=SIMPLE, padding=(0, 1))
-    for heading in headings:
-        table.add_column(heading, no_wrap=True, justify="left" if heading in ("name", "type") else "right")
-    for row in body[:-1]:
-        table.add_row(*row)
-    table.add_section()
-    table.add_row(*body[-1], style="bold")
-    console = out()
-    console.print(table)
+    columns = [
+        Column(heading, total, footer_style="bold", no_wrap=True, justify="left" if i < 2 else "right")
+        for i, (heading, total) in enumerate(zip(headings, body[-1], strict=True))  # a name and a type, then figures
+    ]
+    title = f"{model}, input {' x '.join(map(str, found.input_size))}"
+    show(columns, body[:-1], title=title, show_footer=True, padding=(0, 1))
     for note in found.notes:
-        console.print(note, highlight=False)
+        out().print(note, highlight=False)
     if found.reductions:
-        console.print(_reductions(found.reductions))
-
-
-def _reductions(rows: list[dict[str, Any]]) -> Table:
-    """What the 1x1 reductions save, block by block."""
-    headings = [key.replace("_", " ") for key in rows[0]]
-    table = Table(*headings, title="Inception blocks with their 1x1 reductions and without", box=SIMPLE)
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    return table
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.2f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+        headings = [key.replace("_", " ") for key in found.reductions[0]]
+        lines = [[v if isinstance(v, str) else f"{v:,}" for v in row.values()] for row in found.reductions]
+        show(headings, lines, title="Inception blocks with their 1x1 reductions and without")

@@ -1,22 +1,19 @@
-"""`fused-cnn tune`: measures, for every op of a fused network whose weights are not packed, each backend and the tiles
-of the Triton kernels, and keeps the fastest; backend=None uses it from then on.
-"""
+"""`fused-cnn tune`: the command over fused_cnn.tuning, for torchvision's networks."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.box import SIMPLE
-from rich.table import Table
 
 from .. import _tables, fuse_, tuning
 from ..bench import networks
 from ..bench.numbers import Autocast
 from ..bench.results import write_json
-from ._common import Json, device, dtype_of, emit, out, progress
+from ._common import Json, device, dtype_of, emit, progress, say_plainly, show
 
 
 def tune(
@@ -24,15 +21,12 @@ def tune(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 1,
     size: Annotated[int, typer.Option(min=32, help="Height and width of the images.")] = 224,
-    train: Annotated[
-        bool, typer.Option("--train", help="Tune forward and backward, 16 bits by autocast, not inference.")
-    ] = False,
-    file: Annotated[
-        Path | None, typer.Option("--out", help="Save what was measured here, too, as a table to ship.")
-    ] = None,
+    train: Annotated[bool, typer.Option("--train", help="Tune training steps, by autocast in 16 bits.")] = False,
+    file: Annotated[Path | None, typer.Option("--out", help="Save what was measured here, too.")] = None,
     json: Json = False,
 ) -> None:
-    """Measure which backend and tiles are fastest for each op of a network; backend=None then uses them."""
+    """Measure which backend and tiles are fastest for each op of a fused network whose weights are not packed;
+    backend=None then uses them."""
     images = networks.photographs(batch, size).to(device())
     network = networks.network(model, images).train(train)
     fuse_(network)
@@ -50,12 +44,14 @@ def tune(
     if json:
         emit({"file": str(saved), **document})
         return
-    title = f"{model}, {'training' if train else 'inference'}"
-    table = Table("op", "input", "best", "library", "tried", box=SIMPLE, title=title)
+    lines = []
     for key, entry in _tables.in_order(measured.choices):
         seconds = entry["seconds"]
         gain = seconds["reference"] / seconds[entry["best"]]
+        # The first activation of the key, described: dtype, shape and layout.
+        stored, shape, layout = re.findall(r"\('(\w+)', \(([\d, ]+)\), '(\w+)'\)", repr(key))[0]
         tried = ", ".join(f"{name} {s * 1e6:.0f} us" for name, s in seconds.items())
-        table.add_row(key[0], tuning.first_shape(key), entry["best"], f"{gain:.2f}x", tried)
-    out().print(table)
-    out().print(f"saved: {saved}", highlight=False, soft_wrap=True)
+        lines.append([key[0], f"{shape.replace(', ', 'x')} {stored} {layout}", entry["best"], f"{gain:.2f}x", tried])
+    title = f"{model}, {'training' if train else 'inference'}"
+    show(["op", "input", "best", "library", "tried"], lines, title=title)
+    say_plainly(f"saved: {saved}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import RequestError
 from ..results import Result, newest
-from . import kernel_tables, plots, ran, tables
+from . import plots, ran, tables
 from .tables import markdown, source
 
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -28,14 +28,13 @@ def tables_of(results: Sequence[Result]) -> dict[str, str]:
         if result["kind"] == "verify":
             found[name + suffix] = markdown(*tables.verify(result)) + source(result)
         elif result["kind"] == "kernels":
-            found[name + suffix] = markdown(*kernel_tables.steps(rows)) + source(result)
-            for of in dict.fromkeys(map(kernel_tables.name, rows)):
-                of_step = [row for row in rows if kernel_tables.name(row) == of]
-                found[of + suffix] = markdown(*kernel_tables.kernels(of_step))
+            found[name + suffix] = markdown(*tables.steps(rows)) + source(result)
+            for model, step in dict.fromkeys((row["model"], row["pass"]) for row in rows):
+                of_step = [row for row in rows if (row["model"], row["pass"]) == (model, step)]
+                found[f"kernels-{model}-{step.split()[0]}{suffix}"] = markdown(*tables.kernels(of_step))
         else:
             subject = rows[0]["kind"]
-            below = tables.losses(rows) + tables.absences(rows) + source(result)
-            found[name + suffix] = markdown(*tables.bench(rows, subject)) + below
+            found[name + suffix] = markdown(*tables.bench(rows, subject)) + tables.remarks(rows) + source(result)
             if subject == "model":
                 found[f"memory-{name}{suffix}"] = markdown(*tables.memory(rows))
     for device, suffix in SUFFIX.items():

@@ -79,13 +79,11 @@ def roofline(result: Result, path: Path) -> Path:
         for variant, marker in (("eager", "x"), ("fused", "o")):
             for label, alpha, in_cache in ((variant, 0.7, False), (f"{variant}, in cache", 0.2, True)):
                 some = [row for row in of_dtype if (row.get("bound") == "cache") == in_cache]
-                points = [(_done(row) / row["bytes"], _done(row) / row["times"][variant]["median"]) for row in some]
-                if points:
+                speeds = [_done(row) / row["times"][variant]["median"] for row in some]
+                if some:
                     style = {"marker": marker, "alpha": alpha, "color": COLOURS[variant], "label": label}
-                    axes.scatter(*zip(*points, strict=True), s=16, **style)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("floating-point operations per byte")
+                    axes.scatter([_done(row) / row["bytes"] for row in some], speeds, s=16, **style)
+        axes.set(xscale="log", yscale="log", xlabel="floating-point operations per byte")
         axes.set_title(dtype, loc="left", fontsize=11)
     panels[0][0].set_ylabel("floating-point operations per second")
     panels[0][0].legend(frameon=False)
@@ -94,8 +92,7 @@ def roofline(result: Result, path: Path) -> Path:
 
 def _done(row: Row) -> int:
     """The operations of the algorithm that fused ran, where the row has them."""
-    done: int = row["flops_done" if "flops_done" in row else "flops"]
-    return done
+    return row["flops_done" if "flops_done" in row else "flops"]
 
 
 def images_per_second(result: Result, path: Path) -> Path:

@@ -6,11 +6,10 @@ numbers first. A run of the tests that left some out says `without` what.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from ... import _library, _sources
-from ...ops._cases import OpCases
 from ...testing import all_cases
 from ..results import Result
 from .tables import Cells, Table
@@ -21,8 +20,7 @@ NEVER = "never run on a GPU"
 Key = tuple[str, str, str, str]  # op, backend, dtype, architecture
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One kernel's latest evidence."""
 
     device: str
@@ -38,7 +36,15 @@ def evidence(results: Iterable[Result]) -> dict[Key, Run]:
     for result in sorted(results, key=lambda r: r["date"]):
         if result["device"] != "cuda":
             continue
-        for op, backend, dtype, passed in _kernels(result):
+        tested = result["kind"] == "tests"
+        if tested:
+            ran = [(r["op"], r["backend"], r["dtype"], r["passed"]) for r in result["ran"]]
+        elif result["kind"] == "bench" and result.get("checked", True):
+            rows = [row for row in result["rows"] if row["kind"] == "op"]
+            ran = [(row["op"], b, row["dtype"], True) for row in rows for b in DTYPES if b in row.get("times", {})]
+        else:
+            continue
+        for op, backend, dtype, passed in ran:
             device = result["device_name"].partition(",")[0]
             sources = result["sources"][backend]
             source = sources[rooms[op] if rooms[op] in sources else op]  # saved when the room had the op's own name
@@ -46,20 +52,10 @@ def evidence(results: Iterable[Result]) -> dict[Key, Run]:
             before = found.get(key)
             # A failed test stands until that test passes: neither a run that left it out, nor a benchmark of these
             # sources, clears it.
-            tested = result["kind"] == "tests"
             if before is not None and ("without" in result or (not tested and before.source == source)):
                 passed = passed and before.passed
             found[key] = Run(device, result["date"][:10], source, passed)
     return found
-
-
-def _kernels(result: Result) -> Iterator[tuple[str, str, str, bool]]:
-    if result["kind"] == "tests":
-        yield from ((r["op"], r["backend"], r["dtype"], r["passed"]) for r in result["ran"])
-    elif result["kind"] == "bench" and result.get("checked", True):
-        for row in result["rows"]:
-            if row["kind"] == "op":
-                yield from ((row["op"], b, row["dtype"], True) for b in DTYPES if b in row.get("times", {}))
 
 
 def table(results: Iterable[Result]) -> Table:
@@ -71,7 +67,9 @@ def table(results: Iterable[Result]) -> Table:
     rows: list[Cells] = []
     for cases in all_cases():
         for backend, dtypes in DTYPES.items():
-            if not _exists(cases, backend):
+            # Native kernels count whether or not they were built here.
+            native = backend == "native" and any((_sources.CSRC / cases.room).glob("*.cu"))
+            if not native and not _library.has_kernel(cases.decides, backend, "cuda"):
                 continue
             states: dict[tuple[str, ...], list[str]] = {}
             for dtype in dtypes:
@@ -79,12 +77,6 @@ def table(results: Iterable[Result]) -> Table:
                 states.setdefault((*of_dtype, NEVER), []).append(dtype)
             rows += [[cases.name, backend, ", ".join(of), *cells] for cells, of in states.items()]
     return ["op", "backend", "dtypes", *seen, ", ".join(others)], rows
-
-
-def _exists(cases: OpCases, backend: str) -> bool:
-    if backend == "triton":
-        return _library.has_kernel(cases.decides, "triton", "cuda")
-    return any((_sources.CSRC / cases.room).glob("*.cu"))  # whether or not they were built here
 
 
 def _state(run: Run | None, now: str | None) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ..peers import OURS
@@ -12,6 +14,7 @@ from ..results import Result, Row
 Cells = list[str]
 Table = tuple[Cells, list[Cells]]
 Rows = Sequence[Row]
+Columns = Mapping[str, Callable[[Row], str]]  # by heading, what a row has in it
 PEERS = ("eager", "library", "compile", "autotune", "graph", "onnxruntime", "openvino")
 VARIANTS = (*PEERS, "native", "triton", "fused", "fused graph", "fused compile")
 NAMES = {
@@ -25,10 +28,29 @@ NAMES = {
     "fused compile": "torch.compile of fused",
 }
 LABELS = ["model", "pass", "dtype", "batch"]
+SHOWN = ("fused", "compile")  # the variants whose kernels a table lists
+MOST = 10  # kernels of each
+LONGEST_NAME = 64
+# Templates that serve many purposes, and the words around the argument that says which.
+GENERAL = re.compile(r"^(\w*elementwise_kernel|reduce_kernel|device_kernel|Kernel)$")
+AROUND = re.compile("at|native|c10|cutlass|gemm|kernel|gpu_kernel_impl_nocast|ReduceOp|BFloat16|Half|float")
 
 
 def named(variant: str) -> str:
     return NAMES.get(variant, variant)
+
+
+def table(rows: Iterable[Row], labels: Sequence[str], columns: Columns) -> Table:
+    """A line for each row: its labels, and what the columns make of it. One that failed says why instead."""
+    lines = []
+    for row in rows:
+        cells = [named(str(row.get(label, ""))) for label in labels]
+        if "error" in row:
+            cells += [f"**failed**: {row['error']}".replace("|", "/"), *[""] * (len(columns) - 1)]
+        else:
+            cells += [cell(row) for cell in columns.values()]
+        lines.append(cells)
+    return [*labels, *columns], lines
 
 
 def markdown(headings: Cells, rows: list[Cells]) -> str:
@@ -68,34 +90,12 @@ def variants_in(rows: Rows) -> list[str]:
     return [v for v in VARIANTS if any(v in row.get("times", {}) for row in rows)]
 
 
-def best_peer(row: Row) -> str:
-    """The fastest variant that is not ours."""
-    return min((v for v in row["times"] if v not in OURS), key=lambda v: row["times"][v]["median"])
+def best_peer(row: Row) -> tuple[float, str]:
+    """The median of the fastest variant that is not ours, in seconds, and its name."""
+    return min((times["median"], v) for v, times in row["times"].items() if v not in OURS)
 
 
-def bench(rows: Rows, subject: str) -> Table:
-    """Ops or models: every variant's median, and fused against eager and against its fastest peer."""
-    variants = variants_in(rows)
-    labels = [subject, *(["case"] if subject == "op" else []), "pass", "dtype", "batch"]
-    figures = ["spread", "fused / eager", "fused / best peer", "GB/s", "TFLOP/s", "of the limit"]
-    headings = [*labels, *(f"{named(v)} ms" for v in variants), *figures]
-    return headings, [_bench_row(row, labels, variants) for row in rows]
-
-
-def _bench_row(row: Row, labels: Cells, variants: Cells) -> Cells:
-    cells = [str(row[label]) for label in labels]
-    if "error" in row:
-        return [*cells, failure(row), *[""] * (len(variants) + 5)]
-    times = row["times"]
-    cells += [f"{times[v]['median'] * 1e3:.3g}" if v in times else "" for v in variants]
-    spread = max((t["high"] - t["low"]) / t["median"] for t in times.values())
-    peer = best_peer(row)
-    against = times[peer]["median"] / times["fused"]["median"]
-    cells += [f"{spread:.0%}", f"{row['ratios']['fused']:.2f}x", f"{against:.2f}x ({named(peer)})"]
-    return [*cells, *(f"{row[k]['fused']:.3g}" for k in ("gb_per_s", "tflop_per_s")), of_limit(row)]
-
-
-def of_limit(row: Row) -> str:
+def _of_limit(row: Row) -> str:
     """Fused's share of the limit. Work that moves its bytes within the cache has none; nor has an older row, whose
     limit is a direct convolution's, where a form with fewer products passed that."""
     share = row["share_of_limit"]["fused"]
@@ -104,22 +104,44 @@ def of_limit(row: Row) -> str:
     return f"{share:.0%}" if share <= 1 or "bound" in row else ""
 
 
-def failure(row: Row) -> str:
-    return f"**failed**: {row['error']}".replace("|", "/")
+def _against_best_peer(row: Row) -> str:
+    median, peer = best_peer(row)
+    return f"{median / row['times']['fused']['median']:.2f}x ({named(peer)})"
 
 
-def absences(rows: Rows) -> str:
-    """Which variants could not be timed in some of these rows, and why."""
-    why = Counter(absent for row in rows for absent in row.get("absent", {}).items())
-    lines = [f"Not timed in {n} of {len(rows)} rows: {named(v)} ({reason})." for (v, reason), n in why.items()]
-    return "".join(f"\n{line}\n" for line in lines)
+FIGURES: Columns = {
+    "spread": lambda row: f"{max((t['high'] - t['low']) / t['median'] for t in row['times'].values()):.0%}",
+    "fused / eager": lambda row: f"{row['ratios']['fused']:.2f}x",
+    "fused / best peer": _against_best_peer,
+    "GB/s": lambda row: f"{row['gb_per_s']['fused']:.3g}",
+    "TFLOP/s": lambda row: f"{row['tflop_per_s']['fused']:.3g}",
+    "of the limit": _of_limit,
+}
 
 
-def losses(rows: Rows) -> str:
-    """How often fused is slower than the fastest of its peers."""
+def medians(variants: Iterable[str]) -> Columns:
+    """Milliseconds of each variant that a row has."""
+
+    def median(variant: str, row: Row) -> str:
+        return f"{row['times'][variant]['median'] * 1e3:.3g}" if variant in row["times"] else ""
+
+    return {f"{named(v)} ms": partial(median, v) for v in variants}
+
+
+def bench(rows: Rows, subject: str) -> Table:
+    """Ops or models: every variant's median, and fused against eager and against its fastest peer."""
+    labels = [subject, *(["case"] if subject == "op" else []), "pass", "dtype", "batch"]
+    return table(rows, labels, {**medians(variants_in(rows)), **FIGURES})
+
+
+def remarks(rows: Rows) -> str:
+    """How often fused is slower than the fastest of its peers; which variants could not be timed, and why."""
     right = timed(rows)
-    lost = [row for row in right if row["times"][best_peer(row)]["median"] < row["times"]["fused"]["median"]]
-    return f"\nFused is slower than its fastest peer in {len(lost)} of {len(right)} rows.\n"
+    lost = sum(best_peer(row)[0] < row["times"]["fused"]["median"] for row in right)
+    lines = [f"Fused is slower than its fastest peer in {lost} of {len(right)} rows."]
+    why = Counter(absent for row in rows for absent in row.get("absent", {}).items())
+    lines += [f"Not timed in {n} of {len(rows)} rows: {named(v)} ({reason})." for (v, reason), n in why.items()]
+    return "".join(f"\n{line}\n" for line in lines)
 
 
 def headlines(results: Iterable[Result]) -> Table:
@@ -134,17 +156,17 @@ def headlines(results: Iterable[Result]) -> Table:
         device = result["device_name"].partition(",")[0]
         for (batch, model, step, dtype), ms in sorted(steps.items()):
             if {"eager", "fused"} <= ms.keys():
-                found[model, step] = [model, step, f"{dtype}, batch {batch}", device, *_headline(ms)]
+                peer = min((v for v in ms if v in PEERS), key=ms.__getitem__)
+                ratio = ms["fused"] / ms[peer]
+                verdict = f"**loses by {ratio:.2f}x**" if ratio > 1 else f"wins by {1 / ratio:.2f}x"
+                others = [v for v in ("fused graph", "fused compile") if v in ms]
+                found[model, step] = [
+                    *(model, step, f"{dtype}, batch {batch}", device),
+                    *(f"{ms['eager']:.3g}", f"{ms[peer]:.3g} ({named(peer)})", f"{ms['fused']:.3g}", verdict),
+                    ", ".join(f"{ms[v]:.3g} {named(v).removeprefix('fused ')}" for v in others),
+                ]
     headings = ["network", "pass", "of", "on", "eager ms", "fastest peer ms", "fused ms", "fused", "fused otherwise ms"]
     return headings, [line for _, line in sorted(found.items())]
-
-
-def _headline(ms: Mapping[str, float]) -> Cells:
-    peer = min((v for v in ms if v in PEERS), key=ms.__getitem__)
-    ratio = ms["fused"] / ms[peer]
-    verdict = f"**loses by {ratio:.2f}x**" if ratio > 1 else f"wins by {1 / ratio:.2f}x"
-    others = [f"{ms[v]:.3g} {named(v).removeprefix('fused ')}" for v in ("fused graph", "fused compile") if v in ms]
-    return [f"{ms['eager']:.3g}", f"{ms[peer]:.3g} ({named(peer)})", f"{ms['fused']:.3g}", verdict, ", ".join(others)]
 
 
 def memory(rows: Rows) -> Table:
@@ -153,32 +175,72 @@ def memory(rows: Rows) -> Table:
     def arrow(values: Mapping[str, int] | None, unit: float = 1e6) -> str:
         return f"{values['eager'] / unit:.0f} -> {values['fused'] / unit:.0f}" if values else ""
 
-    def line(row: Row) -> Cells:
-        traffic = f"{arrow(row.get('traffic'))} ({row['bytes'] / 1e6:.0f})"
-        kept = arrow(row.get("saved")), arrow(row["peak"])
-        return [*(str(row[label]) for label in LABELS), arrow(row["launches"], 1), traffic, *kept]
-
-    counted = ["launches", "traffic MB (minimum)", "kept for backward MB", "peak memory MB"]
-    return [*LABELS, *counted], [line(row) for row in timed(rows)]
+    columns: Columns = {
+        "launches": lambda row: arrow(row["launches"], 1),
+        "traffic MB (minimum)": lambda row: f"{arrow(row.get('traffic'))} ({row['bytes'] / 1e6:.0f})",
+        "kept for backward MB": lambda row: arrow(row.get("saved")),
+        "peak memory MB": lambda row: arrow(row["peak"]),
+    }
+    return table(timed(rows), LABELS, columns)
 
 
 def verify(result: Result) -> Table:
-    headings = ["model", "blocks fused", "eager ms", "fused ms", "fused / eager", "launches", "traffic MB (minimum)"]
-    headings += ["scores - float64: fused (eager)", "numbers agree"]
-    rows = []
-    for name, found in result["models"].items():
-        time, traffic, scores = found["time"]["eval"], found["traffic"]["eval"], found["scores"]
-        eager, fused, least = (traffic[v] for v in ("eager", "fused", "minimum"))
-        rows.append(
-            [
-                name,
-                f"{len(found['fused'])} of {len(found['fused']) + len(found['skipped'])}",
-                *(f"{time[v]['median'] * 1e3:.1f}" for v in ("eager", "fused")),
-                f"{time['ratio']:.2f}x",
-                f"{eager['launches']} -> {fused['launches']}",
-                f"{eager['bytes'] / 1e6:.0f} -> {fused['bytes'] / 1e6:.0f} ({least['bytes'] / 1e6:.0f})",
-                f"{scores['error']:.1e} ({scores['eager_error']:.1e})",
-                "yes" if found["ok"] else "**no**",
-            ]
-        )
-    return headings, rows
+    def traffic(row: Row) -> str:
+        eager, fused, least = (row["traffic"]["eval"][v]["bytes"] / 1e6 for v in ("eager", "fused", "minimum"))
+        return f"{eager:.0f} -> {fused:.0f} ({least:.0f})"
+
+    columns: Columns = {
+        "blocks fused": lambda row: f"{len(row['fused'])} of {len(row['fused']) + len(row['skipped'])}",
+        "eager ms": lambda row: f"{row['time']['eval']['eager']['median'] * 1e3:.1f}",
+        "fused ms": lambda row: f"{row['time']['eval']['fused']['median'] * 1e3:.1f}",
+        "fused / eager": lambda row: f"{row['time']['eval']['ratio']:.2f}x",
+        "launches": lambda row: " -> ".join(str(row["traffic"]["eval"][v]["launches"]) for v in ("eager", "fused")),
+        "traffic MB (minimum)": traffic,
+        "scores - float64: fused (eager)": lambda row: "{error:.1e} ({eager_error:.1e})".format(**row["scores"]),
+        "numbers agree": lambda row: "yes" if row["ok"] else "**no**",
+    }
+    return table([{"model": name, **found} for name, found in result["models"].items()], ["model"], columns)
+
+
+def steps(rows: Rows, **more: Callable[[Row], str]) -> Table:
+    """What a step takes, and how much of that the device is busy."""
+    columns: Columns = {
+        "ms a step": lambda row: f"{row['ms']:.3g}",
+        "images/s": lambda row: f"{row['batch'] / row['ms'] * 1e3:.0f}",
+        "device busy ms": lambda row: f"{row['busy_ms']:.3g}",
+        "busy": lambda row: f"{min(1, row['busy_ms'] / row['ms']):.0%}",
+        "launches": lambda row: str(row["launches"]),
+        **more,
+    }
+    return table(rows, [*LABELS, "variant"], columns)
+
+
+def kernels(rows: Rows) -> Table:
+    """The kernels in which fused and torch.compile spend most of one network's step, of one pass."""
+    found: list[Cells] = []
+    for row in timed(row for row in rows if row["variant"] in SHOWN):
+        launches: Counter[str] = Counter()
+        busy: dict[str, float] = {}
+        for kernel, n, microseconds in row["kernels"]:
+            kernel = short_name(kernel)
+            launches[kernel] += n
+            busy[kernel] = busy.get(kernel, 0.0) + microseconds / 1e3
+        longest = sorted(busy, key=lambda kernel: -busy[kernel])[:MOST]
+        lines = [(f"`{kernel}`", launches[kernel], busy[kernel]) for kernel in longest]
+        if others := row["launches"] - sum(n for _, n, _ in lines):
+            lines.append(("all others", others, row["busy_ms"] - sum(ms for *_, ms in lines)))
+        labels = [row["dtype"], str(row["batch"]), named(row["variant"])]
+        found += [[*labels, kernel, str(n), f"{ms:.3g}", f"{ms / row['busy_ms']:.0%}"] for kernel, n, ms in lines]
+    return ["dtype", "batch", "variant", "kernel", "launches", "ms", "of the busy time"], found
+
+
+def short_name(kernel: str) -> str:
+    """A kernel's name without namespaces and arguments; of a general template the argument that says what it is for."""
+    text = kernel.replace("(anonymous namespace)::", "").removeprefix("void ")
+    head, *rest = re.split(r"(?<=\w)[<(]", text, maxsplit=1)
+    if rest or kernel.startswith("void "):
+        head = head.rpartition("::")[2]
+    if rest and GENERAL.search(head):
+        words = (word for word in re.findall(r"[A-Za-z_]\w*", rest[0]) if not AROUND.fullmatch(word))
+        head = f"{head} {next(words, '')}".rstrip()
+    return head if len(head) <= LONGEST_NAME else f"{head[: LONGEST_NAME - 3]}..."
