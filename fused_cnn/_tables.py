@@ -59,6 +59,8 @@ class Table:
             if document.get(name) != value:
                 raise ValueError(f"its {name} is {document.get(name)!r}, not {value!r}")
         table = cls(*({ast.literal_eval(k): v for k, v in document[kind].items()} for kind in ("choices", "tiles")))
+        if not all(isinstance(key, tuple) and key for key in (*table.choices, *table.tiles)):
+            raise ValueError("it has keys that are no tuples")
         for entry in table.choices.values():
             if entry["best"] not in BACKENDS:
                 raise ValueError(f"it names a backend {entry['best']!r}")

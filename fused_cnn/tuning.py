@@ -160,7 +160,7 @@ def tune(
     """
     if "reference" not in backends:
         raise ValueError(
-            f"tune: the library's path, 'reference', must be among the candidates, got {', '.join(backends)}"
+            f"tune: PyTorch's own path, 'reference', must be among the candidates, got {', '.join(backends)}"
         )
     device = example[0].device
     calls = _calls_of(model, example, train)

@@ -112,7 +112,7 @@ def test_nothing_is_measured_unless_asked(folder: Path, monkeypatch: pytest.Monk
 
 def test_what_tune_cannot_do_is_an_error(folder: Path) -> None:
     x = torch.randn(1, 8, 4, 4, device=DEVICE)
-    with pytest.raises(ValueError, match="the library's path, 'reference', must be among the candidates, got native"):
+    with pytest.raises(ValueError, match="PyTorch's own path, 'reference', must be among the candidates, got native"):
         tuning.tune(lambda t: add_relu(t, t), x, backends=("native",))
     with pytest.raises(ValueError, match="calls no fused op"):
         tuning.tune(nn.ReLU(), x)
@@ -176,10 +176,16 @@ def test_a_bad_or_foreign_file_is_a_warning_and_is_measured_anew(folder: Path, t
     assert _tables.load(path, _tables.facts(PLACE)).choices.keys() == {KEY}
 
 
-@pytest.mark.parametrize("entry", [{"best": "tensorrt"}, {}, "native"])
-def test_a_file_with_a_nonsensical_entry_is_not_used(folder: Path, entry: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "key", "entry"),
+    [
+        *(("choices", KEY, entry) for entry in ({"best": "tensorrt"}, {}, "native")),
+        *(("tiles", key, {"best": [64, 64]}) for key in (5, ())),
+    ],
+)
+def test_a_file_with_a_nonsensical_entry_is_not_used(folder: Path, kind: str, key: Any, entry: Any) -> None:
     document = _tables.Table({KEY: {"best": "native"}}).to_json(_tables.facts(PLACE))
-    document["choices"] = {repr(KEY): entry}
+    document[kind][repr(key)] = entry
     path = _tables.cache_file(PLACE)
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(document))

@@ -53,5 +53,5 @@ def tune(
         tried = ", ".join(f"{name} {s * 1e6:.0f} us" for name, s in seconds.items())
         lines.append([key[0], f"{shape.replace(', ', 'x')} {stored} {layout}", entry["best"], f"{gain:.2f}x", tried])
     title = f"{model}, {'training' if train else 'inference'}"
-    show(["op", "input", "best", "library", "tried"], lines, title=title)
+    show(["op", "input", "best", "PyTorch", "tried"], lines, title=title)
     say_plainly(f"saved: {saved}")

@@ -18,7 +18,7 @@ Columns = Mapping[str, Callable[[Row], str]]  # by heading, what a row has in it
 PEERS = ("eager", "library", "compile", "autotune", "graph", "onnxruntime", "openvino")
 VARIANTS = (*PEERS, "native", "triton", "fused", "fused graph", "fused compile")
 NAMES = {
-    "library": "library's fused call",
+    "library": "PyTorch's fused call",
     "compile": "torch.compile",
     "autotune": "max-autotune",
     "graph": "CUDA graph",
