@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._candidates import Candidate, pick
-from ._conv import out_size
+from ._conv import out_sides
 from ._triton import PRECISION, check_size, pixels, processors, products, relu
 
 MAX_DESTINATIONS = 3
@@ -158,12 +158,6 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
     pool: bool = False
 
-    def out(self, height: int, width: int) -> tuple[int, int]:
-        """The result's height and width."""
-        sides = zip((height, width), self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        h, w = (out_size(*side) for side in sides)
-        return h, w
-
 
 def weight_rows(weight: Tensor) -> Tensor:
     """(out, in, kh, kw) as (out, kh, kw, in) in memory: itself, seen otherwise, where it is channels_last."""
@@ -194,7 +188,7 @@ def conv_forward(
     pixels, whose channels fill the weight's rows in order."""
     n, channels, height, width = x.shape
     columns = weight.size(0)
-    out_h, out_w = geometry.out(height, width)
+    out_h, out_w = out_sides(x, *geometry[:4])
     rows, taps = n * out_h * out_w, weight.size(1) * weight.size(2)
     if rows * columns == 0:
         return

@@ -110,14 +110,13 @@ def gradient(
     m, c, rows, channels, grad_pitch, x_pitch, residual_pitch, INPUTS: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """(grad_out under the ReLU mask, x - mean, residual - its mean) of a tile."""
-    mask = (m < rows)[:, None] & (c < channels)[None, :]
-    row = m.to(tl.int64)[:, None]
+    inside = (m < rows)[:, None]
+    row, mask = m.to(tl.int64)[:, None], inside & (c < channels)[None, :]
     g = load_tile(grad_out_ptr, row, grad_pitch, c, mask)
     x = load_tile(x_ptr, row, x_pitch, c, mask) - vector(mean_ptr, c, channels)
     r = x
     if INPUTS == 2:
-        r = load_tile(residual_ptr, row, residual_pitch, c, mask)
-        r -= vector(mean_ptr + channels, c, channels)
+        r = load_tile(residual_ptr, row, residual_pitch, c, mask) - vector(mean_ptr + channels, c, channels)
     if MASK == RECOMPUTED:
         y = x * (vector(rstd_ptr, c, channels) * vector(weight_ptr, c, channels)) + vector(bias_ptr, c, channels)
         if INPUTS == 2:
@@ -127,9 +126,8 @@ def gradient(
     if MASK == BITS:
         width = (channels + 7) // 8
         byte = tl.program_id(1) * (c.shape[0] // 8) + tl.arange(0, c.shape[0] // 8)
-        packed = tl.load(
-            mask_ptr + row * width + byte[None, :], mask=(m < rows)[:, None] & (byte < width)[None, :], other=0
-        )
+        there = inside & (byte < width)[None, :]
+        packed = tl.load(mask_ptr + row * width + byte[None, :], mask=there, other=0)
         bits = (packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
         g = tl.where(tl.reshape(bits, (m.shape[0], c.shape[0])) == 1, g, 0.0)
     return g, x, r

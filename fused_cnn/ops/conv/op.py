@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..._candidates import NATIVE, REFERENCE, Candidate, Measurement, offer, resolve, tunable
+from ..._layout import empty_nchw, result_format
 from ..._library import define, define_triton, kernel
-from .._autograd import differentiable_once
-from .._conv import IntPair, autocast, check_conv, empty_gradients, empty_result, is_pointwise, packable, pair
+from .._autograd import differentiable_once, needs_grad
+from .._conv import ConvGeometry, IntPair, autocast, check_conv, empty_result, is_pointwise, packable, pair
 from . import reference
 
 
@@ -24,10 +25,15 @@ def _fake_fwd(x, weight, bias, residual, stride, padding, dilation, groups, relu
     return empty_result(x, weight.shape, stride, padding, dilation)
 
 
-def _fake_bwd(  # type: ignore[no-untyped-def]
-    grad_out, out, x, weight, stride, padding, dilation, groups, needs_x, needs_weight, needs_bias
-):
-    return empty_gradients(grad_out, out, x, weight, needs_x, needs_weight, needs_bias)
+def _fake_bwd(grad_out, out, x, weight, *rest):  # type: ignore[no-untyped-def]
+    """The gradients (x, weight, bias, residual); an empty tensor for each that is not computed."""
+    needs_x, needs_weight, needs_bias = rest[-3:]
+    return (
+        empty_nchw(x, *x.shape[1:]) if needs_x else grad_out.new_empty(0),
+        torch.empty_like(weight, memory_format=result_format(weight)) if needs_weight else grad_out.new_empty(0),
+        grad_out.new_empty(weight.size(0) if needs_bias else 0),
+        grad_out.new_empty(0) if out is None else empty_nchw(out, *out.shape[1:]),
+    )
 
 
 def _fake_pack(weight: Tensor, bias: Tensor | None, stride: list[int], dilation: list[int]) -> Tensor:
@@ -110,9 +116,8 @@ def pack_conv(
 class _ConvBiasReLU(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x, weight, bias, residual, stride, padding, dilation, groups, relu, backend
+        ctx, x, weight, bias, residual, geometry, relu, backend
     ):
-        geometry = (stride, padding, dilation, groups)
         out = kernel("conv_bias_relu_fwd", backend)(x, weight, bias, residual, *geometry, relu)
         ctx.save_for_backward(x, weight, out if relu else None)
         ctx.geometry, ctx.backend = geometry, backend
@@ -127,7 +132,7 @@ class _ConvBiasReLU(torch.autograd.Function):
             grad_out, out, x, weight, *ctx.geometry, *needs[:3]
         )
         found = (gx, gw, gb, grad_out if out is None else grad)
-        return (*(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 6)
+        return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None)
 
 
 @tunable
@@ -166,17 +171,17 @@ def conv_bias_relu(
         ValueError, TypeError: shapes, devices, dtypes or geometry do not agree.
         BackendUnavailable: an explicit backend cannot run here.
     """
-    geometry = (pair(stride), pair(padding), pair(dilation), groups)
+    geometry = ConvGeometry.of(stride, padding, dilation, groups)
     if isinstance(weight, PackedConv):
         return kernel("conv_bias_relu_packed_fwd", "native")(x, *weight, residual, *geometry[:3], relu)
     x, plain, bias, residual = autocast(x, weight, bias, residual)
-    check_conv("conv_bias_relu", x, plain, bias, residual, *geometry)
-    backend = resolve("conv_bias_relu_fwd", backend, x, plain, geometry[1], groups)
+    check_conv("conv_bias_relu", x, plain, bias, residual, geometry)
+    backend = resolve("conv_bias_relu_fwd", backend, x, plain, geometry.padding, groups)
     if backend == "reference":
-        return reference.conv_bias_relu(x, plain, bias, residual, *geometry, relu)
+        return reference.conv_bias_relu(x, plain, bias, residual, geometry, relu)
     inputs = (x, plain, bias, residual)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _ConvBiasReLU.apply(*inputs, *geometry, relu, backend)
+    if needs_grad(*inputs):
+        return _ConvBiasReLU.apply(*inputs, geometry, relu, backend)
     return kernel("conv_bias_relu_fwd", backend)(*inputs, *geometry, relu)
 
 

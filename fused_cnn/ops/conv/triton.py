@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..._candidates import Candidate, pick
 from ..._layout import empty_nchw, result_format
-from .._conv import is_pointwise, on_16_bytes
+from .._conv import is_pointwise, on_16_bytes, out_sides
 from .._triton import PRECISION, empty_pixels, launch, mask_and_sum, pixels, processors, products, relu, relu_grad
 from .._triton_conv import Geometry, Tiles, conv_forward, weight_rows
 
@@ -155,7 +155,7 @@ def conv_bias_relu_fwd(
 ) -> Tensor:
     kernel = (weight.size(2), weight.size(3))
     geometry = Geometry(kernel, tuple(stride), tuple(padding), tuple(dilation))
-    out = empty_pixels(x, weight.size(0), *geometry.out(x.size(2), x.size(3)))
+    out = empty_pixels(x, weight.size(0), *out_sides(x, *geometry[:4]))
     width, columns = weight.size(1), weight.size(0) // groups
     for g in range(groups):  # a slice of the channels to a slice of the channels
         part = slice(g * columns, (g + 1) * columns)

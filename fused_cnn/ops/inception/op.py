@@ -19,7 +19,7 @@ from ..._candidates import REFERENCE, TRITON, Candidate, Measurement, best, offe
 from ..._checks import check_nchw, check_same, check_vector
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
-from .._autograd import differentiable_once
+from .._autograd import differentiable_once, needs_grad
 from .._conv import autocast, packable
 from . import reference
 
@@ -29,23 +29,19 @@ POOL = ([3, 3], [1, 1], [1, 1], [1, 1])  # kernel, stride, padding, dilation
 aten = torch.ops.aten
 
 
-def _fake_fwd(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    return empty_nchw(x, sum(weights[i].size(0) for i in OUTPUTS), x.size(2), x.size(3))
-
-
-def _fake_packed_fwd(x: Tensor, packed: Sequence[Tensor], channels: Sequence[int], kernels: Sequence[int]) -> Tensor:
-    return empty_nchw(x, sum(channels[i] for i in OUTPUTS), x.size(2), x.size(3))
-
-
 def _fake_pack(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
     ctx = torch.library.get_ctx()
     return [weights[0].new_empty(ctx.new_dynamic_size(), dtype=torch.uint8) for _ in range(4)]
 
 
-define("inception_fwd(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor", _fake_fwd)
+define(
+    "inception_fwd(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor",
+    lambda x, weights, biases: empty_nchw(x, sum(weights[i].size(0) for i in OUTPUTS), *x.shape[2:]),
+)
 define("inception_pack(Tensor[] weights, Tensor[] biases) -> Tensor[]", _fake_pack)
 define(
-    "inception_packed_fwd(Tensor x, Tensor[] packed, SymInt[] channels, SymInt[] kernels) -> Tensor", _fake_packed_fwd
+    "inception_packed_fwd(Tensor x, Tensor[] packed, SymInt[] channels, SymInt[] kernels) -> Tensor",
+    lambda x, packed, channels, kernels: empty_nchw(x, sum(channels[i] for i in OUTPUTS), *x.shape[2:]),
 )
 define_triton("inception", "inception_fwd")
 offer(
@@ -189,6 +185,6 @@ def inception(
     backend = resolve("inception_fwd", backend, x)
     if backend == "reference":
         return reference.inception(x, weights, biases)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
+    if needs_grad(x, *parameters):
         return _Inception.apply(backend, x, *parameters)
     return kernel("inception_fwd", backend)(x, weights, biases)

@@ -16,39 +16,19 @@ from ..._candidates import NATIVE, REFERENCE, Candidate, Measurement, offer, res
 from ..._checks import check_nchw
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
-from .._autograd import differentiable_once
-from .._conv import IntPair, pair
+from .._autograd import differentiable_once, needs_grad
+from .._conv import IntPair, out_sides, pair
 from . import reference
-
-
-def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
-    """One side of the result, by PyTorch's rule: with ceil_mode, no window may start in the padding behind the
-    image."""
-    reach = size + 2 * padding - dilation * (kernel - 1) - 1
-    out = (reach + (stride - 1 if ceil_mode else 0)) // stride + 1
-    return out - 1 if ceil_mode and (out - 1) * stride >= size + padding else out
-
-
-def _fake_fwd(x, kernel, stride, padding, dilation, ceil_mode):  # type: ignore[no-untyped-def]
-    sides = (out_size(x.size(i + 2), kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in range(2))
-    return empty_nchw(x, x.size(1), *sides)
-
-
-def _fake_bwd(grad_out, x, kernel, stride, padding, dilation, ceil_mode):  # type: ignore[no-untyped-def]
-    return empty_nchw(x, *x.shape[1:])
-
 
 define(
     "max_pool2d_fwd(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool ceil_mode) "
     "-> Tensor",
-    _fake_fwd,
+    lambda x, *window: empty_nchw(x, x.size(1), *out_sides(x, *window)),
 )
-
-
 define(
     "max_pool2d_bwd(Tensor grad_out, Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
     "bool ceil_mode) -> Tensor",
-    _fake_bwd,
+    lambda grad_out, x, *window: empty_nchw(x, *x.shape[1:]),
 )
 define_triton("max_pool", "max_pool2d_fwd", "max_pool2d_bwd")
 offer(
@@ -124,11 +104,11 @@ def max_pool2d(
             "max_pool2d: kernel_size, stride and dilation must be at least 1 and padding at most half the kernel, "
             f"got kernel_size={k}, stride={s}, padding={p}, dilation={d}"
         )
-    if any(out_size(x.size(i + 2), k[i], s[i], p[i], d[i], ceil_mode) < 1 for i in range(2)):
+    if min(out_sides(x, k, s, p, d, ceil_mode)) < 1:
         raise ValueError(f"max_pool2d: the window {k} is larger than the padded input of shape {tuple(x.shape)}")
     backend = resolve("max_pool2d_fwd", backend, x)
     if backend == "reference":
         return reference.max_pool2d(x, k, s, p, d, ceil_mode)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if needs_grad(x):
         return _MaxPool2d.apply(x, backend, k, s, p, d, ceil_mode)
     return kernel("max_pool2d_fwd", backend)(x, k, s, p, d, ceil_mode)

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._layout import result_format
+from .._conv import out_sides
 from .._triton import TILE, empty_pixels, launch, load_tile, pixels, store_tile, tile, tiles
-from .op import out_size
 
 
 @triton.jit
@@ -78,8 +78,7 @@ def max_pool2d_fwd(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> Tensor:
-    sides = (out_size(x.size(i + 2), kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in range(2))
-    out = empty_pixels(x, x.size(1), *sides)
+    out = empty_pixels(x, x.size(1), *out_sides(x, kernel, stride, padding, dilation, ceil_mode))
     _windows(x, out, (*kernel, *stride, *padding, *dilation))
     return out.contiguous(memory_format=result_format(x))
 
