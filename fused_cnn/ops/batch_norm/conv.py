@@ -69,25 +69,21 @@ def bn_relu_conv(
     next.
 
     Args:
-        x: (N, C, H, W), the raw output of the convolution before, floating point, any strides.
+        x: the raw output of the convolution before.
         bn: what x's normalisation needs.
         weight: (out, C / groups, kh, kw), x's dtype and device.
         bias: (out,), x's dtype, or None.
         stride, padding, dilation, groups: of the convolution, as torch.nn.functional.conv2d takes them.
-        backend: of BatchNorm and ReLU; the convolution is cuDNN's or oneDNN's. "reference", "native", or None for the
-            best at hand.
+        backend: of BatchNorm and ReLU; the convolution is cuDNN's or oneDNN's.
 
     Returns:
-        (N, out, H', W') in x's dtype, in the layout that torch.nn.functional.conv2d gives.
+        (N, out, H', W') in the layout that torch.nn.functional.conv2d gives.
 
     Saved for backward: x, weight and two vectors; relu(bn(x)) is computed again (arXiv 1604.06174, section 3: trading
-    computation for memory). Mutated: the running statistics in training. The reference is differentiable twice, the
-    others once.
+    computation for memory). Mutated: the running statistics in training.
 
     Raises:
-        ValueError, TypeError: shapes, devices, dtypes or geometry do not agree; in training there is one value per
-            channel.
-        BackendUnavailable: an explicit backend cannot run here.
+        ValueError: also where the geometry does not fit, or in training there is one value per channel.
     """
     geometry = ConvGeometry.of(stride, padding, dilation, groups)
     check_nchw("bn_relu_conv", "x", x)

@@ -79,20 +79,15 @@ define(
 define_triton(
     "batch_norm", "bn_stats", "bn_relu_concat_fwd", "bn_relu_concat_bwd", "bn_add_relu_fwd", "bn_add_relu_bwd"
 )
+
+_H200 = ("H200", "2026-11-26")
 offer(
     "bn_relu_concat_fwd",
     Candidate(
         "native",
         measured=(
-            Measurement(
-                "64 at 112 x 112, training, bfloat16, batch 256",
-                "408 us, Triton 778, PyTorch 1354",
-                "H200",
-                "2026-11-26",
-            ),
-            Measurement(
-                "inception 3a, training, bfloat16, batch 256", "140 us, Triton 448, PyTorch 542", "H200", "2026-11-26"
-            ),
+            Measurement("64 at 112 x 112, training, bfloat16, batch 256", "408 us, Triton 778, PyTorch 1354", *_H200),
+            Measurement("inception 3a, training, bfloat16, batch 256", "140 us, Triton 448, PyTorch 542", *_H200),
         ),
     ),
     TRITON,
@@ -103,12 +98,7 @@ offer(
     Candidate(
         "native",
         measured=(
-            Measurement(
-                "256 at 56 x 56, training, bfloat16, batch 256",
-                "479 us, Triton 926, PyTorch 1323",
-                "H200",
-                "2026-11-26",
-            ),
+            Measurement("256 at 56 x 56, training, bfloat16, batch 256", "479 us, Triton 926, PyTorch 1323", *_H200),
         ),
     ),
     TRITON,
@@ -201,22 +191,15 @@ def bn_relu_concat(
     and 2).
 
     Args:
-        xs: branches (N, C_i, H, W), floating point, any strides, one dtype and device.
+        xs: branches (N, C_i, H, W), one dtype and device.
         bns: what each branch's normalisation needs; `BatchNormArgs.of(module)` takes it from an nn.BatchNorm2d.
         relu: False leaves the normalised values as they are.
-        backend: "reference", "native", "triton", or None for the best at hand.
-
-    Returns:
-        (N, sum of C_i, H, W) in the branches' dtype; channels_last where the first branch's channels are adjacent in
-        memory, else contiguous.
 
     Saved for backward: the branches, and two vectors; neither the normalised values nor a mask. Mutated: the running
-    statistics of branches in training. Statistics are float32 (float64 for float64). The reference is differentiable
-    twice, the others once.
+    statistics of branches in training. Statistics are float32 (float64 for float64).
 
     Raises:
-        ValueError, TypeError: shapes, devices or dtypes do not agree; a branch in training has one value per channel.
-        BackendUnavailable: an explicit backend cannot run here.
+        ValueError: also where a branch in training has one value per channel.
     """
     check_branches("bn_relu_concat", xs)
     if len(bns) != len(xs):
@@ -260,22 +243,16 @@ def bn_add_relu(
     figure 2).
 
     Args:
-        x: (N, C, H, W), floating point, any strides.
         bn: what x's normalisation needs.
         residual: x's shape, dtype and device. Nothing is broadcast.
         residual_bn: what the projection shortcut's normalisation needs (section 3.3, option B); None adds the residual
             as it is.
-        backend: "reference", "native", "triton", or None for the best at hand.
-
-    Returns:
-        (N, C, H, W) in x's dtype; channels_last where x's channels are adjacent in memory, else contiguous.
 
     Saved for backward: x, and one bit an element (ReLU's mask) or, with residual_bn, the residual. Mutated: the running
-    statistics of what is in training. The reference is differentiable twice, the others once.
+    statistics of what is in training.
 
     Raises:
-        ValueError, TypeError: shapes, devices or dtypes do not agree; in training there is one value per channel.
-        BackendUnavailable: an explicit backend cannot run here.
+        ValueError: also where in training there is one value per channel.
     """
     check_nchw("bn_add_relu", "x", x)
     check_same("bn_add_relu", "x", x, "residual", residual)

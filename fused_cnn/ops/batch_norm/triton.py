@@ -268,11 +268,13 @@ def bn_add_relu_fwd(
 
 def _backward(
     grad_out: Tensor, x: Tensor, residual: Tensor | None, bits: Tensor | None, vectors: tuple[Tensor, ...],
-    training: Sequence[bool], mask: tl.constexpr, adds: bool,
+    training: Sequence[bool], relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(grad_x, grad_residual, grad_weight, grad_bias) of one branch, or of the two inputs of a sum."""
     n, channels, height, width = x.shape
     rows, inputs = n * height * width, len(training)
+    adds = residual is not None or bits is not None
+    mask = BITS if bits is not None else RECOMPUTED if relu else NO_MASK
     parts, blocks = _split(rows)
     grad_x = empty_pixels(x, channels, height, width)
     grad_residual = empty_pixels(x, channels, height, width) if adds else grad_x
@@ -303,11 +305,10 @@ def bn_relu_concat_bwd(
     biases: Sequence[Tensor], training: Sequence[bool], relu: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
     sizes = [x.size(1) for x in xs]
-    mask = RECOMPUTED if relu else NO_MASK
     branches = zip(
         grad_out.split(sizes, 1), xs, mean.split(sizes), rstd.split(sizes), weights, biases, training, strict=True
     )
-    grads = [_backward(g, x, None, None, (m, r, w, b, w, b), (t,), mask, False) for g, x, m, r, w, b, t in branches]
+    grads = [_backward(g, x, None, None, (m, r, w, b, w, b), (t,), relu) for g, x, m, r, w, b, t in branches]
     grad_xs, _, grad_weights, grad_biases = zip(*grads, strict=True)
     return list(grad_xs), torch.cat(grad_weights), torch.cat(grad_biases)
 
@@ -317,5 +318,4 @@ def bn_add_relu_bwd(
     weights: Sequence[Tensor], biases: Sequence[Tensor], training: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     vectors = (mean, rstd, weights[0], biases[0], weights[-1], biases[-1])
-    where = BITS if len(weights) == 1 else RECOMPUTED
-    return _backward(grad_out, x, residual, mask, vectors, training, where, True)
+    return _backward(grad_out, x, residual, mask, vectors, training)

@@ -152,24 +152,16 @@ def conv_bias_relu(
     """relu(conv2d(x, weight) + bias + residual); the ReLU, bias and residual are optional.
 
     Args:
-        x: (N, C, H, W), floating point, any strides.
         weight: (out, C / groups, kh, kw), x's dtype and device; or what pack_conv made of it, bias included.
         bias: (out,), x's dtype, or None.
         residual: the result's shape, x's dtype, added before the ReLU, or None.
         stride, padding, dilation, groups: as torch.nn.functional.conv2d takes them.
         relu: False leaves the ReLU out.
-        backend: "reference", "native", "triton", or None for the best at hand.
 
     Returns:
-        (N, out, H', W') in x's dtype (autocast's where autocast is on); channels_last where x's channels are adjacent
-        in memory.
+        (N, out, H', W') in x's dtype, or autocast's where autocast is on.
 
-    Saved for backward: x, weight and, with ReLU, the result. Nothing is mutated. Differentiable once (the reference:
-        twice).
-
-    Raises:
-        ValueError, TypeError: shapes, devices, dtypes or geometry do not agree.
-        BackendUnavailable: an explicit backend cannot run here.
+    Saved for backward: x, weight and, with ReLU, the result.
     """
     geometry = ConvGeometry.of(stride, padding, dilation, groups)
     if isinstance(weight, PackedConv):

@@ -186,17 +186,21 @@ def conv_bias_relu_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     none = grad_out.new_empty(0)
     grad_x = grad_weight = none
-    if is_pointwise(weight, padding, groups):
-        grad_x, grad_weight, grad_bias, grad = _pointwise_backward(
-            grad_out, out, x, weight, stride, needs_x, needs_weight, needs_bias
-        )
+    pointwise = is_pointwise(weight, padding, groups)
+    if pointwise and needs_x and grad_out.numel() and x.numel():
+        grad_x, grad = _dgrad(grad_out, out, x, weight, stride)
+        grad_bias = mask_and_sum(grad, None, True)[1] if needs_bias and not needs_weight else none
     else:
-        grad, grad_bias = mask_and_sum(grad_out, out, needs_bias)
-        if needs_x or needs_weight:
-            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-                *map(on_16_bytes, (grad, x, weight)), None,
-                stride, padding, dilation, False, [0, 0], groups, [needs_x, needs_weight, False],
-            )  # fmt: skip
+        grad, grad_bias = mask_and_sum(grad_out, out, needs_bias and not (pointwise and needs_weight))
+        grad_x = torch.zeros_like(x) if pointwise and needs_x else none
+    if pointwise and needs_weight:
+        grad_weight, grad_bias = _wgrad(grad, x, stride, needs_bias)
+        grad_weight = grad_weight.view(weight.shape)
+    elif not pointwise and (needs_x or needs_weight):
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            *map(on_16_bytes, (grad, x, weight)), None,
+            stride, padding, dilation, False, [0, 0], groups, [needs_x, needs_weight, False],
+        )  # fmt: skip
     return (
         grad_x.contiguous(memory_format=result_format(x)) if needs_x else none,
         grad_weight.contiguous(memory_format=result_format(weight)) if needs_weight else none,
@@ -205,57 +209,42 @@ def conv_bias_relu_bwd(
     )
 
 
-def _pointwise_backward(
-    grad_out: Tensor,
-    out: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    needs_x: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(grad_x, grad_weight, grad_bias, grad_out under the mask); what is not needed is anything."""
-    none = grad_out.new_empty(0)
-    n, channels, height, width = x.shape
-    columns, out_h, out_w = grad_out.shape[1:]
-    rows, strided = n * out_h * out_w, tuple(stride) != (1, 1)
-    sizes = (columns, channels, height, width, out_h, out_w, *stride)
-    grad_x = grad_weight = grad_bias = none
-    if needs_x and rows * columns * channels:
-        grad_out, grad_out_pitch = pixels(grad_out)
-        mask, mask_pitch = (grad_out, 0) if out is None else pixels(out)
-        grad = grad_out if out is None else empty_pixels(x, columns, out_h, out_w)
-        grad_x = empty_pixels(x, channels, height, width)
-        if strided:
-            grad_x.zero_()
-        rows_of_weight, kind = weight_rows(weight), products(x.dtype)
-
-        def run(tiles: Tiles) -> None:
-            programs = triton.cdiv(rows, tiles.BM) * triton.cdiv(channels, tiles.BN)
-            launch(
-                dgrad_kernel, (min(programs, 4 * processors(x.device)),),
-                grad_out, mask, rows_of_weight, grad_x, grad, rows, *sizes, grad_out_pitch, mask_pitch,
-                MASK=out is not None, STRIDED=strided, PRECISION=PRECISION[kind], **tiles._asdict(),
-            )  # fmt: skip
-
-        problem = (kind, rows, columns, channels, strided, out is not None)
-        run(pick("dgrad_kernel", problem, GRAD_TILES[kind], run, x.device))
-    else:
-        grad_x = torch.zeros_like(x) if needs_x else none
-        grad, grad_bias = mask_and_sum(grad_out, out, needs_bias and not needs_weight)
-    if needs_weight:
-        grad_weight, grad_bias = _wgrad(grad, x, rows, sizes, strided, needs_bias)
-        grad_weight = grad_weight.view(weight.shape)
-    elif needs_bias and needs_x:
-        _, grad_bias = mask_and_sum(grad, None, True)
-    return grad_x, grad_weight, grad_bias, grad
+def _sizes(grad: Tensor, x: Tensor, stride: Sequence[int]) -> tuple[int, ...]:
+    """Both kernels' rows, columns, channels, height, width, out_h, out_w and stride."""
+    n, columns, out_h, out_w = grad.shape
+    return (n * out_h * out_w, columns, *x.shape[1:], out_h, out_w, *stride)
 
 
-def _wgrad(
-    grad: Tensor, x: Tensor, rows: int, sizes: tuple[int, ...], strided: bool, bias: bool
+def _dgrad(
+    grad_out: Tensor, out: Tensor | None, x: Tensor, weight: Tensor, stride: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    columns, channels = sizes[:2]
+    """(grad_x, grad_out under the mask)."""
+    sizes, strided = _sizes(grad_out, x, stride), tuple(stride) != (1, 1)
+    rows, columns, channels = sizes[:3]
+    grad_out, grad_out_pitch = pixels(grad_out)
+    mask, mask_pitch = (grad_out, 0) if out is None else pixels(out)
+    grad = grad_out if out is None else empty_pixels(x, *grad_out.shape[1:])
+    grad_x = empty_pixels(x, *x.shape[1:])
+    if strided:
+        grad_x.zero_()
+    weight, kind = weight_rows(weight), products(x.dtype)
+
+    def run(tiles: Tiles) -> None:
+        programs = triton.cdiv(rows, tiles.BM) * triton.cdiv(channels, tiles.BN)
+        launch(
+            dgrad_kernel, (min(programs, 4 * processors(x.device)),),
+            grad_out, mask, weight, grad_x, grad, *sizes, grad_out_pitch, mask_pitch,
+            MASK=out is not None, STRIDED=strided, PRECISION=PRECISION[kind], **tiles._asdict(),
+        )  # fmt: skip
+
+    problem = (kind, rows, columns, channels, strided, out is not None)
+    run(pick("dgrad_kernel", problem, GRAD_TILES[kind], run, x.device))
+    return grad_x, grad
+
+
+def _wgrad(grad: Tensor, x: Tensor, stride: Sequence[int], bias: bool) -> tuple[Tensor, Tensor]:
+    sizes, strided = _sizes(grad, x, stride), tuple(stride) != (1, 1)
+    rows, columns, channels = sizes[:3]
     grad, grad_pitch = pixels(grad)
     x, x_pitch = pixels(x)
     kind = products(x.dtype)
@@ -271,7 +260,7 @@ def _wgrad(
         partial = torch.empty((parts, columns, channels), dtype=torch.float32, device=x.device)
         sums = torch.empty((parts, columns) if bias else 0, dtype=torch.float32, device=x.device)
         launch(
-            wgrad_kernel, (programs, parts), grad, x, partial, sums, rows, *sizes, grad_pitch, x_pitch, steps,
+            wgrad_kernel, (programs, parts), grad, x, partial, sums, *sizes, grad_pitch, x_pitch, steps,
             SUMS=bias, STRIDED=strided, PRECISION=PRECISION[kind], **tiles._asdict(),
         )  # fmt: skip
         result[:] = partial.sum(0).to(x.dtype), sums.sum(0) if bias else sums

@@ -3,7 +3,8 @@ as one byte, and then gathers for every pixel of x from the windows that chose i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import chain
+from typing import Any
 
 import torch
 import triton
@@ -60,36 +61,27 @@ def gather_kernel(
     store_tile(grad_x_ptr, row, channels, c, valid, total)
 
 
-def _windows(x: Tensor, out: Tensor, window: tuple[int, ...]) -> None:
+def _windows(x: Tensor, out: Tensor, window: tuple[Any, ...]) -> None:
     n, channels, out_h, out_w = out.shape
     rows = n * out_h * out_w
     x, pitch = pixels(x)
     launch(
-        window_kernel, tiles(rows, channels), x, out, rows, channels, *x.shape[2:], out_h, out_w, *window, pitch,
-        INDEX=out.dtype == torch.uint8, **TILE,
+        window_kernel, tiles(rows, channels), x, out, rows, channels, *x.shape[2:], out_h, out_w, *chain(*window[:4]),
+        pitch, INDEX=out.dtype == torch.uint8, **TILE,
     )  # fmt: skip
 
 
-def max_pool2d_fwd(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-) -> Tensor:
-    out = empty_pixels(x, x.size(1), *out_sides(x, kernel, stride, padding, dilation, ceil_mode))
-    _windows(x, out, (*kernel, *stride, *padding, *dilation))
+# `window` is kernel, stride, padding and dilation, (h, w) each, and ceil_mode.
+def max_pool2d_fwd(x: Tensor, *window: Any) -> Tensor:
+    out = empty_pixels(x, x.size(1), *out_sides(x, *window))
+    _windows(x, out, window)
     return out.contiguous(memory_format=result_format(x))
 
 
-def max_pool2d_bwd(
-    grad_out: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], ceil_mode: bool,
-) -> Tensor:  # fmt: skip
-    if kernel[0] * kernel[1] > 255:
-        raise ValueError(f"max_pool2d: backward takes windows of at most 255 pixels, got {kernel[0]} x {kernel[1]}")
-    window = (*kernel, *stride, *padding, *dilation)
+def max_pool2d_bwd(grad_out: Tensor, x: Tensor, *window: Any) -> Tensor:
+    kernel_h, kernel_w = window[0]
+    if kernel_h * kernel_w > 255:
+        raise ValueError(f"max_pool2d: backward takes windows of at most 255 pixels, got {kernel_h} x {kernel_w}")
     index = torch.empty(grad_out.shape, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last)
     _windows(x, index, window)
     n, channels, height, width = x.shape
@@ -98,6 +90,6 @@ def max_pool2d_bwd(
     g, pitch = pixels(grad_out)
     launch(
         gather_kernel, tiles(rows, channels), g, index, grad_x, rows, channels, height, width, *grad_out.shape[2:],
-        *window, pitch, **TILE,
+        *chain(*window[:4]), pitch, **TILE,
     )  # fmt: skip
     return grad_x.contiguous(memory_format=result_format(x))
