@@ -142,9 +142,7 @@ class _BNReLUConcat(torch.autograd.Function):
 
 class _BNAddReLU(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, backend, training, mean, rstd, x, residual, *vectors
-    ):
+    def forward(ctx, backend, training, mean, rstd, x, residual, *vectors):  # type: ignore[no-untyped-def]
         n = len(training)
         out, mask = kernel("bn_add_relu_fwd", backend)(x, residual, mean, rstd, vectors[:n], vectors[n:], True)
         ctx.backend, ctx.training = backend, training

@@ -21,10 +21,6 @@ from .._conv import ConvGeometry, IntPair, autocast, check_conv, empty_result, i
 from . import reference
 
 
-def _fake_fwd(x, weight, bias, residual, stride, padding, dilation, groups, relu):  # type: ignore[no-untyped-def]
-    return empty_result(x, weight.shape, stride, padding, dilation)
-
-
 def _fake_bwd(grad_out, out, x, weight, *rest):  # type: ignore[no-untyped-def]
     """The gradients (x, weight, bias, residual); an empty tensor for each that is not computed."""
     needs_x, needs_weight, needs_bias = rest[-3:]
@@ -36,19 +32,10 @@ def _fake_bwd(grad_out, out, x, weight, *rest):  # type: ignore[no-untyped-def]
     )
 
 
-def _fake_pack(weight: Tensor, bias: Tensor | None, stride: list[int], dilation: list[int]) -> Tensor:
-    size = torch.library.get_ctx().new_dynamic_size()  # the layout, and so the size, is the processor's affair
-    return weight.new_empty(size, dtype=torch.uint8)
-
-
-def _fake_packed_fwd(x, packed, weight_shape, residual, stride, padding, dilation, relu):  # type: ignore[no-untyped-def]
-    return empty_result(x, weight_shape, stride, padding, dilation)
-
-
 define(
     "conv_bias_relu_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] stride, SymInt[] padding, "
     "SymInt[] dilation, SymInt groups, bool relu) -> Tensor",
-    _fake_fwd,
+    lambda x, weight, bias, residual, *geometry: empty_result(x, weight.shape, *geometry[:3]),
 )
 define(
     "conv_bias_relu_bwd(Tensor grad_out, Tensor? out, Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, "
@@ -56,11 +43,15 @@ define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _fake_bwd,
 )
-define("conv_bias_relu_pack(Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] dilation) -> Tensor", _fake_pack)
+define(
+    "conv_bias_relu_pack(Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] dilation) -> Tensor",
+    # The layout, and so the size, is the processor's affair.
+    lambda weight, *_: weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8),
+)
 define(
     "conv_bias_relu_packed_fwd(Tensor x, Tensor packed, SymInt[] weight_shape, Tensor? residual, SymInt[] stride, "
     "SymInt[] padding, SymInt[] dilation, bool relu) -> Tensor",
-    _fake_packed_fwd,
+    lambda x, packed, weight_shape, residual, *geometry: empty_result(x, weight_shape, *geometry[:3]),
 )
 define_triton("conv", "conv_bias_relu_fwd", "conv_bias_relu_bwd")
 
@@ -115,9 +106,7 @@ def pack_conv(
 
 class _ConvBiasReLU(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, x, weight, bias, residual, geometry, relu, backend
-    ):
+    def forward(ctx, x, weight, bias, residual, geometry, relu, backend):  # type: ignore[no-untyped-def]
         out = kernel("conv_bias_relu_fwd", backend)(x, weight, bias, residual, *geometry, relu)
         ctx.save_for_backward(x, weight, out if relu else None)
         ctx.geometry, ctx.backend = geometry, backend

@@ -115,11 +115,10 @@ class _Inception(torch.autograd.Function):
         # Triton's pool is PyTorch's own without its int64 indices and, backward, without its atomics; on a CPU neither
         # costs anything.
         ours = x.device.type == "cuda" and best("max_pool2d_bwd", x.device, x.dtype) == "triton"
-        pooled, indices = (
-            (kernel("max_pool2d_fwd", "triton")(x, *POOL, False), None)
-            if ours
-            else aten.max_pool2d_with_indices(x, *POOL)
-        )
+        if ours:
+            pooled = kernel("max_pool2d_fwd", "triton")(x, *POOL, False)
+        else:
+            pooled, indices = aten.max_pool2d_with_indices(x, *POOL)
         grad_x = backward(0, grad1, out1, x, needs_x)
         from3 = backward(1, backward(2, grad3, out3, reduced3, True), reduced3, x, needs_x)
         from5 = backward(3, backward(4, grad5, out5, reduced5, True), reduced5, x, needs_x)
