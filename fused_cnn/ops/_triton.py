@@ -65,9 +65,9 @@ def tiles(rows: int, channels: int) -> tuple[int, int]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """On the device of the first argument, a tensor; nothing where there is no program."""
+    """On the device of the first argument, a tensor or a descriptor of one; nothing where there is no program."""
     if 0 not in grid:
-        with torch.cuda.device_of(args[0]):
+        with torch.cuda.device_of(getattr(args[0], "base", args[0])):
             kernel[grid](*args, **options)
 
 

@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._candidates import Candidate, pick
 from ._conv import out_sides
-from ._triton import PRECISION, pixels, processors, products, relu
+from ._triton import PRECISION, launch, pixels, processors, products, relu
 
 MAX_DESTINATIONS = 3
 
@@ -190,8 +190,6 @@ def conv_forward(
     columns = weight.size(0)
     out_h, out_w = out_sides(x, *geometry[:4])
     rows, taps = n * out_h * out_w, weight.size(1) * weight.size(2)
-    if rows * columns == 0:
-        return
     x, x_pitch = pixels(x)
     residual, residual_pitch = (x, 0) if residual is None else pixels(residual)
     bias_at = x if bias is None else bias.contiguous()
@@ -199,28 +197,26 @@ def conv_forward(
     ends = [*accumulate(out.size(1) for out in outs), columns]
     destinations = [*outs, outs[0], outs[0]][:MAX_DESTINATIONS]
 
-    def launch(tiles: Tiles) -> None:
+    def run(tiles: Tiles) -> None:
         sources: tuple[Any, Any] = (x, weight)
-        tma = False
         if dense:
             descriptors = (
                 described(x, rows, channels, x_pitch, (tiles.BM, tiles.BK)),
                 described(weight, columns, channels, channels, (tiles.BN, tiles.BK)),
             )
-            if None not in descriptors:
-                sources, tma = descriptors, True
+            sources = sources if None in descriptors else descriptors
         programs = min(triton.cdiv(rows, tiles.BM) * triton.cdiv(columns, tiles.BN), processors(x.device))
-        with torch.cuda.device_of(x):
-            conv_fwd_kernel[(programs,)](
-                *sources, bias_at, residual, *destinations, rows, channels, columns, *ends[:2],
-                height, width, out_h, out_w, *geometry.stride, *geometry.padding, *geometry.dilation,
-                x_pitch, residual_pitch, *(out.stride(3) for out in destinations), geometry.kernel[1], taps,
-                DENSE=dense, POOL=geometry.pool, TMA=tma, BIAS=bias is not None, RESIDUAL=residual_pitch > 0, RELU=relu,
-                DESTINATIONS=len(outs), PRECISION=PRECISION[kind], GROUP=8, **tiles._asdict(),
-            )  # fmt: skip
+        launch(
+            conv_fwd_kernel, (programs,), *sources, bias_at, residual, *destinations, rows, channels, columns,
+            *ends[:2], height, width, out_h, out_w, *geometry.stride, *geometry.padding, *geometry.dilation,
+            x_pitch, residual_pitch, *(out.stride(3) for out in destinations), geometry.kernel[1], taps,
+            DENSE=dense, POOL=geometry.pool, TMA=sources[0] is not x, BIAS=bias is not None,
+            RESIDUAL=residual_pitch > 0, RELU=relu, DESTINATIONS=len(outs), PRECISION=PRECISION[kind], GROUP=8,
+            **tiles._asdict(),
+        )  # fmt: skip
 
     kind = products(x.dtype)
     candidates = POOL_TILES if geometry.pool else TILES[kind]
     window = (*geometry.kernel, *geometry.stride, geometry.pool)
     key = (kind, rows, columns, channels, *window, len(outs), residual_pitch > 0)
-    launch(pick("conv_fwd_kernel", key, candidates, launch, x.device, (rows, columns, processors(x.device))))
+    run(pick("conv_fwd_kernel", key, candidates, run, x.device, (rows, columns, processors(x.device))))
