@@ -293,12 +293,11 @@ def recorded_launches(dtypes: set[str]) -> list[Launch]:
     triton.knobs.runtime.jit_cache_hook = record
     measuring.table, measuring.seconds = SimpleNamespace(tiles={}), launch_all
     without_descriptors = patch.object(_triton_conv, "described", return_value=None)
-    calls = [
-        (op_cases, replace(case, options={**case.options, **LAYERS[op_cases.name][case.name]}))
-        for op_cases in all_cases()
-        for case in op_cases.cases
-        if case.name in LAYERS.get(op_cases.name, {})
-    ]
+    calls = []
+    for op_cases in all_cases():
+        cases = {case.name: case for case in op_cases.cases}
+        for name, changed in LAYERS.get(op_cases.name, {}).items():
+            calls.append((op_cases, replace(cases[name], options={**cases[name].options, **changed})))
     with patch.object(_candidates, "usable", return_value=True):
         for (op_cases, case), dtype, precision in product(calls, sorted(dtypes), ("tf32", "ieee")):
             torch.backends.cudnn.conv.fp32_precision = precision
@@ -308,6 +307,10 @@ def recorded_launches(dtypes: set[str]) -> list[Launch]:
                 with described:
                     out = op_cases.op(*args, **kwargs, backend="triton")
                     torch.autograd.grad(out, leaves_of((args, kwargs)), torch.ones_like(out), allow_unused=True)
+    for module in {launch.module for launch in found.values()}:
+        kernels = {name for name in vars(sys.modules[module]) if name.endswith("_kernel")}
+        if missed := kernels - {launch.kernel for launch in found.values()}:
+            sys.exit(f"compile-check: LAYERS launch every Triton kernel but {', '.join(sorted(missed))} of {module}")
     return list(found.values())
 
 

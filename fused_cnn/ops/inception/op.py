@@ -96,11 +96,6 @@ class _Inception(torch.autograd.Function):
         grad_weights: list[Tensor] = [x] * 6
         grad_biases: list[Tensor] = [x] * 6
 
-        def again(i: int) -> Tensor:
-            return kernel("conv_bias_relu_fwd", ctx.backend)(
-                x, weights[i], biases[i], None, [1, 1], [0, 0], [1, 1], 1, True
-            )
-
         def backward(i: int, grad: Tensor, result: Tensor, read: Tensor, needs_read: bool) -> Tensor:
             pad = weights[i].size(2) // 2
             grad_read, grad_weights[i], grad_biases[i], _ = kernel("conv_bias_relu_bwd", ctx.backend)(
@@ -111,7 +106,10 @@ class _Inception(torch.autograd.Function):
         sizes = [weights[i].size(0) for i in OUTPUTS]
         grad1, grad3, grad5, grad4 = grad_out.split(sizes, 1)
         out1, out3, out5, out4 = out.split(sizes, 1)
-        reduced3, reduced5 = again(1), again(3)
+        reduced3, reduced5 = (
+            kernel("conv_bias_relu_fwd", ctx.backend)(x, weights[i], biases[i], None, [1, 1], [0, 0], [1, 1], 1, True)
+            for i in (1, 3)
+        )
         # Triton's pool is PyTorch's own without its int64 indices and, backward, without its atomics; on a CPU neither
         # costs anything.
         ours = x.device.type == "cuda" and best("max_pool2d_bwd", x.device, x.dtype) == "triton"
