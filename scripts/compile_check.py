@@ -2,11 +2,11 @@
 registers, spills, stack and shared memory, and the instructions that matter, on a machine with or without a GPU.
 
 CUDA kernels are built by the ordinary build where nvcc is found; ptxas's report of that build and the disassembly of
-its objects are read. Triton kernels, those that each room lists in SHIPPED, are compiled offline by the Triton wheel
-that is first on PYTHONPATH and read with its cuobjdump. The check fails where the compiler warned, where an op that a
-CUDA source registers is not registered, and for a kernel that spills to local memory, whose block wants more shared
-memory than the chip has, that multiplies matrices on sm_90 without wgmma, or that only streams activations and does not
-load and store them 16 bytes at a time. What cannot be checked here is said, with the reason.
+its objects are read. Triton kernels, as the rooms launch them on LAYERS, are compiled offline by the Triton wheel that
+is first on PYTHONPATH and read with its cuobjdump. The check fails where the compiler warned, where an op that a CUDA
+source registers is not registered, and for a kernel that spills to local memory, whose block wants more shared memory
+than the chip has, that multiplies matrices on sm_90 without wgmma, or that only streams activations and does not load
+and store them 16 bytes at a time. What cannot be checked here is said, with the reason.
 """
 
 from __future__ import annotations
@@ -16,30 +16,50 @@ import importlib
 import importlib.util
 import json
 import os
-import pkgutil
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from fused_cnn import _library, ops
+from fused_cnn import _candidates, _library
+from fused_cnn._candidates import measuring
+from fused_cnn._trees import leaves_of
+from fused_cnn.ops._cases import Maker
+from fused_cnn.testing import all_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 # What is compiled where nothing is asked for: bfloat16 has the largest tiles, float32 products of its own, and float16
 # is as bfloat16.
 TRITON_TARGETS = {80: ("bf16",), 90: ("fp32", "bf16"), 100: ("bf16",)}
+# Cases of the ops that between them launch every Triton kernel with everything in its epilogue, and what is changed.
+LAYERS: dict[str, dict[str, dict[str, Any]]] = {
+    "add_relu": {"resnet50 layer1": {}},
+    "bn_relu": {"resnet50 layer1 conv2 training": {}},
+    "bn_add_relu": {"resnet50 layer1 training": {}, "resnet50 layer1 downsample training": {}},
+    "concat_bias_relu": {"googlenet 3a": {}},
+    "conv_bias_relu": {"resnet18 layer1 conv2": {}},
+    "conv1x1_bias_relu": {"resnet50 layer1 conv3": {}, "resnet50 layer3 conv3": {"stride": 2}},
+    "inception": {"googlenet 3a": {}},
+    "max_pool2d": {"resnet50 maxpool": {}},
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PTXAS = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -85,6 +105,31 @@ class Kernel:
         if self.matrix and self.arch == "sm_90" and self.matrix not in ("wgmma", "fma"):
             found.append(f"products by {self.matrix}, not wgmma")
         return found + [f"no {instruction}" for instruction in self.missing]
+
+
+@dataclass
+class Launch:
+    """A Triton kernel as a room's launcher calls it, with what Triton needs to compile it."""
+
+    room: str
+    module: str
+    kernel: str
+    dtype: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    aligned: dict[tuple[int, ...], Any]  # by the argument's place, what is a multiple of 16
+    num_warps: int
+    num_stages: int
+
+    @property
+    def label(self) -> str:
+        """The kernel, its dtype and what sets this configuration apart."""
+        tile = "x".join(
+            str(self.constants[name]) for name in ("BM", "BN", "BC", "BK", "BLOCK") if name in self.constants
+        )
+        switches = [name.lower() for name, value in self.constants.items() if value is True]
+        switches += [str(self.constants["PRECISION"])] if self.dtype == "fp32" and "PRECISION" in self.constants else []
+        return " ".join([self.kernel, self.dtype, tile, *switches])
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -191,7 +236,7 @@ def cuda_kernels(skipped: list[str], broken: list[str]) -> list[Kernel]:
 
 
 def triton_kernels(skipped: list[str], targets: dict[int, tuple[str, ...]]) -> list[Kernel]:
-    """Every kernel that a room ships, a process a core, for these architectures in these dtypes."""
+    """Every kernel that the rooms launch, a process a core, for these architectures in these dtypes."""
     if importlib.util.find_spec("triton") is None:
         skipped.append("Triton kernels: Triton is not installed; `pip install triton`")
         return []
@@ -200,45 +245,84 @@ def triton_kernels(skipped: list[str], targets: dict[int, tuple[str, ...]]) -> l
         skipped.append("Triton kernels: this Triton carries no cuobjdump, and none is on PATH")
         return []
     jobs = []
-    for room in pkgutil.iter_modules(ops.__path__):
-        if room.ispkg and importlib.util.find_spec(f"{ops.__name__}.{room.name}.triton") is not None:
-            for i, shipped in enumerate(shipped_by(room.name)):
-                for target, dtypes in targets.items():
-                    if target >= 90 or not shipped.descriptors:
-                        jobs += [(room.name, i, target, dtype, tool) for dtype in shipped.dtypes if dtype in dtypes]
+    for launch in recorded_launches({dtype for dtypes in targets.values() for dtype in dtypes}):
+        descriptors = any(kind.startswith("tensordesc") for kind in launch.signature.values())
+        for target, dtypes in targets.items():
+            if launch.dtype in dtypes and (target >= 90 or not descriptors):
+                jobs.append((launch, target, tool))
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         return list(pool.map(compiled, *zip(*jobs, strict=True), chunksize=8))
 
 
-def shipped_by(room: str) -> list[Any]:
-    found: list[Any] = importlib.import_module(f"{ops.__name__}.{room}.triton").SHIPPED
-    return found
+def recorded_launches(dtypes: set[str]) -> list[Launch]:
+    """What LAYERS launch, forward and backward, in every tile that may be picked, with descriptors (Hopper's) and
+    without. Triton binds the arguments and asks before it compiles: that is written down, and nothing is launched."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from fused_cnn.ops import _triton_conv
+
+    found: dict[str, Launch] = {}
+
+    def record(fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        room = fn.module.split(".")[2]
+        parameters = fn.jit_function.params
+        # Triton makes a constant of an integer that is 1: one launch stands for those with other strides.
+        signature = {p.name: compile["signature"][p.name] for p in parameters}
+        signature |= {p.name: "i32" for p in parameters if signature[p.name] == "constexpr" and not p.is_constexpr}
+        constants = {p.name: compile["constants"][p.num,] for p in parameters if p.is_constexpr}
+        launch = Launch(
+            op_cases.room if room.startswith("_") else room, fn.module, fn.name, dtype, signature, constants,
+            compile["configs"][0], compile["num_warps"], compile["num_stages"],
+        )  # fmt: skip
+        found.setdefault(str(launch), launch)
+        return True  # it is not to be compiled
+
+    def launch_all(tiles: dict[Any, Callable[[], object]], device: torch.device) -> dict[Any, float]:
+        for launch in tiles.values():
+            launch()
+        return dict.fromkeys(tiles, 0.0)
+
+    triton.runtime.driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+        )
+    )
+    triton.knobs.runtime.jit_cache_hook = record
+    measuring.table, measuring.seconds = SimpleNamespace(tiles={}), launch_all
+    without_descriptors = patch.object(_triton_conv, "described", return_value=None)
+    calls = []
+    for op_cases in all_cases():
+        cases = {case.name: case for case in op_cases.cases}
+        for name, changed in LAYERS.get(op_cases.name, {}).items():
+            calls.append((op_cases, replace(cases[name], options={**cases[name].options, **changed})))
+    with patch.object(_candidates, "usable", return_value=True):
+        for (op_cases, case), dtype, precision in product(calls, sorted(dtypes), ("tf32", "ieee")):
+            torch.backends.cudnn.conv.fp32_precision = precision
+            args, kwargs = op_cases.make(case, Maker(DTYPES[dtype]))
+            for described in (nullcontext(), without_descriptors):
+                measuring.table.tiles.clear()
+                with described:
+                    out = op_cases.op(*args, **kwargs, backend="triton")
+                    torch.autograd.grad(out, leaves_of((args, kwargs)), torch.ones_like(out), allow_unused=True)
+    for module in {launch.module for launch in found.values()}:
+        kernels = {name for name in vars(sys.modules[module]) if name.endswith("_kernel")}
+        if missed := kernels - {launch.kernel for launch in found.values()}:
+            sys.exit(f"compile-check: LAYERS launch every Triton kernel but {', '.join(sorted(missed))} of {module}")
+    return list(found.values())
 
 
-def compiled(room: str, index: int, target: int, dtype: str, tool: str) -> Kernel:
-    """Compile a room's index-th kernel offline, as a launch on 16-byte-aligned tensors would, and read its cubin."""
+def compiled(launch: Launch, target: int, tool: str) -> Kernel:
+    """Compile a launch's kernel offline and read its cubin."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    shipped = shipped_by(room)[index]
-    signature = (
-        dict.fromkeys(shipped.pointers, f"*{dtype}")
-        | dict.fromkeys(shipped.float32, "*fp32")
-        | dict.fromkeys(shipped.bytes, "*u8")
-        | dict.fromkeys(shipped.scalars, "i32")
-        | dict.fromkeys(shipped.floats, "fp32")
-        | dict.fromkeys(shipped.constants, "constexpr")
-        | {name: f"tensordesc<{dtype}{list(block)}>".replace(" ", "") for name, block in shipped.descriptors.items()}
-    )
-    ordered = {name: signature[name] for name in shipped.kernel.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(ordered.items())
-        if kind.startswith("*") or name in shipped.aligned
-    }
-    source = ASTSource(fn=shipped.kernel, signature=ordered, constexprs=dict(shipped.constants), attrs=aligned)
-    options = {"num_warps": shipped.num_warps, "num_stages": shipped.num_stages}
+    function = getattr(importlib.import_module(launch.module), launch.kernel)
+    source = ASTSource(fn=function, signature=launch.signature, constexprs=launch.constants, attrs=launch.aligned)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -249,21 +333,20 @@ def compiled(room: str, index: int, target: int, dtype: str, tool: str) -> Kerne
     registers, stack, shared, local = map(int, RESOURCES.search(text).groups())  # type: ignore[union-attr]
     units = [unit for unit, instruction in MATRIX_UNITS.items() if instruction in kernel.asm["ptx"]]
     matrix = (units or ["none"])[0] if "tt.dot" in kernel.asm["ttir"] else ""
-    if matrix == "none" and shipped.constants.get("PRECISION") == "ieee":
+    if matrix == "none" and launch.constants.get("PRECISION") == "ieee":
         matrix = "fma"  # as asked for: no matrix unit multiplies float32 exactly
-    narrow = bool(shipped.pointers) and not matrix and WIDE_LOAD.search(kernel.asm["ptx"]) is None
-    missing = ("load 16",) if narrow else ()
-    shared = max(shared, kernel.metadata.shared)
+    # What merges partial results takes a channel a thread.
+    streams = not matrix and not launch.kernel.startswith("finish")
     return Kernel(
-        f"{room}/triton.py",
-        shipped.label(dtype),
+        f"{launch.room}/triton.py",
+        launch.label,
         f"sm_{target}",
         registers,
         stack + local,
-        shared,
+        max(shared, kernel.metadata.shared),
         stack,
         matrix,
-        missing,
+        ("load 16",) if streams and WIDE_LOAD.search(kernel.asm["ptx"]) is None else (),
     )
 
 
@@ -272,9 +355,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also save the table here")
     parser.add_argument("--only", choices=("cuda", "triton"), help="leave the other's kernels out")
     parser.add_argument("--target", type=int, choices=TRITON_TARGETS, help="Triton kernels for this architecture alone")
-    parser.add_argument(
-        "--dtype", choices=("fp32", "fp16", "bf16"), action="append", help="Triton kernels in these dtypes alone"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="Triton kernels in these dtypes alone")
     arguments = parser.parse_args()
     wanted = {arguments.target: TRITON_TARGETS[arguments.target]} if arguments.target else TRITON_TARGETS
     targets = {target: tuple(arguments.dtype or dtypes) for target, dtypes in wanted.items()}

@@ -161,22 +161,21 @@ SENTINEL = 7.0
 def test_a_slice_is_written_whole_and_its_neighbours_are_not(channels: int) -> None:
     """Each kernel that writes into a slice of a wider tensor, alone: in an op, the next branch would write over what
     overran."""
+    from fused_cnn.ops._triton import TILE, tiles
     from fused_cnn.ops._triton_conv import Geometry, conv_forward, weight_rows
-    from fused_cnn.ops.batch_norm.triton import TILE, apply_kernel
-    from fused_cnn.ops.concat.triton import CHANNELS as BC
-    from fused_cnn.ops.concat.triton import ROWS as BM
+    from fused_cnn.ops.batch_norm.triton import apply_kernel
     from fused_cnn.ops.concat.triton import bias_relu_kernel
 
     x = torch.randn(2, channels, 5, 7, device=DEVICE).contiguous(memory_format=torch.channels_last)
     weight, kernel = (torch.randn(channels, channels, k, k, device=DEVICE) for k in (1, 3))
     vectors = [torch.rand(channels, device=DEVICE) + 0.5 for _ in range(4)]
-    rows, grid = 70, (-(-70 // BM), -(-channels // BC))
+    rows, grid = 70, tiles(70, channels)
 
     def convolution(w: Tensor, geometry: Geometry) -> Callable[[Tensor, int], None]:
-        return lambda part, pitch: conv_forward(x, weight_rows(w), vectors[0], None, geometry, True, [(part, pitch)])
+        return lambda part, pitch: conv_forward(x, weight_rows(w), vectors[0], None, geometry, True, [part])
 
     def concatenation(part: Tensor, pitch: int) -> None:
-        bias_relu_kernel[grid](x, vectors[0], part, rows, channels, channels, pitch, BIAS=True, RELU=True, BM=BM, BC=BC)
+        bias_relu_kernel[grid](x, vectors[0], part, rows, channels, channels, pitch, BIAS=True, RELU=True, **TILE)
 
     def normalisation(part: Tensor, pitch: int) -> None:
         apply_kernel[grid](

@@ -1,4 +1,4 @@
-"""What every autograd.Function's backward is wrapped in."""
+"""When an op runs as an autograd.Function, and what every such function's backward is wrapped in."""
 
 from __future__ import annotations
 
@@ -27,3 +27,7 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, grad_out)
 
     return once_differentiable(in_the_forwards_dtypes)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

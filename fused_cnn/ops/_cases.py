@@ -117,15 +117,18 @@ class OpCases:
     `reason` says why so many.
     """
 
-    name: str
     op: Callable[..., Tensor]
-    cases: tuple[Case, ...]
+    cases: Sequence[Case]
     make: Callable[[Case, Maker], tuple[tuple[Any, ...], dict[str, Any]]]
     least: Callable[..., tuple[Pass, Pass]]
     rounding: float
     reason: str
     registered: str = ""
     summation: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.op.__name__
 
     @property
     def decides(self) -> str:
@@ -152,7 +155,15 @@ def rooms() -> list[ModuleType]:
     return [importlib.import_module(f"{ops.__name__}.{name}.cases") for name in found]
 
 
-def awkward_shapes(batch: int = 2) -> list[tuple[int, int, int, int]]:
+Layer = tuple[str, tuple[int, int, int, int], Mapping[str, Any]]
+
+
+def layers(real: Sequence[Layer], odd: Sequence[Layer] = ()) -> list[Case]:
+    return [*(Case(*layer, real=True) for layer in real), *(Case(*layer) for layer in odd)]
+
+
+def awkward(**options: Any) -> list[Case]:
     """Odd channel counts and sizes in pairs, kept small, and an empty batch."""
     pairs = [(1, 55), (3, 28), (17, 14), (65, 7), (112, 7), (480, 1), (3, 1), (17, 7), (1, 1)]
-    return [(batch, c, s, s) for c, s in pairs] + [(1, 17, 5, 9), (0, 17, 7, 7)]
+    shapes = [*((2, c, s, s) for c, s in pairs), (1, 17, 5, 9), (0, 17, 7, 7)]
+    return [Case("x".join(map(str, shape)), shape, options) for shape in shapes]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._candidates import resolve
 from .._checks import check_nchw, check_same, check_vector
-from .._layout import empty_nchw, result_format
+from .._layout import empty_nchw
 
 IntPair = int | tuple[int, int]
 
@@ -20,9 +20,31 @@ def pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """One spatial side of a convolution's result."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+class ConvGeometry(NamedTuple):
+    """What conv2d takes besides its tensors, (h, w) each."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @classmethod
+    def of(cls, stride: IntPair, padding: IntPair, dilation: IntPair, groups: int) -> ConvGeometry:
+        return cls(pair(stride), pair(padding), pair(dilation), groups)
+
+
+def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool = False) -> int:
+    """One side of a convolution's or a pool's result, by PyTorch's rule: with ceil_mode, no window may start in the
+    padding behind the image."""
+    reach = size + 2 * padding - dilation * (kernel - 1) - 1
+    out = (reach + (stride - 1 if ceil_mode else 0)) // stride + 1
+    return out - 1 if ceil_mode and (out - 1) * stride >= size + padding else out
+
+
+def out_sides(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool = False) -> list[int]:
+    """The result's height and width, of (h, w) pairs."""
+    sides = zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
+    return [out_size(*side, ceil_mode) for side in sides]
 
 
 def is_pointwise(weight: Tensor, padding: Sequence[int], groups: int) -> bool:
@@ -46,17 +68,10 @@ def packable(like: Tensor, op: str, backend: str | None) -> bool:
 
 
 def check_conv(
-    op: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geometry: ConvGeometry
 ) -> None:
     """Everything that a convolution must find in order, before any memory is touched."""
+    stride, padding, dilation, groups = geometry
     check_nchw(op, "x", x)
     if weight.dim() != 4:
         raise ValueError(f"{op}: weight must have 4 dimensions (out, in, kh, kw), got shape {tuple(weight.shape)}")
@@ -72,8 +87,7 @@ def check_conv(
             f"{op}: stride and dilation must be at least 1 and padding at least 0, "
             f"got stride={stride}, padding={padding}, dilation={dilation}"
         )
-    height = out_size(x.size(2), kh, stride[0], padding[0], dilation[0])
-    width = out_size(x.size(3), kw, stride[1], padding[1], dilation[1])
+    height, width = out_sides(x, (kh, kw), stride, padding, dilation)
     if height < 1 or width < 1:
         raise ValueError(f"{op}: kernel ({kh}, {kw}) is larger than the padded input of shape {tuple(x.shape)}")
     check_vector(op, "bias", bias, out_channels, x)
@@ -104,19 +118,4 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 
 def empty_result(x: Tensor, weight_shape: Any, stride: Any, padding: Any, dilation: Any) -> Tensor:
     """A convolution's result, uninitialised: what the fake kernels return."""
-    out_channels, _, kh, kw = weight_shape
-    height = out_size(x.size(2), kh, stride[0], padding[0], dilation[0])
-    width = out_size(x.size(3), kw, stride[1], padding[1], dilation[1])
-    return empty_nchw(x, out_channels, height, width)
-
-
-def empty_gradients(
-    grad_out: Tensor, out: Tensor | None, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients (x, weight, bias, residual), uninitialised; an empty tensor for each that is not computed."""
-    return (
-        torch.empty_like(x, memory_format=result_format(x)) if needs_x else grad_out.new_empty(0),
-        torch.empty_like(weight, memory_format=result_format(weight)) if needs_weight else grad_out.new_empty(0),
-        grad_out.new_empty(weight.size(0)) if needs_bias else grad_out.new_empty(0),
-        grad_out.new_empty(0) if out is None else empty_nchw(out, *out.shape[1:]),
-    )
+    return empty_nchw(x, weight_shape[0], *out_sides(x, weight_shape[2:], stride, padding, dilation))

@@ -59,19 +59,13 @@ def conv_flops(out: Tensor, weight_shape: Sequence[int]) -> int:
 
 
 def engine_conv(
-    x: Tensor,
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    *,
-    in_place: bool = False,
+    x: Tensor, weight_shape: Sequence[int], *window: Sequence[int], in_place: bool = False
 ) -> tuple[Tensor, Cost]:
-    """The native CPU convolution of x with a packed weight: its result, on the meta device, and its cost."""
-    out = empty_result(x.to("meta"), weight_shape, stride, padding, dilation)
-    geometry = (weight_shape[2:], stride, padding, dilation)
+    """The native CPU convolution of x with a packed weight: its result, on the meta device, and its cost. `window` is
+    stride, padding and dilation."""
+    out = empty_result(x.to("meta"), weight_shape, *window)
     read, done = _library.conv_work(
-        x.shape, weight_shape[0], *geometry, bfloat16=x.dtype == torch.bfloat16, in_place=in_place
+        x.shape, weight_shape[0], weight_shape[2:], *window, bfloat16=x.dtype == torch.bfloat16, in_place=in_place
     )
     flops = conv_flops(out, weight_shape)
     return out, Cost(reads={"packed": 0}, reads_more=read, flops=flops, flops_saved=flops - done)

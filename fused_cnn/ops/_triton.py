@@ -1,54 +1,17 @@
-"""What every room's triton.py shares: rows of pixels, ReLU as PyTorch defines it, masked sums, the form of its list
-SHIPPED."""
+"""What every room's triton.py shares: tiles of pixels by channels, ReLU as PyTorch defines it, masked sums."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Shipped:
-    """One kernel as a launcher calls it. Each room lists its own in SHIPPED, and `make compile-check` compiles them
-    without a GPU.
-
-    `pointers` are in the dtype that the op runs in, one of `dtypes`; `float32` always to float32, `bytes` to uint8.
-    `scalars` are 32-bit integers, those of them in `aligned` multiples of 16; `floats` are float32 values.
-    `descriptors` are TMA descriptors (Hopper and later) with the shape of their blocks; `constants` are the kernel's
-    tl.constexpr arguments.
-    """
-
-    kernel: triton.JITFunction
-    pointers: tuple[str, ...]
-    scalars: tuple[str, ...] = ()
-    float32: tuple[str, ...] = ()
-    aligned: tuple[str, ...] = ()
-    descriptors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    constants: Mapping[str, object] = field(default_factory=dict)
-    num_warps: int = 4
-    num_stages: int = 3
-    bytes: tuple[str, ...] = ()
-    floats: tuple[str, ...] = ()
-    dtypes: tuple[str, ...] = ("fp16", "bf16", "fp32")
-
-    def label(self, dtype: str) -> str:
-        """The kernel, its dtype and what sets this configuration apart."""
-        tile = "x".join(
-            str(self.constants[name]) for name in ("BM", "BN", "BC", "BK", "BLOCK") if name in self.constants
-        )
-        switches = [name.lower() for name, value in self.constants.items() if value is True]
-        switches += [str(self.constants["PRECISION"])] if dtype == "fp32" and "PRECISION" in self.constants else []
-        return " ".join([self.kernel.__name__, dtype, tile, *switches])
-
-
-DTYPES = {"16-bit": ("fp16", "bf16"), "tf32": ("fp32",), "ieee": ("fp32",)}  # by products(): what runs so
+ROWS, CHANNELS = 32, 64  # of a tile of the kernels that only stream
+TILE = {"BM": ROWS, "BC": CHANNELS}
 PRECISION = {"16-bit": "tf32", "tf32": "tf32", "ieee": "ieee"}  # tl.dot's input_precision, which is about float32 alone
 
 
@@ -57,21 +20,6 @@ def products(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "16-bit"
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
-
-
-def grid_1d(elements: int, block: int) -> tuple[int]:
-    """A one-dimensional grid, checked against CUDA's limit of 2^31 - 1 blocks."""
-    blocks = triton.cdiv(elements, block)
-    if blocks >= 2**31:
-        raise ValueError(f"{elements} elements need {blocks} blocks of {block}; one launch takes at most {2**31 - 1}")
-    return (blocks,)
-
-
-def dense_like(t: Tensor, like: Tensor) -> Tensor:
-    """t in like's dense layout (channels_last or contiguous), copied only where it is not so already."""
-    from .._layout import result_format
-
-    return t.contiguous(memory_format=result_format(like))
 
 
 MAX_PIXELS = 2**31 - 2**16  # a pixel's number is a 32-bit integer, also in the tiles that overhang the last one
@@ -87,21 +35,15 @@ def check_size(n: int, channels: int, height: int, width: int) -> None:
         )
 
 
-class Pixels(NamedTuple):
-    """An activation as rows of pixels, `pitch` elements apart, channels adjacent."""
-
-    tensor: Tensor
-    pitch: int
-
-
-def pixels(t: Tensor) -> Pixels:
-    """t itself where its pixels are evenly spaced with adjacent channels, else a channels_last copy."""
+def pixels(t: Tensor) -> tuple[Tensor, int]:
+    """An activation as rows of pixels with adjacent channels, and the elements from one row to the next: t itself where
+    its pixels are evenly spaced, else a channels_last copy."""
     check_size(*t.shape)
     c, h, w = t.shape[1:]
     pitch = t.stride(3)
     if t.stride() != (pitch * w * h, 1, pitch * w, pitch) or pitch < c:
-        t, pitch = empty_pixels(t, c, h, w).copy_(t), c
-    return Pixels(t, pitch)
+        return empty_pixels(t, c, h, w).copy_(t), c
+    return t, pitch
 
 
 def empty_pixels(like: Tensor, channels: int, height: int, width: int) -> Tensor:
@@ -115,6 +57,35 @@ def empty_pixels(like: Tensor, channels: int, height: int, width: int) -> Tensor
 def processors(device: torch.device) -> int:
     """How many programs fill the device: its multiprocessors; a few in the interpreter."""
     return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def tiles(rows: int, channels: int) -> tuple[int, int]:
+    """The grid of one program a tile."""
+    return triton.cdiv(rows, ROWS), triton.cdiv(channels, CHANNELS)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """On the device of the first argument, a tensor or a descriptor of one; nothing where there is no program."""
+    if 0 not in grid:
+        with torch.cuda.device_of(getattr(args[0], "base", args[0])):
+            kernel[grid](*args, **options)
+
+
+@triton.jit
+def tile(rows, channels, BM: tl.constexpr, BC: tl.constexpr):
+    """A program's pixels and channels, the pixels as 64-bit rows, and which elements there are."""
+    m, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
+    return m, c, m.to(tl.int64)[:, None], (m < rows)[:, None] & (c < channels)[None, :]
+
+
+@triton.jit
+def load_tile(ptr, row, pitch, c, mask):
+    return tl.load(ptr + row * pitch + c[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(ptr, row, pitch, c, mask, values):
+    tl.store(ptr + row * pitch + c[None, :], values.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -132,14 +103,14 @@ def relu_grad(grad, out):
 @triton.jit
 def mask_and_sum_kernel(
     grad_out_ptr, out_ptr, grad_ptr, sums_ptr, rows, columns, grad_out_pitch, out_pitch,
-    MASK: tl.constexpr, SUMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr,
+    blocks, MASK: tl.constexpr, SUMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """grad = grad_out where out is positive or NaN, else 0; sums[part] = the sums of BLOCKS * BM of its rows, by
+    """grad = grad_out where out is positive or NaN, else 0; sums[part] = the sums of blocks * BM of its rows, by
     column."""
     part, n = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
     total = tl.zeros((BN,), tl.float32)
-    for block in range(BLOCKS):
-        m = (part * BLOCKS + block) * BM + tl.arange(0, BM)
+    for block in range(blocks):
+        m = (part * blocks + block) * BM + tl.arange(0, BM)
         mask = (m < rows)[:, None] & (n < columns)[None, :]
         row = m.to(tl.int64)[:, None]
         grad = tl.load(grad_out_ptr + row * grad_out_pitch + n[None, :], mask=mask, other=0.0)
@@ -154,12 +125,6 @@ def mask_and_sum_kernel(
 
 
 MASK_TILE = {"BM": 16, "BN": 64}
-MASK_AND_SUM = Shipped(
-    mask_and_sum_kernel, ("grad_out_ptr", "out_ptr", "grad_ptr"), ("rows", "columns", "grad_out_pitch", "out_pitch"),
-    ("sums_ptr",),
-    aligned=("columns", "grad_out_pitch", "out_pitch"), constants={"MASK": True, "SUMS": True, "BLOCKS": 16,
-    **MASK_TILE},
-)  # fmt: skip
 
 
 def mask_and_sum(grad_out: Tensor, out: Tensor | None, sums: bool) -> tuple[Tensor, Tensor]:
@@ -176,10 +141,8 @@ def mask_and_sum(grad_out: Tensor, out: Tensor | None, sums: bool) -> tuple[Tens
     blocks = max(1, min(16, triton.cdiv(rows, bm * 512)))
     parts = triton.cdiv(rows, bm * blocks)
     partial = torch.empty((parts, columns) if sums else 0, dtype=torch.float32, device=grad_out.device)
-    if rows * columns:
-        with torch.cuda.device_of(grad_out):
-            mask_and_sum_kernel[(parts, triton.cdiv(columns, bn))](
-                grad_out, mask, grad, partial, rows, columns, grad_out_pitch, mask_pitch,
-                MASK=out is not None, SUMS=sums, BLOCKS=blocks, **MASK_TILE,
-            )  # fmt: skip
+    launch(
+        mask_and_sum_kernel, (parts, triton.cdiv(columns, bn)), grad_out, mask, grad, partial,
+        rows, columns, grad_out_pitch, mask_pitch, blocks, MASK=out is not None, SUMS=sums, **MASK_TILE,
+    )  # fmt: skip
     return grad, partial.sum(0) if sums else partial

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +23,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._candidates import Candidate, pick
-from ._conv import out_size
-from ._triton import DTYPES, PRECISION, Shipped, check_size, pixels, processors, products, relu
+from ._conv import out_sides
+from ._triton import PRECISION, launch, pixels, processors, products, relu
 
 MAX_DESTINATIONS = 3
 
@@ -137,10 +138,11 @@ def _candidates(*tiles: Tiles) -> list[Candidate[Tiles]]:
 TILES = {  # by products(); the largest first
     "16-bit": _candidates(
         Tiles(128, 128, 64, 8, 4), Tiles(128, 64, 64, 4, 4), Tiles(128, 32, 64, 4, 4), Tiles(64, 64, 64, 4, 4),
-        Tiles(64, 32, 64, 4, 4)
+        Tiles(64, 32, 64, 4, 4),
     ),
-    "tf32": _candidates(Tiles(128, 64, 32, 8, 3), Tiles(128, 32, 32, 4, 3), Tiles(64, 64, 32, 4, 3), Tiles(64, 32, 32,
-    8, 3)),
+    "tf32": _candidates(
+        Tiles(128, 64, 32, 8, 3), Tiles(128, 32, 32, 4, 3), Tiles(64, 64, 32, 4, 3), Tiles(64, 32, 32, 8, 3)
+    ),
     # No matrix units: larger ones spill.
     "ieee": _candidates(Tiles(64, 64, 16, 8, 3), Tiles(64, 32, 16, 8, 3), Tiles(32, 32, 16, 8, 3)),
 }  # fmt: skip
@@ -155,12 +157,6 @@ class Geometry(NamedTuple):
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     pool: bool = False
-
-    def out(self, height: int, width: int) -> tuple[int, int]:
-        """The result's height and width."""
-        sides = zip((height, width), self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        h, w = (out_size(*side) for side in sides)
-        return h, w
 
 
 def weight_rows(weight: Tensor) -> Tensor:
@@ -186,92 +182,41 @@ def conv_forward(
     residual: Tensor | None,
     geometry: Geometry,
     relu: bool,
-    outs: Sequence[tuple[Tensor, int]],
+    outs: Sequence[Tensor],
 ) -> None:
-    """One launch. `weight` is (columns, kernel_h, kernel_w, channels) in memory; `outs` are (tensor that begins at the
-    first channel, row pitch) for each destination, whose channels fill the weight's rows in order."""
+    """One launch. `weight` is (columns, kernel_h, kernel_w, channels) in memory; `outs` are the destinations, rows of
+    pixels, whose channels fill the weight's rows in order."""
     n, channels, height, width = x.shape
     columns = weight.size(0)
-    out_h, out_w = geometry.out(height, width)
+    out_h, out_w = out_sides(x, *geometry[:4])
     rows, taps = n * out_h * out_w, weight.size(1) * weight.size(2)
-    if rows * columns == 0:
-        return
-    check_size(n, columns, out_h, out_w)
     x, x_pitch = pixels(x)
     residual, residual_pitch = (x, 0) if residual is None else pixels(residual)
     bias_at = x if bias is None else bias.contiguous()
     dense = geometry == Geometry((1, 1))
-    ends = [0]
-    for out, _ in outs:
-        ends.append(ends[-1] + out.size(1))
-    places = [*outs, *[outs[0]] * (MAX_DESTINATIONS - len(outs))]
+    ends = [*accumulate(out.size(1) for out in outs), columns]
+    destinations = [*outs, outs[0], outs[0]][:MAX_DESTINATIONS]
 
-    def launch(tiles: Tiles) -> None:
+    def run(tiles: Tiles) -> None:
         sources: tuple[Any, Any] = (x, weight)
-        tma = False
         if dense:
             descriptors = (
                 described(x, rows, channels, x_pitch, (tiles.BM, tiles.BK)),
                 described(weight, columns, channels, channels, (tiles.BN, tiles.BK)),
             )
-            if None not in descriptors:
-                sources, tma = descriptors, True
+            sources = sources if None in descriptors else descriptors
         programs = min(triton.cdiv(rows, tiles.BM) * triton.cdiv(columns, tiles.BN), processors(x.device))
-        with torch.cuda.device_of(x):
-            conv_fwd_kernel[(programs,)](
-                *sources, bias_at, residual, *(out for out, _ in places),
-                rows, channels, columns, ends[1], ends[min(2, len(outs))],
-                height, width, out_h, out_w, *geometry.stride, *geometry.padding, *geometry.dilation,
-                x_pitch, residual_pitch, *(pitch for _, pitch in places), geometry.kernel[1], taps,
-                DENSE=dense, POOL=geometry.pool, TMA=tma,
-                BIAS=bias is not None, RESIDUAL=residual_pitch > 0, RELU=relu, DESTINATIONS=len(outs),
-                PRECISION=PRECISION[kind],
-                BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, GROUP=8, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-            )  # fmt: skip
+        launch(
+            conv_fwd_kernel, (programs,), *sources, bias_at, residual, *destinations, rows, channels, columns,
+            *ends[:2], height, width, out_h, out_w, *geometry.stride, *geometry.padding, *geometry.dilation,
+            x_pitch, residual_pitch, *(out.stride(3) for out in destinations), geometry.kernel[1], taps,
+            DENSE=dense, POOL=geometry.pool, TMA=sources[0] is not x, BIAS=bias is not None,
+            RESIDUAL=residual_pitch > 0, RELU=relu, DESTINATIONS=len(outs), PRECISION=PRECISION[kind], GROUP=8,
+            **tiles._asdict(),
+        )  # fmt: skip
 
     kind = products(x.dtype)
     candidates = POOL_TILES if geometry.pool else TILES[kind]
-    key = (
-        kind,
-        rows,
-        columns,
-        channels,
-        *geometry.kernel,
-        *geometry.stride,
-        geometry.pool,
-        len(outs),
-        residual_pitch > 0,
-    )
-    launch(pick("conv_fwd_kernel", key, candidates, launch, x.device, (rows, columns, processors(x.device))))
-
-
-def shipped_forward(*, dense: bool = False, pool: bool = False, destinations: int = 1) -> list[Shipped]:
-    """conv_fwd_kernel in every tile that conv_forward launches it with: for any convolution, for `dense` 1x1 ones (with
-    and without descriptors), or behind a pool."""
-    scalars = (
-        "rows", "channels", "columns", "end0", "end1", "height", "width", "out_h", "out_w", "stride_h", "stride_w",
-        "pad_h", "pad_w",
-        "dilation_h", "dilation_w", "x_pitch", "residual_pitch", "pitch0", "pitch1", "pitch2", "kernel_w", "taps",
-    )  # fmt: skip
-    aligned = ("channels", "columns", "end0", "end1", "x_pitch", "residual_pitch", "pitch0", "pitch1", "pitch2")
-    outputs = ("bias_ptr", "residual_ptr", "out0_ptr", "out1_ptr", "out2_ptr")
-    found = []
-    for kind, dtypes in DTYPES.items():
-        for candidate in POOL_TILES if pool else TILES[kind]:
-            for tma in (True, False) if dense else (False,):
-                bm, bn, bk, warps, stages = candidate.choice
-                blocks = {"x": (bm, bk), "weight": (bn, bk)}
-                constants = {
-                    "DENSE": dense, "POOL": pool, "TMA": tma, "BIAS": True, "RESIDUAL": not pool,
-                    "RELU": True, "DESTINATIONS": destinations, "PRECISION": PRECISION[kind], "BM": bm, "BN": bn,
-                    "BK": bk, "GROUP": 8,
-                }  # fmt: skip
-                pointers = outputs if tma else ("x", "weight", *outputs)
-                found.append(
-                    Shipped(
-                        conv_fwd_kernel, pointers, scalars, aligned=aligned, descriptors=blocks if tma else {},
-                        constants=constants,
-                        num_warps=warps, num_stages=stages, dtypes=dtypes,
-                    )
-                )  # fmt: skip
-    return found
+    window = (*geometry.kernel, *geometry.stride, geometry.pool)
+    key = (kind, rows, columns, channels, *window, len(outs), residual_pitch > 0)
+    run(pick("conv_fwd_kernel", key, candidates, run, x.device, (rows, columns, processors(x.device))))

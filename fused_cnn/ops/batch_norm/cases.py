@@ -3,35 +3,41 @@ ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from .._cases import Case, Maker, OpCases, Pass, awkward_shapes
+from .._cases import Case, Layer, Maker, OpCases, Pass, awkward, layers
 from .._cost import Arguments, Cost, one_pass
 from .args import BatchNormArgs
 from .op import bn_add_relu, bn_relu, bn_relu_concat
 
-RESNET = [
-    ("resnet50 conv1", (1, 64, 112, 112)),
-    ("resnet50 layer1 conv2", (1, 64, 56, 56)),
-    ("resnet50 layer2 conv2", (1, 128, 28, 28)),
-    ("resnet50 layer3 conv2", (1, 256, 14, 14)),
-    ("resnet50 layer4 conv2", (2, 512, 7, 7)),
+RESNET: list[Layer] = [
+    ("resnet50 conv1", (1, 64, 112, 112), {}),
+    ("resnet50 layer1 conv2", (1, 64, 56, 56), {}),
+    ("resnet50 layer2 conv2", (1, 128, 28, 28), {}),
+    ("resnet50 layer3 conv2", (1, 256, 14, 14), {}),
+    ("resnet50 layer4 conv2", (2, 512, 7, 7), {}),
 ]
-RESNET_ENDS = [
-    ("resnet50 layer1", (1, 256, 56, 56)),
-    ("resnet50 layer2", (1, 512, 28, 28)),
-    ("resnet50 layer3", (1, 1024, 14, 14)),
-    ("resnet50 layer4", (2, 2048, 7, 7)),
+RESNET_ENDS: list[Layer] = [
+    ("resnet50 layer1", (1, 256, 56, 56), {}),
+    ("resnet50 layer2", (1, 512, 28, 28), {}),
+    ("resnet50 layer3", (1, 1024, 14, 14), {}),
+    ("resnet50 layer4", (2, 2048, 7, 7), {}),
 ]
+ODD: list[Layer] = [("linear", (2, 24, 7, 7), {"relu": False}), ("not affine", (2, 24, 7, 7), {"affine": False})]
 GOOGLENET = [
     ("googlenet 3a", (64, 128, 32, 32), 28),
     ("googlenet 4a", (192, 208, 48, 64), 14),
     ("googlenet 4d", (112, 288, 64, 64), 14),
     ("googlenet 5b", (384, 384, 128, 128), 7),
+]
+BRANCHES: list[Layer] = [
+    ("odd branches", (2, 22, 7, 5), {"channels": (1, 3, 17, 1)}),
+    ("an empty batch", (0, 20, 7, 5), {"channels": (3, 17)}),
 ]
 REASON = (
     "the result is rounded to the dtype once, as eager's last step is; the sums behind statistics and gradients are "
@@ -48,20 +54,14 @@ def batch_norm_args(maker: Maker, channels: int, *, training: bool, affine: bool
     return BatchNormArgs(weight, bias, mean, var, training, 0.1, 1e-3)
 
 
-def in_both_modes(name: str, shape: tuple[int, int, int, int], real: bool = False, **options: Any) -> Iterator[Case]:
-    """The case in training and in eval; one value per channel has no variance, and of two the gradient is all
+def in_both_modes(cases: Iterable[Case]) -> Iterator[Case]:
+    """The cases in training and in eval; one value per channel has no variance, and of two the gradient is all
     cancellation."""
-    n, _, h, w = shape
-    if n * h * w == 0 or n * h * w > 2:
-        yield Case(f"{name} training", shape, {"training": True, **options}, real)
-    yield Case(f"{name} eval", shape, {"training": False, **options}, real)
-
-
-def shapes(real: list[tuple[str, tuple[int, int, int, int]]], **options: Any) -> Iterator[Case]:
-    for name, shape in real:
-        yield from in_both_modes(name, shape, True, **options)
-    for shape in awkward_shapes():
-        yield from in_both_modes("x".join(map(str, shape)), shape, **options)
+    for case in cases:
+        n, _, h, w = case.shape
+        for training in (True, False) if n * h * w == 0 or n * h * w > 2 else (False,):
+            name = f"{case.name} {'training' if training else 'eval'}"
+            yield replace(case, name=name, options={"training": training, **case.options})
 
 
 def make_bn_relu(case: Case, maker: Maker) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -117,33 +117,26 @@ COSTS = {
 
 
 op_cases = partial(OpCases, rounding=8, reason=REASON)
+DOWNSAMPLE: list[Layer] = [(f"{name} downsample", shape, {"projection": True}) for name, shape, _ in RESNET_ENDS]
+INCEPTIONS: list[Layer] = [(name, (2, sum(cs), s, s), {"channels": cs}) for name, cs, s in GOOGLENET]
 CASES = [
     op_cases(
-        "bn_relu",
         bn_relu,
-        (
-            *shapes(RESNET),
-            *in_both_modes("linear", (2, 24, 7, 7), relu=False),
-            *in_both_modes("not affine", (2, 24, 7, 7), affine=False),
-        ),
+        [*in_both_modes((*layers(RESNET, ODD), *awkward()))],
         make_bn_relu,
         lambda out, x, bn, relu: least(out, [x], [bn]),
         registered="bn_relu_concat_fwd",
     ),
     op_cases(
-        "bn_add_relu",
         bn_add_relu,
-        (*shapes(RESNET_ENDS), *shapes([(f"{n} downsample", s) for n, s in RESNET_ENDS], projection=True)),
+        [*in_both_modes((*layers((*RESNET_ENDS, *DOWNSAMPLE)), *awkward(), *awkward(projection=True)))],
         make_bn_add_relu,
         least_bn_add_relu,
     ),
     op_cases(
-        "bn_relu_concat",
         bn_relu_concat,
         (
-            *(c for name, cs, s in GOOGLENET for c in in_both_modes(name, (2, sum(cs), s, s), True, channels=cs)),
-            *in_both_modes("odd branches", (2, 22, 7, 5), channels=(1, 3, 17, 1)),
-            *in_both_modes("an empty batch", (0, 20, 7, 5), channels=(3, 17)),
+            *in_both_modes(layers(INCEPTIONS, BRANCHES)),
             Case("one branch frozen", (2, 24, 7, 7), {"channels": (3, 16, 5), "training": (True, False, True)}),
         ),
         make_bn_relu_concat,

@@ -17,56 +17,39 @@ from torch import Tensor
 from ..._candidates import resolve, tunable
 from ..._checks import check_nchw
 from ..._library import kernel
-from .._autograd import differentiable_once
-from .._conv import IntPair, check_conv, on_16_bytes, pair
-from . import reference
+from .._autograd import differentiable_once, needs_grad
+from .._conv import ConvGeometry, IntPair, check_conv, on_16_bytes
 from .args import BatchNormArgs
-from .op import _check_args, _dtypes, _needs_grad, _parameter_grads, _vectors
+from .op import check_args, normalise, vectors
 from .statistics import statistics
 
 
 class _BNReLUConv(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, backend, training, geometry, mean, rstd, x, gamma, beta, weight, bias
+        ctx, backend, training, geometry, mean, rstd, x, bn_weight, bn_bias, weight, bias
     ):
-        w, b = _vectors([gamma], [x], 1.0), _vectors([beta], [x], 0.0)
-        y = kernel("bn_relu_concat_fwd", backend)([x], mean, rstd, w, b, True)
+        y = kernel("bn_relu_concat_fwd", backend)([x], mean, rstd, [bn_weight], [bn_bias], True)
         ctx.backend, ctx.training, ctx.geometry = backend, training, geometry
-        ctx.dtypes, ctx.bias_sizes = (_dtypes([gamma]), _dtypes([beta])), None if bias is None else [bias.size(0)]
-        ctx.save_for_backward(mean, rstd, x, *w, *b, weight)
+        ctx.bias_sizes = None if bias is None else [bias.size(0)]
+        ctx.save_for_backward(mean, rstd, x, bn_weight, bn_bias, weight)
         return F.conv2d(y, on_16_bytes(weight), bias, *geometry)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        mean, rstd, x, w, b, weight = ctx.saved_tensors
-        y = kernel("bn_relu_concat_fwd", ctx.backend)([x], mean, rstd, [w], [b], True)
-        stride, padding, dilation, groups = ctx.geometry
+        mean, rstd, x, bn_weight, bn_bias, weight = ctx.saved_tensors
+        bn = ([x], mean, rstd, [bn_weight], [bn_bias])
+        y = kernel("bn_relu_concat_fwd", ctx.backend)(*bn, True)
+        *geometry, groups = ctx.geometry
         needs = [any(ctx.needs_input_grad[5:8]), *ctx.needs_input_grad[8:]]
-        grad_y, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            on_16_bytes(grad_out),
-            y,
-            on_16_bytes(weight),
-            ctx.bias_sizes,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0, 0],
-            groups,
-            needs,
+        grad_y, *grads = torch.ops.aten.convolution_backward(
+            on_16_bytes(grad_out), y, on_16_bytes(weight), ctx.bias_sizes, *geometry, False, [0, 0], groups, needs
         )
         if not needs[0]:
-            return (*[None] * 8, grad_weight, grad_bias)
-        (grad_x,), grad_gamma, grad_beta = kernel("bn_relu_concat_bwd", ctx.backend)(
-            grad_y, [x], mean, rstd, [w], [b], ctx.training, True
-        )
-        sizes = [x.size(1)]
-        (grad_gamma,), (grad_beta,) = (
-            _parameter_grads(g, d, sizes) for g, d in zip((grad_gamma, grad_beta), ctx.dtypes, strict=True)
-        )
-        return (*[None] * 5, grad_x, grad_gamma, grad_beta, grad_weight, grad_bias)
+            return (*[None] * 8, *grads)
+        (grad_x,), *bn_grads = kernel("bn_relu_concat_bwd", ctx.backend)(grad_y, *bn, ctx.training, True)
+        return (*[None] * 5, grad_x, *bn_grads, *grads)
 
 
 @tunable
@@ -86,36 +69,28 @@ def bn_relu_conv(
     next.
 
     Args:
-        x: (N, C, H, W), the raw output of the convolution before, floating point, any strides.
+        x: the raw output of the convolution before.
         bn: what x's normalisation needs.
         weight: (out, C / groups, kh, kw), x's dtype and device.
         bias: (out,), x's dtype, or None.
         stride, padding, dilation, groups: of the convolution, as torch.nn.functional.conv2d takes them.
-        backend: of BatchNorm and ReLU; the convolution is cuDNN's or oneDNN's. "reference", "native", or None for the
-            best at hand.
+        backend: of BatchNorm and ReLU; the convolution is cuDNN's or oneDNN's.
 
     Returns:
-        (N, out, H', W') in x's dtype, in the layout that torch.nn.functional.conv2d gives.
+        (N, out, H', W') in the layout that torch.nn.functional.conv2d gives.
 
     Saved for backward: x, weight and two vectors; relu(bn(x)) is computed again (arXiv 1604.06174, section 3: trading
-    computation for memory). Mutated: the running statistics in training. The reference is differentiable twice, the
-    others once.
+    computation for memory). Mutated: the running statistics in training.
 
     Raises:
-        ValueError, TypeError: shapes, devices, dtypes or geometry do not agree; in training there is one value per
-            channel.
-        BackendUnavailable: an explicit backend cannot run here.
+        ValueError: also where the geometry does not fit, or in training there is one value per channel.
     """
-    geometry = (pair(stride), pair(padding), pair(dilation), groups)
+    geometry = ConvGeometry.of(stride, padding, dilation, groups)
     check_nchw("bn_relu_conv", "x", x)
-    _check_args("bn_relu_conv", "", x, bn)
-    check_conv("bn_relu_conv", x, weight, bias, None, *geometry)
+    check_args("bn_relu_conv", "", x, bn)
+    check_conv("bn_relu_conv", x, weight, bias, None, geometry)
     backend = resolve("bn_relu_concat_fwd", backend, x)
-    if backend == "reference":
-        return F.conv2d(torch.relu(reference.batch_norm(x, bn)), weight, bias, *geometry)
+    if backend == "reference" or not needs_grad(x, bn.weight, bn.bias, weight, bias):
+        return F.conv2d(normalise([x], [bn], True, backend), on_16_bytes(weight), bias, *geometry)
     mean, rstd = statistics([x], [bn], backend)
-    if _needs_grad(x, bn.weight, bn.bias, weight, bias):
-        return _BNReLUConv.apply(backend, (bn.training,), geometry, mean, rstd, x, bn.weight, bn.bias, weight, bias)
-    w, b = _vectors([bn.weight], [x], 1.0), _vectors([bn.bias], [x], 0.0)
-    y = kernel("bn_relu_concat_fwd", backend)([x], mean, rstd, w, b, True)
-    return F.conv2d(y, on_16_bytes(weight), bias, *geometry)
+    return _BNReLUConv.apply(backend, (bn.training,), geometry, mean, rstd, x, *vectors([x], [bn]), weight, bias)

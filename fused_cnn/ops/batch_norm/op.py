@@ -19,7 +19,7 @@ from ..._candidates import REFERENCE, TRITON, Candidate, Measurement, offer, res
 from ..._checks import check_branches, check_nchw, check_parameter, check_same, check_vector, vector_dtype
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
-from .._autograd import differentiable_once
+from .._autograd import differentiable_once, needs_grad
 from . import reference
 from .args import BatchNormArgs
 from .statistics import split_channels, statistics
@@ -30,35 +30,23 @@ def _fake_stats(xs: list[Tensor], eps: list[float]) -> tuple[Tensor, Tensor, Ten
     return mean, torch.empty_like(mean), torch.empty_like(mean)
 
 
-def _fake_concat_fwd(
-    xs: list[Tensor], mean: Tensor, rstd: Tensor, weights: list[Tensor], biases: list[Tensor], relu: bool
-) -> Tensor:
+def _fake_concat_fwd(xs: list[Tensor], *unused: Any) -> Tensor:
     return empty_nchw(xs[0], sum(x.size(1) for x in xs), *xs[0].shape[2:])
 
 
 def _fake_concat_bwd(
-    grad_out: Tensor, xs: list[Tensor], mean: Tensor, rstd: Tensor, *unused: Any
+    grad_out: Tensor, xs: list[Tensor], mean: Tensor, *unused: Any
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     return [empty_nchw(x, *x.shape[1:]) for x in xs], torch.empty_like(mean), torch.empty_like(mean)
 
 
-def _fake_add_fwd(
-    x: Tensor,
-    residual: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    save_mask: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake_add_fwd(x, residual, mean, rstd, weights, biases, save_mask):  # type: ignore[no-untyped-def]
     n, c, h, w = x.shape
     rows = n * h * w if save_mask and len(weights) == 1 else 0
     return empty_nchw(x, c, h, w), x.new_empty((rows, (c + 7) // 8), dtype=torch.uint8)
 
 
-def _fake_add_bwd(
-    grad_out: Tensor, x: Tensor, residual: Tensor | None, mask: Tensor | None, mean: Tensor, *unused: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_add_bwd(grad_out, x, residual, mask, mean, *unused):  # type: ignore[no-untyped-def]
     grad = empty_nchw(x, *x.shape[1:])
     return grad, torch.empty_like(grad), torch.empty_like(mean), torch.empty_like(mean)
 
@@ -91,20 +79,15 @@ define(
 define_triton(
     "batch_norm", "bn_stats", "bn_relu_concat_fwd", "bn_relu_concat_bwd", "bn_add_relu_fwd", "bn_add_relu_bwd"
 )
+
+_H200 = ("H200", "2026-11-26")
 offer(
     "bn_relu_concat_fwd",
     Candidate(
         "native",
         measured=(
-            Measurement(
-                "64 at 112 x 112, training, bfloat16, batch 256",
-                "408 us, Triton 778, PyTorch 1354",
-                "H200",
-                "2026-11-26",
-            ),
-            Measurement(
-                "inception 3a, training, bfloat16, batch 256", "140 us, Triton 448, PyTorch 542", "H200", "2026-11-26"
-            ),
+            Measurement("64 at 112 x 112, training, bfloat16, batch 256", "408 us, Triton 778, PyTorch 1354", *_H200),
+            Measurement("inception 3a, training, bfloat16, batch 256", "140 us, Triton 448, PyTorch 542", *_H200),
         ),
     ),
     TRITON,
@@ -115,12 +98,7 @@ offer(
     Candidate(
         "native",
         measured=(
-            Measurement(
-                "256 at 56 x 56, training, bfloat16, batch 256",
-                "479 us, Triton 926, PyTorch 1323",
-                "H200",
-                "2026-11-26",
-            ),
+            Measurement("256 at 56 x 56, training, bfloat16, batch 256", "479 us, Triton 926, PyTorch 1323", *_H200),
         ),
     ),
     TRITON,
@@ -128,25 +106,14 @@ offer(
 )
 
 
-def _vectors(parameters: Sequence[Tensor | None], xs: Sequence[Tensor], default: float) -> list[Tensor]:
-    """Parameters in the kernels' dtype, the default where there is none."""
+def vectors(xs: Sequence[Tensor], bns: Sequence[BatchNormArgs]) -> list[Tensor]:
+    """Every weight, then every bias, in the kernels' dtype; 1 and 0 where there are none."""
+    given = [(bn.weight, x, 1.0) for x, bn in zip(xs, bns, strict=True)]
+    given += [(bn.bias, x, 0.0) for x, bn in zip(xs, bns, strict=True)]
     return [
-        x.new_full((x.size(1),), default, dtype=vector_dtype(x))
-        if p is None
-        else p.detach().to(vector_dtype(x)).contiguous()
-        for p, x in zip(parameters, xs, strict=True)
+        x.new_full((x.size(1),), default, dtype=vector_dtype(x)) if p is None else p.to(vector_dtype(x)).contiguous()
+        for p, x, default in given
     ]
-
-
-def _parameter_grads(
-    grad: Tensor, parameters: Sequence[torch.dtype | None], sizes: Sequence[int]
-) -> list[Tensor | None]:
-    """Each parameter's slice of the gradient of all, in the parameter's dtype."""
-    return [None if d is None else g.to(d) for g, d in zip(split_channels(grad, sizes), parameters, strict=True)]
-
-
-def _dtypes(parameters: Sequence[Tensor | None]) -> list[torch.dtype | None]:
-    return [None if p is None else p.dtype for p in parameters]
 
 
 class _BNReLUConcat(torch.autograd.Function):
@@ -155,48 +122,33 @@ class _BNReLUConcat(torch.autograd.Function):
         ctx: Any, backend: str, relu: bool, training: tuple[bool, ...], mean: Tensor, rstd: Tensor, *tensors: Tensor
     ) -> Tensor:
         n = len(training)
-        xs, weights, biases = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        w, b = _vectors(weights, xs, 1.0), _vectors(biases, xs, 0.0)
         ctx.backend, ctx.relu, ctx.training = backend, relu, training
-        ctx.dtypes = _dtypes(weights), _dtypes(biases)
-        ctx.save_for_backward(mean, rstd, *xs, *w, *b)
-        return kernel("bn_relu_concat_fwd", backend)(xs, mean, rstd, w, b, relu)
+        ctx.save_for_backward(mean, rstd, *tensors)
+        xs, weights, biases = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        return kernel("bn_relu_concat_fwd", backend)(xs, mean, rstd, weights, biases, relu)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         n = len(ctx.training)
         mean, rstd, *tensors = ctx.saved_tensors
-        xs, w, b = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        grad_xs, grad_w, grad_b = kernel("bn_relu_concat_bwd", ctx.backend)(
-            grad_out, xs, mean, rstd, w, b, ctx.training, ctx.relu
+        xs, weights, biases = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        grad_xs, *grads = kernel("bn_relu_concat_bwd", ctx.backend)(
+            grad_out, xs, mean, rstd, weights, biases, ctx.training, ctx.relu
         )
         sizes = [x.size(1) for x in xs]
-        grads = [_parameter_grads(g, d, sizes) for g, d in zip((grad_w, grad_b), ctx.dtypes, strict=True)]
-        return (None, None, None, None, None, *grad_xs, *grads[0], *grads[1])
+        return (*[None] * 5, *grad_xs, *(part for grad in grads for part in split_channels(grad, sizes)))
 
 
 class _BNAddReLU(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        backend: str,
-        training: tuple[bool, ...],
-        mean: Tensor,
-        rstd: Tensor,
-        x: Tensor,
-        residual: Tensor,
-        *parameters: Tensor,
-    ) -> Tensor:
+    def forward(ctx, backend, training, mean, rstd, x, residual, *vectors):  # type: ignore[no-untyped-def]
         n = len(training)
-        xs = (x, residual)[:n]
-        w, b = _vectors(parameters[:n], xs, 1.0), _vectors(parameters[n:], xs, 0.0)
-        out, mask = kernel("bn_add_relu_fwd", backend)(x, residual, mean, rstd, w, b, True)
+        out, mask = kernel("bn_add_relu_fwd", backend)(x, residual, mean, rstd, vectors[:n], vectors[n:], True)
         ctx.backend, ctx.training = backend, training
-        ctx.dtypes = _dtypes(parameters[:n]), _dtypes(parameters[n:])
         # A normalised residual is needed for its own gradient and gives the mask again; a plain one is not needed, its
         # mask is.
-        ctx.save_for_backward(mean, rstd, x, residual if n == 2 else mask, *w, *b)
+        ctx.save_for_backward(mean, rstd, x, residual if n == 2 else mask, *vectors)
         return out
 
     @staticmethod
@@ -205,15 +157,14 @@ class _BNAddReLU(torch.autograd.Function):
         n = len(ctx.training)
         mean, rstd, x, other, *vectors = ctx.saved_tensors
         residual, mask = (other, None) if n == 2 else (None, other)
-        grad_x, grad_residual, grad_w, grad_b = kernel("bn_add_relu_bwd", ctx.backend)(
+        grad_x, grad_residual, *grads = kernel("bn_add_relu_bwd", ctx.backend)(
             grad_out, x, residual, mask, mean, rstd, vectors[:n], vectors[n:], ctx.training
         )
-        sizes = [x.size(1)] * n
-        grads = [_parameter_grads(g, d, sizes) for g, d in zip((grad_w, grad_b), ctx.dtypes, strict=True)]
-        return (None, None, None, None, grad_x, grad_residual, *grads[0], *grads[1])
+        parts = (part for grad in grads for part in split_channels(grad, [x.size(1)] * n))
+        return (*[None] * 4, grad_x, grad_residual, *parts)
 
 
-def _check_args(op: str, name: str, x: Tensor, bn: BatchNormArgs) -> None:
+def check_args(op: str, name: str, x: Tensor, bn: BatchNormArgs) -> None:
     """bn's vectors fit x's channels, and it can give statistics."""
     channels = x.size(1)
     check_parameter(op, f"weight{name}", bn.weight, channels, x)
@@ -228,10 +179,6 @@ def _check_args(op: str, name: str, x: Tensor, bn: BatchNormArgs) -> None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 @tunable
 def bn_relu_concat(
     xs: Sequence[Tensor], bns: Sequence[BatchNormArgs], *, relu: bool = True, backend: str | None = None
@@ -242,50 +189,43 @@ def bn_relu_concat(
     and 2).
 
     Args:
-        xs: branches (N, C_i, H, W), floating point, any strides, one dtype and device.
+        xs: branches (N, C_i, H, W), one dtype and device.
         bns: what each branch's normalisation needs; `BatchNormArgs.of(module)` takes it from an nn.BatchNorm2d.
         relu: False leaves the normalised values as they are.
-        backend: "reference", "native", "triton", or None for the best at hand.
-
-    Returns:
-        (N, sum of C_i, H, W) in the branches' dtype; channels_last where the first branch's channels are adjacent in
-        memory, else contiguous.
 
     Saved for backward: the branches, and two vectors; neither the normalised values nor a mask. Mutated: the running
-    statistics of branches in training. Statistics are float32 (float64 for float64). The reference is differentiable
-    twice, the others once.
+    statistics of branches in training. Statistics are float32 (float64 for float64).
 
     Raises:
-        ValueError, TypeError: shapes, devices or dtypes do not agree; a branch in training has one value per channel.
-        BackendUnavailable: an explicit backend cannot run here.
+        ValueError: also where a branch in training has one value per channel.
     """
     check_branches("bn_relu_concat", xs)
     if len(bns) != len(xs):
         raise ValueError(f"bn_relu_concat: expected one BatchNormArgs for each of {len(xs)} branches, got {len(bns)}")
     for i, (x, bn) in enumerate(zip(xs, bns, strict=True)):
-        _check_args("bn_relu_concat", f" of branch {i}", x, bn)
-    return _bn_relu_concat(xs, bns, relu, backend)
+        check_args("bn_relu_concat", f" of branch {i}", x, bn)
+    return normalise(xs, bns, relu, backend)
 
 
-def _bn_relu_concat(xs: Sequence[Tensor], bns: Sequence[BatchNormArgs], relu: bool, backend: str | None) -> Tensor:
+def normalise(xs: Sequence[Tensor], bns: Sequence[BatchNormArgs], relu: bool, backend: str | None) -> Tensor:
+    """bn_relu_concat of arguments that have been checked."""
     backend = resolve("bn_relu_concat_fwd", backend, xs[0])
     if backend == "reference":
         return reference.bn_relu_concat(xs, bns, relu)
     mean, rstd = statistics(xs, bns, backend)
-    weights, biases = [bn.weight for bn in bns], [bn.bias for bn in bns]
-    if _needs_grad(*xs, *weights, *biases):
+    parameters, n = vectors(xs, bns), len(xs)
+    if needs_grad(*xs, *parameters):
         training = tuple(bn.training for bn in bns)
-        return _BNReLUConcat.apply(backend, relu, training, mean, rstd, *xs, *weights, *biases)
-    w, b = _vectors(weights, xs, 1.0), _vectors(biases, xs, 0.0)
-    return kernel("bn_relu_concat_fwd", backend)(xs, mean, rstd, w, b, relu)
+        return _BNReLUConcat.apply(backend, relu, training, mean, rstd, *xs, *parameters)
+    return kernel("bn_relu_concat_fwd", backend)(xs, mean, rstd, parameters[:n], parameters[n:], relu)
 
 
 @tunable
 def bn_relu(x: Tensor, bn: BatchNormArgs, *, relu: bool = True, backend: str | None = None) -> Tensor:
     """relu(bn(x)): `bn_relu_concat` of one branch (arXiv 1502.03167, section 3.2: g(BN(Wu)))."""
     check_nchw("bn_relu", "x", x)
-    _check_args("bn_relu", "", x, bn)
-    return _bn_relu_concat([x], [bn], relu, backend)
+    check_args("bn_relu", "", x, bn)
+    return normalise([x], [bn], relu, backend)
 
 
 @tunable
@@ -301,37 +241,29 @@ def bn_add_relu(
     figure 2).
 
     Args:
-        x: (N, C, H, W), floating point, any strides.
         bn: what x's normalisation needs.
         residual: x's shape, dtype and device. Nothing is broadcast.
         residual_bn: what the projection shortcut's normalisation needs (section 3.3, option B); None adds the residual
             as it is.
-        backend: "reference", "native", "triton", or None for the best at hand.
-
-    Returns:
-        (N, C, H, W) in x's dtype; channels_last where x's channels are adjacent in memory, else contiguous.
 
     Saved for backward: x, and one bit an element (ReLU's mask) or, with residual_bn, the residual. Mutated: the running
-    statistics of what is in training. The reference is differentiable twice, the others once.
+    statistics of what is in training.
 
     Raises:
-        ValueError, TypeError: shapes, devices or dtypes do not agree; in training there is one value per channel.
-        BackendUnavailable: an explicit backend cannot run here.
+        ValueError: also where in training there is one value per channel.
     """
     check_nchw("bn_add_relu", "x", x)
     check_same("bn_add_relu", "x", x, "residual", residual)
-    _check_args("bn_add_relu", "", x, bn)
+    check_args("bn_add_relu", "", x, bn)
     if residual_bn is not None:
-        _check_args("bn_add_relu", " of the residual", residual, residual_bn)
+        check_args("bn_add_relu", " of the residual", residual, residual_bn)
     backend = resolve("bn_add_relu_fwd", backend, x)
     if backend == "reference":
         return reference.bn_add_relu(x, bn, residual, residual_bn)
     bns = (bn,) if residual_bn is None else (bn, residual_bn)
     xs = (x, residual)[: len(bns)]
     mean, rstd = statistics(xs, bns, backend)
-    weights, biases = [b.weight for b in bns], [b.bias for b in bns]
-    if _needs_grad(x, residual, *weights, *biases):
-        training = tuple(b.training for b in bns)
-        return _BNAddReLU.apply(backend, training, mean, rstd, x, residual, *weights, *biases)
-    w, b = _vectors(weights, xs, 1.0), _vectors(biases, xs, 0.0)
-    return kernel("bn_add_relu_fwd", backend)(x, residual, mean, rstd, w, b, False)[0]
+    parameters, n = vectors(xs, bns), len(bns)
+    if needs_grad(x, residual, *parameters):
+        return _BNAddReLU.apply(backend, tuple(b.training for b in bns), mean, rstd, x, residual, *parameters)
+    return kernel("bn_add_relu_fwd", backend)(x, residual, mean, rstd, parameters[:n], parameters[n:], False)[0]

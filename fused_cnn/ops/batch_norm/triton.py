@@ -9,7 +9,7 @@ and with it the ReLU mask, except where a plain residual was added: its mask is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -17,9 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._layout import result_format
-from .._triton import Shipped, empty_pixels, pixels, relu
+from .._triton import CHANNELS, ROWS, TILE, empty_pixels, launch, load_tile, pixels, relu, store_tile, tile, tiles
 
-ROWS, CHANNELS = 32, 64  # of a tile
 PARTS = 512  # of a first stage, at most
 
 NO_MASK, RECOMPUTED, BITS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # where backward finds the ReLU mask
@@ -43,10 +42,7 @@ def stats_kernel(x_ptr, partial_ptr, rows, channels, x_pitch, blocks, BM: tl.con
         first = (part * blocks + block) * BM
         m = first + tl.arange(0, BM)
         inside = (m < rows)[:, None]
-        x = tl.load(
-            x_ptr + m.to(tl.int64)[:, None] * x_pitch + c[None, :], mask=inside & (c < channels)[None, :], other=0.0
-        )
-        x = x.to(tl.float32)
+        x = load_tile(x_ptr, m.to(tl.int64)[:, None], x_pitch, c, inside & (c < channels)[None, :])
         n = tl.minimum(tl.maximum(rows - first, 0), BM).to(tl.float32)
         tile_mean = tl.sum(x, axis=0) / tl.maximum(n, 1.0)
         off = tl.where(inside, x - tile_mean[None, :], 0.0)
@@ -87,14 +83,12 @@ def apply_kernel(
     BC: tl.constexpr,
 ):  # fmt: skip
     """out = relu(bn(x) [+ residual, itself normalised where INPUTS is 2])."""
-    m, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
-    mask = (m < rows)[:, None] & (c < channels)[None, :]
-    row = m.to(tl.int64)[:, None]
-    x = tl.load(x_ptr + row * x_pitch + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    m, c, row, mask = tile(rows, channels, BM, BC)
+    x = load_tile(x_ptr, row, x_pitch, c, mask)
     scale = vector(rstd_ptr, c, channels) * vector(weight_ptr, c, channels)
     y = (x - vector(mean_ptr, c, channels)) * scale + vector(bias_ptr, c, channels)
     if ADD:
-        r = tl.load(residual_ptr + row * residual_pitch + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        r = load_tile(residual_ptr, row, residual_pitch, c, mask)
         if INPUTS == 2:
             scale = vector(rstd_ptr + channels, c, channels) * vector(weight2_ptr, c, channels)
             r = (r - vector(mean_ptr + channels, c, channels)) * scale + vector(bias2_ptr, c, channels)
@@ -104,14 +98,10 @@ def apply_kernel(
         packed = tl.sum(tl.reshape(bits, (BM, BC // 8, 8)), axis=2)
         byte = tl.program_id(1) * (BC // 8) + tl.arange(0, BC // 8)
         width = (channels + 7) // 8
-        tl.store(
-            mask_ptr + row * width + byte[None, :],
-            packed.to(tl.uint8),
-            mask=(m < rows)[:, None] & (byte < width)[None, :],
-        )
+        store_tile(mask_ptr, row, width, byte, (m < rows)[:, None] & (byte < width)[None, :], packed)
     if RELU:
         y = relu(y)
-    tl.store(out_ptr + row * out_pitch + c[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
+    store_tile(out_ptr, row, out_pitch, c, mask, y)
 
 
 @triton.jit
@@ -120,14 +110,13 @@ def gradient(
     m, c, rows, channels, grad_pitch, x_pitch, residual_pitch, INPUTS: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """(grad_out under the ReLU mask, x - mean, residual - its mean) of a tile."""
-    mask = (m < rows)[:, None] & (c < channels)[None, :]
-    row = m.to(tl.int64)[:, None]
-    g = tl.load(grad_out_ptr + row * grad_pitch + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + row * x_pitch + c[None, :], mask=mask, other=0.0).to(tl.float32) - vector(mean_ptr, c, channels)
+    inside = (m < rows)[:, None]
+    row, mask = m.to(tl.int64)[:, None], inside & (c < channels)[None, :]
+    g = load_tile(grad_out_ptr, row, grad_pitch, c, mask)
+    x = load_tile(x_ptr, row, x_pitch, c, mask) - vector(mean_ptr, c, channels)
     r = x
     if INPUTS == 2:
-        r = tl.load(residual_ptr + row * residual_pitch + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        r -= vector(mean_ptr + channels, c, channels)
+        r = load_tile(residual_ptr, row, residual_pitch, c, mask) - vector(mean_ptr + channels, c, channels)
     if MASK == RECOMPUTED:
         y = x * (vector(rstd_ptr, c, channels) * vector(weight_ptr, c, channels)) + vector(bias_ptr, c, channels)
         if INPUTS == 2:
@@ -137,9 +126,8 @@ def gradient(
     if MASK == BITS:
         width = (channels + 7) // 8
         byte = tl.program_id(1) * (c.shape[0] // 8) + tl.arange(0, c.shape[0] // 8)
-        packed = tl.load(
-            mask_ptr + row * width + byte[None, :], mask=(m < rows)[:, None] & (byte < width)[None, :], other=0
-        )
+        there = inside & (byte < width)[None, :]
+        packed = tl.load(mask_ptr + row * width + byte[None, :], mask=there, other=0)
         bits = (packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
         g = tl.where(tl.reshape(bits, (m.shape[0], c.shape[0])) == 1, g, 0.0)
     return g, x, r
@@ -176,17 +164,9 @@ def sums_kernel(
 
 @triton.jit
 def finish_sums_kernel(
-    partial_ptr,
-    rstd_ptr,
-    grad_weight_ptr,
-    grad_bias_ptr,
-    offset_ptr,
-    slope_ptr,
-    rows,
-    channels,
-    parts,
+    partial_ptr, rstd_ptr, grad_weight_ptr, grad_bias_ptr, offset_ptr, slope_ptr, rows, channels, parts,
     BC: tl.constexpr,
-):
+):  # fmt: skip
     """For input program_id(1): the parameters' gradients, and what grad_input subtracts; in float64, for many parts."""
     c, i = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1)
     sum_g, sum_x = tl.zeros((BC,), tl.float64), tl.zeros((BC,), tl.float64)
@@ -211,109 +191,45 @@ def grad_input_kernel(
 ):  # fmt: skip
     """grad_x = (g - mean(g) - (x - mean) rstd^2 mean(g (x - mean))) * rstd * weight with batch statistics, else g *
     rstd * weight."""
-    m, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
+    m, c, row, mask = tile(rows, channels, BM, BC)
     g, x, r = gradient(
         grad_out_ptr, x_ptr, residual_ptr, mask_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, weight2_ptr, bias2_ptr,
         m, c, rows, channels, grad_pitch, x_pitch, residual_pitch, INPUTS, MASK,
     )  # fmt: skip
-    mask = (m < rows)[:, None] & (c < channels)[None, :]
-    at = m.to(tl.int64)[:, None] * channels + c[None, :]
     grad = g
     if TRAIN:
         grad = g - vector(offset_ptr, c, channels) - x * vector(slope_ptr, c, channels)
     grad *= vector(rstd_ptr, c, channels) * vector(weight_ptr, c, channels)
-    tl.store(grad_x_ptr + at, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
+    store_tile(grad_x_ptr, row, channels, c, mask, grad)
     if ADD:
         grad = g
         if INPUTS == 2:
             if TRAIN2:
                 grad = g - vector(offset_ptr + channels, c, channels) - r * vector(slope_ptr + channels, c, channels)
             grad *= vector(rstd_ptr + channels, c, channels) * vector(weight2_ptr, c, channels)
-        tl.store(grad_residual_ptr + at, grad.to(grad_residual_ptr.dtype.element_ty), mask=mask)
+        store_tile(grad_residual_ptr, row, channels, c, mask, grad)
 
 
-VECTORS = (
-    "mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "weight2_ptr", "bias2_ptr",
-)  # fmt: skip
-TILE = {"BM": ROWS, "BC": CHANNELS}
-SIZES = ("rows", "channels", "grad_pitch", "x_pitch", "residual_pitch")
-ALIGNED = ("channels", "grad_pitch", "x_pitch", "residual_pitch", "out_pitch")
-SHIPPED = [
-    Shipped(stats_kernel, ("x_ptr",), ("rows", "channels", "x_pitch", "blocks"), ("partial_ptr",), aligned=ALIGNED,
-    constants=TILE),
-    *(
-        Shipped(
-            apply_kernel, ("x_ptr", "residual_ptr", "out_ptr"), ("rows", "channels", "x_pitch", "residual_pitch",
-            "out_pitch"), VECTORS,
-            aligned=ALIGNED, bytes=("mask_ptr",),
-            constants={"ADD": add, "INPUTS": inputs, "RELU": True, "SAVE_BITS": bits, **TILE},
-        )
-        for add, inputs, bits in ((False, 1, False), (True, 1, True), (True, 2, False))
-    ),
-    *(
-        Shipped(
-            sums_kernel, ("grad_out_ptr", "x_ptr", "residual_ptr"), (*SIZES, "blocks"), (*VECTORS, "partial_ptr"),
-            aligned=ALIGNED,
-            bytes=("mask_ptr",), constants={"INPUTS": inputs, "MASK": mask, **TILE},
-        )
-        for inputs, mask in ((1, 1), (1, 2), (2, 1))
-    ),
-    *(
-        Shipped(
-            grad_input_kernel, ("grad_out_ptr", "x_ptr", "residual_ptr", "grad_x_ptr", "grad_residual_ptr"), SIZES,
-            (*VECTORS, "offset_ptr", "slope_ptr"), aligned=ALIGNED, bytes=("mask_ptr",),
-            constants={"INPUTS": inputs, "MASK": mask, "ADD": add, "TRAIN": True, "TRAIN2": True, **TILE},
-        )
-        for inputs, mask, add in ((1, 1, False), (1, 2, True), (2, 1, True))
-    ),
-    Shipped(
-        finish_stats_kernel, (), ("rows", "channels", "parts", "part_rows"), ("partial_ptr", "mean_ptr", "rstd_ptr",
-        "var_ptr"),
-        floats=("eps",), constants={"BC": CHANNELS}, dtypes=("fp32",),
-    ),
-    Shipped(
-        finish_sums_kernel, (), ("rows", "channels", "parts"),
-        ("partial_ptr", "rstd_ptr", "grad_weight_ptr", "grad_bias_ptr", "offset_ptr", "slope_ptr"),
-        constants={"BC": CHANNELS}, dtypes=("fp32",),
-    ),
-]  # fmt: skip
-
-
-class _Split(NamedTuple):
-    """How a first stage cuts the rows: by the shape alone, so that sums are the same in every run and on every
-    device."""
-
-    rows: int
-    parts: int
-    blocks: int
-
-    @classmethod
-    def of(cls, x: Tensor) -> _Split:
-        rows = x.size(0) * x.size(2) * x.size(3)
-        blocks = triton.cdiv(triton.cdiv(rows, ROWS), PARTS)
-        return cls(rows, triton.cdiv(rows, ROWS * blocks) if rows else 0, blocks)
-
-
-def _tiles(rows: int, channels: int) -> tuple[int, int]:
-    return triton.cdiv(rows, ROWS), triton.cdiv(channels, CHANNELS)
+def _split(rows: int) -> tuple[int, int]:
+    """How a first stage cuts the rows, into parts of so many tiles: by their number alone, so that sums are the same in
+    every run and on every device."""
+    blocks = triton.cdiv(triton.cdiv(rows, ROWS), PARTS)
+    return triton.cdiv(rows, ROWS * blocks) if rows else 0, blocks
 
 
 def bn_stats(xs: Sequence[Tensor], eps: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
     sizes = [x.size(1) for x in xs]
-    mean, rstd, var = torch.empty((3, sum(sizes)), dtype=torch.float32, device=xs[0].device)
+    mean, rstd, var = (torch.empty(sum(sizes), dtype=torch.float32, device=xs[0].device) for _ in range(3))
     for x, e, *results in zip(xs, eps, mean.split(sizes), rstd.split(sizes), var.split(sizes), strict=True):
-        channels = x.size(1)
-        split = _Split.of(x)
+        rows, channels = x.size(0) * x.size(2) * x.size(3), x.size(1)
+        parts, blocks = _split(rows)
         x, pitch = pixels(x)
-        partial = torch.empty((split.parts, 2, channels), dtype=torch.float32, device=x.device)
-        with torch.cuda.device_of(x):
-            stats_kernel[(split.parts, triton.cdiv(channels, CHANNELS))](
-                x, partial, split.rows, channels, pitch, split.blocks, BM=ROWS, BC=CHANNELS
-            )
-            finish_stats_kernel[(triton.cdiv(channels, CHANNELS),)](
-                partial, *results, split.rows, channels, split.parts, split.blocks * ROWS, e, BC=CHANNELS
-            )
-    return mean.clone(), rstd.clone(), var.clone()
+        partial = torch.empty((parts, 2, channels), dtype=torch.float32, device=x.device)
+        columns = triton.cdiv(channels, CHANNELS)
+        launch(stats_kernel, (parts, columns), x, partial, rows, channels, pitch, blocks, **TILE)
+        sizes_and_eps = (rows, channels, parts, blocks * ROWS, e)
+        launch(finish_stats_kernel, (columns,), partial, *results, *sizes_and_eps, BC=CHANNELS)
+    return mean, rstd, var
 
 
 def bn_relu_concat_fwd(
@@ -324,105 +240,75 @@ def bn_relu_concat_fwd(
     rows = out.size(0) * out.size(2) * out.size(3)
     branches = zip(xs, out.split(sizes, 1), mean.split(sizes), rstd.split(sizes), weights, biases, strict=True)
     for x, part, m, r, w, b in branches:
-        if rows * x.size(1):
-            y, pitch = pixels(x)
-            with torch.cuda.device_of(y):
-                apply_kernel[_tiles(rows, x.size(1))](
-                    y, y, part, y, m, r, w, b, w, b, rows, x.size(1), pitch, 0, out.size(1),
-                    ADD=False, INPUTS=1, RELU=relu, SAVE_BITS=False, **TILE,
-                )  # fmt: skip
+        y, pitch = pixels(x)
+        launch(
+            apply_kernel, tiles(rows, x.size(1)), y, y, part, y, m, r, w, b, w, b, rows, x.size(1), pitch, 0,
+            out.size(1), ADD=False, INPUTS=1, RELU=relu, SAVE_BITS=False, **TILE,
+        )  # fmt: skip
     return out.contiguous(memory_format=result_format(xs[0]))
 
 
 def bn_add_relu_fwd(
-    x: Tensor,
-    residual: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
+    x: Tensor, residual: Tensor, mean: Tensor, rstd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor],
     save_mask: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     n, channels, height, width = x.shape
     rows, saves = n * height * width, save_mask and len(weights) == 1
     out = empty_pixels(x, channels, height, width)
     mask = torch.empty((rows if saves else 0, (channels + 7) // 8), dtype=torch.uint8, device=x.device)
     y, pitch = pixels(x)
     r, residual_pitch = pixels(residual)
-    if rows * channels:
-        with torch.cuda.device_of(y):
-            apply_kernel[_tiles(rows, channels)](
-                y, r, out, mask, mean, rstd, weights[0], biases[0], weights[-1], biases[-1],
-                rows, channels, pitch, residual_pitch, channels, ADD=True, INPUTS=len(weights), RELU=True,
-                SAVE_BITS=saves, **TILE,
-            )  # fmt: skip
+    launch(
+        apply_kernel, tiles(rows, channels), y, r, out, mask, mean, rstd, weights[0], biases[0], weights[-1],
+        biases[-1], rows, channels, pitch, residual_pitch, channels, ADD=True, INPUTS=len(weights), RELU=True,
+        SAVE_BITS=saves, **TILE,
+    )  # fmt: skip
     return out.contiguous(memory_format=result_format(x)), mask
 
 
 def _backward(
     grad_out: Tensor, x: Tensor, residual: Tensor | None, bits: Tensor | None, vectors: tuple[Tensor, ...],
-    training: Sequence[bool], mask: int, adds: bool,
+    training: Sequence[bool], relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(grad_x, grad_residual, grad_weight, grad_bias) of one branch, or of the two inputs of a sum."""
-    channels, inputs = x.size(1), len(training)
-    split = _Split.of(x)
-    grad_x = empty_pixels(x, *x.shape[1:])
-    grad_residual = empty_pixels(x, *x.shape[1:]) if adds else grad_x
-    offset, slope, grad_weight, grad_bias = torch.zeros((4, inputs * channels), dtype=torch.float32, device=x.device)
-    if split.rows * channels:
-        (g, grad_pitch), (y, x_pitch) = pixels(grad_out), pixels(x)
-        r, residual_pitch = (y, 0) if residual is None else pixels(residual)
-        partial = torch.empty((split.parts, 3, channels), dtype=torch.float32, device=x.device)
-        sources: tuple[Any, ...] = (g, y, r, y if bits is None else bits, *vectors)
-        sizes = (split.rows, channels, grad_pitch, x_pitch, residual_pitch)
-        options: dict[str, Any] = {"INPUTS": inputs, "MASK": mask, **TILE}
-        columns = triton.cdiv(channels, CHANNELS)
-        with torch.cuda.device_of(x):
-            sums_kernel[(split.parts, columns)](*sources, partial, *sizes, split.blocks, **options)
-            finish_sums_kernel[(columns, inputs)](
-                partial,
-                vectors[1],
-                grad_weight,
-                grad_bias,
-                offset,
-                slope,
-                split.rows,
-                channels,
-                split.parts,
-                BC=CHANNELS,
-            )
-            grad_input_kernel[_tiles(split.rows, channels)](
-                *sources,
-                offset,
-                slope,
-                grad_x,
-                grad_residual,
-                *sizes,
-                ADD=adds,
-                TRAIN=training[0],
-                TRAIN2=training[-1],
-                **options,
-            )
-    layout = result_format(x)
-    return (
-        grad_x.contiguous(memory_format=layout),
-        grad_residual.contiguous(memory_format=layout),
-        grad_weight,
-        grad_bias,
-    )
+    n, channels, height, width = x.shape
+    rows, inputs = n * height * width, len(training)
+    adds = residual is not None or bits is not None
+    mask = BITS if bits is not None else RECOMPUTED if relu else NO_MASK
+    parts, blocks = _split(rows)
+    grad_x = empty_pixels(x, channels, height, width)
+    grad_residual = empty_pixels(x, channels, height, width) if adds else grad_x
+    grad_weight, grad_bias = (x.new_zeros(inputs * channels, dtype=torch.float32) for _ in range(2))
+    offset, slope = x.new_empty((2, inputs * channels), dtype=torch.float32)
+    (g, grad_pitch), (y, x_pitch) = pixels(grad_out), pixels(x)
+    r, residual_pitch = (y, 0) if residual is None else pixels(residual)
+    partial = x.new_empty((parts, 3, channels), dtype=torch.float32)
+    sources = (g, y, r, y if bits is None else bits, *vectors)
+    sizes = (rows, channels, grad_pitch, x_pitch, residual_pitch)
+    options: dict[str, Any] = {"INPUTS": inputs, "MASK": mask.value, **TILE}
+    columns = triton.cdiv(channels, CHANNELS) if rows else 0
+    launch(sums_kernel, (parts, columns), *sources, partial, *sizes, blocks, **options)
+    launch(
+        finish_sums_kernel, (columns, inputs), partial, vectors[1], grad_weight, grad_bias, offset, slope, rows,
+        channels, parts, BC=CHANNELS,
+    )  # fmt: skip
+    launch(
+        grad_input_kernel, tiles(rows, channels), *sources, offset, slope, grad_x, grad_residual, *sizes, ADD=adds,
+        TRAIN=training[0], TRAIN2=training[-1], **options,
+    )  # fmt: skip
+    grad_x, grad_residual = (grad.contiguous(memory_format=result_format(x)) for grad in (grad_x, grad_residual))
+    return grad_x, grad_residual, grad_weight, grad_bias
 
 
 def bn_relu_concat_bwd(
     grad_out: Tensor, xs: Sequence[Tensor], mean: Tensor, rstd: Tensor, weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    training: Sequence[bool], relu: bool,
+    biases: Sequence[Tensor], training: Sequence[bool], relu: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
     sizes = [x.size(1) for x in xs]
-    mask = RECOMPUTED.value if relu else NO_MASK.value
     branches = zip(
         grad_out.split(sizes, 1), xs, mean.split(sizes), rstd.split(sizes), weights, biases, training, strict=True
     )
-    grads = [_backward(g, x, None, None, (m, r, w, b, w, b), (t,), mask, False) for g, x, m, r, w, b, t in branches]
+    grads = [_backward(g, x, None, None, (m, r, w, b, w, b), (t,), relu) for g, x, m, r, w, b, t in branches]
     grad_xs, _, grad_weights, grad_biases = zip(*grads, strict=True)
     return list(grad_xs), torch.cat(grad_weights), torch.cat(grad_biases)
 
@@ -432,8 +318,4 @@ def bn_add_relu_bwd(
     weights: Sequence[Tensor], biases: Sequence[Tensor], training: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     vectors = (mean, rstd, weights[0], biases[0], weights[-1], biases[-1])
-    where = BITS.value if len(weights) == 1 else RECOMPUTED.value
-    grad_x, grad_residual, grad_weight, grad_bias = _backward(
-        grad_out, x, residual, mask, vectors, training, where, True
-    )
-    return grad_x, grad_residual, grad_weight.clone(), grad_bias.clone()
+    return _backward(grad_out, x, residual, mask, vectors, training)

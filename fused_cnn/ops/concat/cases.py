@@ -7,18 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
-from .._cases import Case, Maker, OpCases, Pass, awkward_shapes
+from .._cases import Case, Layer, Maker, OpCases, Pass, awkward, layers
 from .._cost import one_pass
 from .op import concat_bias_relu
 
-REAL = [
+GOOGLENET = [
     ("googlenet 3a", (64, 128, 32, 32), 28),
     ("googlenet 3b", (128, 192, 96, 64), 28),
     ("googlenet 4a", (192, 208, 48, 64), 14),
     ("googlenet 4d", (112, 288, 64, 64), 14),
     ("googlenet 5b", (384, 384, 128, 128), 7),
 ]
-ODD: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
+REAL: list[Layer] = [(name, (1, sum(c), side, side), {"channels": c}) for name, c, side in GOOGLENET]
+ODD: list[Layer] = [
     ("no bias", (2, 17, 7, 7), {"channels": (9, 8), "bias": False}),
     ("linear", (2, 17, 7, 7), {"channels": (9, 8), "relu": False}),
     ("linear, no bias", (2, 17, 7, 7), {"channels": (9, 8), "relu": False, "bias": False}),
@@ -35,7 +36,7 @@ def split(channels: int) -> tuple[int, ...]:
 
 def make(case: Case, maker: Maker) -> tuple[tuple[Any, ...], dict[str, Any]]:
     n, total, h, w = case.shape
-    branches = [maker.activation(n, c, h, w) for c in case.options["channels"]]
+    branches = [maker.activation(n, c, h, w) for c in case.options.get("channels", split(total))]
     bias = maker.vector(total) if case.options.get("bias", True) else None
     return (branches, bias), {"relu": case.options.get("relu", True)}
 
@@ -46,15 +47,10 @@ def least(out: Tensor, branches: Sequence[Tensor], bias: Tensor | None, *, relu:
 
 COSTS = {"concat_bias_relu_fwd": one_pass, "concat_bias_relu_bwd": one_pass}
 CASES = OpCases(
-    name="concat_bias_relu",
-    op=concat_bias_relu,
-    cases=(
-        *(Case(name, (1, sum(c), s, s), {"channels": c}, real=True) for name, c, s in REAL),
-        *(Case(name, shape, options) for name, shape, options in ODD),
-        *(Case("x".join(map(str, shape)), shape, {"channels": split(shape[1])}) for shape in awkward_shapes()),
-    ),
-    make=make,
-    least=least,
+    concat_bias_relu,
+    (*layers(REAL, ODD), *awkward()),
+    make,
+    least,
     rounding=1,
     reason="one addition, rounded once, as eager's; the bias's gradient is a float32 sum, rounded once",
 )

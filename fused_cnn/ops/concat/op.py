@@ -17,12 +17,8 @@ from ..._candidates import resolve, tunable
 from ..._checks import check_branches, check_parameter, vector_dtype
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
-from .._autograd import differentiable_once
+from .._autograd import differentiable_once, needs_grad
 from . import reference
-
-
-def _fake_fwd(branches: list[Tensor], bias: Tensor | None, relu: bool) -> Tensor:
-    return empty_nchw(branches[0], sum(b.size(1) for b in branches), *branches[0].shape[2:])
 
 
 def _fake_bwd(grad_out: Tensor, out: Tensor | None, channels: list[int], bias: bool) -> tuple[list[Tensor], Tensor]:
@@ -33,7 +29,10 @@ def _fake_bwd(grad_out: Tensor, out: Tensor | None, channels: list[int], bias: b
 
 # bias and its gradient are float32, or float64 for float64 branches. Without ReLU, backward takes no `out`; without
 # bias, its gradient is empty.
-define("concat_bias_relu_fwd(Tensor[] branches, Tensor? bias, bool relu) -> Tensor", _fake_fwd)
+define(
+    "concat_bias_relu_fwd(Tensor[] branches, Tensor? bias, bool relu) -> Tensor",
+    lambda branches, bias, relu: empty_nchw(branches[0], sum(b.size(1) for b in branches), *branches[0].shape[2:]),
+)
 define(
     "concat_bias_relu_bwd(Tensor grad_out, Tensor? out, int[] channels, bool bias) "
     "-> (Tensor[] grads, Tensor grad_bias)",
@@ -45,25 +44,18 @@ define_triton("concat", "concat_bias_relu_fwd", "concat_bias_relu_bwd")
 class _ConcatBiasReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, relu: bool, bias: Tensor | None, *branches: Tensor) -> Tensor:
-        out = _forward(branches, bias, relu, backend)
+        out = kernel("concat_bias_relu_fwd", backend)(branches, bias, relu)
         ctx.save_for_backward(out if relu else None)
-        ctx.backend, ctx.channels = backend, [b.size(1) for b in branches]
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.backend, ctx.channels, ctx.bias = backend, [b.size(1) for b in branches], bias is not None
         return out
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        (out,) = ctx.saved_tensors
-        has_bias = ctx.bias_dtype is not None
-        grads, grad_bias = kernel("concat_bias_relu_bwd", ctx.backend)(grad_out, out, ctx.channels, has_bias)
-        return (None, None, grad_bias.to(ctx.bias_dtype) if has_bias else None, *grads)
-
-
-def _forward(branches: Sequence[Tensor], bias: Tensor | None, relu: bool, backend: str) -> Tensor:
-    if bias is not None:
-        bias = bias.detach().to(vector_dtype(branches[0]))
-    return kernel("concat_bias_relu_fwd", backend)(branches, bias, relu)
+        grads, grad_bias = kernel("concat_bias_relu_bwd", ctx.backend)(
+            grad_out, *ctx.saved_tensors, ctx.channels, ctx.bias
+        )
+        return (None, None, grad_bias if ctx.bias else None, *grads)
 
 
 @tunable
@@ -76,28 +68,20 @@ def concat_bias_relu(
     before it.
 
     Args:
-        branches: (N, C_i, H, W), floating point, any strides, one dtype and device.
+        branches: (N, C_i, H, W), one dtype and device.
         bias: (sum of C_i,) for all branches in order, in their dtype or, where that is 16-bit, in float32; None adds
             nothing.
         relu: False concatenates without ReLU.
-        backend: "reference", "native", "triton", or None for the best at hand.
 
-    Returns:
-        (N, sum of C_i, H, W) in the branches' dtype; channels_last where the first branch's channels are adjacent in
-        memory, else contiguous.
-
-    Saved for backward: the result, which the next layer keeps anyway. Nothing is mutated. Differentiable once.
-
-    Raises:
-        ValueError, TypeError: shapes, devices or dtypes do not agree; the message names the branch.
-        BackendUnavailable: an explicit backend cannot run here.
+    Saved for backward: the result, which the next layer keeps anyway.
     """
     check_branches("concat_bias_relu", branches)
     check_parameter("concat_bias_relu", "bias", bias, sum(b.size(1) for b in branches), branches[0])
     backend = resolve("concat_bias_relu_fwd", backend, branches[0])
     if backend == "reference":
         return reference.concat_bias_relu(branches, bias, relu)
-    tensors = branches if bias is None else [bias, *branches]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if bias is not None:
+        bias = bias.to(vector_dtype(branches[0]))
+    if needs_grad(bias, *branches):
         return _ConcatBiasReLU.apply(backend, relu, bias, *branches)
-    return _forward(branches, bias, relu, backend)
+    return kernel("concat_bias_relu_fwd", backend)(branches, bias, relu)

@@ -11,9 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._layout import result_format
-from .._triton import MASK_AND_SUM, Shipped, empty_pixels, mask_and_sum, pixels, relu
-
-ROWS, CHANNELS = 32, 64  # of a tile
+from .._triton import TILE, empty_pixels, launch, load_tile, mask_and_sum, pixels, relu, store_tile, tile, tiles
 
 
 @triton.jit
@@ -21,25 +19,13 @@ def bias_relu_kernel(
     x_ptr, bias_ptr, out_ptr, rows, channels, x_pitch, out_pitch, BIAS: tl.constexpr, RELU: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    m, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
-    mask = (m < rows)[:, None] & (c < channels)[None, :]
-    row = m.to(tl.int64)[:, None]
-    v = tl.load(x_ptr + row * x_pitch + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    _, c, row, mask = tile(rows, channels, BM, BC)
+    v = load_tile(x_ptr, row, x_pitch, c, mask)
     if BIAS:
         v += tl.load(bias_ptr + c, mask=c < channels, other=0.0)[None, :]
     if RELU:
         v = relu(v)
-    tl.store(out_ptr + row * out_pitch + c[None, :], v.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-SHIPPED = [
-    Shipped(
-        bias_relu_kernel, ("x_ptr", "out_ptr"), ("rows", "channels", "x_pitch", "out_pitch"), ("bias_ptr",),
-        aligned=("channels", "x_pitch", "out_pitch"), constants={"BIAS": True, "RELU": True, "BM": ROWS,
-        "BC": CHANNELS},
-    ),
-    MASK_AND_SUM,
-]  # fmt: skip
+    store_tile(out_ptr, row, out_pitch, c, mask, v)
 
 
 def concat_bias_relu_fwd(branches: Sequence[Tensor], bias: Tensor | None, relu: bool) -> Tensor:
@@ -50,14 +36,11 @@ def concat_bias_relu_fwd(branches: Sequence[Tensor], bias: Tensor | None, relu: 
     biases = [out] * len(sizes) if bias is None else bias.contiguous().split(sizes)
     for branch, part, b in zip(branches, out.split(sizes, 1), biases, strict=True):
         channels = branch.size(1)
-        if rows * channels == 0:
-            continue
         branch, pitch = pixels(branch)
-        with torch.cuda.device_of(out):
-            bias_relu_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(channels, CHANNELS))](
-                branch, b, part, rows, channels, pitch, out.size(1), BIAS=bias is not None, RELU=relu, BM=ROWS,
-                BC=CHANNELS,
-            )  # fmt: skip
+        launch(
+            bias_relu_kernel, tiles(rows, channels), branch, b, part, rows, channels, pitch, out.size(1),
+            BIAS=bias is not None, RELU=relu, **TILE,
+        )  # fmt: skip
     return out.contiguous(memory_format=result_format(first))
 
 

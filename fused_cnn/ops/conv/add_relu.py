@@ -15,20 +15,11 @@ from ..._candidates import NATIVE, REFERENCE, TRITON, Candidate, Measurement, of
 from ..._checks import check_nchw, check_same
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
-from .._autograd import differentiable_once
+from .._autograd import differentiable_once, needs_grad
 from . import reference
 
-
-def _fake_fwd(x: Tensor, residual: Tensor) -> Tensor:
-    return empty_nchw(x, *x.shape[1:])
-
-
-def _fake_bwd(grad_out: Tensor, out: Tensor) -> Tensor:
-    return empty_nchw(out, *out.shape[1:])
-
-
-define("add_relu_fwd(Tensor x, Tensor residual) -> Tensor", _fake_fwd)
-define("add_relu_bwd(Tensor grad_out, Tensor out) -> Tensor", _fake_bwd)
+define("add_relu_fwd(Tensor x, Tensor residual) -> Tensor", lambda x, residual: empty_nchw(x, *x.shape[1:]))
+define("add_relu_bwd(Tensor grad_out, Tensor out) -> Tensor", lambda grad_out, out: empty_nchw(out, *out.shape[1:]))
 define_triton("conv", "add_relu_fwd", "add_relu_bwd")
 offer(
     "add_relu_fwd",
@@ -56,8 +47,7 @@ class _AddReLU(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
-        (out,) = ctx.saved_tensors
-        grad = kernel("add_relu_bwd", ctx.backend)(grad_out, out)
+        grad = kernel("add_relu_bwd", ctx.backend)(grad_out, *ctx.saved_tensors)
         return grad, grad, None
 
 
@@ -66,24 +56,15 @@ def add_relu(x: Tensor, residual: Tensor, *, backend: str | None = None) -> Tens
     """relu(x + residual), the end of a residual block (arXiv 1512.03385, section 3.2, figure 2).
 
     Args:
-        x: (N, C, H, W), floating point, any strides.
         residual: x's shape, dtype and device. Nothing is broadcast.
-        backend: "reference", "native", "triton", or None for the best at hand.
 
-    Returns:
-        (N, C, H, W) in x's dtype; channels_last where x's channels are adjacent in memory, else contiguous.
-
-    Saved for backward: the result, which the next layer keeps anyway. Nothing is mutated. Differentiable once.
-
-    Raises:
-        ValueError, TypeError: shapes, devices or dtypes do not agree.
-        BackendUnavailable: an explicit backend cannot run here.
+    Saved for backward: the result, which the next layer keeps anyway.
     """
     check_nchw("add_relu", "x", x)
     check_same("add_relu", "x", x, "residual", residual)
     backend = resolve("add_relu_fwd", backend, x)
     if backend == "reference":
         return reference.add_relu(x, residual)
-    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad):
+    if needs_grad(x, residual):
         return _AddReLU.apply(x, residual, backend)
     return kernel("add_relu_fwd", backend)(x, residual)

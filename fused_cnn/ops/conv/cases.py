@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 from torch import Tensor
 
-from .._cases import Case, Maker, OpCases, Pass, awkward_shapes
+from .._cases import Case, Layer, Maker, OpCases, Pass, awkward, layers
 from .._conv import empty_result, pair
 from .._cost import Arguments, Cost, conv_flops, engine_conv, one_pass, tensor_bytes
 from .add_relu import add_relu
 from .op import conv1x1_bias_relu, conv_bias_relu
 from .stage import GEOMETRY
 
-Layers = list[tuple[str, tuple[int, int, int, int], dict[str, Any]]]
-REAL: Layers = [
+REAL: list[Layer] = [
     ("googlenet stem 7x7", (1, 3, 224, 224), {"out": 64, "kernel": 7, "stride": 2, "padding": 3}),
     ("googlenet 3a 3x3", (1, 96, 28, 28), {"out": 128, "kernel": 3, "padding": 1}),
     ("googlenet_paper 4a 5x5", (1, 16, 14, 14), {"out": 48, "kernel": 5, "padding": 2}),
@@ -25,7 +25,7 @@ REAL: Layers = [
     ("resnet50 layer4 conv2", (1, 512, 7, 7), {"out": 512, "kernel": 3, "padding": 1}),
     ("resnet18 layer1 conv2", (1, 64, 56, 56), {"out": 64, "kernel": 3, "padding": 1, "residual": True}),
 ]
-ODD: Layers = [
+ODD: list[Layer] = [
     ("dilated", (2, 8, 14, 14), {"out": 9, "kernel": 3, "padding": 2, "dilation": 2}),
     ("grouped", (2, 8, 7, 7), {"out": 12, "kernel": 3, "padding": 1, "groups": 4}),
     ("oblong", (2, 5, 9, 7), {"out": 6, "kernel": (1, 7), "padding": (0, 3)}),
@@ -34,7 +34,7 @@ ODD: Layers = [
     ("kernel as large as the input", (2, 5, 4, 4), {"out": 6, "kernel": 4, "residual": True}),
     ("padding wider than the image", (1, 3, 2, 2), {"out": 4, "kernel": 5, "padding": 4}),
 ]
-REAL_1X1: Layers = [
+REAL_1X1: list[Layer] = [
     ("googlenet 3a reduce3x3", (1, 192, 28, 28), {"out": 96}),
     ("googlenet 4a reduce5x5", (1, 480, 14, 14), {"out": 16}),
     ("googlenet 5b branch1", (1, 832, 7, 7), {"out": 384}),
@@ -44,17 +44,17 @@ REAL_1X1: Layers = [
     ("resnet50 layer3 conv3", (1, 256, 14, 14), {"out": 1024, "residual": True}),
     ("resnet50 layer4 conv3", (1, 512, 7, 7), {"out": 2048, "residual": True}),
 ]
-ODD_1X1: Layers = [
+ODD_1X1: list[Layer] = [
     ("no bias", (2, 17, 7, 7), {"out": 3, "bias": False}),
     ("stride 2, residual", (2, 33, 9, 7), {"out": 65, "stride": 2, "residual": True}),
     ("linear", (1, 3, 5, 5), {"out": 1, "relu": False}),
     ("stride past the end", (2, 5, 1, 6), {"out": 7, "stride": 3}),
 ]
-ADDED = [
-    ("resnet50 layer1", (1, 256, 56, 56)),
-    ("resnet50 layer2", (1, 512, 28, 28)),
-    ("resnet50 layer3", (1, 1024, 14, 14)),
-    ("resnet50 layer4", (1, 2048, 7, 7)),
+ADDED: list[Layer] = [
+    ("resnet50 layer1", (1, 256, 56, 56), {}),
+    ("resnet50 layer2", (1, 512, 28, 28), {}),
+    ("resnet50 layer3", (1, 1024, 14, 14), {}),
+    ("resnet50 layer4", (1, 2048, 7, 7), {}),
 ]
 
 
@@ -146,48 +146,23 @@ COSTS = {
 }
 
 
-def _cases(real: Layers, odd: Layers, **options: Any) -> tuple[Case, ...]:
-    awkward = [
-        ("x".join(map(str, shape)), shape, {"out": 19, "residual": True, **options}) for shape in awkward_shapes()
-    ]
-    return (*(Case(*layer, real=True) for layer in real), *(Case(*layer) for layer in (*odd, *awkward)))
-
-
 REASON = (
     "bias and residual are added before the one rounding where eager rounds after each step; a sum over thousands of "
     "products in one accumulator loses more than eager's blocked one"
 )
+convolution = partial(OpCases, make=make, least=least, rounding=4, summation=16, reason=REASON)
 CASES = [
-    OpCases(
-        name="conv_bias_relu",
-        op=conv_bias_relu,
-        cases=_cases(REAL, ODD, kernel=3, padding=1),
-        make=make,
-        least=least,
-        rounding=4,
-        summation=16,
-        reason=REASON,
-    ),
-    OpCases(
-        name="conv1x1_bias_relu",
-        op=conv1x1_bias_relu,
-        cases=_cases(REAL_1X1, ODD_1X1),
-        make=make,
-        least=least,
+    convolution(conv_bias_relu, (*layers(REAL, ODD), *awkward(out=19, residual=True, kernel=3, padding=1))),
+    convolution(
+        conv1x1_bias_relu,
+        (*layers(REAL_1X1, ODD_1X1), *awkward(out=19, residual=True)),
         registered="conv_bias_relu_fwd",
-        rounding=4,
-        summation=16,
-        reason=REASON,
     ),
     OpCases(
-        name="add_relu",
-        op=add_relu,
-        cases=(
-            *(Case(name, shape, real=True) for name, shape in ADDED),
-            *(Case("x".join(map(str, shape)), shape) for shape in awkward_shapes()),
-        ),
-        make=make_add,
-        least=least_add,
+        add_relu,
+        (*layers(ADDED), *awkward()),
+        make_add,
+        least_add,
         rounding=1,
         reason="one addition, rounded once, as eager's: they agree to the bit where both add in float32",
     ),

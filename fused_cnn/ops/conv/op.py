@@ -14,35 +14,28 @@ import torch
 from torch import Tensor
 
 from ..._candidates import NATIVE, REFERENCE, Candidate, Measurement, offer, resolve, tunable
+from ..._layout import empty_nchw, result_format
 from ..._library import define, define_triton, kernel
-from .._autograd import differentiable_once
-from .._conv import IntPair, autocast, check_conv, empty_gradients, empty_result, is_pointwise, packable, pair
+from .._autograd import differentiable_once, needs_grad
+from .._conv import ConvGeometry, IntPair, autocast, check_conv, empty_result, is_pointwise, packable, pair
 from . import reference
 
 
-def _fake_fwd(x, weight, bias, residual, stride, padding, dilation, groups, relu):  # type: ignore[no-untyped-def]
-    return empty_result(x, weight.shape, stride, padding, dilation)
-
-
-def _fake_bwd(  # type: ignore[no-untyped-def]
-    grad_out, out, x, weight, stride, padding, dilation, groups, needs_x, needs_weight, needs_bias
-):
-    return empty_gradients(grad_out, out, x, weight, needs_x, needs_weight, needs_bias)
-
-
-def _fake_pack(weight: Tensor, bias: Tensor | None, stride: list[int], dilation: list[int]) -> Tensor:
-    size = torch.library.get_ctx().new_dynamic_size()  # the layout, and so the size, is the processor's affair
-    return weight.new_empty(size, dtype=torch.uint8)
-
-
-def _fake_packed_fwd(x, packed, weight_shape, residual, stride, padding, dilation, relu):  # type: ignore[no-untyped-def]
-    return empty_result(x, weight_shape, stride, padding, dilation)
+def _fake_bwd(grad_out, out, x, weight, *rest):  # type: ignore[no-untyped-def]
+    """The gradients (x, weight, bias, residual); an empty tensor for each that is not computed."""
+    needs_x, needs_weight, needs_bias = rest[-3:]
+    return (
+        empty_nchw(x, *x.shape[1:]) if needs_x else grad_out.new_empty(0),
+        torch.empty_like(weight, memory_format=result_format(weight)) if needs_weight else grad_out.new_empty(0),
+        grad_out.new_empty(weight.size(0) if needs_bias else 0),
+        grad_out.new_empty(0) if out is None else empty_nchw(out, *out.shape[1:]),
+    )
 
 
 define(
     "conv_bias_relu_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] stride, SymInt[] padding, "
     "SymInt[] dilation, SymInt groups, bool relu) -> Tensor",
-    _fake_fwd,
+    lambda x, weight, bias, residual, *geometry: empty_result(x, weight.shape, *geometry[:3]),
 )
 define(
     "conv_bias_relu_bwd(Tensor grad_out, Tensor? out, Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, "
@@ -50,11 +43,15 @@ define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _fake_bwd,
 )
-define("conv_bias_relu_pack(Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] dilation) -> Tensor", _fake_pack)
+define(
+    "conv_bias_relu_pack(Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] dilation) -> Tensor",
+    # The layout, and so the size, is the processor's affair.
+    lambda weight, *_: weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8),
+)
 define(
     "conv_bias_relu_packed_fwd(Tensor x, Tensor packed, SymInt[] weight_shape, Tensor? residual, SymInt[] stride, "
     "SymInt[] padding, SymInt[] dilation, bool relu) -> Tensor",
-    _fake_packed_fwd,
+    lambda x, packed, weight_shape, residual, *geometry: empty_result(x, weight_shape, *geometry[:3]),
 )
 define_triton("conv", "conv_bias_relu_fwd", "conv_bias_relu_bwd")
 
@@ -109,10 +106,7 @@ def pack_conv(
 
 class _ConvBiasReLU(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, x, weight, bias, residual, stride, padding, dilation, groups, relu, backend
-    ):
-        geometry = (stride, padding, dilation, groups)
+    def forward(ctx, x, weight, bias, residual, geometry, relu, backend):  # type: ignore[no-untyped-def]
         out = kernel("conv_bias_relu_fwd", backend)(x, weight, bias, residual, *geometry, relu)
         ctx.save_for_backward(x, weight, out if relu else None)
         ctx.geometry, ctx.backend = geometry, backend
@@ -127,7 +121,7 @@ class _ConvBiasReLU(torch.autograd.Function):
             grad_out, out, x, weight, *ctx.geometry, *needs[:3]
         )
         found = (gx, gw, gb, grad_out if out is None else grad)
-        return (*(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 6)
+        return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None)
 
 
 @tunable
@@ -147,36 +141,28 @@ def conv_bias_relu(
     """relu(conv2d(x, weight) + bias + residual); the ReLU, bias and residual are optional.
 
     Args:
-        x: (N, C, H, W), floating point, any strides.
         weight: (out, C / groups, kh, kw), x's dtype and device; or what pack_conv made of it, bias included.
         bias: (out,), x's dtype, or None.
         residual: the result's shape, x's dtype, added before the ReLU, or None.
         stride, padding, dilation, groups: as torch.nn.functional.conv2d takes them.
         relu: False leaves the ReLU out.
-        backend: "reference", "native", "triton", or None for the best at hand.
 
     Returns:
-        (N, out, H', W') in x's dtype (autocast's where autocast is on); channels_last where x's channels are adjacent
-        in memory.
+        (N, out, H', W') in x's dtype, or autocast's where autocast is on.
 
-    Saved for backward: x, weight and, with ReLU, the result. Nothing is mutated. Differentiable once (the reference:
-        twice).
-
-    Raises:
-        ValueError, TypeError: shapes, devices, dtypes or geometry do not agree.
-        BackendUnavailable: an explicit backend cannot run here.
+    Saved for backward: x, weight and, with ReLU, the result.
     """
-    geometry = (pair(stride), pair(padding), pair(dilation), groups)
+    geometry = ConvGeometry.of(stride, padding, dilation, groups)
     if isinstance(weight, PackedConv):
         return kernel("conv_bias_relu_packed_fwd", "native")(x, *weight, residual, *geometry[:3], relu)
     x, plain, bias, residual = autocast(x, weight, bias, residual)
-    check_conv("conv_bias_relu", x, plain, bias, residual, *geometry)
-    backend = resolve("conv_bias_relu_fwd", backend, x, plain, geometry[1], groups)
+    check_conv("conv_bias_relu", x, plain, bias, residual, geometry)
+    backend = resolve("conv_bias_relu_fwd", backend, x, plain, geometry.padding, groups)
     if backend == "reference":
-        return reference.conv_bias_relu(x, plain, bias, residual, *geometry, relu)
+        return reference.conv_bias_relu(x, plain, bias, residual, geometry, relu)
     inputs = (x, plain, bias, residual)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _ConvBiasReLU.apply(*inputs, *geometry, relu, backend)
+    if needs_grad(*inputs):
+        return _ConvBiasReLU.apply(*inputs, geometry, relu, backend)
     return kernel("conv_bias_relu_fwd", backend)(*inputs, *geometry, relu)
 
 

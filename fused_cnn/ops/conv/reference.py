@@ -6,19 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._conv import ConvGeometry
+
 
 def conv_bias_relu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    relu: bool,
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geometry: ConvGeometry, relu: bool
 ) -> Tensor:
-    out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    out = F.conv2d(x, weight, bias, *geometry)
     if residual is not None:
         out = out + residual
     return torch.relu(out) if relu else out

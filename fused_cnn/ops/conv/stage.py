@@ -9,6 +9,7 @@ blocks, so that what lies between the convolutions stays in the processor's cach
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from torch import Tensor
@@ -95,18 +96,10 @@ def pack_residual_block(
     packed = [
         pack_conv(u.weight, u.bias, like=like, stride=u.stride, dilation=u.dilation, backend=backend)[0] for u in units
     ]
-    geometry = [
-        n
-        for u in units
-        for n in (
-            u.weight.size(1),
-            u.weight.size(0),
-            *u.weight.shape[2:],
-            *pair(u.stride),
-            *pair(u.padding),
-            *pair(u.dilation),
-        )
-    ]
+    geometry: list[int] = []
+    for u in units:
+        pairs = (pair(u.stride), pair(u.padding), pair(u.dilation))
+        geometry += [u.weight.size(1), u.weight.size(0), *u.weight.shape[2:], *chain(*pairs)]
     return PackedResidualStage(
         [p.data for p in packed], geometry, [len(convolutions)], shortcut, projection is not None
     )
@@ -116,13 +109,11 @@ def residual_stage(x: Tensor, stage: PackedResidualStage) -> Tensor:
     """Whole residual blocks (arXiv 1512.03385, figures 2 and 5), one after the other, in eval form.
 
     Args:
-        x: (N, C, H, W), float32 or bfloat16 on the CPU, any strides.
+        x: float32 or bfloat16, on the CPU.
         stage: what pack_residual_block made of a block's convolutions, and `then` of more blocks that keep their
             input's shape.
 
-    Returns:
-        (N, out, H', W') of the last convolution, in x's dtype; channels_last where x's channels are adjacent. No
-        gradients; nothing is mutated.
+    It has no gradients.
 
     Raises:
         RuntimeError: shapes, dtypes or the packed weights do not agree.

@@ -13,9 +13,7 @@ copy's bandwidth (285 us for 290 us of roofline at (256, 256, 56, 56) in bfloat1
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -24,99 +22,39 @@ from torch import Tensor
 
 from ..._candidates import Candidate, pick
 from ..._layout import empty_nchw, result_format
-from .._conv import is_pointwise, on_16_bytes
-from .._triton import (
-    DTYPES,
-    PRECISION,
-    Shipped,
-    dense_like,
-    empty_pixels,
-    grid_1d,
-    mask_and_sum,
-    pixels,
-    processors,
-    products,
-    relu,
-    relu_grad,
-)  # fmt: skip
-from .._triton_conv import Geometry, conv_forward, shipped_forward, weight_rows
+from .._conv import is_pointwise, on_16_bytes, out_sides
+from .._triton import PRECISION, empty_pixels, launch, mask_and_sum, pixels, processors, products, relu, relu_grad
+from .._triton_conv import Geometry, Tiles, conv_forward, weight_rows
 
 ADD_BLOCK = 2048
 ADD_WARPS = 8
 
 
 @triton.jit
-def load(ptr, i, n, WHOLE: tl.constexpr):
-    return tl.load(ptr + i) if WHOLE else tl.load(ptr + i, mask=i < n)
+def add_relu_block(a_ptr, b_ptr, out_ptr, i, mask, GRAD: tl.constexpr):
+    a, b = tl.load(a_ptr + i, mask=mask).to(tl.float32), tl.load(b_ptr + i, mask=mask).to(tl.float32)
+    values = relu_grad(a, b) if GRAD else relu(a + b)
+    tl.store(out_ptr + i, values.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def store(ptr, i, n, values, WHOLE: tl.constexpr):
-    if WHOLE:
-        tl.store(ptr + i, values.to(ptr.dtype.element_ty))
-    else:
-        tl.store(ptr + i, values.to(ptr.dtype.element_ty), mask=i < n)
-
-
-@triton.jit
-def add_relu_block(x_ptr, residual_ptr, out_ptr, i, n, WHOLE: tl.constexpr):
-    x = load(x_ptr, i, n, WHOLE).to(tl.float32)
-    store(out_ptr, i, n, relu(x + load(residual_ptr, i, n, WHOLE).to(tl.float32)), WHOLE)
-
-
-@triton.jit
-def relu_grad_block(grad_out_ptr, out_ptr, grad_ptr, i, n, WHOLE: tl.constexpr):
-    out = load(out_ptr, i, n, WHOLE).to(tl.float32)
-    store(grad_ptr, i, n, relu_grad(load(grad_out_ptr, i, n, WHOLE), out), WHOLE)
-
-
-# A mask keeps Triton from 16-byte accesses unless it knows that n is a multiple of 16, so whole blocks go without.
-@triton.jit
-def add_relu_fwd_kernel(x_ptr, residual_ptr, out_ptr, n, BLOCK: tl.constexpr):
+def add_relu_kernel(a_ptr, b_ptr, out_ptr, n, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    """out = relu(a + b), or with GRAD a, which is grad_out, where b, forward's result, is positive or NaN."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = start + tl.arange(0, BLOCK)
+    # A mask keeps Triton from 16-byte accesses unless it knows that n is a multiple of 16, so whole blocks go without.
     if start + BLOCK <= n:
-        add_relu_block(x_ptr, residual_ptr, out_ptr, i, n, True)
+        add_relu_block(a_ptr, b_ptr, out_ptr, i, None, GRAD)
     else:
-        add_relu_block(x_ptr, residual_ptr, out_ptr, i, n, False)
+        add_relu_block(a_ptr, b_ptr, out_ptr, i, i < n, GRAD)
 
 
-@triton.jit
-def add_relu_bwd_kernel(grad_out_ptr, out_ptr, grad_ptr, n, BLOCK: tl.constexpr):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    i = start + tl.arange(0, BLOCK)
-    if start + BLOCK <= n:
-        relu_grad_block(grad_out_ptr, out_ptr, grad_ptr, i, n, True)
-    else:
-        relu_grad_block(grad_out_ptr, out_ptr, grad_ptr, i, n, False)
-
-
-class GradTiles(NamedTuple):
-    """dgrad's tile is pixels by in channels, with out channels a step; wgrad's out channels by in channels, with pixels
-    a step."""
-
-    rows: int
-    columns: int
-    step: int
-    num_warps: int
-    num_stages: int
-
-    def dgrad(self) -> dict[str, int]:
-        return {"BM": self.rows, "BC": self.columns, "BN": self.step}
-
-    def wgrad(self) -> dict[str, int]:
-        return {"BN": self.rows, "BC": self.columns, "BM": self.step}
-
-    def schedule(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-
-GRAD_TILES = {  # by products(); the first is the default
-    "16-bit": [
-        *map(Candidate, (GradTiles(64, 64, 32, 4, 3), GradTiles(64, 64, 64, 4, 3), GradTiles(128, 64, 64, 8, 3)))
-    ],
-    "tf32": [*map(Candidate, (GradTiles(64, 64, 32, 4, 3), GradTiles(64, 64, 32, 8, 3)))],
-    "ieee": [Candidate(GradTiles(64, 64, 16, 8, 3))],
+# By products(), the first is the default. dgrad's tile is pixels by in channels, with out channels a step; wgrad's out
+# channels by in channels, with pixels a step.
+GRAD_TILES = {
+    "16-bit": [*map(Candidate, (Tiles(64, 64, 32, 4, 3), Tiles(64, 64, 64, 4, 3), Tiles(128, 64, 64, 8, 3)))],
+    "tf32": [*map(Candidate, (Tiles(64, 64, 32, 4, 3), Tiles(64, 64, 32, 8, 3)))],
+    "ieee": [Candidate(Tiles(64, 64, 16, 8, 3))],
 }
 
 
@@ -124,18 +62,18 @@ GRAD_TILES = {  # by products(); the first is the default
 def dgrad_kernel(
     grad_out_ptr, out_ptr, weight_ptr, grad_x_ptr, grad_ptr,
     rows, columns, channels, height, width, out_h, out_w, stride_h, stride_w, grad_out_pitch, out_pitch,
-    MASK: tl.constexpr, STRIDED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    BN: tl.constexpr,
+    MASK: tl.constexpr, STRIDED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
-    tiles_c = tl.cdiv(channels, BC)
+    tiles_c = tl.cdiv(channels, BN)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BM) * tiles_c, tl.num_programs(0)):
         pid_m, pid_c = tile // tiles_c, tile % tiles_c
-        m, c = pid_m * BM + tl.arange(0, BM), pid_c * BC + tl.arange(0, BC)
+        m, c = pid_m * BM + tl.arange(0, BM), pid_c * BN + tl.arange(0, BN)
         row = m.to(tl.int64)[:, None]
         writes = (m * 0 + pid_c) == 0
-        acc = tl.zeros((BM, BC), tl.float32)
-        for start in tl.range(0, columns, BN):
-            n = start + tl.arange(0, BN)
+        acc = tl.zeros((BM, BN), tl.float32)
+        for start in tl.range(0, columns, BK):
+            n = start + tl.arange(0, BK)
             mask = (m < rows)[:, None] & (n < columns)[None, :]
             grad = tl.load(grad_out_ptr + row * grad_out_pitch + n[None, :], mask=mask, other=0.0)
             if MASK:
@@ -157,18 +95,18 @@ def dgrad_kernel(
 def wgrad_kernel(
     grad_ptr, x_ptr, partial_ptr, sums_ptr,
     rows, columns, channels, height, width, out_h, out_w, stride_h, stride_w, grad_pitch, x_pitch, steps,
-    SUMS: tl.constexpr, STRIDED: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
-    BM: tl.constexpr,
+    SUMS: tl.constexpr, STRIDED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
-    """Part `part` of grad^T @ x, over the pixels from part * steps * BM, and with SUMS of grad's column sums."""
-    tiles_c = tl.cdiv(channels, BC)
+    """Part `part` of grad^T @ x, over the pixels from part * steps * BK, and with SUMS of grad's column sums."""
+    tiles_c = tl.cdiv(channels, BN)
     tile, part = tl.program_id(0), tl.program_id(1)
     pid_n, pid_c = tile // tiles_c, tile % tiles_c
-    n, c = pid_n * BN + tl.arange(0, BN), pid_c * BC + tl.arange(0, BC)
-    acc = tl.zeros((BN, BC), tl.float32)
-    total = tl.zeros((BN,), tl.float32)
+    n, c = pid_n * BM + tl.arange(0, BM), pid_c * BN + tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
     for step in tl.range(0, steps):
-        m = (part * steps + step) * BM + tl.arange(0, BM)
+        m = (part * steps + step) * BK + tl.arange(0, BK)
         row = m.to(tl.int64)[:, None]
         grad = tl.load(
             grad_ptr + row * grad_pitch + n[None, :], mask=(m < rows)[:, None] & (n < columns)[None, :], other=0.0
@@ -188,59 +126,20 @@ def wgrad_kernel(
         tl.store(sums_ptr + part.to(tl.int64) * columns + n, total, mask=(n < columns) & ((n * 0 + pid_c) == 0))
 
 
-def _shipped_backward() -> list[Shipped]:
-    sizes = ("rows", "columns", "channels", "height", "width", "out_h", "out_w", "stride_h", "stride_w")
-    found = []
-    for kind, dtypes in DTYPES.items():
-        for candidate, strided in itertools.product(GRAD_TILES[kind], (False, True)):
-            tiles = candidate.choice
-            constants = {"STRIDED": strided, "PRECISION": PRECISION[kind]}
-            dgrad = Shipped(
-                dgrad_kernel, ("grad_out_ptr", "out_ptr", "weight_ptr", "grad_x_ptr", "grad_ptr"), (*sizes,
-                "grad_out_pitch", "out_pitch"),
-                aligned=("columns", "channels", "grad_out_pitch", "out_pitch"), dtypes=dtypes,
-                constants={"MASK": True, **constants, **tiles.dgrad()}, **tiles.schedule(),
-            )  # fmt: skip
-            wgrad = Shipped(
-                wgrad_kernel, ("grad_ptr", "x_ptr"), (*sizes, "grad_pitch", "x_pitch", "steps"), ("partial_ptr",
-                "sums_ptr"),
-                ("columns", "channels", "grad_pitch", "x_pitch"), dtypes=dtypes,
-                constants={"SUMS": True, **constants, **tiles.wgrad()}, **tiles.schedule(),
-            )  # fmt: skip
-            found += [dgrad, wgrad]
-    return found
-
-
-SHIPPED = [
-    *(
-        Shipped(kernel, pointers, ("n",), constants={"BLOCK": ADD_BLOCK}, num_warps=ADD_WARPS)
-        for kernel, pointers in (
-            (add_relu_fwd_kernel, ("x_ptr", "residual_ptr", "out_ptr")),
-            (add_relu_bwd_kernel, ("grad_out_ptr", "out_ptr", "grad_ptr")),
-        )
-    ),
-    *shipped_forward(dense=True),
-    *shipped_forward(),
-    *_shipped_backward(),
-]
-
-
-def _add_relu(kernel: triton.JITFunction, a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+def _add_relu(a: Tensor, b: Tensor, like: Tensor, grad: bool) -> Tensor:
     out = empty_nchw(like, *like.shape[1:])
-    if out.numel() > 0:
-        with torch.cuda.device_of(out):
-            kernel[grid_1d(out.numel(), ADD_BLOCK)](
-                dense_like(a, like), dense_like(b, like), out, out.numel(), BLOCK=ADD_BLOCK, num_warps=ADD_WARPS
-            )
+    a, b = (t.contiguous(memory_format=result_format(like)) for t in (a, b))
+    grid = (triton.cdiv(out.numel(), ADD_BLOCK),)
+    launch(add_relu_kernel, grid, a, b, out, out.numel(), GRAD=grad, BLOCK=ADD_BLOCK, num_warps=ADD_WARPS)
     return out
 
 
 def add_relu_fwd(x: Tensor, residual: Tensor) -> Tensor:
-    return _add_relu(add_relu_fwd_kernel, x, residual, x)
+    return _add_relu(x, residual, x, grad=False)
 
 
 def add_relu_bwd(grad_out: Tensor, out: Tensor) -> Tensor:
-    return _add_relu(add_relu_bwd_kernel, grad_out, out, out)
+    return _add_relu(grad_out, out, out, grad=True)
 
 
 def conv_bias_relu_fwd(
@@ -256,7 +155,7 @@ def conv_bias_relu_fwd(
 ) -> Tensor:
     kernel = (weight.size(2), weight.size(3))
     geometry = Geometry(kernel, tuple(stride), tuple(padding), tuple(dilation))
-    out = empty_pixels(x, weight.size(0), *geometry.out(x.size(2), x.size(3)))
+    out = empty_pixels(x, weight.size(0), *out_sides(x, *geometry[:4]))
     width, columns = weight.size(1), weight.size(0) // groups
     for g in range(groups):  # a slice of the channels to a slice of the channels
         part = slice(g * columns, (g + 1) * columns)
@@ -267,7 +166,7 @@ def conv_bias_relu_fwd(
             None if residual is None else residual[:, part],
             geometry,
             relu,
-            [(out[:, part], out.size(1))],
+            [out[:, part]],
         )
     return out.contiguous(memory_format=result_format(x))
 
@@ -287,17 +186,21 @@ def conv_bias_relu_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     none = grad_out.new_empty(0)
     grad_x = grad_weight = none
-    if is_pointwise(weight, padding, groups):
-        grad_x, grad_weight, grad_bias, grad = _pointwise_backward(
-            grad_out, out, x, weight, stride, needs_x, needs_weight, needs_bias
-        )
+    pointwise = is_pointwise(weight, padding, groups)
+    if pointwise and needs_x and grad_out.numel() and x.numel():
+        grad_x, grad = _dgrad(grad_out, out, x, weight, stride)
+        grad_bias = mask_and_sum(grad, None, True)[1] if needs_bias and not needs_weight else none
     else:
-        grad, grad_bias = mask_and_sum(grad_out, out, needs_bias)
-        if needs_x or needs_weight:
-            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-                *map(on_16_bytes, (grad, x, weight)), None,
-                stride, padding, dilation, False, [0, 0], groups, [needs_x, needs_weight, False],
-            )  # fmt: skip
+        grad, grad_bias = mask_and_sum(grad_out, out, needs_bias and not (pointwise and needs_weight))
+        grad_x = torch.zeros_like(x) if pointwise and needs_x else none
+    if pointwise and needs_weight:
+        grad_weight, grad_bias = _wgrad(grad, x, stride, needs_bias)
+        grad_weight = grad_weight.view(weight.shape)
+    elif not pointwise and (needs_x or needs_weight):
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            *map(on_16_bytes, (grad, x, weight)), None,
+            stride, padding, dilation, False, [0, 0], groups, [needs_x, needs_weight, False],
+        )  # fmt: skip
     return (
         grad_x.contiguous(memory_format=result_format(x)) if needs_x else none,
         grad_weight.contiguous(memory_format=result_format(weight)) if needs_weight else none,
@@ -306,79 +209,61 @@ def conv_bias_relu_bwd(
     )
 
 
-def _pointwise_backward(
-    grad_out: Tensor,
-    out: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    needs_x: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(grad_x, grad_weight, grad_bias, grad_out under the mask); what is not needed is anything."""
-    none = grad_out.new_empty(0)
-    n, channels, height, width = x.shape
-    columns, out_h, out_w = grad_out.shape[1:]
-    rows, strided = n * out_h * out_w, tuple(stride) != (1, 1)
-    sizes = (columns, channels, height, width, out_h, out_w, *stride)
-    grad_x = grad_weight = grad_bias = none
-    if needs_x and rows * columns * channels:
-        grad_out, grad_out_pitch = pixels(grad_out)
-        mask, mask_pitch = (grad_out, 0) if out is None else pixels(out)
-        grad = grad_out if out is None else empty_pixels(x, columns, out_h, out_w)
-        grad_x = empty_pixels(x, channels, height, width)
-        if strided:
-            grad_x.zero_()
-        rows_of_weight, kind = weight_rows(weight), products(x.dtype)
-
-        def launch(tiles: GradTiles) -> None:
-            programs = triton.cdiv(rows, tiles.rows) * triton.cdiv(channels, tiles.columns)
-            with torch.cuda.device_of(x):
-                dgrad_kernel[(min(programs, 4 * processors(x.device)),)](
-                    grad_out, mask, rows_of_weight, grad_x, grad, rows, *sizes, grad_out_pitch, mask_pitch,
-                    MASK=out is not None, STRIDED=strided, PRECISION=PRECISION[kind], **tiles.dgrad(),
-                    **tiles.schedule(),
-                )  # fmt: skip
-
-        problem = (kind, rows, columns, channels, strided, out is not None)
-        launch(pick("dgrad_kernel", problem, GRAD_TILES[kind], launch, x.device))
-    else:
-        grad_x = torch.zeros_like(x) if needs_x else none
-        grad, grad_bias = mask_and_sum(grad_out, out, needs_bias and not needs_weight)
-    if needs_weight:
-        grad_weight, grad_bias = _wgrad(grad, x, rows, sizes, strided, needs_bias)
-        grad_weight = grad_weight.view(weight.shape)
-    elif needs_bias and needs_x:
-        _, grad_bias = mask_and_sum(grad, None, True)
-    return grad_x, grad_weight, grad_bias, grad
+def _sizes(grad: Tensor, x: Tensor, stride: Sequence[int]) -> tuple[int, ...]:
+    """Both kernels' rows, columns, channels, height, width, out_h, out_w and stride."""
+    n, columns, out_h, out_w = grad.shape
+    return (n * out_h * out_w, columns, *x.shape[1:], out_h, out_w, *stride)
 
 
-def _wgrad(
-    grad: Tensor, x: Tensor, rows: int, sizes: tuple[int, ...], strided: bool, bias: bool
+def _dgrad(
+    grad_out: Tensor, out: Tensor | None, x: Tensor, weight: Tensor, stride: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    columns, channels = sizes[:2]
+    """(grad_x, grad_out under the mask)."""
+    sizes, strided = _sizes(grad_out, x, stride), tuple(stride) != (1, 1)
+    rows, columns, channels = sizes[:3]
+    grad_out, grad_out_pitch = pixels(grad_out)
+    mask, mask_pitch = (grad_out, 0) if out is None else pixels(out)
+    grad = grad_out if out is None else empty_pixels(x, *grad_out.shape[1:])
+    grad_x = empty_pixels(x, *x.shape[1:])
+    if strided:
+        grad_x.zero_()
+    weight, kind = weight_rows(weight), products(x.dtype)
+
+    def run(tiles: Tiles) -> None:
+        programs = triton.cdiv(rows, tiles.BM) * triton.cdiv(channels, tiles.BN)
+        launch(
+            dgrad_kernel, (min(programs, 4 * processors(x.device)),),
+            grad_out, mask, weight, grad_x, grad, *sizes, grad_out_pitch, mask_pitch,
+            MASK=out is not None, STRIDED=strided, PRECISION=PRECISION[kind], **tiles._asdict(),
+        )  # fmt: skip
+
+    problem = (kind, rows, columns, channels, strided, out is not None)
+    run(pick("dgrad_kernel", problem, GRAD_TILES[kind], run, x.device))
+    return grad_x, grad
+
+
+def _wgrad(grad: Tensor, x: Tensor, stride: Sequence[int], bias: bool) -> tuple[Tensor, Tensor]:
+    sizes, strided = _sizes(grad, x, stride), tuple(stride) != (1, 1)
+    rows, columns, channels = sizes[:3]
     grad, grad_pitch = pixels(grad)
     x, x_pitch = pixels(x)
     kind = products(x.dtype)
     problem = (kind, rows, columns, channels, strided, bias)
     result: list[Tensor] = []
 
-    def launch(tiles: GradTiles) -> None:
-        programs = triton.cdiv(columns, tiles.rows) * triton.cdiv(channels, tiles.columns)
+    def run(tiles: Tiles) -> None:
+        programs = triton.cdiv(columns, tiles.BM) * triton.cdiv(channels, tiles.BN)
         # Parts enough to fill the device, of at least 32 steps: a matter of shape, tiles and device, so that sums
         # repeat.
         parts = max(1, min(2 * processors(x.device) // max(1, programs), rows // 1024))
-        steps = triton.cdiv(triton.cdiv(rows, tiles.step), parts)
+        steps = triton.cdiv(triton.cdiv(rows, tiles.BK), parts)
         partial = torch.empty((parts, columns, channels), dtype=torch.float32, device=x.device)
         sums = torch.empty((parts, columns) if bias else 0, dtype=torch.float32, device=x.device)
-        if programs:
-            with torch.cuda.device_of(x):
-                wgrad_kernel[(programs, parts)](
-                    grad, x, partial, sums, rows, *sizes, grad_pitch, x_pitch, steps,
-                    SUMS=bias, STRIDED=strided, PRECISION=PRECISION[kind], **tiles.wgrad(), **tiles.schedule(),
-                )  # fmt: skip
+        launch(
+            wgrad_kernel, (programs, parts), grad, x, partial, sums, *sizes, grad_pitch, x_pitch, steps,
+            SUMS=bias, STRIDED=strided, PRECISION=PRECISION[kind], **tiles._asdict(),
+        )  # fmt: skip
         result[:] = partial.sum(0).to(x.dtype), sums.sum(0) if bias else sums
 
-    launch(pick("wgrad_kernel", problem, GRAD_TILES[kind], launch, x.device))
+    run(pick("wgrad_kernel", problem, GRAD_TILES[kind], run, x.device))
     return result[0], result[1]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._cases import Case, Maker, OpCases, Pass
+from .._cases import Case, Layer, Maker, OpCases, Pass, layers
 from .._cost import Arguments, Cost, engine_conv, one_pass, tensor_bytes
 from .op import inception
 
@@ -22,7 +22,11 @@ TABLE = {
     "4e": (528, 14, (256, 160, 320, 32, 128, 128)),
     "5b": (832, 7, (384, 192, 384, 48, 128, 128)),
 }
-ODD = [
+REAL: list[Layer] = [
+    *((f"googlenet {name}", (1, c, s, s), {"widths": widths, "kernel5": 3}) for name, (c, s, widths) in TABLE.items()),
+    ("googlenet_paper 3a", (1, 192, 28, 28), {"widths": TABLE["3a"][2], "kernel5": 5}),
+]
+ODD: list[Layer] = [
     ("odd channels", (2, 17, 7, 5), {"widths": (3, 5, 7, 1, 2, 9), "kernel5": 5}),
     ("one pixel", (1, 65, 1, 1), {"widths": (16, 8, 17, 4, 8, 8), "kernel5": 3}),
     ("empty batch", (0, 16, 7, 7), {"widths": (8, 8, 8, 8, 8, 8), "kernel5": 5}),
@@ -98,18 +102,10 @@ def packed_cost(args: Arguments, out: Tensor) -> Cost:
 
 COSTS = {"inception_fwd": fwd_cost, "inception_pack": one_pass, "inception_packed_fwd": packed_cost}
 CASES = OpCases(
-    name="inception",
-    op=inception,
-    cases=(
-        *(
-            Case(f"googlenet {name}", (1, c, side, side), {"widths": widths, "kernel5": 3}, real=True)
-            for name, (c, side, widths) in TABLE.items()
-        ),
-        Case("googlenet_paper 3a", (1, 192, 28, 28), {"widths": TABLE["3a"][2], "kernel5": 5}, real=True),
-        *(Case(name, shape, options) for name, shape, options in ODD),
-    ),
-    make=make,
-    least=least,
+    inception,
+    layers(REAL, ODD),
+    make,
+    least,
     rounding=8,
     summation=16,
     reason="two convolutions in a row, each with the free summation order and the single rounding of conv_bias_relu",

@@ -19,7 +19,7 @@ from ..._candidates import REFERENCE, TRITON, Candidate, Measurement, best, offe
 from ..._checks import check_nchw, check_same, check_vector
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
-from .._autograd import differentiable_once
+from .._autograd import differentiable_once, needs_grad
 from .._conv import autocast, packable
 from . import reference
 
@@ -29,23 +29,19 @@ POOL = ([3, 3], [1, 1], [1, 1], [1, 1])  # kernel, stride, padding, dilation
 aten = torch.ops.aten
 
 
-def _fake_fwd(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    return empty_nchw(x, sum(weights[i].size(0) for i in OUTPUTS), x.size(2), x.size(3))
-
-
-def _fake_packed_fwd(x: Tensor, packed: Sequence[Tensor], channels: Sequence[int], kernels: Sequence[int]) -> Tensor:
-    return empty_nchw(x, sum(channels[i] for i in OUTPUTS), x.size(2), x.size(3))
-
-
 def _fake_pack(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
     ctx = torch.library.get_ctx()
     return [weights[0].new_empty(ctx.new_dynamic_size(), dtype=torch.uint8) for _ in range(4)]
 
 
-define("inception_fwd(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor", _fake_fwd)
+define(
+    "inception_fwd(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor",
+    lambda x, weights, biases: empty_nchw(x, sum(weights[i].size(0) for i in OUTPUTS), *x.shape[2:]),
+)
 define("inception_pack(Tensor[] weights, Tensor[] biases) -> Tensor[]", _fake_pack)
 define(
-    "inception_packed_fwd(Tensor x, Tensor[] packed, SymInt[] channels, SymInt[] kernels) -> Tensor", _fake_packed_fwd
+    "inception_packed_fwd(Tensor x, Tensor[] packed, SymInt[] channels, SymInt[] kernels) -> Tensor",
+    lambda x, packed, channels, kernels: empty_nchw(x, sum(channels[i] for i in OUTPUTS), *x.shape[2:]),
 )
 define_triton("inception", "inception_fwd")
 offer(
@@ -100,11 +96,6 @@ class _Inception(torch.autograd.Function):
         grad_weights: list[Tensor] = [x] * 6
         grad_biases: list[Tensor] = [x] * 6
 
-        def again(i: int) -> Tensor:
-            return kernel("conv_bias_relu_fwd", ctx.backend)(
-                x, weights[i], biases[i], None, [1, 1], [0, 0], [1, 1], 1, True
-            )
-
         def backward(i: int, grad: Tensor, result: Tensor, read: Tensor, needs_read: bool) -> Tensor:
             pad = weights[i].size(2) // 2
             grad_read, grad_weights[i], grad_biases[i], _ = kernel("conv_bias_relu_bwd", ctx.backend)(
@@ -115,15 +106,17 @@ class _Inception(torch.autograd.Function):
         sizes = [weights[i].size(0) for i in OUTPUTS]
         grad1, grad3, grad5, grad4 = grad_out.split(sizes, 1)
         out1, out3, out5, out4 = out.split(sizes, 1)
-        reduced3, reduced5 = again(1), again(3)
+        reduced3, reduced5 = (
+            kernel("conv_bias_relu_fwd", ctx.backend)(x, weights[i], biases[i], None, [1, 1], [0, 0], [1, 1], 1, True)
+            for i in (1, 3)
+        )
         # Triton's pool is PyTorch's own without its int64 indices and, backward, without its atomics; on a CPU neither
         # costs anything.
         ours = x.device.type == "cuda" and best("max_pool2d_bwd", x.device, x.dtype) == "triton"
-        pooled, indices = (
-            (kernel("max_pool2d_fwd", "triton")(x, *POOL, False), None)
-            if ours
-            else aten.max_pool2d_with_indices(x, *POOL)
-        )
+        if ours:
+            pooled = kernel("max_pool2d_fwd", "triton")(x, *POOL, False)
+        else:
+            pooled, indices = aten.max_pool2d_with_indices(x, *POOL)
         grad_x = backward(0, grad1, out1, x, needs_x)
         from3 = backward(1, backward(2, grad3, out3, reduced3, True), reduced3, x, needs_x)
         from5 = backward(3, backward(4, grad5, out5, reduced5, True), reduced5, x, needs_x)
@@ -164,22 +157,14 @@ def inception(
     """A whole Inception block with its 1x1 reductions (arXiv 1409.4842, figure 2b), BatchNorm folded.
 
     Args:
-        x: (N, C, H, W), floating point, any strides.
         weights: six, (out, in, k, k): branch1 1x1, reduce3 1x1, conv3 k x k, reduce5 1x1, conv5 k x k, pool_proj 1x1,
             in x's dtype; odd k, padded by k // 2. Or what pack_inception made of them, biases included.
         biases: six, (out,), x's dtype; none with packed weights.
-        backend: "reference", "native", "triton", or None for the best at hand.
 
     Returns:
-        (N, branch1 + conv3 + conv5 + pool_proj channels, H, W) in x's dtype; channels_last where x's channels are
-        adjacent.
+        (N, branch1 + conv3 + conv5 + pool_proj channels, H, W).
 
-    Saved for backward: x, the result, weights and biases; what lies between is computed again. Nothing is mutated.
-        Differentiable once.
-
-    Raises:
-        ValueError, TypeError: shapes, devices or dtypes do not agree.
-        BackendUnavailable: an explicit backend cannot run here.
+    Saved for backward: x, the result, weights and biases; what lies between is computed again.
     """
     if isinstance(weights, PackedInception):
         return kernel("inception_packed_fwd", "native")(x, *weights)
@@ -189,6 +174,6 @@ def inception(
     backend = resolve("inception_fwd", backend, x)
     if backend == "reference":
         return reference.inception(x, weights, biases)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
+    if needs_grad(x, *parameters):
         return _Inception.apply(backend, x, *parameters)
     return kernel("inception_fwd", backend)(x, weights, biases)

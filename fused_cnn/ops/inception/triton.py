@@ -13,12 +13,10 @@ from torch import Tensor
 
 from ..._layout import result_format
 from .._triton import empty_pixels
-from .._triton_conv import Geometry, conv_forward, shipped_forward, weight_rows
+from .._triton_conv import Geometry, conv_forward, weight_rows
 
 POINTWISE = Geometry((1, 1))
 POOL = Geometry((3, 3), padding=(1, 1), pool=True)
-
-SHIPPED = [*shipped_forward(dense=True, destinations=3), *shipped_forward(), *shipped_forward(pool=True)]
 
 
 def inception_fwd(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
@@ -28,13 +26,13 @@ def inception_fwd(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
     sizes = [w.size(0) for w in (w1, w3, w5, w_pool)]
     out = empty_pixels(x, sum(sizes), height, width)
     reduced3, reduced5 = (empty_pixels(x, w.size(0), height, width) for w in (w3_reduce, w5_reduce))
-    into1, into3, into5, into_pool = ([(part, out.size(1))] for part in out.split(sizes, 1))
+    into1, into3, into5, into_pool = out.split(sizes, 1)
     merged = torch.cat([weight_rows(w) for w in (w1, w3_reduce, w5_reduce)])
-    reductions = [*into1, (reduced3, reduced3.size(1)), (reduced5, reduced5.size(1))]
-    conv_forward(x, merged, torch.cat([b1, b3_reduce, b5_reduce]), None, POINTWISE, True, reductions)
+    merged_bias = torch.cat([b1, b3_reduce, b5_reduce])
+    conv_forward(x, merged, merged_bias, None, POINTWISE, True, [into1, reduced3, reduced5])
     for read, weight, bias, into in ((reduced3, w3, b3, into3), (reduced5, w5, b5, into5)):
         pad = weight.size(2) // 2
         geometry = Geometry((weight.size(2), weight.size(2)), padding=(pad, pad))
-        conv_forward(read, weight_rows(weight), bias, None, geometry, True, into)
-    conv_forward(x, weight_rows(w_pool), b_pool, None, POOL, True, into_pool)
+        conv_forward(read, weight_rows(weight), bias, None, geometry, True, [into])
+    conv_forward(x, weight_rows(w_pool), b_pool, None, POOL, True, [into_pool])
     return out.contiguous(memory_format=result_format(x))

@@ -7,18 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
-from .._cases import Case, Maker, OpCases, Pass, awkward_shapes
+from .._cases import Case, Layer, Maker, OpCases, Pass, awkward, layers
 from .._conv import IntPair, pair
 from .._cost import one_pass
 from .op import max_pool2d
 
-REAL: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
+REAL: list[Layer] = [
     ("resnet50 maxpool", (1, 64, 112, 112), {"kernel_size": 3, "stride": 2, "padding": 1}),
     ("googlenet maxpool1", (1, 64, 112, 112), {"kernel_size": 3, "stride": 2, "ceil_mode": True}),
     ("googlenet maxpool3", (1, 480, 28, 28), {"kernel_size": 3, "stride": 2, "ceil_mode": True}),
     ("googlenet 4a branch4", (1, 480, 14, 14), {"kernel_size": 3, "stride": 1, "padding": 1, "ceil_mode": True}),
 ]
-ODD: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
+ODD: list[Layer] = [
     ("window past the end", (2, 5, 6, 7), {"kernel_size": 2, "stride": 2, "ceil_mode": True}),
     ("start in the padding", (2, 5, 5, 5), {"kernel_size": 2, "stride": 3, "padding": 1, "ceil_mode": True}),
     ("dilated", (2, 7, 9, 9), {"kernel_size": 3, "stride": 1, "padding": 1, "dilation": 2}),
@@ -36,18 +36,10 @@ def least(out: Tensor, x: Tensor, *, kernel_size: IntPair, **window: Any) -> tup
 
 COSTS = {"max_pool2d_fwd": one_pass, "max_pool2d_bwd": one_pass}
 CASES = OpCases(
-    name="max_pool2d",
-    op=max_pool2d,
-    cases=(
-        *(Case(name, shape, options, real=True) for name, shape, options in REAL),
-        *(Case(name, shape, options) for name, shape, options in ODD),
-        *(
-            Case("x".join(map(str, shape)), shape, {"kernel_size": 3, "stride": 1, "padding": 1})
-            for shape in awkward_shapes()
-        ),
-    ),
-    make=make,
-    least=least,
+    max_pool2d,
+    (*layers(REAL, ODD), *awkward(kernel_size=3, stride=1, padding=1)),
+    make,
+    least,
     rounding=0,
     reason="a maximum is one of its inputs: nothing is rounded",
 )

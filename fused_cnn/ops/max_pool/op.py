@@ -16,53 +16,31 @@ from ..._candidates import NATIVE, REFERENCE, Candidate, Measurement, offer, res
 from ..._checks import check_nchw
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
-from .._autograd import differentiable_once
-from .._conv import IntPair, pair
+from .._autograd import differentiable_once, needs_grad
+from .._conv import IntPair, out_sides, pair
 from . import reference
-
-
-def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
-    """One side of the result, by PyTorch's rule: with ceil_mode, no window may start in the padding behind the
-    image."""
-    reach = size + 2 * padding - dilation * (kernel - 1) - 1
-    out = (reach + (stride - 1 if ceil_mode else 0)) // stride + 1
-    return out - 1 if ceil_mode and (out - 1) * stride >= size + padding else out
-
-
-def _fake_fwd(x, kernel, stride, padding, dilation, ceil_mode):  # type: ignore[no-untyped-def]
-    sides = (out_size(x.size(i + 2), kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in range(2))
-    return empty_nchw(x, x.size(1), *sides)
-
-
-def _fake_bwd(grad_out, x, kernel, stride, padding, dilation, ceil_mode):  # type: ignore[no-untyped-def]
-    return empty_nchw(x, *x.shape[1:])
-
 
 define(
     "max_pool2d_fwd(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool ceil_mode) "
     "-> Tensor",
-    _fake_fwd,
+    lambda x, *window: empty_nchw(x, x.size(1), *out_sides(x, *window)),
 )
-
-
 define(
     "max_pool2d_bwd(Tensor grad_out, Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
     "bool ceil_mode) -> Tensor",
-    _fake_bwd,
+    lambda grad_out, x, *window: empty_nchw(x, *x.shape[1:]),
 )
 define_triton("max_pool", "max_pool2d_fwd", "max_pool2d_bwd")
+
+_H200 = ("H200", "2026-11-26")
 offer(
     "max_pool2d_fwd",
     NATIVE,
     Candidate(
         "triton",
         measured=(
-            Measurement(
-                "3x3 stride 2, 64 at 112 x 112, bfloat16, batch 256", "305 us, PyTorch 825", "H200", "2026-11-26"
-            ),
-            Measurement(
-                "3x3 stride 1, 480 at 14 x 14, bfloat16, batch 256", "151 us, PyTorch 315", "H200", "2026-11-26"
-            ),
+            Measurement("3x3 stride 2, 64 at 112 x 112, bfloat16, batch 256", "305 us, PyTorch 825", *_H200),
+            Measurement("3x3 stride 1, 480 at 14 x 14, bfloat16, batch 256", "151 us, PyTorch 315", *_H200),
         ),
     ),
     REFERENCE,
@@ -101,20 +79,10 @@ def max_pool2d(
 ) -> Tensor:
     """torch.nn.functional.max_pool2d, without its indices.
 
-    Args:
-        x: (N, C, H, W), floating point, any strides.
-        kernel_size, stride, padding, dilation, ceil_mode: as torch.nn.functional.max_pool2d takes them.
-        backend: "reference", "native", "triton", or None for the best at hand.
-
-    Returns:
-        (N, C, H', W') in x's dtype; channels_last where x's channels are adjacent in memory, else contiguous.
-
-    Saved for backward: x, which the layer before keeps anyway. Nothing is mutated. The reference is differentiable
-        twice, the others once.
+    Saved for backward: x, which the layer before keeps anyway.
 
     Raises:
-        ValueError, TypeError: x is not a floating-point (N, C, H, W) tensor, or the window does not fit.
-        BackendUnavailable: an explicit backend cannot run here.
+        ValueError: also where the window does not fit.
     """
     check_nchw("max_pool2d", "x", x)
     k, p, d = pair(kernel_size), pair(padding), pair(dilation)
@@ -124,11 +92,11 @@ def max_pool2d(
             "max_pool2d: kernel_size, stride and dilation must be at least 1 and padding at most half the kernel, "
             f"got kernel_size={k}, stride={s}, padding={p}, dilation={d}"
         )
-    if any(out_size(x.size(i + 2), k[i], s[i], p[i], d[i], ceil_mode) < 1 for i in range(2)):
+    if min(out_sides(x, k, s, p, d, ceil_mode)) < 1:
         raise ValueError(f"max_pool2d: the window {k} is larger than the padded input of shape {tuple(x.shape)}")
     backend = resolve("max_pool2d_fwd", backend, x)
     if backend == "reference":
         return reference.max_pool2d(x, k, s, p, d, ceil_mode)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if needs_grad(x):
         return _MaxPool2d.apply(x, backend, k, s, p, d, ceil_mode)
     return kernel("max_pool2d_fwd", backend)(x, k, s, p, d, ceil_mode)

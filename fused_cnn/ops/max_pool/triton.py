@@ -3,7 +3,8 @@ as one byte, and then gathers for every pixel of x from the windows that chose i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import chain
+from typing import Any
 
 import torch
 import triton
@@ -11,10 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._layout import result_format
-from .._triton import Shipped, empty_pixels, pixels
-from .op import out_size
-
-ROWS, CHANNELS = 32, 64  # of a tile
+from .._conv import out_sides
+from .._triton import TILE, empty_pixels, launch, load_tile, pixels, store_tile, tile, tiles
 
 
 @triton.jit
@@ -24,8 +23,7 @@ def window_kernel(
 ):  # fmt: skip
     """Each window's maximum, or with INDEX the place of its first one in the window; NaN is the largest, as in
     PyTorch."""
-    m, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
-    valid = (m < rows)[:, None] & (c < channels)[None, :]
+    m, c, row, valid = tile(rows, channels, BM, BC)
     image, pixel = m // (out_h * out_w), m % (out_h * out_w)
     h0, w0 = pixel // out_w * stride_h - pad_h, pixel % out_w * stride_w - pad_w
     best = tl.full((BM, BC), float("-inf"), tl.float32)
@@ -38,18 +36,16 @@ def window_kernel(
         better = inside & ((v > best) | (v != v) | (index < 0))  # a later NaN wins over an earlier one, too
         best, index = tl.where(better, v, best), tl.where(better, tap, index)
     result = index if INDEX else best
-    tl.store(out_ptr + m.to(tl.int64)[:, None] * channels + c[None, :], result.to(out_ptr.dtype.element_ty), mask=valid)
+    store_tile(out_ptr, row, channels, c, valid, result)
 
 
 @triton.jit
 def gather_kernel(
-    grad_out_ptr, index_ptr, grad_x_ptr, rows, channels, height, width, out_h, out_w, kernel_h, kernel_w, stride_h,
-    stride_w,
-    pad_h, pad_w, dilation_h, dilation_w, grad_pitch, BM: tl.constexpr, BC: tl.constexpr,
+    grad_out_ptr, index_ptr, grad_x_ptr, rows, channels, height, width, out_h, out_w, kernel_h, kernel_w,
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, grad_pitch, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """grad_x of a pixel: the gradients of the windows whose first largest pixel it is, in the order of the taps."""
-    m, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
-    valid = (m < rows)[:, None] & (c < channels)[None, :]
+    m, c, row, valid = tile(rows, channels, BM, BC)
     image, pixel = m // (height * width), m % (height * width)
     h, w = pixel // width + pad_h, pixel % width + pad_w
     total = tl.zeros((BM, BC), tl.float32)
@@ -57,92 +53,43 @@ def gather_kernel(
         y, x = h - tap // kernel_w * dilation_h, w - tap % kernel_w * dilation_w
         oh, ow = y // stride_h, x // stride_w
         inside = (y >= 0) & (x >= 0) & (y % stride_h == 0) & (x % stride_w == 0) & (oh < out_h) & (ow < out_w)
-        row = ((image * out_h + oh) * out_w + ow).to(tl.int64)[:, None]
+        at = ((image * out_h + oh) * out_w + ow).to(tl.int64)[:, None]
         mask = valid & inside[:, None]
-        index = tl.load(index_ptr + row * channels + c[None, :], mask=mask, other=255)
-        grad = tl.load(grad_out_ptr + row * grad_pitch + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        index = tl.load(index_ptr + at * channels + c[None, :], mask=mask, other=255)
+        grad = load_tile(grad_out_ptr, at, grad_pitch, c, mask)
         total += tl.where(index.to(tl.int32) == tap, grad, 0.0)
-    tl.store(
-        grad_x_ptr + m.to(tl.int64)[:, None] * channels + c[None, :], total.to(grad_x_ptr.dtype.element_ty), mask=valid
-    )
+    store_tile(grad_x_ptr, row, channels, c, valid, total)
 
 
-SIZES = (
-    "rows", "channels", "height", "width", "out_h", "out_w", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h",
-    "pad_w",
-    "dilation_h", "dilation_w",
-)  # fmt: skip
-TILE = {"BM": ROWS, "BC": CHANNELS}
-SHIPPED = [
-    Shipped(
-        window_kernel, ("x_ptr", "out_ptr"), (*SIZES, "x_pitch"), aligned=("channels", "x_pitch"),
-        constants={"INDEX": False, **TILE}
-    ),
-    Shipped(
-        window_kernel, ("x_ptr",), (*SIZES, "x_pitch"), aligned=("channels", "x_pitch"), bytes=("out_ptr",),
-        constants={"INDEX": True, **TILE},
-    ),
-    Shipped(
-        gather_kernel, ("grad_out_ptr", "grad_x_ptr"), (*SIZES, "grad_pitch"), aligned=("channels", "grad_pitch"),
-        bytes=("index_ptr",),
-        constants=TILE,
-    ),
-]  # fmt: skip
-
-
-def _windows(x: Tensor, out: Tensor, window: tuple[int, ...]) -> None:
+def _windows(x: Tensor, out: Tensor, window: tuple[Any, ...]) -> None:
     n, channels, out_h, out_w = out.shape
     rows = n * out_h * out_w
-    if rows * channels:
-        y, pitch = pixels(x)
-        with torch.cuda.device_of(y):
-            window_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(channels, CHANNELS))](
-                y,
-                out,
-                rows,
-                channels,
-                x.size(2),
-                x.size(3),
-                out_h,
-                out_w,
-                *window,
-                pitch,
-                INDEX=out.dtype == torch.uint8,
-                **TILE,
-            )
+    x, pitch = pixels(x)
+    launch(
+        window_kernel, tiles(rows, channels), x, out, rows, channels, *x.shape[2:], out_h, out_w, *chain(*window[:4]),
+        pitch, INDEX=out.dtype == torch.uint8, **TILE,
+    )  # fmt: skip
 
 
-def max_pool2d_fwd(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-) -> Tensor:
-    sides = (out_size(x.size(i + 2), kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in range(2))
-    out = empty_pixels(x, x.size(1), *sides)
-    _windows(x, out, (*kernel, *stride, *padding, *dilation))
+# `window` is kernel, stride, padding and dilation, (h, w) each, and ceil_mode.
+def max_pool2d_fwd(x: Tensor, *window: Any) -> Tensor:
+    out = empty_pixels(x, x.size(1), *out_sides(x, *window))
+    _windows(x, out, window)
     return out.contiguous(memory_format=result_format(x))
 
 
-def max_pool2d_bwd(
-    grad_out: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-) -> Tensor:  # fmt: skip
-    if kernel[0] * kernel[1] > 255:
-        raise ValueError(f"max_pool2d: backward takes windows of at most 255 pixels, got {kernel[0]} x {kernel[1]}")
-    window = (*kernel, *stride, *padding, *dilation)
+def max_pool2d_bwd(grad_out: Tensor, x: Tensor, *window: Any) -> Tensor:
+    kernel_h, kernel_w = window[0]
+    if kernel_h * kernel_w > 255:
+        raise ValueError(f"max_pool2d: backward takes windows of at most 255 pixels, got {kernel_h} x {kernel_w}")
     index = torch.empty(grad_out.shape, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last)
     _windows(x, index, window)
     n, channels, height, width = x.shape
     rows = n * height * width
     grad_x = empty_pixels(x, channels, height, width)
-    if rows * channels:
-        g, pitch = pixels(grad_out)
-        with torch.cuda.device_of(x):
-            gather_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(channels, CHANNELS))](
-                g, index, grad_x, rows, channels, height, width, *grad_out.shape[2:], *window, pitch, **TILE
-            )
+    g, pitch = pixels(grad_out)
+    launch(
+        gather_kernel, tiles(rows, channels), g, index, grad_x, rows, channels, height, width, *grad_out.shape[2:],
+        *chain(*window[:4]), pitch, **TILE,
+    )  # fmt: skip
     return grad_x.contiguous(memory_format=result_format(x))
