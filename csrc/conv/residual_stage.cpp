@@ -5,7 +5,7 @@
 // and memory sees x and the result alone. A projection is written where the result goes, and added there; a block that
 // ends in a 1x1 convolution adds to its input where it lies.
 #include "cpu/conv.h"
-#include "cpu/memory.h"
+#include "cpu/parallel.h"
 
 namespace fused_cnn {
 namespace {
@@ -102,7 +102,7 @@ Tensor residual_stage_packed_fwd(const Tensor& x, std::vector<Tensor> packed, In
       shape.batch = batch;
       engine::conv_forward(shape, dtype, {.x = from, .packed = c.packed, .destination = {to}});
     };
-    Rows input{at(in.data, n * x.size(2) * x.size(3) * in.stride, element), in.stride};
+    Rows input{at(in.data, n * x.size(2) * x.size(3) * in.pitch, element), in.pitch};
     const Convolution* next = chain.data();
     for (size_t b = 0; b < lengths.size(); ++b) {
       const Rows result{in_scratch[b] ? scratch[2] : static_cast<char*>(out.data_ptr()) + n * image, channels};

@@ -59,12 +59,12 @@ void backward(DreluBgrad args, int64_t begin, int64_t end, double* sums) {
 
 }  // namespace
 
-void bias_residual_relu(DType dtype, const BiasResidualRelu& args, int64_t begin, int64_t end) {
+void bias_residual_relu(DType dtype, const BiasResidualRelu& args, bool relu, int64_t begin, int64_t end) {
   with_type(dtype, [&](auto element) {
     using T = decltype(element);
-    const auto call = args.residual.data ? (args.relu ? forward<T, false, true, true> : forward<T, false, true, false>)
-                      : args.bias ? (args.relu ? forward<T, true, false, true> : forward<T, true, false, false>)
-                                  : (args.relu ? forward<T, false, false, true> : forward<T, false, false, false>);
+    const auto call = args.residual.data ? (relu ? forward<T, false, true, true> : forward<T, false, true, false>)
+                      : args.bias        ? (relu ? forward<T, true, false, true> : forward<T, true, false, false>)
+                                         : (relu ? forward<T, false, false, true> : forward<T, false, false, false>);
     call(args, begin, end);
   });
 }

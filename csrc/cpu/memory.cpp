@@ -1,14 +1,16 @@
-// The pool behind empty_result(); see memory.h. torch_from_blob, which takes a deleter, is in PyTorch's stable
-// interface from 2.11 on, and is looked up at run time: with 2.10 every result is an ordinary tensor.
-#include "cpu/memory.h"
-#include <algorithm>
+// Memory for the results of the CPU's kernels, empty_result(). The C library gives large blocks back to the system when
+// they are freed, and the next call pays for fresh pages: a tenth of ResNet-50's time at batch 8. So large results come
+// from a pool that keeps what was freed, up to kKept bytes, for the next result of that size. Such memory returns to
+// the pool with its last reference, and cannot grow: resize_() raises on it, as on every tensor over memory that
+// PyTorch did not allocate. torch_from_blob, which takes a deleter, is in PyTorch's stable interface from 2.11 on, and
+// is looked up at run time: with 2.10 every result is an ordinary tensor.
+#include <dlfcn.h>
+#include <sys/mman.h>
 #include <cstdlib>
 #include <mutex>
 #include <vector>
-#if defined(__linux__)
-#include <dlfcn.h>
-#include <sys/mman.h>
-#endif
+#include "cpu/parallel.h"
+#include "shared/rows.h"
 
 namespace fused_cnn {
 namespace {
@@ -21,12 +23,8 @@ using FromBlob = AOTITorchError (*)(void*, int64_t, const int64_t*, const int64_
                                     AtenTensorHandle*, int32_t, const uint8_t*, int64_t, void (*)(void*, void*), void*);
 
 FromBlob from_blob() {
-#if defined(__linux__)
   static const auto found = reinterpret_cast<FromBlob>(dlsym(RTLD_DEFAULT, "torch_from_blob"));
   return found;
-#else
-  return nullptr;
-#endif
 }
 
 struct Block {
@@ -54,7 +52,7 @@ class Pool {
       }
     }
     void* data = std::aligned_alloc(kHugePage, rounded);
-#if defined(__linux__)
+#ifdef MADV_HUGEPAGE  // Linux
     if (data != nullptr) madvise(data, rounded, MADV_HUGEPAGE);
 #endif
     return {data, rounded};

@@ -19,6 +19,7 @@ namespace fused_cnn {
 constexpr int kColumnThreads = 256;
 constexpr int kTileVecs = 8;
 constexpr int kTileChannels = kVec * kTileVecs;
+constexpr int64_t kDenseWidth = kTileChannels;  // of a row of dense memory that has no channels (shared/passes.h)
 
 // Rows that a thread loads of so many tensors before it uses the first: at least three loads of 16 bytes, in few enough
 // registers for kBlocksPerSm blocks on a multiprocessor.
@@ -161,29 +162,25 @@ __device__ inline int64_t reduce_channel() {
   return static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x % 32;
 }
 
-// The sum over the block's warps, lane by lane, for each of them.
-__device__ inline double reduce_warps(double value) {
-  __shared__ double shared[kReduceWarps][32];
-  shared[threadIdx.x / 32][threadIdx.x % 32] = value;
-  __syncthreads();
-  double sum = 0;
-#pragma unroll
-  for (int i = 0; i < kReduceWarps; ++i) sum += shared[i][threadIdx.x % 32];
-  __syncthreads();
-  return sum;
-}
-
 // The sum of term(chunk) over the chunks, of a thread's reduce_channel() where that is `inside` the tensor. Every
 // thread of the block calls this.
 template <typename Term>
 __device__ double reduce_chunks(int64_t chunks, bool inside, const Term& term) {
-  const int64_t end = chunks * (threadIdx.x / 32 + 1) / kReduceWarps;
+  __shared__ double shared[kReduceWarps][32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t end = chunks * (warp + 1) / kReduceWarps;
   double sum = 0;
   if (inside) {
 #pragma unroll 4
-    for (int64_t i = chunks * (threadIdx.x / 32) / kReduceWarps; i < end; ++i) sum += term(i);
+    for (int64_t i = chunks * warp / kReduceWarps; i < end; ++i) sum += term(i);
   }
-  return reduce_warps(sum);
+  shared[warp][lane] = sum;
+  __syncthreads();
+  sum = 0;
+#pragma unroll
+  for (int i = 0; i < kReduceWarps; ++i) sum += shared[i][lane];
+  __syncthreads();
+  return sum;
 }
 
 }  // namespace fused_cnn

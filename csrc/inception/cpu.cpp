@@ -5,7 +5,6 @@
 // 1's slice of the output and the two reduction buffers; the others and the projection write straight into their
 // slices. Other dtypes run on PyTorch's convolution (oneDNN), and its branches are concatenated.
 #include "cpu/conv.h"
-#include "cpu/memory.h"
 #include "inception/checks.h"
 
 namespace fused_cnn {
@@ -50,12 +49,12 @@ Tensor inception_packed_fwd(const Tensor& x, std::vector<Tensor> packed, Ints ch
   check_packed(op, packed[0], merged, dtype);
 
   const Tensor out = empty_result(x, total, height, width);
-  const Tensor reduced3 = empty_rows(x, channels[kReduce3], height, width);
-  const Tensor reduced5 = empty_rows(x, channels[kReduce5], height, width);
+  const Tensor reduced3 = empty_result(x, channels[kReduce3], height, width);
+  const Tensor reduced5 = empty_result(x, channels[kReduce5], height, width);
   const RowView in = rows_of(x);
   Rows slice{out.data_ptr(), total};  // of the next branch
   const auto advance = [&](int64_t by) { slice.data = at(slice.data, by, x.element_size()); };
-  engine::ConvArgs args{.x = rows_at(in),
+  engine::ConvArgs args{.x = in,
                         .packed = packed[0].data_ptr(),
                         .destination = {{.out = slice},
                                         {.out = {reduced3.data_ptr(), channels[kReduce3]}},
@@ -71,7 +70,7 @@ Tensor inception_packed_fwd(const Tensor& x, std::vector<Tensor> packed, Ints ch
   };
   convolve(reduced3, packed[1], channels[kConv3], kernels[0]);
   convolve(reduced5, packed[2], channels[kConv5], kernels[1]);
-  convolve(max_pool_3x3(x, dtype, rows_at(in)), packed[3], channels[kPoolProj], 1);
+  convolve(max_pool_3x3(x, dtype, in), packed[3], channels[kPoolProj], 1);
   return dense(out, result_format(x));
 }
 
