@@ -35,23 +35,19 @@ inline std::tuple<std::vector<Tensor>, Tensor> concat_bias_relu_bwd(const Tensor
   check_4d(op, "grad_out", grad_out);
   if (out) check_like(op, "grad_out", grad_out, "out", *out);
   const ScalarType vector_type = vector_dtype(dtype_of(op, "grad_out", grad_out));
-  const RowView grad = rows_of(grad_out), result = rows_of(out);
   std::vector<RowResult> grads;
-  std::vector<DreluBgrad> branches;
+  std::vector<DreluBranch> branches;
   int64_t first = 0;
   for (const int64_t c : channels) {
     FUSED_CNN_CHECK(c >= 0, op, ": channels must not be negative, got ", c);
     grads.emplace_back(grad_out, c, result_format(out ? *out : grad_out));
-    branches.push_back({.grad_out = grad.from(first),
-                        .out = out ? result.from(first) : Rows{},
-                        .grad = grads.back(),
-                        .channels = c,
-                        .first = first});
+    branches.push_back({.grad = grads.back().data, .channels = c, .first = first});
     first += c;
   }
   FUSED_CNN_CHECK(first == grad_out.size(1), op, ": channels must add up to grad_out's ", grad_out.size(1), ", got ",
                   first);
-  const Tensor grad_bias = drelu_bgrad(grad_out, branches, row_count(grad_out), bias, vector_type);
+  const Tensor grad_bias = drelu_bgrad(grad_out, rows_of(grad_out), rows_of(out), branches, row_count(grad_out),
+                                       /*wants_sums=*/bias, vector_type);
   return {finished(grads), grad_bias};
 }
 

@@ -26,7 +26,7 @@ inline Tensor add_relu_bwd(const Tensor& grad_out, const Tensor& out) {
   const MemoryFormat format = result_format(out);
   const Tensor dense_grad = dense(grad_out, format), dense_out = dense(out, format), grad = empty_like_4d(out, format);
   for_elements(grad.numel(), [&](const auto& of, int64_t width, int64_t rows) {
-    drelu_bgrad(grad, {{.grad_out = of(dense_grad), .out = of(dense_out), .grad = of(grad), .channels = width}}, rows,
+    drelu_bgrad(grad, of(dense_grad), of(dense_out), {{.grad = of(grad).data, .channels = width, .first = 0}}, rows,
                 /*wants_sums=*/false, grad.scalar_type());
   });
   return grad;

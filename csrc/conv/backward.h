@@ -21,15 +21,15 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bias_relu_bwd(const Tenso
   const ConvParams params{stride, padding, dilation, groups};
   check_conv(op, x, weight, std::nullopt, grad_out, params);
   if (out) check_like(op, "grad_out", grad_out, "out", *out);
-  const RowView rows = rows_of(grad_out), result = rows_of(out);
+  const RowView rows = rows_of(grad_out);
   std::optional<RowResult> masked;
   if (out) masked.emplace(grad_out, grad_out.size(1), result_format(*out));
   const auto nothing = [&] { return empty_vector(grad_out, 0, grad_out.scalar_type()); };
   Tensor grad_x = nothing(), grad_weight = nothing(), grad_bias = nothing();
   if (out || needs_bias) {
-    const DreluBgrad branch{
-        .grad_out = rows, .out = result, .grad = masked ? *masked : Rows{}, .channels = grad_out.size(1)};
-    grad_bias = drelu_bgrad(grad_out, {branch}, row_count(grad_out), needs_bias, grad_out.scalar_type());
+    const DreluBranch branch{.grad = masked ? masked->data : nullptr, .channels = grad_out.size(1), .first = 0};
+    grad_bias =
+        drelu_bgrad(grad_out, rows, rows_of(out), {branch}, row_count(grad_out), needs_bias, grad_out.scalar_type());
   }
   if (needs_x || needs_weight) {
     const auto [of_x, of_weight] =

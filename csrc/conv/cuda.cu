@@ -28,14 +28,13 @@ Tensor conv_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<T
                           bool relu) {
   const ConvParams params{stride, padding, dilation, groups};
   check_conv("conv_bias_relu_fwd", x, weight, bias, residual, params);
-  const Launch launch(x);
   const int64_t channels = weight.size(0);
   const RowView added = rows_of(residual);
   if (bias) bias = torch::stable::contiguous(*bias);
   if (is_pointwise(weight, params)) {
     const Tensor read = strided_slice(x, stride);
     const RowResult out(read, channels, result_format(x));
-    pointwise(launch, read, rows_of(read), torch::stable::contiguous(weight), bias, added, relu,
+    pointwise(read, rows_of(read), torch::stable::contiguous(weight), bias, added, relu,
               {{out, static_cast<int>(channels)}});
     return out.finish();
   }
@@ -68,13 +67,14 @@ __global__ void __launch_bounds__(kSplitKThreads)
 
 // grad^T x, (out, C, 1, 1), of grad and x as rows, split-K: the rows are cut into parts, as many as fill a large chip,
 // whose products are added up in order. What tensor cores do not take is cuDNN's.
-Tensor pointwise_wgrad(const Launch& launch, const RowView& any_grad, const RowView& any_in, const Tensor& weight) {
+Tensor pointwise_wgrad(const RowView& any_grad, const RowView& any_in, const Tensor& weight) {
   const DType dtype = dtype_of("pointwise_wgrad", "weight", weight);
   const int64_t rows = row_count(any_grad.tensor), outputs = weight.size(0), inputs = weight.size(1);
   const GemmKernels kernels(weight.get_device_index());
   if (!kernels || !gemm_supports(dtype, rows, inputs, outputs)) {
     return std::get<1>(aten_convolution_backward(any_grad.tensor, any_in.tensor, weight, same_padding(1), false, true));
   }
+  const Launch launch(weight);
   const RowView grad = on_16_bytes(any_grad), in = on_16_bytes(any_in);
   constexpr int64_t kBlocks = 256, kLeast = 512;
   const int64_t tiles = ceil_div<int64_t>(outputs, 128) * ceil_div<int64_t>(inputs, 128);
@@ -113,12 +113,12 @@ Tensor pointwise_wgrad(const Launch& launch, const RowView& any_grad, const RowV
 }
 
 // grad weight at the pixels of x that the convolution read, zero elsewhere.
-Tensor pointwise_dgrad(const Launch& launch, const RowView& grad, const Tensor& x, const Tensor& read,
-                       const Tensor& weight, const Ints& stride) {
+Tensor pointwise_dgrad(const RowView& grad, const Tensor& x, const Tensor& read, const Tensor& weight,
+                       const Ints& stride) {
   const RowResult at_read(read, x.size(1), MemoryFormat::ChannelsLast);
   if (weight.size(0) > 0) {
-    pointwise(launch, grad.tensor, grad, torch::stable::contiguous(torch::stable::transpose(weight, 0, 1)),
-              std::nullopt, /*residual=*/{}, /*relu=*/false, {{at_read, static_cast<int>(x.size(1))}});
+    pointwise(grad.tensor, grad, torch::stable::contiguous(torch::stable::transpose(weight, 0, 1)), std::nullopt,
+              /*residual=*/{}, /*relu=*/false, {{at_read, static_cast<int>(x.size(1))}});
   } else {
     Tensor zero = at_read.tensor;
     torch::stable::zero_(zero);
@@ -138,10 +138,9 @@ std::tuple<Tensor, Tensor> convolution_backward(const RowView& grad, const Tenso
   if (!is_pointwise(weight, params)) {
     return aten_convolution_backward(grad.tensor, x, weight, params, needs_x, needs_weight);
   }
-  const Launch launch(x);
   const Tensor read = strided_slice(x, params.stride);
-  return {needs_x ? pointwise_dgrad(launch, grad, x, read, weight, params.stride) : Tensor(),
-          needs_weight ? pointwise_wgrad(launch, grad, rows_of(read), weight) : Tensor()};
+  return {needs_x ? pointwise_dgrad(grad, x, read, weight, params.stride) : Tensor(),
+          needs_weight ? pointwise_wgrad(grad, rows_of(read), weight) : Tensor()};
 }
 
 }  // namespace fused_cnn

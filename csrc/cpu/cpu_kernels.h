@@ -9,8 +9,8 @@ namespace fused_cnn {
 FUSED_CNN_KERNEL(void bias_residual_relu(DType dtype, const BiasResidualRelu& args, bool relu, int64_t begin_row,
                                          int64_t end_row))
 
-// sums[c] += the branch's sums of these rows, unless sums is null.
-FUSED_CNN_KERNEL(void drelu_bgrad(DType dtype, const DreluBgrad& args, int64_t begin_row, int64_t end_row,
-                                  double* sums))
+// sums[c] += the branch's sums of these rows, c counted from grad_out's first channel, unless sums is null.
+FUSED_CNN_KERNEL(void drelu_bgrad(DType dtype, const Rows& grad_out, const Rows& out, const DreluBranch& branch,
+                                  int64_t begin_row, int64_t end_row, double* sums))
 
 }  // namespace fused_cnn

@@ -32,52 +32,46 @@ struct Block {
   int64_t bytes;
 };
 
-class Pool {
- public:
-  // At least `bytes`, and less than twice as many; null where the system has no memory.
-  Block take(int64_t bytes) {
-    const int64_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-    {
-      const std::lock_guard lock(mutex_);
-      auto best = free_.end();
-      for (auto it = free_.begin(); it != free_.end(); ++it) {
-        if (it->bytes >= bytes && it->bytes < 2 * rounded && (best == free_.end() || it->bytes <= best->bytes))
-          best = it;
-      }
-      if (best != free_.end()) {
-        const Block found = *best;
-        kept_ -= found.bytes;
-        free_.erase(best);
-        return found;
-      }
-    }
-    void* data = std::aligned_alloc(kHugePage, rounded);
-#ifdef MADV_HUGEPAGE  // Linux
-    if (data != nullptr) madvise(data, rounded, MADV_HUGEPAGE);
-#endif
-    return {data, rounded};
-  }
-
-  void give(Block block) {
-    const std::lock_guard lock(mutex_);
-    free_.push_back(block);
-    kept_ += block.bytes;
-    while (kept_ > kKept) {  // the longest unused goes first
-      kept_ -= free_.front().bytes;
-      std::free(free_.front().data);
-      free_.erase(free_.begin());
-    }
-  }
-
- private:
-  std::mutex mutex_;
-  std::vector<Block> free_;  // the latest freed last
-  int64_t kept_ = 0;
+struct Pool {
+  std::mutex mutex;
+  std::vector<Block> free;  // the latest freed last
+  int64_t kept = 0;
 };
+Pool& pool = *new Pool;  // never destroyed: a tensor may outlive every other static
 
-Pool& pool() {
-  static Pool& pool = *new Pool;  // never destroyed: a tensor may outlive every other static
-  return pool;
+// At least `bytes`, and less than twice as many; null where the system has no memory.
+Block take(int64_t bytes) {
+  const int64_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  {
+    const std::lock_guard lock(pool.mutex);
+    auto best = pool.free.end();
+    for (auto it = pool.free.begin(); it != pool.free.end(); ++it) {
+      if (it->bytes >= bytes && it->bytes < 2 * rounded && (best == pool.free.end() || it->bytes <= best->bytes))
+        best = it;
+    }
+    if (best != pool.free.end()) {
+      const Block found = *best;
+      pool.kept -= found.bytes;
+      pool.free.erase(best);
+      return found;
+    }
+  }
+  void* data = std::aligned_alloc(kHugePage, rounded);
+#ifdef MADV_HUGEPAGE  // Linux
+  if (data != nullptr) madvise(data, rounded, MADV_HUGEPAGE);
+#endif
+  return {data, rounded};
+}
+
+void give(Block block) {
+  const std::lock_guard lock(pool.mutex);
+  pool.free.push_back(block);
+  pool.kept += block.bytes;
+  while (pool.kept > kKept) {  // the longest unused goes first
+    pool.kept -= pool.free.front().bytes;
+    std::free(pool.free.front().data);
+    pool.free.erase(pool.free.begin());
+  }
 }
 
 }  // namespace
@@ -86,12 +80,12 @@ Tensor empty_result(const Tensor& like, int64_t channels, int64_t height, int64_
   const int64_t bytes = like.size(0) * channels * height * width * like.element_size();
   if (bytes < kSmallest || bytes > kLargest || from_blob() == nullptr)
     return empty_nchw(like, channels, height, width, MemoryFormat::ChannelsLast);
-  const Block block = pool().take(bytes);
+  const Block block = take(bytes);
   FUSED_CNN_CHECK(block.data != nullptr, "out of memory: ", bytes, " bytes for a result");
   const int64_t sizes[] = {like.size(0), channels, height, width};
   const int64_t strides[] = {height * width * channels, 1, width * channels, channels};
   const auto code = [](auto value) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(value)); };
-  const auto give_back = [](void* data, void* size) { pool().give({data, reinterpret_cast<intptr_t>(size)}); };
+  const auto give_back = [](void* data, void* size) { give({data, reinterpret_cast<intptr_t>(size)}); };
   AtenTensorHandle handle;
   const AOTITorchError failed = from_blob()(
       block.data, 4, sizes, strides, 0, code(like.scalar_type()), code(like.device().type()), like.device().index(),

@@ -19,25 +19,24 @@ inline void bias_residual_relu(const Tensor& x, const std::vector<BiasResidualRe
   });
 }
 
-// Rows of branches that lie side by side in grad_out. Returns the sums of all their channels; none where they are not
-// wanted.
-inline Tensor drelu_bgrad(const Tensor& grad_out, const std::vector<DreluBgrad>& branches, int64_t rows,
-                          bool wants_sums, ScalarType sums_type) {
+// `from` and `out` are rows of grad_out, or what was made of it, and of the result, null where there was no ReLU.
+// Returns the sums of all channels; none where they are not wanted.
+inline Tensor drelu_bgrad(const Tensor& grad_out, const Rows& from, const Rows& out,
+                          const std::vector<DreluBranch>& branches, int64_t rows, bool wants_sums,
+                          ScalarType sums_type) {
   const DType dtype = dtype_of("drelu_bgrad", "grad_out", grad_out);
   int64_t total = 0;
-  for (const DreluBgrad& branch : branches) total += branch.channels;
+  for (const DreluBranch& branch : branches) total += branch.channels;
   const int64_t columns = wants_sums ? total : 0;
   const RowTasks tasks(rows, total);
-  const auto partial = tasks.partial_sums(columns * sizeof(double), [&](int64_t begin, int64_t end, char* sums) {
-    for (const DreluBgrad& b : branches) {
-      double* const of_branch = wants_sums ? reinterpret_cast<double*>(sums) + b.first : nullptr;
-      FUSED_CNN_PICK(drelu_bgrad)(dtype, b, begin, end, of_branch);
-    }
+  const auto partial = tasks.partial_sums(columns * sizeof(double), [&](int64_t begin, int64_t end, char* bytes) {
+    double* const sums = wants_sums ? reinterpret_cast<double*>(bytes) : nullptr;
+    for (const DreluBranch& b : branches) FUSED_CNN_PICK(drelu_bgrad)(dtype, from, out, b, begin, end, sums);
   });
   std::vector<double> sums(columns, 0.0);
-  const double* from = reinterpret_cast<const double*>(partial.get());
+  const double* next = reinterpret_cast<const double*>(partial.get());
   for (int64_t task = 0; task < tasks.count; ++task) {
-    for (double& sum_of_column : sums) sum_of_column += *from++;
+    for (double& sum_of_column : sums) sum_of_column += *next++;
   }
   const Tensor result = empty_vector(grad_out, columns, sums_type);
   with_type(dtype_of("drelu_bgrad", "the sums", result), [&](auto element) {

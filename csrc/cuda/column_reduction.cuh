@@ -162,25 +162,30 @@ __device__ inline int64_t reduce_channel() {
   return static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x % 32;
 }
 
+// The sum over the block's warps, lane by lane, for each of them. Its memory is there once for all terms that are
+// summed.
+__device__ inline double reduce_warps(double value) {
+  __shared__ double shared[kReduceWarps][32];
+  shared[threadIdx.x / 32][threadIdx.x % 32] = value;
+  __syncthreads();
+  double sum = 0;
+#pragma unroll
+  for (int i = 0; i < kReduceWarps; ++i) sum += shared[i][threadIdx.x % 32];
+  __syncthreads();
+  return sum;
+}
+
 // The sum of term(chunk) over the chunks, of a thread's reduce_channel() where that is `inside` the tensor. Every
 // thread of the block calls this.
 template <typename Term>
 __device__ double reduce_chunks(int64_t chunks, bool inside, const Term& term) {
-  __shared__ double shared[kReduceWarps][32];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t end = chunks * (warp + 1) / kReduceWarps;
+  const int64_t end = chunks * (threadIdx.x / 32 + 1) / kReduceWarps;
   double sum = 0;
   if (inside) {
 #pragma unroll 4
-    for (int64_t i = chunks * warp / kReduceWarps; i < end; ++i) sum += term(i);
+    for (int64_t i = chunks * (threadIdx.x / 32) / kReduceWarps; i < end; ++i) sum += term(i);
   }
-  shared[warp][lane] = sum;
-  __syncthreads();
-  sum = 0;
-#pragma unroll
-  for (int i = 0; i < kReduceWarps; ++i) sum += shared[i][lane];
-  __syncthreads();
-  return sum;
+  return reduce_warps(sum);
 }
 
 }  // namespace fused_cnn

@@ -16,7 +16,6 @@ Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<T
   const char* op = "inception_fwd";
   check_inception(op, x, weights, biases);
   dtype_of(op, "x", x);  // refuses others
-  const Launch launch(x);
   const auto channels = [&](int i) { return weights[i].size(0); };
   const int64_t total = channels(kBranch1) + channels(kConv3) + channels(kConv5) + channels(kPoolProj);
   const RowResult out(x, total, result_format(x));
@@ -31,7 +30,7 @@ Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<T
 
   const Tensor reduced3 = empty_result(x, channels(kReduce3), x.size(2), x.size(3));
   const Tensor reduced5 = empty_result(x, channels(kReduce5), x.size(2), x.size(3));
-  pointwise(launch, x, rows_of(x), concatenated({weights[kBranch1], weights[kReduce3], weights[kReduce5]}),
+  pointwise(x, rows_of(x), concatenated({weights[kBranch1], weights[kReduce3], weights[kReduce5]}),
             concatenated({biases[kBranch1], biases[kReduce3], biases[kReduce5]}), /*residual=*/{}, /*relu=*/true,
             {next_branch(kBranch1), slice(rows_of(reduced3), kReduce3), slice(rows_of(reduced5), kReduce5)});
 
@@ -44,7 +43,7 @@ Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<T
 
   const Tensor pooled = aten_max_pool2d(x, /*kernel=*/{3, 3}, /*stride=*/{1, 1}, /*padding=*/{1, 1},
                                         /*dilation=*/{1, 1}, /*ceil_mode=*/false);
-  pointwise(launch, pooled, rows_of(pooled), dense(weights[kPoolProj], MemoryFormat::Contiguous),
+  pointwise(pooled, rows_of(pooled), dense(weights[kPoolProj], MemoryFormat::Contiguous),
             torch::stable::contiguous(biases[kPoolProj]), /*residual=*/{}, /*relu=*/true, {next_branch(kPoolProj)});
   return out.finish();
 }

@@ -24,11 +24,12 @@ struct BiasResidualRelu {
   int64_t channels;
 };
 
-// grad = grad_out where out > 0 or NaN (everywhere where `out` is null), and its sum over the rows for each channel.
-// Where `grad` is null, the sums of grad_out alone. `first` is the branch's place among the channels of all.
-struct DreluBgrad {
-  Rows grad_out, out = {}, grad = {};
-  int64_t channels, first = 0;
+// A branch of drelu_bgrad: grad = grad_out where out > 0 or NaN (everywhere where `out` is null), and its sum over the
+// rows for each channel. `grad` has rows of `channels`, or is null where the sums alone are wanted; `first` is the
+// branch's place among the channels of grad_out and out.
+struct DreluBranch {
+  void* grad;
+  int64_t channels, first;
 };
 
 }  // namespace fused_cnn

@@ -88,9 +88,8 @@ inline void finish_convolution(const Tensor& convolution, const std::optional<Te
 
 // relu(x weight^T + bias + residual), its columns into the slices in order. x has (N, C, H, W), `in` its rows; weight
 // is (out, C, 1, 1) and bias (out,), both contiguous and of x's type.
-inline void pointwise(const Launch& launch, const Tensor& x, const RowView& in, const Tensor& weight,
-                      const std::optional<Tensor>& bias, const RowView& residual, bool relu,
-                      const std::vector<GemmSlice>& slices) {
+inline void pointwise(const Tensor& x, const RowView& in, const Tensor& weight, const std::optional<Tensor>& bias,
+                      const RowView& residual, bool relu, const std::vector<GemmSlice>& slices) {
   const DType dtype = dtype_of("pointwise", "x", x);
   const int64_t rows = row_count(x), inputs = x.size(1), outputs = weight.size(0);
   if (rows == 0 || outputs == 0) return;
@@ -115,7 +114,7 @@ inline void pointwise(const Launch& launch, const Tensor& x, const RowView& in, 
                              .slices = static_cast<int>(slices.size())}};
       std::copy(slices.begin(), slices.end(), gemm.epilogue.slice);
       gemm.tile = gemm_tile(gemm, device, kernels.multiprocessors);
-      return kernels.run(launch, gemm);
+      return kernels.run(Launch(x), gemm);
     }
   }
   finish_convolution(aten_convolution(x, weight, std::nullopt, same_padding(1)), bias, residual, relu, slices);
