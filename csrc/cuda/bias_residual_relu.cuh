@@ -16,7 +16,8 @@ __global__ void __launch_bounds__(kColumnThreads, kBlocksPerSm<T, kAligned>)
   using C = compute_t<T>;
   constexpr int kRows = kInFlight<T, 1>;
   const ThreadTile tile(list, chunks);
-  const BiasResidualRelu branch = *tile.branch;  // a copy: through the pointer it would be read again for every row
+  // With vectors a copy: through the pointer it would be read again for every row. Without them registers matter more.
+  const BiasResidualRelu copy = *tile.branch, &branch = kAligned ? copy : *tile.branch;
   Vec8<B> bias{};
   if (branch.bias) bias = load_vec8<false>(static_cast<const B*>(branch.bias) + tile.channel, tile.n);
   Vec8<T> y[kRows], residual[kRows] = {};
