@@ -76,7 +76,8 @@ def build(csrc: Path, rooms: Sequence[str]) -> Path:
         jobs[f"{path.parent.name}-{path.stem}-{_digest(headers, path)}"] = [*STABLE, *CHECKED, register, path]
     if any("gemm/" in path.read_text() for path in sources):
         jobs[f"products-{headers}"] = [*STABLE, *CHECKED, SIMT / "gemm.cpp"]
-        jobs[f"c_api-{headers}"] = [*STABLE, *CHECKED, csrc / "cuda" / "c_api.cu"]
+        choices = csrc / "cuda" / "choices.cu"
+        jobs[f"choices-{_digest(headers, choices)}"] = [*STABLE, *CHECKED, choices]
     library = BUILD / f"{_digest(*jobs)}.so"
 
     def make(command: list[Any], made: Path) -> None:

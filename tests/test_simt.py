@@ -196,7 +196,7 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
         "a slice of the product in the wrong place": ("cuda/gemm/epilogue.cuh", "column -= slice.columns;", "", OUTSIDE)
     },
     "add_relu": {
-        "a rest of the elements left out": ("conv/cuda_add_relu.cu", "if (rest > 0)", "if (rest > 63)", "error=inf")
+        "a rest of the elements left out": ("shared/passes.h", "if (rest > 0)", "if (rest > 63)", "error=inf")
     },
     "conv1x1_bias_relu": {
         "a rest of the rows left out": ("conv/cuda.cu", "run(whole, 1, rest);", "run(whole, 0, rest);", "error="),

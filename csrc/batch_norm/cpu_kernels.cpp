@@ -2,8 +2,8 @@
 // writes the output; bn_reduce reads the gradient and each input and adds up two or three sums per channel;
 // bn_grad_input reads them again and writes each input's gradient.
 #include "batch_norm/cpu_kernels.h"
-#include "batch_norm/bits.h"
 #include "batch_norm/math.h"
+#include "cpu/simd.h"
 
 namespace fused_cnn::FUSED_CNN_LEVEL {
 namespace {
@@ -53,6 +53,42 @@ void moments(Rows x, int64_t channels, int64_t begin, int64_t end, C* mean, C* m
   }
 }
 
+// ReLU's mask of vector v, which begins at column c of the row.
+template <typename C, typename Used>
+FUSED_CNN_INLINE void store_bits(Vec<C> v, uint8_t* row, int64_t c, Used used) {
+#if defined(__AVX512F__)
+  uint32_t bits;
+  if constexpr (sizeof(C) == 4) bits = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ);
+  if constexpr (sizeof(C) == 8) bits = _mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NLE_UQ);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<C>; ++i) bits |= static_cast<uint32_t>(!(v[i] <= C(0))) << i;
+#endif
+  uint8_t* byte = row + c / 8;
+  if (c % 8 == 0) {
+    byte[0] = static_cast<uint8_t>(bits);
+  } else {  // vectors of fewer than 8 lanes
+    byte[0] |= static_cast<uint8_t>(bits << (c % 8));
+  }
+  if (min(used.n, kLanes<C>) > 8) byte[1] = static_cast<uint8_t>(bits >> 8);
+}
+
+// v where the bit is set, else 0.
+template <typename C, typename Used>
+FUSED_CNN_INLINE Vec<C> apply_bits(Vec<C> v, const uint8_t* row, int64_t c, Used used) {
+  const uint8_t* byte = row + c / 8;
+  const uint32_t bits = (byte[0] | (min(used.n, kLanes<C>) > 8 ? uint32_t{byte[1]} << 8 : 0u)) >> (c % 8);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == 4) return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v);
+  if constexpr (sizeof(C) == 8) return _mm512_maskz_mov_pd(static_cast<__mmask8>(bits), v);
+#else
+  using Int = decltype(v <= v);
+  Int lane_bit;
+  for (int i = 0; i < kLanes<C>; ++i) lane_bit[i] = 1 << i;
+  return ((Int{} + static_cast<int>(bits)) & lane_bit) != 0 ? v : Vec<C>{};
+#endif
+}
+
 // An input's vectors for one group of columns.
 template <typename C>
 struct Channels {
@@ -66,47 +102,52 @@ struct Channels {
   FUSED_CNN_INLINE Vec<C> normalize(Vec<C> x) const { return batch_norm::normalize(x, mean, scale, bias); }
 };
 
-template <typename T, int Inputs, bool Residual, bool Relu>
-void apply(BnForward args, int64_t begin, int64_t end) {
+constexpr int inputs_of(Residual residual) {
+  return residual == Residual::normalized ? 2 : 1;
+}
+
+// Arguments come by value: the compiler then knows that no store changes them.
+template <typename T, Residual kResidual, bool kRelu>
+void apply(BnBranch branch, uint8_t* mask, int64_t begin, int64_t end) {
   using C = compute_t<T>;
-  const BnInput in0 = args.inputs[0], in1 = args.inputs[Inputs - 1];
-  row_groups(begin, end, args.channels * sizeof(T), [&](int64_t r, auto group) FUSED_CNN_LAMBDA {
-    columns<C>(args.channels, [&](int64_t c, auto used) FUSED_CNN_LAMBDA {
+  const BnInput in0 = branch.in[0], in1 = branch.in[inputs_of(kResidual) - 1];
+  const Rows added = branch.in[1].x;
+  row_groups(begin, end, branch.channels * sizeof(T), [&](int64_t r, auto group) FUSED_CNN_LAMBDA {
+    columns<C>(branch.channels, [&](int64_t c, auto used) FUSED_CNN_LAMBDA {
       const Channels<C> of0(in0, c, used), of1(in1, c, used);
       for (int64_t k = r; k < r + group.n; ++k) {
         Vec<C> v = of0.normalize(load(in0.x.at<const T>(k) + c, used));
-        if constexpr (Inputs == 2) v = v + of1.normalize(load(in1.x.at<const T>(k) + c, used));
-        if constexpr (Residual) v = v + load(args.residual.at<const T>(k) + c, used);
-        if (Residual && args.bits) store_bits<C>(v, args.bits + k * mask_bytes(args.channels), c, used);
-        store(args.out.at<T>(k) + c, Relu ? relu(v) : v, used);
+        if constexpr (kResidual == Residual::normalized) v = v + of1.normalize(load(added.at<const T>(k) + c, used));
+        if constexpr (kResidual == Residual::plain) {
+          v = v + load(added.at<const T>(k) + c, used);
+          if (mask) store_bits<C>(v, mask + k * mask_bytes(branch.channels), c, used);
+        }
+        store(branch.y.at<T>(k) + c, kRelu ? relu(v) : v, used);
       }
     });
   });
 }
 
-// How the gradient that ReLU lets through is known.
-enum class Mask { none, bits, recompute };
-
 // body(row, column, lanes used, how many rows, their g, their x of each input, the inputs' channels).
-template <typename T, int Inputs, Mask mask, typename Body>
-FUSED_CNN_INLINE void for_each_gradient(const BnBackward& args, Rows grad_out, int64_t begin, int64_t end,
+template <typename T, Residual kResidual, bool kRelu, typename Body>
+FUSED_CNN_INLINE void for_each_gradient(const BnBranch& branch, const uint8_t* mask, int64_t begin, int64_t end,
                                         const Body& body) {
   using C = compute_t<T>;
-  const BnInput in0 = args.inputs[0], in1 = args.inputs[Inputs - 1];
-  row_groups(begin, end, args.channels * sizeof(T), [&](int64_t r, auto group) FUSED_CNN_LAMBDA {
-    columns<C>(args.channels, [&](int64_t c, auto used) FUSED_CNN_LAMBDA {
+  const BnInput in0 = branch.in[0], in1 = branch.in[inputs_of(kResidual) - 1];
+  row_groups(begin, end, branch.channels * sizeof(T), [&](int64_t r, auto group) FUSED_CNN_LAMBDA {
+    columns<C>(branch.channels, [&](int64_t c, auto used) FUSED_CNN_LAMBDA {
       constexpr int n = decltype(group)::n;
       const Channels<C> of[] = {{in0, c, used}, {in1, c, used}};
       Vec<C> g[n], x[2][n];
       for (int k = 0; k < n; ++k) {
-        g[k] = load(grad_out.at<const T>(r + k) + c, used);
+        g[k] = load(branch.y.at<const T>(r + k) + c, used);
         x[0][k] = load(in0.x.at<const T>(r + k) + c, used);
-        if constexpr (Inputs == 2) x[1][k] = load(in1.x.at<const T>(r + k) + c, used);
-        if constexpr (mask == Mask::bits)
-          g[k] = apply_bits<C>(g[k], args.bits + (r + k) * mask_bytes(args.channels), c, used);
-        if constexpr (mask == Mask::recompute) {
+        if constexpr (kResidual == Residual::normalized) x[1][k] = load(in1.x.at<const T>(r + k) + c, used);
+        if constexpr (kResidual == Residual::plain) {
+          g[k] = apply_bits<C>(g[k], mask + (r + k) * mask_bytes(branch.channels), c, used);
+        } else if constexpr (kRelu) {
           Vec<C> out = of[0].normalize(x[0][k]);
-          if constexpr (Inputs == 2) out = out + of[1].normalize(x[1][k]);
+          if constexpr (kResidual == Residual::normalized) out = out + of[1].normalize(x[1][k]);
           g[k] = relu_grad(g[k], out);
         }
       }
@@ -115,40 +156,43 @@ FUSED_CNN_INLINE void for_each_gradient(const BnBackward& args, Rows grad_out, i
   });
 }
 
-template <typename T, int Inputs, Mask mask>
-void reduce(BnBackward args, int64_t begin, int64_t end, compute_t<T>* sums) {
+template <typename T, Residual kResidual, bool kRelu>
+void reduce(BnBranch branch, const uint8_t* mask, int64_t total, int64_t begin, int64_t end, compute_t<T>* sums) {
   using C = compute_t<T>;
+  const Rows masked{branch.grad[1], branch.channels};
   const auto body = [&](int64_t r, int64_t c, auto used, auto group, auto& g, auto& x, auto& of) FUSED_CNN_LAMBDA {
-    Vec<C> total{}, total_x[2] = {};
+    constexpr int kInputs = inputs_of(kResidual);
+    Vec<C> sum{}, sum_x[kInputs] = {};
     for (int k = 0; k < group.n; ++k) {
-      if constexpr (mask == Mask::bits) store(args.masked.at<T>(r + k) + c, g[k], used);
-      total = total + g[k];
-      for (int i = 0; i < Inputs; ++i) total_x[i] = total_x[i] + g[k] * (x[i][k] - of[i].mean);
+      if constexpr (kResidual == Residual::plain) store(masked.at<T>(r + k) + c, g[k], used);
+      sum = sum + g[k];
+      for (int i = 0; i < kInputs; ++i) sum_x[i] = sum_x[i] + g[k] * (x[i][k] - of[i].mean);
     }
     const auto add = [&](int64_t column, Vec<C> v)
                          FUSED_CNN_LAMBDA { store(sums + column + c, load(sums + column + c, used) + v, used); };
-    add(args.sum, total);
-    for (int i = 0; i < Inputs; ++i) add(args.sum_x[i], total_x[i]);
+    add(branch.first, sum);
+    for (int i = 0; i < kInputs; ++i) add((i + 1) * total + branch.first, sum_x[i]);
   };
-  for_each_gradient<T, Inputs, mask>(args, args.grad_out, begin, end, body);
+  for_each_gradient<T, kResidual, kRelu>(branch, mask, begin, end, body);
 }
 
-template <typename T, int Inputs, Mask mask>
-void grad_input(BnBackward args, int64_t begin, int64_t end) {
+template <typename T, Residual kResidual, bool kRelu>
+void grad_input(BnBranch branch, const compute_t<T>* offset, const compute_t<T>* slope, int64_t total, int64_t begin,
+                int64_t end) {
   using C = compute_t<T>;
   const auto body = [&](int64_t r, int64_t c, auto used, auto group, auto& g, auto& x, auto& of) FUSED_CNN_LAMBDA {
     for (int k = 0; k < group.n; ++k) {
-      for (int i = 0; i < Inputs; ++i) {
-        const BnGrad& to = args.grads[i];
-        const C *offset = static_cast<const C*>(to.offset), *slope = static_cast<const C*>(to.slope);
-        const Vec<C> grad = !offset ? g[k] * of[i].scale
-                                    : batch_norm::grad_input(g[k], x[i][k], of[i].mean, of[i].scale,
-                                                             load(offset + c, used), load(slope + c, used));
-        store(to.grad_x.at<T>(r + k) + c, grad, used);
+      for (int i = 0; i < inputs_of(kResidual); ++i) {
+        const int64_t at = i * total + branch.first + c;
+        const Vec<C> grad = !branch.training[i]
+                                ? g[k] * of[i].scale
+                                : batch_norm::grad_input(g[k], x[i][k], of[i].mean, of[i].scale,
+                                                         load(offset + at, used), load(slope + at, used));
+        store(Rows{branch.grad[i], branch.channels}.at<T>(r + k) + c, grad, used);
       }
     }
   };
-  for_each_gradient<T, Inputs, mask>(args, args.bits ? args.masked : args.grad_out, begin, end, body);
+  for_each_gradient<T, kResidual, kRelu>(branch, nullptr, begin, end, body);
 }
 
 }  // namespace
@@ -161,35 +205,39 @@ void bn_moments(DType dtype, Rows x, int64_t channels, int64_t begin, int64_t en
   });
 }
 
-void bn_apply(DType dtype, const BnForward& args, int64_t begin, int64_t end) {
+void bn_apply(DType dtype, const BnBranch& branch, Residual residual, bool relu, uint8_t* mask, int64_t begin,
+              int64_t end) {
   with_type(dtype, [&](auto element) {
     using T = decltype(element);
-    const auto call = args.residual.data ? apply<T, 1, true, true>
-                      : args.count == 2  ? apply<T, 2, false, true>
-                      : args.relu        ? apply<T, 1, false, true>
-                                         : apply<T, 1, false, false>;
-    call(args, begin, end);
+    const auto call = residual == Residual::plain        ? apply<T, Residual::plain, true>
+                      : residual == Residual::normalized ? apply<T, Residual::normalized, true>
+                      : relu                             ? apply<T, Residual::none, true>
+                                                         : apply<T, Residual::none, false>;
+    call(branch, mask, begin, end);
   });
 }
 
-void bn_reduce(DType dtype, const BnBackward& args, int64_t begin, int64_t end, void* sums) {
+void bn_reduce(DType dtype, const BnBranch& branch, Residual residual, bool relu, const uint8_t* mask, int64_t total,
+               int64_t begin, int64_t end, void* sums) {
   with_type(dtype, [&](auto element) {
     using T = decltype(element);
-    const auto call = args.bits         ? reduce<T, 1, Mask::bits>
-                      : args.count == 2 ? reduce<T, 2, Mask::recompute>
-                      : args.relu       ? reduce<T, 1, Mask::recompute>
-                                        : reduce<T, 1, Mask::none>;
-    call(args, begin, end, static_cast<compute_t<T>*>(sums));
+    const auto call = residual == Residual::plain        ? reduce<T, Residual::plain, true>
+                      : residual == Residual::normalized ? reduce<T, Residual::normalized, true>
+                      : relu                             ? reduce<T, Residual::none, true>
+                                                         : reduce<T, Residual::none, false>;
+    call(branch, mask, total, begin, end, static_cast<compute_t<T>*>(sums));
   });
 }
 
-void bn_grad_input(DType dtype, const BnBackward& args, int64_t begin, int64_t end) {
+void bn_grad_input(DType dtype, const BnBranch& branch, Residual residual, bool relu, const void* offset,
+                   const void* slope, int64_t total, int64_t begin, int64_t end) {
   with_type(dtype, [&](auto element) {
     using T = decltype(element);
-    const auto call = args.count == 2           ? grad_input<T, 2, Mask::recompute>
-                      : args.relu && !args.bits ? grad_input<T, 1, Mask::recompute>
-                                                : grad_input<T, 1, Mask::none>;
-    call(args, begin, end);
+    using C = compute_t<T>;
+    const auto call = residual == Residual::normalized ? grad_input<T, Residual::normalized, true>
+                      : relu                           ? grad_input<T, Residual::none, true>
+                                                       : grad_input<T, Residual::none, false>;
+    call(branch, static_cast<const C*>(offset), static_cast<const C*>(slope), total, begin, end);
   });
 }
 

@@ -1,9 +1,7 @@
-// fused_cnn::bn_relu_concat_bwd and bn_add_relu_bwd on CUDA, in two passes: the sums per channel, which are the
-// parameters' gradients, added up without atomics (cuda/column_reduction.cuh); then the inputs' gradients. ReLU's mask
-// is computed again from the inputs, or read where the forward kept it.
-#include <optional>
-#include <tuple>
-#include "batch_norm/cuda_inputs.cuh"
+// batch_norm's backward on CUDA, in two passes: the sums per channel, which are the parameters' gradients, added up
+// without atomics (cuda/column_reduction.cuh); then the inputs' gradients. ReLU's mask is computed again from the
+// inputs, or read where the forward kept it.
+#include "batch_norm/cuda_vectors.cuh"
 
 namespace fused_cnn {
 namespace {
@@ -14,21 +12,21 @@ template <typename T, bool kAligned, Residual kResidual>
 struct GradientRows {
   using C = compute_t<T>;
   static constexpr int kInputs = kResidual == Residual::normalized ? 2 : 1, kRows = kInFlight<T, 1 + kInputs>;
-  const ThreadTile<BnBranch<T>>& tile;
-  const BnBranch<T>& branch;
+  const ThreadTile<BnBranch>& tile;
+  const BnBranch& branch;
   BnVectors<T> vectors[kInputs];
   Vec8<T> g[kRows], x[kInputs][kRows];
 
-  __device__ explicit GradientRows(const ThreadTile<BnBranch<T>>& tile) : tile(tile), branch(*tile.branch) {
+  __device__ explicit GradientRows(const ThreadTile<BnBranch>& tile) : tile(tile), branch(*tile.branch) {
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) vectors[k] = BnVectors<T>::template load<kAligned>(branch.in[k], tile);
   }
 
   __device__ void load(int u, int64_t row) {
-    g[u] = load_vec8<kAligned>(branch.y + row * branch.y_pitch + tile.channel, tile.n);
+    g[u] = load_vec8<kAligned>(branch.y.at<const T>(row) + tile.channel, tile.n);
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) {
-      x[k][u] = load_vec8<kAligned>(branch.in[k].x + row * branch.in[k].pitch + tile.channel, tile.n);
+      x[k][u] = load_vec8<kAligned>(branch.in[k].x.at<const T>(row) + tile.channel, tile.n);
     }
   }
 
@@ -48,18 +46,18 @@ struct GradientRows {
 // 0.87 with a plain one, 0.74 with a normalised one, on an H200 (2026-11-26).
 template <typename T, bool kAligned, Residual kResidual>
 __global__ void __launch_bounds__(kColumnThreads, kBlocksPerSm<T, kAligned>)
-    bn_reduce_kernel(const __grid_constant__ BranchList<BnBranch<T>> list, RowChunks chunks, bool use_relu,
+    bn_reduce_kernel(const __grid_constant__ BranchList<BnBranch> list, RowChunks chunks, bool use_relu,
                      const uint8_t* __restrict__ mask, compute_t<T>* __restrict__ partial, int64_t total) {
   using C = compute_t<T>;
-  using Rows = GradientRows<T, kAligned, kResidual>;
-  constexpr int kInputs = Rows::kInputs;
+  using Loaded = GradientRows<T, kAligned, kResidual>;
+  constexpr int kInputs = Loaded::kInputs;
   const ThreadTile tile(list, chunks);
-  const BnBranch<T>& branch = *tile.branch;
+  const BnBranch& branch = *tile.branch;
   const int64_t mask_pitch = mask_bytes(branch.channels);
-  Rows rows(tile);
+  Loaded rows(tile);
   C sum[kVec] = {}, sum_x[kInputs][kVec] = {};
-  uint32_t byte[Rows::kRows];
-  for_rows<Rows::kRows>(
+  uint32_t byte[Loaded::kRows];
+  for_rows<Loaded::kRows>(
       tile,
       [&](int u, int64_t row) {
         rows.load(u, row);
@@ -81,7 +79,8 @@ __global__ void __launch_bounds__(kColumnThreads, kBlocksPerSm<T, kAligned>)
             sum_x[k][j] += v * (to_compute(rows.x[k][u].v[j]) - rows.vectors[k].mean.v[j]);
         }
         if constexpr (kResidual == Residual::plain) {
-          store_vec8<kAligned>(branch.grad[1] + row * branch.channels + tile.channel, rows.g[u], tile.n);
+          store_vec8<kAligned>(static_cast<T*>(branch.grad[1]) + row * branch.channels + tile.channel, rows.g[u],
+                               tile.n);
         }
       });
   C* to = partial + blockIdx.y * (kInputs + 1) * total + branch.first;
@@ -127,15 +126,15 @@ __global__ void __launch_bounds__(kReduceThreads)
 // residual, on an H200 (2026-11-26).
 template <typename T, bool kAligned, Residual kResidual>
 __global__ void __launch_bounds__(kColumnThreads, kBlocksPerSm<T, kAligned>)
-    bn_grad_input_kernel(const __grid_constant__ BranchList<BnBranch<T>> list, RowChunks chunks, bool use_relu,
+    bn_grad_input_kernel(const __grid_constant__ BranchList<BnBranch> list, RowChunks chunks, bool use_relu,
                          const compute_t<T>* __restrict__ offset, const compute_t<T>* __restrict__ slope,
                          int64_t total) {
   using C = compute_t<T>;
-  using Rows = GradientRows<T, kAligned, kResidual>;
-  constexpr int kInputs = Rows::kInputs;
+  using Loaded = GradientRows<T, kAligned, kResidual>;
+  constexpr int kInputs = Loaded::kInputs;
   const ThreadTile tile(list, chunks);
-  const BnBranch<T>& branch = *tile.branch;
-  Rows rows(tile);
+  const BnBranch& branch = *tile.branch;
+  Loaded rows(tile);
   Vec8<C> offsets[kInputs], slopes[kInputs];
 #pragma unroll
   for (int k = 0; k < kInputs; ++k) {
@@ -143,7 +142,7 @@ __global__ void __launch_bounds__(kColumnThreads, kBlocksPerSm<T, kAligned>)
     offsets[k] = load_vec8<kAligned>(offset + from, tile.n);
     slopes[k] = load_vec8<kAligned>(slope + from, tile.n);
   }
-  for_rows<Rows::kRows>(
+  for_rows<Loaded::kRows>(
       tile, [&](int u, int64_t row) { rows.load(u, row); },
       [&](int u, int64_t row) {
         C v[kVec];
@@ -161,99 +160,53 @@ __global__ void __launch_bounds__(kColumnThreads, kBlocksPerSm<T, kAligned>)
                                             : v[j] * scale,
                          &x.v[j]);
           }
-          store_vec8<kAligned>(branch.grad[k] + row * branch.channels + tile.channel, x, tile.n);
+          store_vec8<kAligned>(static_cast<T*>(branch.grad[k]) + row * branch.channels + tile.channel, x, tile.n);
         }
       });
 }
 
-// Both passes over branches whose y is grad_out and whose grad are the results; the gradients of weight and bias.
+// Both passes; the gradients of weight and bias.
 template <typename T, Residual kResidual>
-std::tuple<Tensor, Tensor> backward(const BnInputs& in, std::vector<BnBranch<T>> branches, bool relu,
+std::tuple<Tensor, Tensor> backward(const NormalizedInputs& in, std::vector<BnBranch> branches, bool relu,
                                     const uint8_t* mask) {
   using C = compute_t<T>;
   constexpr int kInputs = GradientRows<T, true, kResidual>::kInputs;
+  const Launch launch(in.mean);
   const int64_t total = in.total / kInputs;
   const RowChunks chunks = RowChunks::of(in.rows, branches);
   const Tensor partial = in.empty_like_mean(chunks.count * (kInputs + 1) * total);
   const auto vector = [&] { return in.empty_like_mean(in.total); };
   const Tensor grad_weight = vector(), grad_bias = vector(), offset = vector(), slope = vector();
 
-  const bool aligned = aligned16(branches);
-  launch_columns(in.launch, "bn_reduce_kernel",
+  const bool aligned = aligned16<T>(branches);
+  launch_columns(launch, "bn_reduce_kernel",
                  aligned ? bn_reduce_kernel<T, true, kResidual> : bn_reduce_kernel<T, false, kResidual>, branches,
                  chunks, relu, mask, data_of<C>(partial), total);
-  launch_reduce(in.launch, "bn_finish_sums_kernel", bn_finish_sums_kernel<C>, total, data_of<C>(partial), chunks.count,
+  launch_reduce(launch, "bn_finish_sums_kernel", bn_finish_sums_kernel<C>, total, data_of<C>(partial), chunks.count,
                 in.rows, total, kInputs, data_of<C>(in.rstd), data_of<C>(grad_weight), data_of<C>(grad_bias),
                 data_of<C>(offset), data_of<C>(slope));
 
   // A plain residual has its gradient already, and that is x's under ReLU's mask.
   constexpr bool kPlain = kResidual == Residual::plain;
   constexpr Residual kLeft = kPlain ? Residual::none : kResidual;
-  if (kPlain) {
-    branches[0].y = branches[0].grad[1];
-    branches[0].y_pitch = branches[0].channels;
-  }
-  launch_columns(in.launch, "bn_grad_input_kernel",
+  if (kPlain) branches[0].y = {branches[0].grad[1], total};
+  launch_columns(launch, "bn_grad_input_kernel",
                  aligned ? bn_grad_input_kernel<T, true, kLeft> : bn_grad_input_kernel<T, false, kLeft>, branches,
                  chunks, relu && !kPlain, data_of<C>(offset), data_of<C>(slope), total);
   return {grad_weight, grad_bias};
 }
 
-std::tuple<Tensors, Tensor, Tensor> bn_relu_concat_bwd(const Tensor& grad_out, const Tensors& xs, const Tensor& mean,
-                                                       const Tensor& rstd, const Tensors& weights,
-                                                       const Tensors& biases, const std::vector<bool>& training,
-                                                       bool relu) {
-  const char* op = "bn_relu_concat_bwd";
-  const BnInputs in(op, xs, mean, rstd, weights, biases);
-  check_gradient(op, grad_out, xs[0], in.total, training, xs.size());
-  const RowView grad = rows_of(grad_out);
-  std::vector<RowResult> results;
-  for (const Tensor& x : xs) results.emplace_back(x, x.size(1), result_format(x));
-  const auto [grad_weight, grad_bias] = with_type(in.dtype, [&](auto element) {
-    using T = decltype(element);
-    std::vector<BnBranch<T>> branches = in.branches<T>(grad.data, grad.stride);
-    for (size_t i = 0; i < xs.size(); ++i) {
-      branches[i].grad[0] = static_cast<T*>(results[i].data);
-      branches[i].training[0] = training[i];
-    }
-    return backward<T, Residual::none>(in, branches, relu, /*mask=*/nullptr);
-  });
-  Tensors grads;
-  for (const RowResult& result : results) grads.push_back(result.finish());
-  return {grads, grad_weight, grad_bias};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_bwd(const Tensor& grad_out, const Tensor& x,
-                                                           const std::optional<Tensor>& residual,
-                                                           const std::optional<Tensor>& mask, const Tensor& mean,
-                                                           const Tensor& rstd, const Tensors& weights,
-                                                           const Tensors& biases, const std::vector<bool>& training) {
-  const char* op = "bn_add_relu_bwd";
-  const Tensors xs = normalized_inputs(op, x, residual, weights.size());
-  const BnInputs in(op, xs, mean, rstd, weights, biases);
-  check_gradient(op, grad_out, x, x.size(1), training, xs.size());
-  const bool plain = xs.size() == 1;
-  const Tensor kept = plain ? checked_mask(op, mask, x) : Tensor();
-  const RowView grad = rows_of(grad_out);
-  const RowResult grad_x(x, x.size(1), result_format(x)), grad_residual(x, x.size(1), result_format(x));
-  const auto [grad_weight, grad_bias] = with_type(in.dtype, [&](auto element) {
-    using T = decltype(element);
-    const BnBranch<T> branch{.channels = x.size(1),
-                             .in = {in.input<T>(0), plain ? BnInput<T>{} : in.input<T>(1)},
-                             .y = static_cast<T*>(grad.data),
-                             .y_pitch = grad.stride,
-                             .grad = {static_cast<T*>(grad_x.data), static_cast<T*>(grad_residual.data)},
-                             .training = {training[0], training.back()}};
-    const auto run = plain ? backward<T, Residual::plain> : backward<T, Residual::normalized>;
-    return run(in, {branch}, /*relu=*/true, plain ? data_of<uint8_t>(kept) : nullptr);
-  });
-  return {grad_x.finish(), grad_residual.finish(), grad_weight, grad_bias};
-}
-
 }  // namespace
-}  // namespace fused_cnn
 
-FUSED_CNN_CUDA_IMPL(m) {
-  m.impl("bn_relu_concat_bwd", FUSED_CNN_BOX(&fused_cnn::bn_relu_concat_bwd));
-  m.impl("bn_add_relu_bwd", FUSED_CNN_BOX(&fused_cnn::bn_add_relu_bwd));
+std::tuple<Tensor, Tensor> bn_backward(const NormalizedInputs& in, std::vector<BnBranch> branches, Residual residual,
+                                       bool relu, const uint8_t* mask) {
+  return with_type(in.dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto run = residual == Residual::none    ? backward<T, Residual::none>
+                     : residual == Residual::plain ? backward<T, Residual::plain>
+                                                   : backward<T, Residual::normalized>;
+    return run(in, branches, relu, mask);
+  });
 }
+
+}  // namespace fused_cnn

@@ -1,7 +1,14 @@
-// fused_cnn::conv_bias_relu_fwd and conv_bias_relu_bwd on the CPU, for kernels of any size; see cpu/conv.h.
+// fused_cnn::conv_bias_relu_fwd, _bwd, _pack and _packed_fwd on the CPU, for kernels of any size; see cpu/conv.h.
+#include "conv/backward.h"
 #include "cpu/conv.h"
 
 namespace fused_cnn {
+
+std::tuple<Tensor, Tensor> convolution_backward(const RowView& grad, const Tensor& x, const Tensor& weight,
+                                                const ConvParams& params, bool needs_x, bool needs_weight) {
+  return aten_convolution_backward(grad.tensor, x, weight, params, needs_x, needs_weight);
+}
+
 namespace {
 
 Tensor conv_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
@@ -10,22 +17,32 @@ Tensor conv_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<T
   return cpu_conv_forward("conv_bias_relu_fwd", x, weight, bias, residual, {stride, padding, dilation, groups}, relu);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bias_relu_bwd(const Tensor& grad_out, std::optional<Tensor> out,
-                                                              const Tensor& x, const Tensor& weight, Ints stride,
-                                                              Ints padding, Ints dilation, int64_t groups, bool needs_x,
-                                                              bool needs_weight, bool needs_bias) {
-  return cpu_conv_backward("conv_bias_relu_bwd", grad_out, out, x, weight, {stride, padding, dilation, groups}, needs_x,
-                           needs_weight, needs_bias);
-}
-
 Tensor conv_bias_relu_pack(const Tensor& weight, std::optional<Tensor> bias, Ints stride, Ints dilation) {
   return engine_pack({weight}, {bias}, stride, dilation);
 }
 
+// The same of a packed weight, on the engine.
 Tensor conv_bias_relu_packed_fwd(const Tensor& x, const Tensor& packed, Ints weight_shape,
                                  std::optional<Tensor> residual, Ints stride, Ints padding, Ints dilation, bool relu) {
-  return cpu_conv_packed("conv_bias_relu_packed_fwd", x, packed, weight_shape, residual, {stride, padding, dilation, 1},
-                         relu);
+  const char* op = "conv_bias_relu_packed_fwd";
+  check_4d(op, "x", x);
+  const DType dtype = engine_dtype(op, x);
+  FUSED_CNN_CHECK(weight_shape.size() == 4 && weight_shape[1] == x.size(1) && weight_shape[0] >= 1, op,
+                  ": x has shape ", shape_of(x), ", which does not fit the weight's input channels");
+  const Ints kernel{weight_shape[2], weight_shape[3]};
+  const ConvParams params{stride, padding, dilation, /*groups=*/1};
+  check_geometry(op, x.size(2), x.size(3), kernel, params);
+  const int64_t channels = weight_shape[0];
+  const engine::ConvShape shape = conv_shape(sizes_of(x), channels, kernel, params);
+  if (residual) check_result_shape(op, "residual", *residual, x, channels, shape.out.h, shape.out.w);
+  check_packed(op, packed, shape, dtype);
+  const Tensor out = empty_result(x, channels, shape.out.h, shape.out.w);
+  if (out.numel() > 0) {
+    const RowView in = rows_of(x), addend = rows_of(residual);
+    const engine::Destination to{.out = {out.data_ptr(), channels}, .residual = addend, .relu = relu};
+    engine::conv_forward(shape, dtype, {.x = in, .packed = packed.data_ptr(), .destination = {to}});
+  }
+  return dense(out, result_format(x));
 }
 
 }  // namespace

@@ -1,8 +1,7 @@
 // fused_cnn::conv_bias_relu_fwd and _bwd on CUDA. A 1x1 convolution is a product of our own (cuda/gemm/pointwise.cuh),
 // its weight's gradient a split-K product; others are cuDNN's convolution and gradients, with one pass for bias,
 // residual and ReLU, and one for ReLU's mask and the bias's gradient.
-#include <tuple>
-#include "cuda/drelu_bgrad.cuh"
+#include "conv/backward.h"
 #include "cuda/gemm/pointwise.cuh"
 
 namespace fused_cnn {
@@ -29,24 +28,19 @@ Tensor conv_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<T
                           bool relu) {
   const ConvParams params{stride, padding, dilation, groups};
   check_conv("conv_bias_relu_fwd", x, weight, bias, residual, params);
-  const Launch launch(x);
   const int64_t channels = weight.size(0);
-  std::optional<RowView> addend;
-  if (residual) addend = rows_of(*residual);
+  const RowView added = rows_of(residual);
   if (bias) bias = torch::stable::contiguous(*bias);
-  const RowView* added = addend ? &*addend : nullptr;
-  const auto slice = [&](const RowResult& out) {
-    return std::vector<GemmSlice>{{.data = out.data, .pitch = channels, .columns = static_cast<int>(channels)}};
-  };
   if (is_pointwise(weight, params)) {
     const Tensor read = strided_slice(x, stride);
     const RowResult out(read, channels, result_format(x));
-    pointwise(launch, read, rows_of(read), torch::stable::contiguous(weight), bias, added, relu, slice(out));
+    pointwise(read, rows_of(read), torch::stable::contiguous(weight), bias, added, relu,
+              {{out, static_cast<int>(channels)}});
     return out.finish();
   }
   const Tensor y = aten_convolution(x, weight, std::nullopt, params);
   const RowResult out(y, channels, result_format(x));
-  finish_convolution(launch, y, bias, added, relu, slice(out));
+  finish_convolution(y, bias, added, relu, {{out, static_cast<int>(channels)}});
   return out.finish();
 }
 
@@ -73,14 +67,14 @@ __global__ void __launch_bounds__(kSplitKThreads)
 
 // grad^T x, (out, C, 1, 1), of grad and x as rows, split-K: the rows are cut into parts, as many as fill a large chip,
 // whose products are added up in order. What tensor cores do not take is cuDNN's.
-Tensor pointwise_wgrad(const Launch& launch, const RowView& any_grad, const RowView& any_in, const Tensor& weight) {
+Tensor pointwise_wgrad(const RowView& any_grad, const RowView& any_in, const Tensor& weight) {
   const DType dtype = dtype_of("pointwise_wgrad", "weight", weight);
   const int64_t rows = row_count(any_grad.tensor), outputs = weight.size(0), inputs = weight.size(1);
   const GemmKernels kernels(weight.get_device_index());
   if (!kernels || !gemm_supports(dtype, rows, inputs, outputs)) {
-    return std::get<1>(
-        aten_convolution_backward(any_grad.tensor, any_in.tensor, weight, pointwise_params({1, 1}), false, true));
+    return std::get<1>(aten_convolution_backward(any_grad.tensor, any_in.tensor, weight, same_padding(1), false, true));
   }
+  const Launch launch(weight);
   const RowView grad = on_16_bytes(any_grad), in = on_16_bytes(any_in);
   constexpr int64_t kBlocks = 256, kLeast = 512;
   const int64_t tiles = ceil_div<int64_t>(outputs, 128) * ceil_div<int64_t>(inputs, 128);
@@ -90,23 +84,19 @@ Tensor pointwise_wgrad(const Launch& launch, const RowView& any_grad, const RowV
   // The products of so many parts from `part` on, of `length` rows each.
   const auto run = [&](int64_t part, int64_t parts, int64_t length) {
     if (parts == 0 || length == 0) return;
-    const auto from = [&](const RowView& view) {
-      return GemmMatrix{static_cast<const char*>(view.data) + part * size * view.stride * 2, view.stride};
-    };
+    const auto from = [&](const RowView& view) { return Rows{view.at<uint16_t>(part * size), view.pitch}; };
     Gemm gemm{.kind = GemmKind::wgrad,
               .dtype = dtype,
               .a = from(grad),
               .b = from(in),
-              .a_batch_stride = size * grad.stride,
-              .b_batch_stride = size * in.stride,
+              .a_batch_stride = size * grad.pitch,
+              .b_batch_stride = size * in.pitch,
               .m = static_cast<int>(outputs),
               .n = static_cast<int>(inputs),
               .k = static_cast<int>(length),
               .batch = static_cast<int>(parts),
               .epilogue = {.slices = 1, .batch_stride = outputs * inputs}};
-    gemm.epilogue.slice[0] = {.data = static_cast<float*>(products.data_ptr()) + part * outputs * inputs,
-                              .pitch = inputs,
-                              .columns = static_cast<int>(inputs)};
+    gemm.epilogue.slice[0] = {{data_of<float>(products) + part * outputs * inputs, inputs}, static_cast<int>(inputs)};
     kernels.run(launch, gemm);
   };
   run(0, whole, size);
@@ -116,21 +106,19 @@ Tensor pointwise_wgrad(const Launch& launch, const RowView& any_grad, const RowV
   const auto reduce = [&](auto element) {
     using T = decltype(element);
     launch.run("split_k_reduce_kernel", split_k_reduce_kernel<T>, ceil_div<int64_t>(vectors, kSplitKThreads), 1,
-               kSplitKThreads, static_cast<const float*>(products.data_ptr()), static_cast<int>(count), vectors,
-               static_cast<T*>(grad_weight.data_ptr()));
+               kSplitKThreads, data_of<float>(products), static_cast<int>(count), vectors, data_of<T>(grad_weight));
   };
   dtype == DType::f16 ? reduce(f16_t{}) : reduce(bf16_t{});
   return grad_weight;
 }
 
 // grad weight at the pixels of x that the convolution read, zero elsewhere.
-Tensor pointwise_dgrad(const Launch& launch, const RowView& grad, const Tensor& x, const Tensor& read,
-                       const Tensor& weight, const Ints& stride) {
+Tensor pointwise_dgrad(const RowView& grad, const Tensor& x, const Tensor& read, const Tensor& weight,
+                       const Ints& stride) {
   const RowResult at_read(read, x.size(1), MemoryFormat::ChannelsLast);
   if (weight.size(0) > 0) {
-    pointwise(launch, grad.tensor, grad, torch::stable::contiguous(torch::stable::transpose(weight, 0, 1)),
-              std::nullopt, nullptr, false,
-              {{.data = at_read.data, .pitch = x.size(1), .columns = static_cast<int>(x.size(1))}});
+    pointwise(grad.tensor, grad, torch::stable::contiguous(torch::stable::transpose(weight, 0, 1)), std::nullopt,
+              /*residual=*/{}, /*relu=*/false, {{at_read, static_cast<int>(x.size(1))}});
   } else {
     Tensor zero = at_read.tensor;
     torch::stable::zero_(zero);
@@ -143,31 +131,18 @@ Tensor pointwise_dgrad(const Launch& launch, const RowView& grad, const Tensor& 
   return grad_x;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bias_relu_bwd(const Tensor& grad_out, std::optional<Tensor> out,
-                                                              const Tensor& x, const Tensor& weight, Ints stride,
-                                                              Ints padding, Ints dilation, int64_t groups, bool needs_x,
-                                                              bool needs_weight, bool needs_bias) {
-  const char* op = "conv_bias_relu_bwd";
-  const ConvParams params{stride, padding, dilation, groups};
-  check_conv(op, x, weight, std::nullopt, grad_out, params);
-  if (out) check_like(op, "grad_out", grad_out, "out", *out);
-  const Launch launch(x);
-  const MaskedGradient masked(launch, grad_out, out, needs_bias);
-  Tensor grad_x = nothing(grad_out), grad_weight = nothing(grad_out);
-  if (is_pointwise(weight, params)) {
-    const Tensor read = strided_slice(x, stride);
-    if (needs_x) grad_x = pointwise_dgrad(launch, masked.rows, x, read, weight, stride);
-    if (needs_weight) grad_weight = pointwise_wgrad(launch, masked.rows, rows_of(read), weight);
-  } else if (needs_x || needs_weight) {
-    auto [of_x, of_weight] = aten_convolution_backward(masked.rows.tensor, x, weight, params, needs_x, needs_weight);
-    if (needs_x) grad_x = dense(of_x, result_format(x));
-    if (needs_weight) grad_weight = of_weight;
+}  // namespace
+
+std::tuple<Tensor, Tensor> convolution_backward(const RowView& grad, const Tensor& x, const Tensor& weight,
+                                                const ConvParams& params, bool needs_x, bool needs_weight) {
+  if (!is_pointwise(weight, params)) {
+    return aten_convolution_backward(grad.tensor, x, weight, params, needs_x, needs_weight);
   }
-  if (needs_weight) grad_weight = dense(grad_weight, result_format(weight));
-  return {grad_x, grad_weight, masked.bias, masked.residual(grad_out)};
+  const Tensor read = strided_slice(x, params.stride);
+  return {needs_x ? pointwise_dgrad(grad, x, read, weight, params.stride) : Tensor(),
+          needs_weight ? pointwise_wgrad(grad, rows_of(read), weight) : Tensor()};
 }
 
-}  // namespace
 }  // namespace fused_cnn
 
 FUSED_CNN_CUDA_IMPL(m) {

@@ -5,7 +5,7 @@
 // and memory sees x and the result alone. A projection is written where the result goes, and added there; a block that
 // ends in a 1x1 convolution adds to its input where it lies.
 #include "cpu/conv.h"
-#include "cpu/memory.h"
+#include "cpu/parallel.h"
 
 namespace fused_cnn {
 namespace {
@@ -17,18 +17,6 @@ struct Convolution {
   engine::ConvShape shape;
   const void* packed;
 };
-
-Convolution convolution(const char* op, const Tensor& packed, const int64_t* g, DType dtype, int64_t channels,
-                        int64_t height, int64_t width) {
-  FUSED_CNN_CHECK(g[0] == channels, op, ": a convolution of ", g[0], " channels meets an input of ", channels);
-  FUSED_CNN_CHECK(g[1] >= 1, op, ": a convolution must have at least 1 channel, got ", g[1]);
-  const Ints kernel{g[2], g[3]};
-  const ConvParams params{.stride = {g[4], g[5]}, .padding = {g[6], g[7]}, .dilation = {g[8], g[9]}, .groups = 1};
-  check_geometry(op, height, width, kernel, params);
-  const engine::ConvShape shape = conv_shape({0, channels, height, width}, g[1], kernel, params);
-  check_packed(op, packed, shape, dtype);
-  return {shape, packed.data_ptr()};
-}
 
 Tensor residual_stage_packed_fwd(const Tensor& x, std::vector<Tensor> packed, Ints geometry, Ints lengths,
                                  bool shortcut, bool projects) {
@@ -47,7 +35,15 @@ Tensor residual_stage_packed_fwd(const Tensor& x, std::vector<Tensor> packed, In
   std::vector<Convolution> chain;
   Ints size{x.size(1), x.size(2), x.size(3)};  // of what the next convolution reads
   const auto next_of_size = [&](size_t index) {
-    return convolution(op, packed[index], &geometry[index * kGeometry], dtype, size[0], size[1], size[2]);
+    const int64_t* g = &geometry[index * kGeometry];
+    FUSED_CNN_CHECK(g[0] == size[0], op, ": a convolution of ", g[0], " channels meets an input of ", size[0]);
+    FUSED_CNN_CHECK(g[1] >= 1, op, ": a convolution must have at least 1 channel, got ", g[1]);
+    const Ints kernel{g[2], g[3]};
+    const ConvParams params{.stride = {g[4], g[5]}, .padding = {g[6], g[7]}, .dilation = {g[8], g[9]}, .groups = 1};
+    check_geometry(op, size[1], size[2], kernel, params);
+    const engine::ConvShape shape = conv_shape({0, size[0], size[1], size[2]}, g[1], kernel, params);
+    check_packed(op, packed[index], shape, dtype);
+    return Convolution{shape, packed[index].data_ptr()};
   };
   const auto size_of = [](const Convolution& c) { return Ints{c.shape.out_channels[0], c.shape.out.h, c.shape.out.w}; };
   std::optional<Convolution> projection;
@@ -102,7 +98,7 @@ Tensor residual_stage_packed_fwd(const Tensor& x, std::vector<Tensor> packed, In
       shape.batch = batch;
       engine::conv_forward(shape, dtype, {.x = from, .packed = c.packed, .destination = {to}});
     };
-    Rows input{at(in.data, n * x.size(2) * x.size(3) * in.stride, element), in.stride};
+    Rows input{at(in.data, n * x.size(2) * x.size(3) * in.pitch, element), in.pitch};
     const Convolution* next = chain.data();
     for (size_t b = 0; b < lengths.size(); ++b) {
       const Rows result{in_scratch[b] ? scratch[2] : static_cast<char*>(out.data_ptr()) + n * image, channels};

@@ -1,6 +1,6 @@
 // See conv.h.
 #include "cpu/conv.h"
-#include "cpu/memory.h"
+#include "shared/passes.h"
 
 namespace fused_cnn {
 
@@ -80,70 +80,33 @@ void check_packed(const char* op, const Tensor& packed, const engine::ConvShape&
                   " bytes that packing makes of this weight shape, stride and dilation, got ", shape_of(packed));
 }
 
-Tensor cpu_conv_packed(const char* op, const Tensor& x, const Tensor& packed, const Ints& weight_shape,
-                       const std::optional<Tensor>& residual, const ConvParams& params, bool relu) {
-  check_4d(op, "x", x);
-  const DType dtype = engine_dtype(op, x);
-  FUSED_CNN_CHECK(weight_shape.size() == 4 && weight_shape[1] == x.size(1) && weight_shape[0] >= 1, op,
-                  ": x has shape ", shape_of(x), ", which does not fit the weight's input channels");
-  const Ints kernel{weight_shape[2], weight_shape[3]};
-  check_geometry(op, x.size(2), x.size(3), kernel, params);
-  const int64_t channels = weight_shape[0];
-  const engine::ConvShape shape = conv_shape(sizes_of(x), channels, kernel, params);
-  if (residual) check_result_shape(op, "residual", *residual, x, channels, shape.out.h, shape.out.w);
-  check_packed(op, packed, shape, dtype);
-  const Tensor out = empty_result(x, channels, shape.out.h, shape.out.w);
-  if (out.numel() > 0) {
-    const RowView in = rows_of(x);
-    std::optional<RowView> addend;
-    if (residual) addend = rows_of(*residual);
-    const engine::Destination to{
-        .out = {out.data_ptr(), channels}, .residual = addend ? rows_at(*addend) : Rows{}, .relu = relu};
-    engine::conv_forward(shape, dtype, {.x = rows_at(in), .packed = packed.data_ptr(), .destination = {to}});
-  }
-  return dense(out, result_format(x));
-}
-
 Tensor cpu_conv_forward(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                         const std::optional<Tensor>& residual, const ConvParams& params, bool relu) {
   check_conv(op, x, weight, bias, residual, params);
   const MemoryFormat format = result_format(x);
   const Tensor out = dense(aten_convolution(x, weight, bias, params), format);
-  std::optional<Tensor> addend;
-  if (residual) addend = dense(*residual, format);
-  if (relu || residual) residual_relu(dtype_of(op, "x", x), out, addend, relu, out);
+  const Tensor added = residual ? dense(*residual, format) : Tensor();
+  for_elements(relu || residual ? out.numel() : 0, [&](const auto& of, int64_t width, int64_t rows) {
+    bias_residual_relu(out,
+                       {{.y = of(out), .residual = residual ? of(added) : Rows{}, .out = of(out), .channels = width}},
+                       relu, rows);
+  });
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_conv_backward(const char* op, const Tensor& grad_out,
-                                                             const std::optional<Tensor>& out, const Tensor& x,
-                                                             const Tensor& weight, const ConvParams& params,
-                                                             bool needs_x, bool needs_weight, bool needs_bias) {
-  check_conv(op, x, weight, std::nullopt, grad_out, params);
-  if (out) check_like(op, "grad_out", grad_out, "out", *out);
-  // Column sums want channels adjacent; the masked gradient goes on to oneDNN, which reads either layout.
-  RowView grad = rows_of(grad_out);
-  DreluBgrad branch{.grad_out = rows_at(grad), .channels = grad_out.size(1)};
-  std::optional<RowView> result;
-  std::optional<RowResult> masked;
-  if (out) {
-    result = rows_of(*out);
-    masked.emplace(grad_out, grad_out.size(1), result_format(*out));
-    branch.out = rows_at(*result);
-    branch.grad = rows_at(*masked);
-  }
-  std::vector<double> sums;
-  if (out || needs_bias)
-    sums = masked_gradient(dtype_of(op, "grad_out", grad_out), {branch}, row_count(grad_out), needs_bias);
-  Tensor grad_x = nothing(grad_out), grad_weight = nothing(grad_out);
-  if (needs_x || needs_weight) {
-    const Tensor& of_convolution = masked ? masked->tensor : grad.tensor;
-    auto [of_x, of_weight] = aten_convolution_backward(of_convolution, x, weight, params, needs_x, needs_weight);
-    if (needs_x) grad_x = dense(of_x, result_format(x));
-    if (needs_weight) grad_weight = dense(of_weight, result_format(weight));
-  }
-  return {grad_x, grad_weight, vector_of(sums, grad_out, grad_out.scalar_type()),
-          masked ? masked->finish() : nothing(grad_out)};
-}
-
 }  // namespace fused_cnn
+
+// What a convolution of x (N, C, H, W) with a packed weight does in the form in which it runs: the bytes that it reads
+// of the weight, which may be packed in two forms, and the floating-point operations of its products. kernel, stride,
+// padding and dilation are (h, w) each.
+FUSED_CNN_EXPORT void fused_cnn_conv_work(const int64_t x[4], int64_t out_channels, const int64_t kernel[2],
+                                          const int64_t stride[2], const int64_t padding[2], const int64_t dilation[2],
+                                          bool bfloat16, bool in_place, int64_t bytes_and_flops[2]) {
+  using namespace fused_cnn;
+  const auto pair = [](const int64_t* v) { return Ints{v[0], v[1]}; };
+  const engine::ConvShape shape = conv_shape({x[0], x[1], x[2], x[3]}, out_channels, pair(kernel),
+                                             {pair(stride), pair(padding), pair(dilation), /*groups=*/1});
+  const engine::ConvWork work = engine::conv_work(shape, bfloat16 ? DType::bf16 : DType::f32, in_place);
+  bytes_and_flops[0] = work.packed_bytes;
+  bytes_and_flops[1] = 2 * work.multiply_adds;
+}

@@ -3,8 +3,8 @@
 // it: packing at every call would cost what the convolution itself does on small images.
 #pragma once
 #include "cpu/engine/conv_engine.h"
-#include "cpu/tensor_rows.h"
 #include "shared/aten_conv.h"
+#include "shared/rows.h"
 
 namespace fused_cnn {
 
@@ -27,19 +27,8 @@ Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::op
                    const Ints& stride = {1, 1}, const Ints& dilation = {1, 1});
 void check_packed(const char* op, const Tensor& packed, const engine::ConvShape& shape, DType dtype);
 
-// relu(conv(x, weight) + bias [+ residual]) of a packed weight on the engine.
-Tensor cpu_conv_packed(const char* op, const Tensor& x, const Tensor& packed, const Ints& weight_shape,
-                       const std::optional<Tensor>& residual, const ConvParams& params, bool relu);
-
-// The same of a plain weight.
+// relu(conv(x, weight) + bias [+ residual]) of a plain weight.
 Tensor cpu_conv_forward(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                         const std::optional<Tensor>& residual, const ConvParams& params, bool relu);
-
-// (grad_x, grad_weight, grad_bias, grad): `grad` is grad_out under the ReLU mask of `out`, which is also residual's
-// gradient; empty tensors for what is not needed, and for `grad` where there is no ReLU (it would be grad_out itself).
-std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_conv_backward(const char* op, const Tensor& grad_out,
-                                                             const std::optional<Tensor>& out, const Tensor& x,
-                                                             const Tensor& weight, const ConvParams& params,
-                                                             bool needs_x, bool needs_weight, bool needs_bias);
 
 }  // namespace fused_cnn

@@ -29,12 +29,13 @@ constexpr int64_t kStrip = 1024;     // channels whose sums lie in the first-lev
 constexpr int64_t kRowsPerSum = 64;  // added up as floats, at least
 
 template <typename T, bool Relu, bool Sum, bool Write>
-void backward(DreluBgrad args, int64_t begin, int64_t end, double* sums) {
+void backward(Rows grad_out, Rows out, DreluBranch branch, int64_t begin, int64_t end, double* sums) {
   using C = compute_t<T>;
+  const Rows grad{branch.grad, branch.channels};
   const int64_t blocks = Sum ? max((end - begin) / kRowsPerSum, 1) : 1;
   C partial[kStrip];
-  for (int64_t first = 0; first < args.channels; first += kStrip) {
-    const int64_t width = min(kStrip, args.channels - first);
+  for (int64_t first = 0; first < branch.channels; first += kStrip) {
+    const int64_t width = min(kStrip, branch.channels - first), of_all = branch.first + first;
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t from = begin + (end - begin) * block / blocks, to = begin + (end - begin) * (block + 1) / blocks;
       if constexpr (Sum) memset(partial, 0, width * sizeof(C));
@@ -42,16 +43,16 @@ void backward(DreluBgrad args, int64_t begin, int64_t end, double* sums) {
         columns<C>(width, [&](int64_t c, auto used) FUSED_CNN_LAMBDA {
           Vec<C> total{};
           for (int64_t k = r; k < r + group.n; ++k) {
-            Vec<C> g = load(args.grad_out.at<const T>(k) + first + c, used);
-            if constexpr (Relu) g = relu_grad(g, load(args.out.at<const T>(k) + first + c, used));
-            if constexpr (Write) store(args.grad.at<T>(k) + first + c, g, used);
+            Vec<C> g = load(grad_out.at<const T>(k) + of_all + c, used);
+            if constexpr (Relu) g = relu_grad(g, load(out.at<const T>(k) + of_all + c, used));
+            if constexpr (Write) store(grad.at<T>(k) + first + c, g, used);
             if constexpr (Sum) total = total + g;
           }
           if constexpr (Sum) store(partial + c, load(partial + c, used) + total, used);
         });
       });
       if constexpr (Sum) {
-        for (int64_t c = 0; c < width; ++c) sums[first + c] += partial[c];
+        for (int64_t c = 0; c < width; ++c) sums[of_all + c] += partial[c];
       }
     }
   }
@@ -59,23 +60,24 @@ void backward(DreluBgrad args, int64_t begin, int64_t end, double* sums) {
 
 }  // namespace
 
-void bias_residual_relu(DType dtype, const BiasResidualRelu& args, int64_t begin, int64_t end) {
+void bias_residual_relu(DType dtype, const BiasResidualRelu& args, bool relu, int64_t begin, int64_t end) {
   with_type(dtype, [&](auto element) {
     using T = decltype(element);
-    const auto call = args.residual.data ? (args.relu ? forward<T, false, true, true> : forward<T, false, true, false>)
-                      : args.bias ? (args.relu ? forward<T, true, false, true> : forward<T, true, false, false>)
-                                  : (args.relu ? forward<T, false, false, true> : forward<T, false, false, false>);
+    const auto call = args.residual.data ? (relu ? forward<T, false, true, true> : forward<T, false, true, false>)
+                      : args.bias        ? (relu ? forward<T, true, false, true> : forward<T, true, false, false>)
+                                         : (relu ? forward<T, false, false, true> : forward<T, false, false, false>);
     call(args, begin, end);
   });
 }
 
-void drelu_bgrad(DType dtype, const DreluBgrad& args, int64_t begin, int64_t end, double* sums) {
+void drelu_bgrad(DType dtype, const Rows& grad_out, const Rows& out, const DreluBranch& branch, int64_t begin,
+                 int64_t end, double* sums) {
   with_type(dtype, [&](auto element) {
     using T = decltype(element);
-    const auto call = !args.grad.data ? backward<T, false, true, false>
-                      : args.out.data ? (sums ? backward<T, true, true, true> : backward<T, true, false, true>)
-                                      : (sums ? backward<T, false, true, true> : backward<T, false, false, true>);
-    call(args, begin, end, sums);
+    const auto call = !branch.grad ? backward<T, false, true, false>
+                      : out.data   ? (sums ? backward<T, true, true, true> : backward<T, true, false, true>)
+                                   : (sums ? backward<T, false, true, true> : backward<T, false, false, true>);
+    call(grad_out, out, branch, begin, end, sums);
   });
 }
 

@@ -56,11 +56,16 @@ CpuLevel cpu_level() {
   return current();
 }
 
-const char* cpu_level_name() {
-  return kNames[static_cast<int>(current())];
+}  // namespace fused_cnn
+
+FUSED_CNN_EXPORT const char* fused_cnn_cpu_level() {
+  return fused_cnn::kNames[static_cast<int>(fused_cnn::cpu_level())];
 }
 
-bool set_cpu_level(const char* name) {
+// Uses a lower level from now on, for tests; false, changing nothing, where the processor lacks it. Packed weights do
+// not carry over.
+FUSED_CNN_EXPORT bool fused_cnn_set_cpu_level(const char* name) {
+  using namespace fused_cnn;
   static const CpuLevel best = best_level();
   for (int i = 0; i <= static_cast<int>(best); ++i) {
     if (std::strcmp(kNames[i], name) != 0) continue;
@@ -69,5 +74,3 @@ bool set_cpu_level(const char* name) {
   }
   return false;
 }
-
-}  // namespace fused_cnn

@@ -10,11 +10,10 @@ namespace fused_cnn {
 
 enum class CpuLevel { generic, avx2, avx512, avx512_bf16, amx };
 CpuLevel cpu_level();
-const char* cpu_level_name();
 
-// Uses a lower level from now on, for tests; false, changing nothing, where the processor lacks it. Packed weights do
-// not carry over.
-bool set_cpu_level(const char* name);
+// What Python asks of the library beside its ops are C functions: it needs no Python to load, and so fits every version
+// of it.
+#define FUSED_CNN_EXPORT extern "C" __attribute__((visibility("default")))
 
 #if defined(__x86_64__)
 #define FUSED_CNN_AT_LEVELS(macro, ...)                                                                           \

@@ -4,17 +4,13 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 
 namespace fused_cnn {
 
 constexpr int64_t kGrain = 1 << 15;
-
-template <typename F>
-void parallel_elements(int64_t n, const F& body) {
-  if (n > 0) torch::stable::parallel_for(0, n, kGrain, body);
-}
 
 // body(begin, end) over [begin, end): as many rows at a time as stay in the second-level cache while several branches,
 // or several passes, work on them.
@@ -63,8 +59,14 @@ struct RowTasks {
   }
 };
 
-inline char* at(void* base, int64_t index, int64_t element_size) {
-  return static_cast<char*>(base) + index * element_size;
-}
+// Uninitialised memory that grows as it is asked for more, and is kept until its owner, a thread or a call, ends.
+class Workspace {
+ public:
+  void* at_least(int64_t bytes);
+
+ private:
+  std::unique_ptr<void, void (*)(void*)> data_{nullptr, std::free};
+  int64_t bytes_ = 0;
+};
 
 }  // namespace fused_cnn

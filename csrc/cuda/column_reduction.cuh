@@ -19,6 +19,7 @@ namespace fused_cnn {
 constexpr int kColumnThreads = 256;
 constexpr int kTileVecs = 8;
 constexpr int kTileChannels = kVec * kTileVecs;
+constexpr int64_t kDenseWidth = kTileChannels;  // of a row of dense memory that has no channels (shared/passes.h)
 
 // Rows that a thread loads of so many tensors before it uses the first: at least three loads of 16 bytes, in few enough
 // registers for kBlocksPerSm blocks on a multiprocessor.
@@ -161,7 +162,8 @@ __device__ inline int64_t reduce_channel() {
   return static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x % 32;
 }
 
-// The sum over the block's warps, lane by lane, for each of them.
+// The sum over the block's warps, lane by lane, for each of them. Its memory is there once for all terms that are
+// summed.
 __device__ inline double reduce_warps(double value) {
   __shared__ double shared[kReduceWarps][32];
   shared[threadIdx.x / 32][threadIdx.x % 32] = value;

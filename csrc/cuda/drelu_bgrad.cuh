@@ -1,18 +1,10 @@
 // Gradients under ReLU's mask over rows, each branch from its channels of grad_out, and on the way their sums per
 // channel, which are the bias's gradient.
 #pragma once
-#include <optional>
 #include "cuda/column_reduction.cuh"
 #include "shared/relu.h"
 
 namespace fused_cnn {
-
-// Where a branch's gradient goes (null: nowhere, the sums alone are wanted), and where its channels begin.
-template <typename T>
-struct DreluBranch {
-  T* grad;
-  int64_t channels, first;
-};
 
 // `out` null: there was no ReLU. partial[chunk] = the sums for all `total` channels, unless null.
 // Grid (channel tiles, row chunks), 256 threads. Reads grad_out and out once and writes grad once: the copy's bandwidth
@@ -20,13 +12,13 @@ struct DreluBranch {
 // 0.72 of it on an H200 (2026-11-26).
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kColumnThreads, kBlocksPerSm<T, kAligned>)
-    drelu_bgrad_kernel(const __grid_constant__ BranchList<DreluBranch<T>> list, RowChunks chunks,
+    drelu_bgrad_kernel(const __grid_constant__ BranchList<DreluBranch> list, RowChunks chunks,
                        const T* __restrict__ grad_out, int64_t grad_pitch, const T* __restrict__ out, int64_t out_pitch,
                        compute_t<T>* __restrict__ partial, int64_t total) {
   using C = compute_t<T>;
   constexpr int kRows = kInFlight<T, 2>;
   const ThreadTile tile(list, chunks);
-  const DreluBranch<T>& branch = *tile.branch;
+  const DreluBranch& branch = *tile.branch;
   const int64_t from = branch.first + tile.channel;
   C sums[kVec] = {};
   Vec8<T> g[kRows], o[kRows];
@@ -44,7 +36,9 @@ __global__ void __launch_bounds__(kColumnThreads, kBlocksPerSm<T, kAligned>)
           sums[j] += v;
           from_compute(v, &g[u].v[j]);
         }
-        if (branch.grad) store_vec8<kAligned>(branch.grad + row * branch.channels + tile.channel, g[u], tile.n);
+        if (branch.grad) {
+          store_vec8<kAligned>(static_cast<T*>(branch.grad) + row * branch.channels + tile.channel, g[u], tile.n);
+        }
       });
   if (!partial) return;
   block_reduce_columns(sums, tile,
@@ -61,56 +55,38 @@ __global__ void __launch_bounds__(kReduceThreads)
   if (threadIdx.x < 32 && inside) from_compute(static_cast<C>(sum), &out[channel]);
 }
 
-// `out` is RowView{} where there was no ReLU; grad_bias, of type Out, is null where it is not wanted.
-template <typename T, typename Out>
-void drelu_bgrad(const Launch& launch, const RowView& grad_out, const RowView& out,
-                 const std::vector<DreluBranch<T>>& branches, Out* grad_bias, int64_t rows) {
-  using C = compute_t<T>;
-  const T *grad = static_cast<const T*>(grad_out.data), *result = static_cast<const T*>(out.data);
-  bool aligned = rows_aligned16(grad, grad_out.stride) && rows_aligned16(result, out.stride);
+// `from` and `out` are rows of grad_out, or what was made of it, and of the result, null where there was no ReLU.
+// Returns the sums of all channels, in grad_out's type or the compute type; none where they are not wanted.
+inline Tensor drelu_bgrad(const Tensor& grad_out, const Rows& from, const Rows& out,
+                          const std::vector<DreluBranch>& branches, int64_t rows, bool wants_sums,
+                          ScalarType sums_type) {
+  const int64_t size = grad_out.element_size();
+  bool aligned = aligned16(from, size) && aligned16(out, size);
   int64_t total = 0;
-  for (const DreluBranch<T>& b : branches) {
+  for (const DreluBranch& b : branches) {
     total += b.channels;
     aligned = aligned && b.channels % kVec == 0 && b.first % kVec == 0 && aligned16(b.grad);
   }
+  const Launch launch(grad_out);
   const RowChunks chunks = RowChunks::of(rows, branches);
-  Tensor partial;
-  if (grad_bias) {
-    partial = empty_vector(grad_out.tensor, chunks.count * total,
-                           std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float);
-  }
-  C* sums = grad_bias ? data_of<C>(partial) : nullptr;
-  launch_columns(launch, "drelu_bgrad_kernel", aligned ? drelu_bgrad_kernel<T, true> : drelu_bgrad_kernel<T, false>,
-                 branches, chunks, grad, grad_out.stride, result, out.stride, sums, total);
-  if (grad_bias) {
-    launch_reduce(launch, "reduce_chunks_kernel", reduce_chunks_kernel<C, Out>, total, sums, chunks.count, total,
-                  grad_bias);
-  }
+  const DType dtype = dtype_of("drelu_bgrad", "grad_out", grad_out);
+  const int64_t columns = wants_sums ? total : 0;
+  const Tensor partial = wants_sums ? empty_vector(grad_out, chunks.count * total, vector_dtype(dtype)) : Tensor();
+  const Tensor sums = empty_vector(grad_out, columns, sums_type);
+  with_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    using C = compute_t<T>;
+    C* const of_chunks = wants_sums ? data_of<C>(partial) : nullptr;
+    launch_columns(launch, "drelu_bgrad_kernel", aligned ? drelu_bgrad_kernel<T, true> : drelu_bgrad_kernel<T, false>,
+                   branches, chunks, from.at<const T>(0), from.pitch, out.at<const T>(0), out.pitch, of_chunks, total);
+    const auto reduce = [&](auto sum) {
+      using Out = decltype(sum);
+      launch_reduce(launch, "reduce_chunks_kernel", reduce_chunks_kernel<C, Out>, columns, of_chunks, chunks.count,
+                    total, data_of<Out>(sums));
+    };
+    sums_type == grad_out.scalar_type() ? reduce(T{}) : reduce(C{});
+  });
+  return sums;
 }
-
-// A convolution's grad_out under the mask of `out`, where there is one, as rows; `own` holds them where they are new.
-// `bias` is their sum in grad_out's type, or empty.
-struct MaskedGradient {
-  RowView rows;
-  std::optional<RowResult> own;
-  Tensor bias;
-
-  MaskedGradient(const Launch& launch, const Tensor& grad_out, const std::optional<Tensor>& out, bool needs_bias)
-      : rows(rows_of(grad_out)), bias(nothing(grad_out)) {
-    const int64_t channels = grad_out.size(1);
-    if (!out && !needs_bias) return;
-    if (needs_bias) bias = empty_vector(grad_out, channels, grad_out.scalar_type());
-    if (out) own.emplace(grad_out, channels, result_format(*out));
-    const RowView result = out ? rows_of(*out) : RowView{};
-    with_type(dtype_of("masked gradient", "grad_out", grad_out), [&](auto element) {
-      using T = decltype(element);
-      const std::vector<DreluBranch<T>> branch{
-          {.grad = own ? static_cast<T*>(own->data) : nullptr, .channels = channels, .first = 0}};
-      drelu_bgrad(launch, rows, result, branch, needs_bias ? data_of<T>(bias) : nullptr, row_count(grad_out));
-    });
-    if (own) rows = {.tensor = own->tensor, .data = own->data, .stride = channels};
-  }
-  Tensor residual(const Tensor& grad_out) const { return own ? own->finish() : nothing(grad_out); }
-};
 
 }  // namespace fused_cnn

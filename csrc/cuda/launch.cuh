@@ -36,11 +36,6 @@ class Launch {
 };
 
 template <typename T>
-T* data_of(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
-template <typename T>
 constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }

@@ -2,7 +2,7 @@
 // bytes for a 16-bit type.
 #pragma once
 #include <cuda_runtime.h>
-#include "shared/dtype.h"
+#include "shared/branches.h"
 
 namespace fused_cnn {
 
@@ -17,10 +17,9 @@ inline bool aligned16(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
-// Whether every row of vectors at `data`, `pitch` elements apart, lies on 16 bytes.
-template <typename T>
-bool rows_aligned16(const T* data, int64_t pitch) {
-  return aligned16(data) && pitch * sizeof(T) % 16 == 0;
+// Every row, of elements of so many bytes.
+inline bool aligned16(const Rows& rows, int64_t element_size) {
+  return aligned16(rows.data) && rows.pitch * element_size % 16 == 0;
 }
 
 // The first n channels at `at`, the others zero. With kAligned all 8 are there, on 16 bytes, and move 16 bytes at a

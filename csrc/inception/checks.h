@@ -7,10 +7,6 @@ namespace fused_cnn {
 // The convolutions, by position in weights, biases and channels.
 enum { kBranch1, kReduce3, kConv3, kReduce5, kConv5, kPoolProj, kConvolutions };
 
-inline ConvParams same_padding(int64_t kernel) {
-  return {{1, 1}, {kernel / 2, kernel / 2}, {1, 1}, 1};
-}
-
 inline void check_inception(const char* op, const Tensor& x, const std::vector<Tensor>& weights,
                             const std::vector<Tensor>& biases) {
   FUSED_CNN_CHECK(weights.size() == kConvolutions && biases.size() == kConvolutions, op,

@@ -5,19 +5,12 @@
 // 1's slice of the output and the two reduction buffers; the others and the projection write straight into their
 // slices. Other dtypes run on PyTorch's convolution (oneDNN), and its branches are concatenated.
 #include "cpu/conv.h"
-#include "cpu/memory.h"
 #include "inception/checks.h"
 
 namespace fused_cnn {
 namespace {
 
 constexpr int64_t kWorthPacking = 512;  // pixels; on fewer, packing plain weights costs more than it saves
-
-Tensor max_pool_3x3(const Tensor& x, DType dtype, const Rows& in) {
-  const Tensor out = empty_like_4d(x, MemoryFormat::ChannelsLast);
-  engine::max_pool(window_of(sizes_of(x), {3, 3}, same_padding(3)), dtype, in, out.data_ptr());
-  return out;
-}
 
 std::vector<Tensor> inception_pack(std::vector<Tensor> weights, std::vector<Tensor> biases) {
   FUSED_CNN_CHECK(weights.size() == kConvolutions && biases.size() == kConvolutions,
@@ -49,30 +42,26 @@ Tensor inception_packed_fwd(const Tensor& x, std::vector<Tensor> packed, Ints ch
   merged.out_channels[2] = channels[kReduce5];
   check_packed(op, packed[0], merged, dtype);
 
-  const Tensor out = empty_result(x, total, height, width);
-  const Tensor reduced3 = empty_rows(x, channels[kReduce3], height, width);
-  const Tensor reduced5 = empty_rows(x, channels[kReduce5], height, width);
-  const RowView in = rows_of(x);
-  Rows slice{out.data_ptr(), total};  // of the next branch
-  const auto advance = [&](int64_t by) { slice.data = at(slice.data, by, x.element_size()); };
-  engine::ConvArgs args{.x = rows_at(in),
-                        .packed = packed[0].data_ptr(),
-                        .destination = {{.out = slice},
-                                        {.out = {reduced3.data_ptr(), channels[kReduce3]}},
-                                        {.out = {reduced5.data_ptr(), channels[kReduce5]}}}};
-  if (out.numel() > 0) engine::conv_forward(merged, dtype, args);
-  advance(channels[kBranch1]);
-  const auto convolve = [&](const Tensor& from, const Tensor& weight, int64_t out_channels, int64_t kernel) {
-    const engine::ConvShape shape = shape_of_conv(from.size(1), out_channels, kernel);
+  const RowResult out(x, total, result_format(x));
+  const RowView in = rows_of(x), reduced3 = rows_of(empty_result(x, channels[kReduce3], height, width)),
+                reduced5 = rows_of(empty_result(x, channels[kReduce5], height, width));
+  engine::ConvArgs args{
+      .x = in, .packed = packed[0].data_ptr(), .destination = {{.out = out}, {.out = reduced3}, {.out = reduced5}}};
+  if (out.tensor.numel() > 0) engine::conv_forward(merged, dtype, args);
+  int64_t first = channels[kBranch1];  // of the next branch
+  const auto convolve = [&](const RowView& from, const Tensor& weight, int64_t out_channels, int64_t kernel) {
+    const engine::ConvShape shape = shape_of_conv(from.tensor.size(1), out_channels, kernel);
     check_packed(op, weight, shape, dtype);
-    args = {.x = {from.data_ptr(), from.size(1)}, .packed = weight.data_ptr(), .destination = {{.out = slice}}};
-    if (out.numel() > 0) engine::conv_forward(shape, dtype, args);
-    advance(out_channels);
+    args = {.x = from, .packed = weight.data_ptr(), .destination = {{.out = out.from(first)}}};
+    if (out.tensor.numel() > 0) engine::conv_forward(shape, dtype, args);
+    first += out_channels;
   };
   convolve(reduced3, packed[1], channels[kConv3], kernels[0]);
   convolve(reduced5, packed[2], channels[kConv5], kernels[1]);
-  convolve(max_pool_3x3(x, dtype, rows_at(in)), packed[3], channels[kPoolProj], 1);
-  return dense(out, result_format(x));
+  const Tensor pooled = empty_like_4d(x, MemoryFormat::ChannelsLast);
+  engine::max_pool(window_of(sizes_of(x), {3, 3}, same_padding(3)), dtype, in, pooled.data_ptr());
+  convolve(rows_of(pooled), packed[3], channels[kPoolProj], 1);
+  return out.finish();
 }
 
 Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases) {

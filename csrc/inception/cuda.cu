@@ -16,40 +16,35 @@ Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<T
   const char* op = "inception_fwd";
   check_inception(op, x, weights, biases);
   dtype_of(op, "x", x);  // refuses others
-  const Launch launch(x);
   const auto channels = [&](int i) { return weights[i].size(0); };
   const int64_t total = channels(kBranch1) + channels(kConv3) + channels(kConv5) + channels(kPoolProj);
   const RowResult out(x, total, result_format(x));
   if (row_count(x) == 0) return out.finish();
-  const auto slice = [&](void* data, int64_t pitch, int i) {
-    return GemmSlice{.data = data, .pitch = pitch, .columns = static_cast<int>(channels(i))};
-  };
-  char* branch = static_cast<char*>(out.data);
+  const auto slice = [&](const Rows& rows, int i) { return GemmSlice{rows, static_cast<int>(channels(i))}; };
+  int64_t first = 0;
   const auto next_branch = [&](int i) {
-    const GemmSlice here = slice(branch, total, i);
-    branch += channels(i) * x.element_size();
+    const GemmSlice here = slice(out.from(first), i);
+    first += channels(i);
     return here;
   };
 
-  const Tensor reduced3 = empty_rows(x, channels(kReduce3), x.size(2), x.size(3));
-  const Tensor reduced5 = empty_rows(x, channels(kReduce5), x.size(2), x.size(3));
-  pointwise(launch, x, rows_of(x), concatenated({weights[kBranch1], weights[kReduce3], weights[kReduce5]}),
-            concatenated({biases[kBranch1], biases[kReduce3], biases[kReduce5]}), /*residual=*/nullptr, /*relu=*/true,
-            {next_branch(kBranch1), slice(reduced3.data_ptr(), channels(kReduce3), kReduce3),
-             slice(reduced5.data_ptr(), channels(kReduce5), kReduce5)});
+  const Tensor reduced3 = empty_result(x, channels(kReduce3), x.size(2), x.size(3));
+  const Tensor reduced5 = empty_result(x, channels(kReduce5), x.size(2), x.size(3));
+  pointwise(x, rows_of(x), concatenated({weights[kBranch1], weights[kReduce3], weights[kReduce5]}),
+            concatenated({biases[kBranch1], biases[kReduce3], biases[kReduce5]}), /*residual=*/{}, /*relu=*/true,
+            {next_branch(kBranch1), slice(rows_of(reduced3), kReduce3), slice(rows_of(reduced5), kReduce5)});
 
   const auto convolve = [&](const Tensor& from, int i) {
-    finish_convolution(launch, aten_convolution(from, weights[i], std::nullopt, same_padding(weights[i].size(2))),
-                       torch::stable::contiguous(biases[i]), /*residual=*/nullptr, /*relu=*/true, {next_branch(i)});
+    finish_convolution(aten_convolution(from, weights[i], std::nullopt, same_padding(weights[i].size(2))),
+                       torch::stable::contiguous(biases[i]), /*residual=*/{}, /*relu=*/true, {next_branch(i)});
   };
   convolve(reduced3, kConv3);
   convolve(reduced5, kConv5);
 
   const Tensor pooled = aten_max_pool2d(x, /*kernel=*/{3, 3}, /*stride=*/{1, 1}, /*padding=*/{1, 1},
                                         /*dilation=*/{1, 1}, /*ceil_mode=*/false);
-  pointwise(launch, pooled, rows_of(pooled), dense(weights[kPoolProj], MemoryFormat::Contiguous),
-            torch::stable::contiguous(biases[kPoolProj]), /*residual=*/nullptr, /*relu=*/true,
-            {next_branch(kPoolProj)});
+  pointwise(pooled, rows_of(pooled), dense(weights[kPoolProj], MemoryFormat::Contiguous),
+            torch::stable::contiguous(biases[kPoolProj]), /*residual=*/{}, /*relu=*/true, {next_branch(kPoolProj)});
   return out.finish();
 }
 

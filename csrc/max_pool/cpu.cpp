@@ -2,7 +2,6 @@
 // indices, which PyTorch's own pool writes as eight bytes an element. float32 and bfloat16 run on the engine; the rest
 // is PyTorch's pool without its indices.
 #include "cpu/conv.h"
-#include "cpu/memory.h"
 
 namespace fused_cnn {
 namespace {
@@ -42,8 +41,7 @@ Tensor max_pool2d_fwd(const Tensor& x, Ints kernel, Ints stride, Ints padding, I
     return dense(aten_max_pool2d(x, kernel, stride, padding, dilation, ceil_mode), result_format(x));
   }
   const Tensor out = empty_result(x, window.C, window.out.h, window.out.w);
-  const RowView in = rows_of(x);
-  if (out.numel() > 0) engine::max_pool(window, engine_dtype(op, x), rows_at(in), out.data_ptr());
+  if (out.numel() > 0) engine::max_pool(window, engine_dtype(op, x), rows_of(x), out.data_ptr());
   return dense(out, result_format(x));
 }
 
@@ -55,9 +53,8 @@ Tensor max_pool2d_bwd(const Tensor& grad_out, const Tensor& x, Ints kernel, Ints
   check_result_shape(op, "grad_out", grad_out, x, window.C, window.out.h, window.out.w);
   const Tensor grad_x = empty_like_4d(x, MemoryFormat::ChannelsLast);
   const Tensor dense_grad = dense(grad_out, MemoryFormat::ChannelsLast);
-  const RowView in = rows_of(x);
   if (grad_x.numel() > 0)
-    engine::max_pool_backward(window, dtype, rows_at(in), dense_grad.data_ptr(), grad_x.data_ptr());
+    engine::max_pool_backward(window, dtype, rows_of(x), dense_grad.data_ptr(), grad_x.data_ptr());
   return dense(grad_x, result_format(x));
 }
 

@@ -53,15 +53,9 @@ inline void check_conv(const char* op, const Tensor& x, const Tensor& weight, co
   }
 }
 
-// A 1x1 convolution's.
-inline ConvParams pointwise_params(const Ints& stride) {
-  return {stride, {0, 0}, {1, 1}, 1};
-}
-
-inline void check_1x1(const char* op, const Tensor& weight) {
-  check_4d(op, "weight", weight);
-  FUSED_CNN_CHECK(weight.size(2) == 1 && weight.size(3) == 1, op, ": weight must have a 1x1 kernel, got ",
-                  shape_of(weight));
+// Those with which a result has the input's size.
+inline ConvParams same_padding(int64_t kernel) {
+  return {{1, 1}, {kernel / 2, kernel / 2}, {1, 1}, 1};
 }
 
 // A tensor as cuDNN may have it: it was seen to read tensors of any address 16 bytes at a time (float32 weight

@@ -132,10 +132,9 @@ inline Tensor empty_nchw(const Tensor& like, int64_t channels, int64_t height, i
                               std::nullopt, format);
 }
 
-// What an op returns for a gradient that nobody asked for.
-inline Tensor nothing(const Tensor& like) {
-  const int64_t sizes[] = {0};
-  return torch::stable::new_empty(like, sizes);
+template <typename T>
+T* data_of(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
 }
 
 inline Tensor empty_like_4d(const Tensor& like, MemoryFormat format) {

@@ -2,18 +2,22 @@
 // or a slice of the channels of one, is used in place; any other layout is copied once. Also the checks that lists of
 // branches share.
 #pragma once
-#include <memory>
 #include <optional>
 #include <vector>
+#include "shared/branches.h"
 #include "shared/checks.h"
 
 namespace fused_cnn {
 
-// Row r (one pixel) starts at data + r * stride elements. `tensor` keeps the memory alive.
-struct RowView {
+inline char* at(void* base, int64_t index, int64_t element_size) {
+  return static_cast<char*>(base) + index * element_size;
+}
+
+// A tensor's rows, in its own memory or in a copy of it: `tensor` keeps it alive.
+struct RowView : Rows {
   Tensor tensor;
-  void* data;
-  int64_t stride;
+
+  Rows from(int64_t channel) const { return {fused_cnn::at(data, channel, tensor.element_size()), pitch}; }
 };
 
 // The elements between rows; none where the channels are not adjacent, the rows not evenly spaced, or overlapping.
@@ -32,33 +36,46 @@ inline std::optional<int64_t> row_stride(const Tensor& t) {
 inline RowView rows_of(const Tensor& t) {
   const std::optional<int64_t> stride = t.numel() == 0 ? t.size(1) : row_stride(t);
   const Tensor tensor = stride ? t : dense(t, MemoryFormat::ChannelsLast);
-  return {tensor, tensor.data_ptr(), stride.value_or(t.size(1))};
+  return {{tensor.data_ptr(), stride.value_or(t.size(1))}, tensor};
+}
+inline RowView rows_of(const std::optional<Tensor>& t) {
+  return t ? rows_of(*t) : RowView{};
 }
 
-inline Tensor empty_rows(const Tensor& like, int64_t channels, int64_t height, int64_t width) {
+// An uninitialised channels-last tensor for like's images.
+#ifdef USE_CUDA
+inline Tensor empty_result(const Tensor& like, int64_t channels, int64_t height, int64_t width) {
   return empty_nchw(like, channels, height, width, MemoryFormat::ChannelsLast);
 }
+#else
+Tensor empty_result(const Tensor& like, int64_t channels, int64_t height, int64_t width);  // cpu/memory.cpp
+#endif
 
 // An uninitialised result, (N, channels, H, W) as `like`, written in rows; finish() gives it the layout that
-// callers see. `empty` allocates it.
-struct RowResult {
+// callers see.
+struct RowResult : RowView {
   MemoryFormat format;
   bool in_place;
-  Tensor tensor;
-  void* data;
 
-  RowResult(const Tensor& like, int64_t channels, MemoryFormat format,
-            Tensor (*empty)(const Tensor&, int64_t, int64_t, int64_t) = empty_rows)
+  RowResult(const Tensor& like, int64_t channels, MemoryFormat format)
       : format(format),
         // With one channel or one pixel both layouts are the same bytes; the strides must still be the
         // format's own.
-        in_place(format == MemoryFormat::ChannelsLast || channels == 1 || like.size(2) * like.size(3) == 1),
-        tensor(in_place && format == MemoryFormat::Contiguous
-                   ? empty_nchw(like, channels, like.size(2), like.size(3), format)
-                   : empty(like, channels, like.size(2), like.size(3))),
-        data(tensor.data_ptr()) {}
+        in_place(format == MemoryFormat::ChannelsLast || channels == 1 || like.size(2) * like.size(3) == 1) {
+    tensor = in_place && format == MemoryFormat::Contiguous
+                 ? empty_nchw(like, channels, like.size(2), like.size(3), format)
+                 : empty_result(like, channels, like.size(2), like.size(3));
+    data = tensor.data_ptr();
+    pitch = channels;
+  }
   Tensor finish() const { return in_place ? tensor : dense(tensor, format); }
 };
+
+inline std::vector<Tensor> finished(const std::vector<RowResult>& results) {
+  std::vector<Tensor> tensors;
+  for (const RowResult& result : results) tensors.push_back(result.finish());
+  return tensors;
+}
 
 inline int64_t row_count(const Tensor& t) {
   return t.size(0) * t.size(2) * t.size(3);
@@ -67,11 +84,6 @@ inline int64_t row_count(const Tensor& t) {
 inline Tensor empty_vector(const Tensor& like, int64_t size, ScalarType dtype) {
   const int64_t sizes[] = {size};
   return torch::stable::empty(sizes, dtype, torch::headeronly::Layout::Strided, like.device());
-}
-
-// Memory for a call's own sums and vectors, uninitialised; cheaper than a tensor.
-inline std::unique_ptr<char[]> scratch(int64_t bytes) {
-  return std::make_unique_for_overwrite<char[]>(bytes);
 }
 
 // The type of per-channel vectors: float32, or float64 where x is.
@@ -108,25 +120,6 @@ inline int64_t check_branches(const char* op, const std::vector<Tensor>& branche
     channels += branch.size(1);
   }
   return channels;
-}
-
-// The gradient of a concatenation of branches with these channels, and its result where there is one. Returns the
-// channels' sum.
-inline int64_t check_concatenation(const char* op, const Tensor& grad_out, const std::optional<Tensor>& out,
-                                   const std::vector<int64_t>& channels) {
-  check_4d(op, "grad_out", grad_out);
-  if (out) {
-    check_4d(op, "out", *out);
-    check_like(op, "grad_out", grad_out, "out", *out);
-  }
-  int64_t total = 0;
-  for (const int64_t c : channels) {
-    FUSED_CNN_CHECK(c >= 0, op, ": channels must not be negative, got ", c);
-    total += c;
-  }
-  FUSED_CNN_CHECK(total == grad_out.size(1), op, ": channels must add up to grad_out's ", grad_out.size(1), ", got ",
-                  total);
-  return total;
 }
 
 }  // namespace fused_cnn

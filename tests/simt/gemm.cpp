@@ -11,11 +11,11 @@ namespace {
 template <typename T, typename Out>
 __global__ void product_kernel(Gemm gemm) {
   const int64_t batch = blockIdx.z;
-  const auto at = [](const GemmMatrix& matrix, int64_t row, int64_t column) {
-    return to_compute(static_cast<const T*>(matrix.data)[row * matrix.pitch + column]);
+  const auto at = [](const Rows& matrix, int64_t row, int64_t column) {
+    return to_compute(matrix.at<const T>(row)[column]);
   };
-  const GemmMatrix a{static_cast<const T*>(gemm.a.data) + batch * gemm.a_batch_stride, gemm.a.pitch};
-  const GemmMatrix b{static_cast<const T*>(gemm.b.data) + batch * gemm.b_batch_stride, gemm.b.pitch};
+  const Rows a{gemm.a.at<T>(0) + batch * gemm.a_batch_stride, gemm.a.pitch};
+  const Rows b{gemm.b.at<T>(0) + batch * gemm.b_batch_stride, gemm.b.pitch};
   for (int j = 0; j < 2; ++j) {
     const int64_t row = blockIdx.x * 16 + threadIdx.x / 4 + 8 * j;
     float pairs[4][2] = {};

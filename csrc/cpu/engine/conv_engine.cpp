@@ -5,7 +5,6 @@
 #include <numeric>
 #include <vector>
 #include "cpu/engine/conv_plan.h"
-#include "cpu/memory.h"
 #include "cpu/parallel.h"
 
 namespace fused_cnn::engine {
@@ -224,16 +223,15 @@ int64_t packed_weight_bytes(const ConvShape& shape, DType dtype) {
   return plan_weight(shape, dtype, nullptr).packed_bytes;
 }
 
-int64_t packed_bytes_read(const ConvShape& shape, DType dtype, bool in_place) {
-  const Plan plan = plan_weight(shape, dtype, nullptr);
-  if (plan.winograd.panel_bytes == 0) return plan.packed_bytes;
-  return winograd_pays(plan, in_place) ? plan.bias_bytes + plan.packed_bytes - plan.direct_bytes : plan.direct_bytes;
-}
-
-int64_t multiply_adds(const ConvShape& s, DType dtype, bool in_place) {
+ConvWork conv_work(const ConvShape& s, DType dtype, bool in_place) {
+  const Plan plan = plan_weight(s, dtype, nullptr);
   const int64_t pairs = s.C * all_out_channels(s);
-  if (winograd_pays(plan_weight(s, dtype, nullptr), in_place)) return kWinogradPositions * winograd_tiles(s) * pairs;
-  return s.batch * s.out.h * s.out.w * s.kernel.h * s.kernel.w * pairs;
+  if (winograd_pays(plan, in_place)) {
+    return {.packed_bytes = plan.bias_bytes + plan.packed_bytes - plan.direct_bytes,
+            .multiply_adds = kWinogradPositions * winograd_tiles(s) * pairs};
+  }
+  return {.packed_bytes = plan.direct_bytes,
+          .multiply_adds = s.batch * s.out.h * s.out.w * s.kernel.h * s.kernel.w * pairs};
 }
 
 void pack_weight(const ConvShape& shape, DType dtype, const void* const* weight, const float* const* bias,

@@ -8,7 +8,7 @@
 // activation may be a channel slice of a wider tensor; nothing outside the slice is ever read into the result or
 // written.
 #pragma once
-#include "cpu/rows.h"
+#include "shared/branches.h"
 
 namespace fused_cnn::engine {
 
@@ -52,11 +52,12 @@ int64_t packed_weight_bytes(const ConvShape& shape, DType dtype);
 void pack_weight(const ConvShape& shape, DType dtype, const void* const* weight, const float* const* bias,
                  void* packed);
 
-// How many of them a call of the whole batch reads, whose residual is (in_place) or is not where its output goes.
-int64_t packed_bytes_read(const ConvShape& shape, DType dtype, bool in_place);
-
-// The multiply-adds of the same call: of a direct convolution, or the fewer that Winograd's form does.
-int64_t multiply_adds(const ConvShape& shape, DType dtype, bool in_place);
+// What a call of the whole batch does, whose residual is (in_place) or is not where its output goes: how many of the
+// packed bytes it reads, and its multiply-adds, those of a direct convolution or the fewer of Winograd's form.
+struct ConvWork {
+  int64_t packed_bytes, multiply_adds;
+};
+ConvWork conv_work(const ConvShape& shape, DType dtype, bool in_place);
 
 void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args);
 

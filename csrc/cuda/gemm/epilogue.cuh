@@ -40,9 +40,7 @@ __device__ void epilogue_store(const GemmEpilogue& epilogue, float (&pairs)[4][2
   Vec8<Out> out;
   Vec8<T> bias{}, residual{};
   if (epilogue.bias) bias = load_vec8<true>(static_cast<const T*>(epilogue.bias) + column);
-  if (const GemmMatrix& r = epilogue.residual; r.data) {
-    residual = load_vec8<true>(static_cast<const T*>(r.data) + row * r.pitch + column);
-  }
+  if (epilogue.residual.data) residual = load_vec8<true>(epilogue.residual.at<const T>(row) + column);
 #pragma unroll
   for (int j = 0; j < kVec; ++j) {
     const float v = pairs[j / 2][j % 2] + to_compute(bias.v[j]) + to_compute(residual.v[j]);
@@ -56,7 +54,7 @@ __device__ void epilogue_store(const GemmEpilogue& epilogue, float (&pairs)[4][2
       slice = epilogue.slice[s];
     }
   }
-  store_vec8<true>(static_cast<Out*>(slice.data) + batch * epilogue.batch_stride + row * slice.pitch + column, out);
+  store_vec8<true>(slice.rows.at<Out>(row) + batch * epilogue.batch_stride + column, out);
 }
 
 }  // namespace fused_cnn

@@ -3,21 +3,13 @@
 // multistage with mma.sync elsewhere.
 #pragma once
 #include <cuda_runtime.h>
-#include <cstdint>
-#include "shared/dtype.h"
+#include "shared/branches.h"
 
 namespace fused_cnn {
 
-// Rows of adjacent elements, `pitch` elements apart. Data and pitch lie on 16 bytes.
-struct GemmMatrix {
-  const void* data;
-  int64_t pitch;
-};
-
-// Columns of the result that go to one place: to rows `pitch` elements apart. A multiple of 8.
+// Columns of the result that go to one place. Their number is a multiple of 8, and all rows here lie on 16 bytes.
 struct GemmSlice {
-  void* data;
-  int64_t pitch;
+  Rows rows;
   int columns;
 };
 
@@ -26,7 +18,7 @@ constexpr int kGemmSlices = 3;
 // result = relu(product + bias + residual); what is null is left out. The columns go to the slices in order.
 struct GemmEpilogue {
   const void* bias;
-  GemmMatrix residual;
+  Rows residual;
   bool relu;
   int slices;
   GemmSlice slice[kGemmSlices];
@@ -44,7 +36,7 @@ struct Gemm {
   GemmKind kind;
   int tile;
   DType dtype;
-  GemmMatrix a, b;
+  Rows a, b;
   int64_t a_batch_stride, b_batch_stride;
   int m, n, k, batch;
   GemmEpilogue epilogue;
@@ -75,6 +67,9 @@ inline constexpr GemmTile kGemmTiles[] = {
      .measured = "(802816, 256) x (256, 64), bfloat16: 151 us, cuDNN 136 us; H200, 2026-11-26"},
 };
 constexpr int kGemmTileCount = sizeof(kGemmTiles) / sizeof(kGemmTiles[0]);
+
+// The tile that a forward product runs with (cuda/choices.cu).
+int gemm_tile(const Gemm& gemm, int device, int multiprocessors);
 
 // Launches it; the error says why it could not be.
 cudaError_t gemm_sm80_bf16(const Gemm& gemm, int multiprocessors, cudaStream_t stream);

@@ -4,7 +4,7 @@
 #pragma once
 #include <climits>
 #include "cuda/bias_residual_relu.cuh"
-#include "cuda/gemm/choices.h"
+#include "cuda/gemm/gemm.h"
 #include "shared/aten_conv.h"
 
 namespace fused_cnn {
@@ -22,10 +22,10 @@ inline Tensor on_16_bytes(const Tensor& t) {
 inline RowView on_16_bytes(const RowView& rows) {
   const Tensor& t = rows.tensor;
   // TMA does not load rows that overlap, as an expanded tensor's do.
-  if (aligned16(rows.data) && rows.stride % 8 == 0 && rows.stride >= t.size(1)) return rows;
-  Tensor copy = empty_rows(t, t.size(1), t.size(2), t.size(3));
+  if (aligned16(rows, t.element_size()) && rows.pitch >= t.size(1)) return rows;
+  Tensor copy = empty_result(t, t.size(1), t.size(2), t.size(3));
   torch::stable::copy_(copy, t);
-  return {copy, copy.data_ptr(), t.size(1)};
+  return {{copy.data_ptr(), t.size(1)}, copy};
 }
 
 inline int device_attribute(cudaDeviceAttr attribute, int device) {
@@ -70,62 +70,54 @@ struct GemmKernels {
 
 // relu(convolution + bias + residual) of a convolution's result, its channels into the slices in order. bias is
 // contiguous.
-inline void finish_convolution(const Launch& launch, const Tensor& convolution, const std::optional<Tensor>& bias,
-                               const RowView* residual, bool relu, const std::vector<GemmSlice>& slices) {
+inline void finish_convolution(const Tensor& convolution, const std::optional<Tensor>& bias, const RowView& residual,
+                               bool relu, const std::vector<GemmSlice>& slices) {
   const RowView y = rows_of(convolution);
-  with_type(dtype_of("finish_convolution", "its result", convolution), [&](auto element) {
-    using T = decltype(element);
-    std::vector<EpilogueBranch<T, T>> branches;
-    int64_t first = 0;
-    for (const GemmSlice& slice : slices) {
-      branches.push_back({.y = static_cast<const T*>(y.data) + first,
-                          .y_pitch = y.stride,
-                          .bias = bias ? static_cast<const T*>(bias->data_ptr()) + first : nullptr,
-                          .residual = residual ? static_cast<const T*>(residual->data) + first : nullptr,
-                          .residual_pitch = residual ? residual->stride : 0,
-                          .out = static_cast<T*>(slice.data),
-                          .out_pitch = slice.pitch,
-                          .channels = slice.columns});
-      first += slice.columns;
-    }
-    bias_residual_relu(launch, branches, relu, row_count(convolution));
-  });
+  std::vector<BiasResidualRelu> branches;
+  int64_t first = 0;
+  for (const GemmSlice& slice : slices) {
+    branches.push_back({.y = y.from(first),
+                        .bias = bias ? at(bias->data_ptr(), first, bias->element_size()) : nullptr,
+                        .residual = residual.data ? residual.from(first) : Rows{},
+                        .out = slice.rows,
+                        .channels = slice.columns});
+    first += slice.columns;
+  }
+  bias_residual_relu</*kWideBias=*/false>(convolution, branches, relu, row_count(convolution));
 }
 
 // relu(x weight^T + bias + residual), its columns into the slices in order. x has (N, C, H, W), `in` its rows; weight
 // is (out, C, 1, 1) and bias (out,), both contiguous and of x's type.
-inline void pointwise(const Launch& launch, const Tensor& x, const RowView& in, const Tensor& weight,
-                      const std::optional<Tensor>& bias, const RowView* residual, bool relu,
-                      const std::vector<GemmSlice>& slices) {
+inline void pointwise(const Tensor& x, const RowView& in, const Tensor& weight, const std::optional<Tensor>& bias,
+                      const RowView& residual, bool relu, const std::vector<GemmSlice>& slices) {
   const DType dtype = dtype_of("pointwise", "x", x);
   const int64_t rows = row_count(x), inputs = x.size(1), outputs = weight.size(0);
   if (rows == 0 || outputs == 0) return;
   bool supported = gemm_supports(dtype, rows, inputs, outputs) && slices.size() <= kGemmSlices;
-  for (const GemmSlice& s : slices) supported &= aligned16(s.data) && s.pitch % 8 == 0 && s.columns % 8 == 0;
+  for (const GemmSlice& s : slices) supported &= aligned16(s.rows, x.element_size()) && s.columns % 8 == 0;
   const int device = x.get_device_index();
   if (supported) {
     if (const GemmKernels kernels(device); kernels) {
-      const RowView a = on_16_bytes(in), addend = residual ? on_16_bytes(*residual) : RowView{};
+      const RowView a = on_16_bytes(in), addend = residual.data ? on_16_bytes(residual) : residual;
       const Tensor b = on_16_bytes(weight), vector = bias ? on_16_bytes(*bias) : Tensor();
       Gemm gemm{.kind = GemmKind::forward,
                 .dtype = dtype,
-                .a = {a.data, a.stride},
+                .a = a,
                 .b = {b.data_ptr(), inputs},
                 .m = static_cast<int>(rows),
                 .n = static_cast<int>(outputs),
                 .k = static_cast<int>(inputs),
                 .batch = 1,
                 .epilogue = {.bias = bias ? vector.data_ptr() : nullptr,
-                             .residual = {addend.data, addend.stride},
+                             .residual = addend,
                              .relu = relu,
                              .slices = static_cast<int>(slices.size())}};
       std::copy(slices.begin(), slices.end(), gemm.epilogue.slice);
-      gemm.tile = GemmChoices::instance().tile(gemm, device, kernels.multiprocessors);
-      return kernels.run(launch, gemm);
+      gemm.tile = gemm_tile(gemm, device, kernels.multiprocessors);
+      return kernels.run(Launch(x), gemm);
     }
   }
-  finish_convolution(launch, aten_convolution(x, weight, std::nullopt, pointwise_params({1, 1})), bias, residual, relu,
-                     slices);
+  finish_convolution(aten_convolution(x, weight, std::nullopt, same_padding(1)), bias, residual, relu, slices);
 }
 
 }  // namespace fused_cnn
