@@ -154,7 +154,7 @@ def gemm_tiles(library: ctypes.CDLL) -> list[tuple[int, int, int]]:
 
 
 def choose_gemm_tile(library: ctypes.CDLL, problem: GemmProblem, tile: int) -> None:
-    """Run the forward product of this problem with the tile of this index from now on."""
+    """Run the forward product of this problem with the tile of this index from now on; -1: with the one by rule."""
     library.fused_cnn_choose_gemm_tile.restype = ctypes.c_bool
     if not library.fused_cnn_choose_gemm_tile((ctypes.c_int64 * 5)(*problem), tile):
         raise ValueError(f"there is no tile {tile}")

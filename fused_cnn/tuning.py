@@ -102,9 +102,12 @@ def measure_gemm_tiles(work: Callable[[], object], device: torch.device, library
             _library.choose_gemm_tile(library, problem, i)
             return work()
 
-        timed = _seconds({i: functools.partial(with_tile, i) for i in range(len(tiles))}, device)
-        best = min(timed, key=timed.__getitem__)
-        _library.choose_gemm_tile(library, problem, best)
+        best = -1  # of what is interrupted
+        try:
+            timed = _seconds({i: functools.partial(with_tile, i) for i in range(len(tiles))}, device)
+            best = min(timed, key=timed.__getitem__)
+        finally:
+            _library.choose_gemm_tile(library, problem, best)
         table.tiles[key] = {"best": list(tiles[best]), "seconds": {str(tiles[i]): s for i, s in timed.items()}}
 
 

@@ -154,7 +154,7 @@ def test_compiles_without_graph_breaks(op_cases: OpCases) -> None:
 
 # Ops whose gradients are, on a GPU, partly PyTorch's own, which repeat themselves where
 # torch.use_deterministic_algorithms asks for it.
-LIBRARY_GRADIENTS = ("conv_bias_relu", "inception", "conv1x1_bias_relu")  # the last in float32, as here
+PYTORCHS_GRADIENTS = ("conv_bias_relu", "inception", "conv1x1_bias_relu")  # the last in float32, as here
 
 
 @each_op
@@ -163,7 +163,7 @@ LIBRARY_GRADIENTS = ("conv_bias_relu", "inception", "conv1x1_bias_relu")  # the 
 def test_reruns_are_bitwise_equal(op_cases: OpCases, backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our kernels in any case; what PyTorch computes for them where its own switch says so, which nothing of ours
     refuses."""
-    if DEVICE == "cuda" and op_cases.name in LIBRARY_GRADIENTS:
+    if DEVICE == "cuda" and op_cases.name in PYTORCHS_GRADIENTS:
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)

@@ -267,6 +267,16 @@ def test_the_table_decides_which_tile_a_product_runs_with(
     with pytest.raises(ValueError, match="no tile"):
         _library.choose_gemm_tile(library, problem, len(tiles))
 
+    def interrupted(variants: dict[int, Callable[[], object]], device: torch.device) -> dict[int, float]:
+        variants[len(tiles) - 1]()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "_seconds", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.measure_gemm_tiles(work, X.device, library, _tables.Table())
+    work()
+    assert tiles[used.value] == (64, 64, 64)
+
 
 def test_add_relu_says_where_it_went_wrong() -> None:
     with pytest.raises(RuntimeError, match="must have the shape of x"):

@@ -48,13 +48,18 @@ FUSED_CNN_EXPORT int fused_cnn_gemm_tiles(int sizes[][3], int capacity) {
   return kGemmTileCount;
 }
 
-// The product of this problem (device, dtype, m, n, k) runs with this tile from now on; false where there is no such.
+// The product of this problem (device, dtype, m, n, k) runs with this tile from now on, or by the predicates' order
+// again where it is -1; false where there is no such tile.
 FUSED_CNN_EXPORT bool fused_cnn_choose_gemm_tile(const int64_t problem[5], int tile) {
-  if (tile < 0 || tile >= kGemmTileCount) return false;
+  if (tile < -1 || tile >= kGemmTileCount) return false;
   Problem key;
   std::copy_n(problem, key.size(), key.begin());
   const std::lock_guard lock(mutex);
-  chosen[key] = tile;
+  if (tile == -1) {
+    chosen.erase(key);
+  } else {
+    chosen[key] = tile;
+  }
   return true;
 }
 

@@ -1,15 +1,5 @@
 """The fused ops, one folder each: op.py (the public function), reference.py (the definition of truth), triton.py,
-cases.py.
-
-What all of them keep to, and only exceptions are stated again: activations are (N, C, H, W), floating point, of any
-strides. The result has the first one's dtype and is channels_last where its channels are adjacent in memory, else
-contiguous. `backend` is "reference", "native", "triton", or None for the best at hand. Nothing is mutated. The
-reference is differentiable twice, the others once.
-
-Raises:
-    ValueError, TypeError: shapes, devices or dtypes do not agree, before any memory is touched.
-    BackendUnavailable: an explicit backend cannot run here.
-"""
+cases.py."""
 
 from .batch_norm.args import BatchNormArgs
 from .batch_norm.conv import bn_relu_conv

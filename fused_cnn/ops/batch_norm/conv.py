@@ -26,9 +26,8 @@ from .statistics import statistics
 
 class _BNReLUConv(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, backend, training, geometry, mean, rstd, x, bn_weight, bn_bias, weight, bias
-    ):
+    def forward(ctx: Any, backend: str, training: tuple[bool, ...], geometry: ConvGeometry, *tensors: Any) -> Tensor:
+        mean, rstd, x, bn_weight, bn_bias, weight, bias = tensors
         y = kernel("bn_relu_concat_fwd", backend)([x], mean, rstd, [bn_weight], [bn_bias], True)
         ctx.backend, ctx.training, ctx.geometry = backend, training, geometry
         ctx.bias_sizes = None if bias is None else [bias.size(0)]
@@ -69,21 +68,25 @@ def bn_relu_conv(
     next.
 
     Args:
-        x: the raw output of the convolution before.
+        x: (N, C, H, W), the raw output of the convolution before, floating point, any strides.
         bn: what x's normalisation needs.
         weight: (out, C / groups, kh, kw), x's dtype and device.
         bias: (out,), x's dtype, or None.
         stride, padding, dilation, groups: of the convolution, as torch.nn.functional.conv2d takes them.
-        backend: of BatchNorm and ReLU; the convolution is cuDNN's or oneDNN's.
+        backend: of BatchNorm and ReLU; the convolution is cuDNN's or oneDNN's. "reference", "native", or None for the
+            best at hand.
 
     Returns:
-        (N, out, H', W') in the layout that torch.nn.functional.conv2d gives.
+        (N, out, H', W') in x's dtype, in the layout that torch.nn.functional.conv2d gives.
 
     Saved for backward: x, weight and two vectors; relu(bn(x)) is computed again (arXiv 1604.06174, section 3: trading
-    computation for memory). Mutated: the running statistics in training.
+    computation for memory). Mutated: the running statistics in training. The reference is differentiable twice, the
+    others once.
 
     Raises:
-        ValueError: also where the geometry does not fit, or in training there is one value per channel.
+        ValueError, TypeError: shapes, devices, dtypes or geometry do not agree; in training there is one value per
+            channel.
+        BackendUnavailable: an explicit backend cannot run here.
     """
     geometry = ConvGeometry.of(stride, padding, dilation, groups)
     check_nchw("bn_relu_conv", "x", x)

@@ -40,13 +40,23 @@ def _fake_concat_bwd(
     return [empty_nchw(x, *x.shape[1:]) for x in xs], torch.empty_like(mean), torch.empty_like(mean)
 
 
-def _fake_add_fwd(x, residual, mean, rstd, weights, biases, save_mask):  # type: ignore[no-untyped-def]
+def _fake_add_fwd(
+    x: Tensor,
+    residual: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    save_mask: bool,
+) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
     rows = n * h * w if save_mask and len(weights) == 1 else 0
     return empty_nchw(x, c, h, w), x.new_empty((rows, (c + 7) // 8), dtype=torch.uint8)
 
 
-def _fake_add_bwd(grad_out, x, residual, mask, mean, *unused):  # type: ignore[no-untyped-def]
+def _fake_add_bwd(
+    grad_out: Tensor, x: Tensor, residual: Tensor | None, mask: Tensor | None, mean: Tensor, *unused: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad = empty_nchw(x, *x.shape[1:])
     return grad, torch.empty_like(grad), torch.empty_like(mean), torch.empty_like(mean)
 
@@ -142,7 +152,8 @@ class _BNReLUConcat(torch.autograd.Function):
 
 class _BNAddReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, training, mean, rstd, x, residual, *vectors):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, backend: str, training: tuple[bool, ...], *tensors: Tensor) -> Tensor:
+        mean, rstd, x, residual, *vectors = tensors
         n = len(training)
         out, mask = kernel("bn_add_relu_fwd", backend)(x, residual, mean, rstd, vectors[:n], vectors[n:], True)
         ctx.backend, ctx.training = backend, training
@@ -189,15 +200,22 @@ def bn_relu_concat(
     and 2).
 
     Args:
-        xs: branches (N, C_i, H, W), one dtype and device.
+        xs: branches (N, C_i, H, W), floating point, any strides, one dtype and device.
         bns: what each branch's normalisation needs; `BatchNormArgs.of(module)` takes it from an nn.BatchNorm2d.
         relu: False leaves the normalised values as they are.
+        backend: "reference", "native", "triton", or None for the best at hand.
+
+    Returns:
+        (N, sum of C_i, H, W) in the branches' dtype; channels_last where the first branch's channels are adjacent in
+        memory, else contiguous.
 
     Saved for backward: the branches, and two vectors; neither the normalised values nor a mask. Mutated: the running
-    statistics of branches in training. Statistics are float32 (float64 for float64).
+    statistics of branches in training. Statistics are float32 (float64 for float64). The reference is differentiable
+    twice, the others once.
 
     Raises:
-        ValueError: also where a branch in training has one value per channel.
+        ValueError, TypeError: shapes, devices or dtypes do not agree; a branch in training has one value per channel.
+        BackendUnavailable: an explicit backend cannot run here.
     """
     check_branches("bn_relu_concat", xs)
     if len(bns) != len(xs):
@@ -241,16 +259,22 @@ def bn_add_relu(
     figure 2).
 
     Args:
+        x: (N, C, H, W), floating point, any strides.
         bn: what x's normalisation needs.
         residual: x's shape, dtype and device. Nothing is broadcast.
         residual_bn: what the projection shortcut's normalisation needs (section 3.3, option B); None adds the residual
             as it is.
+        backend: "reference", "native", "triton", or None for the best at hand.
+
+    Returns:
+        (N, C, H, W) in x's dtype; channels_last where x's channels are adjacent in memory, else contiguous.
 
     Saved for backward: x, and one bit an element (ReLU's mask) or, with residual_bn, the residual. Mutated: the running
-    statistics of what is in training.
+    statistics of what is in training. The reference is differentiable twice, the others once.
 
     Raises:
-        ValueError: also where in training there is one value per channel.
+        ValueError, TypeError: shapes, devices or dtypes do not agree; in training there is one value per channel.
+        BackendUnavailable: an explicit backend cannot run here.
     """
     check_nchw("bn_add_relu", "x", x)
     check_same("bn_add_relu", "x", x, "residual", residual)

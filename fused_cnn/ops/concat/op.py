@@ -68,12 +68,21 @@ def concat_bias_relu(
     before it.
 
     Args:
-        branches: (N, C_i, H, W), one dtype and device.
+        branches: (N, C_i, H, W), floating point, any strides, one dtype and device.
         bias: (sum of C_i,) for all branches in order, in their dtype or, where that is 16-bit, in float32; None adds
             nothing.
         relu: False concatenates without ReLU.
+        backend: "reference", "native", "triton", or None for the best at hand.
 
-    Saved for backward: the result, which the next layer keeps anyway.
+    Returns:
+        (N, sum of C_i, H, W) in the branches' dtype; channels_last where the first branch's channels are adjacent in
+        memory, else contiguous.
+
+    Saved for backward: the result, which the next layer keeps anyway. Nothing is mutated. Differentiable once.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes do not agree; the message names the branch.
+        BackendUnavailable: an explicit backend cannot run here.
     """
     check_branches("concat_bias_relu", branches)
     check_parameter("concat_bias_relu", "bias", bias, sum(b.size(1) for b in branches), branches[0])

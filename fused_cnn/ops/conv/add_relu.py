@@ -56,9 +56,18 @@ def add_relu(x: Tensor, residual: Tensor, *, backend: str | None = None) -> Tens
     """relu(x + residual), the end of a residual block (arXiv 1512.03385, section 3.2, figure 2).
 
     Args:
+        x: (N, C, H, W), floating point, any strides.
         residual: x's shape, dtype and device. Nothing is broadcast.
+        backend: "reference", "native", "triton", or None for the best at hand.
 
-    Saved for backward: the result, which the next layer keeps anyway.
+    Returns:
+        (N, C, H, W) in x's dtype; channels_last where x's channels are adjacent in memory, else contiguous.
+
+    Saved for backward: the result, which the next layer keeps anyway. Nothing is mutated. Differentiable once.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes do not agree.
+        BackendUnavailable: an explicit backend cannot run here.
     """
     check_nchw("add_relu", "x", x)
     check_same("add_relu", "x", x, "residual", residual)

@@ -21,7 +21,7 @@ from .._conv import ConvGeometry, IntPair, autocast, check_conv, empty_result, i
 from . import reference
 
 
-def _fake_bwd(grad_out, out, x, weight, *rest):  # type: ignore[no-untyped-def]
+def _fake_bwd(grad_out: Tensor, out: Tensor | None, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """The gradients (x, weight, bias, residual); an empty tensor for each that is not computed."""
     needs_x, needs_weight, needs_bias = rest[-3:]
     return (
@@ -106,7 +106,16 @@ def pack_conv(
 
 class _ConvBiasReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, geometry, relu, backend):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        geometry: ConvGeometry,
+        relu: bool,
+        backend: str,
+    ) -> Tensor:
         out = kernel("conv_bias_relu_fwd", backend)(x, weight, bias, residual, *geometry, relu)
         ctx.save_for_backward(x, weight, out if relu else None)
         ctx.geometry, ctx.backend = geometry, backend
@@ -141,16 +150,24 @@ def conv_bias_relu(
     """relu(conv2d(x, weight) + bias + residual); the ReLU, bias and residual are optional.
 
     Args:
+        x: (N, C, H, W), floating point, any strides.
         weight: (out, C / groups, kh, kw), x's dtype and device; or what pack_conv made of it, bias included.
         bias: (out,), x's dtype, or None.
         residual: the result's shape, x's dtype, added before the ReLU, or None.
         stride, padding, dilation, groups: as torch.nn.functional.conv2d takes them.
         relu: False leaves the ReLU out.
+        backend: "reference", "native", "triton", or None for the best at hand.
 
     Returns:
-        (N, out, H', W') in x's dtype, or autocast's where autocast is on.
+        (N, out, H', W') in x's dtype (autocast's where autocast is on); channels_last where x's channels are adjacent
+        in memory.
 
-    Saved for backward: x, weight and, with ReLU, the result.
+    Saved for backward: x, weight and, with ReLU, the result. Nothing is mutated. Differentiable once (the reference:
+        twice).
+
+    Raises:
+        ValueError, TypeError: shapes, devices, dtypes or geometry do not agree.
+        BackendUnavailable: an explicit backend cannot run here.
     """
     geometry = ConvGeometry.of(stride, padding, dilation, groups)
     if isinstance(weight, PackedConv):

@@ -109,11 +109,13 @@ def residual_stage(x: Tensor, stage: PackedResidualStage) -> Tensor:
     """Whole residual blocks (arXiv 1512.03385, figures 2 and 5), one after the other, in eval form.
 
     Args:
-        x: float32 or bfloat16, on the CPU.
+        x: (N, C, H, W), float32 or bfloat16 on the CPU, any strides.
         stage: what pack_residual_block made of a block's convolutions, and `then` of more blocks that keep their
             input's shape.
 
-    It has no gradients.
+    Returns:
+        (N, out, H', W') of the last convolution, in x's dtype; channels_last where x's channels are adjacent. No
+        gradients; nothing is mutated.
 
     Raises:
         RuntimeError: shapes, dtypes or the packed weights do not agree.

@@ -157,14 +157,22 @@ def inception(
     """A whole Inception block with its 1x1 reductions (arXiv 1409.4842, figure 2b), BatchNorm folded.
 
     Args:
+        x: (N, C, H, W), floating point, any strides.
         weights: six, (out, in, k, k): branch1 1x1, reduce3 1x1, conv3 k x k, reduce5 1x1, conv5 k x k, pool_proj 1x1,
             in x's dtype; odd k, padded by k // 2. Or what pack_inception made of them, biases included.
         biases: six, (out,), x's dtype; none with packed weights.
+        backend: "reference", "native", "triton", or None for the best at hand.
 
     Returns:
-        (N, branch1 + conv3 + conv5 + pool_proj channels, H, W).
+        (N, branch1 + conv3 + conv5 + pool_proj channels, H, W) in x's dtype; channels_last where x's channels are
+        adjacent.
 
-    Saved for backward: x, the result, weights and biases; what lies between is computed again.
+    Saved for backward: x, the result, weights and biases; what lies between is computed again. Nothing is mutated.
+        Differentiable once.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes do not agree.
+        BackendUnavailable: an explicit backend cannot run here.
     """
     if isinstance(weights, PackedInception):
         return kernel("inception_packed_fwd", "native")(x, *weights)

@@ -79,10 +79,20 @@ def max_pool2d(
 ) -> Tensor:
     """torch.nn.functional.max_pool2d, without its indices.
 
-    Saved for backward: x, which the layer before keeps anyway.
+    Args:
+        x: (N, C, H, W), floating point, any strides.
+        kernel_size, stride, padding, dilation, ceil_mode: as torch.nn.functional.max_pool2d takes them.
+        backend: "reference", "native", "triton", or None for the best at hand.
+
+    Returns:
+        (N, C, H', W') in x's dtype; channels_last where x's channels are adjacent in memory, else contiguous.
+
+    Saved for backward: x, which the layer before keeps anyway. Nothing is mutated. The reference is differentiable
+        twice, the others once.
 
     Raises:
-        ValueError: also where the window does not fit.
+        ValueError, TypeError: x is not a floating-point (N, C, H, W) tensor, or the window does not fit.
+        BackendUnavailable: an explicit backend cannot run here.
     """
     check_nchw("max_pool2d", "x", x)
     k, p, d = pair(kernel_size), pair(padding), pair(dilation)
