@@ -6,8 +6,6 @@ and a library that was built elsewhere, of the same sources, is used as it is. R
 ("all" for every architecture), FORCE_CUDA (1: required, 0: skipped), CUDA_HOME and CXX.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

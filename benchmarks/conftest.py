@@ -9,8 +9,6 @@ batch and in the first dtype, and of each op the two layers that differ most, at
 row. torch.compile is timed for networks alone.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections import Counter

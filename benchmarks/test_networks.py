@@ -5,8 +5,6 @@ torch.compile, fused.
 out/networks.json`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -4,8 +4,6 @@ the tests use.
 `pytest benchmarks/test_ops.py --benchmark-only --benchmark-json=out/ops.json`, then `fused-cnn report out/ops.json`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

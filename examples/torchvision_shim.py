@@ -7,8 +7,6 @@ environment that runs it, and only where `import torchvision` fails; at start-up
 without torch.
 """
 
-from __future__ import annotations
-
 import importlib.abc
 import importlib.machinery
 import shutil

@@ -2,8 +2,6 @@
 run on a device: its build, the GPU, the driver, Triton; where it cannot, what is missing and how to get it.
 """
 
-from __future__ import annotations
-
 import ctypes
 import importlib
 import importlib.util

@@ -4,8 +4,6 @@ A library's file holds its facts as JSON (csrc/build_facts.cpp), so that they ar
 reads this file too: it imports nothing that is not Python's own.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

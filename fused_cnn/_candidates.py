@@ -9,8 +9,6 @@ Tiles of the CUDA kernels follow the same rule where they are launched (csrc/cud
 entries are handed to the library when it is read).
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Argument checks shared by the public ops; messages state what was expected and what came."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -3,8 +3,6 @@
 A result is channels_last where the first input's channels are adjacent in memory, else contiguous (N, C, H, W).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 The build reads this file too, so it imports nothing that is not Python's own.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path

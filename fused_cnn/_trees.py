@@ -1,8 +1,6 @@
 """The arguments of a call, whose tensors lie in tuples, lists, dicts and named tuples: every one of them, and the same
 with others."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

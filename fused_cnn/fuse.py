@@ -5,8 +5,6 @@ same parameters and buffers; all else is walked into. A network whose stem sits 
 gets a class of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain

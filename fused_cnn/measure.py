@@ -6,8 +6,6 @@ MIN_SAMPLE seconds. On a GPU it is timed by events on the device, with one synch
 one per call would add tens of microseconds to each.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Mapping

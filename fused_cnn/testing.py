@@ -4,8 +4,6 @@ The reference in float64 is the truth. The largest error against it is at most t
 (three times for gradients) plus an absolute term; beside it stands a fixed bound, lest a bad eager result hide any.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator

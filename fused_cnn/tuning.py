@@ -5,8 +5,6 @@ backward pass; those of a kernel are its tiles. `tune` measures them on tensors 
 nothing else measures, so that no first call stalls.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools

@@ -9,8 +9,6 @@ than the chip has, that multiplies matrices on sm_90 without wgmma, or that only
 and store them 16 bytes at a time. What cannot be checked here is said, with the reason.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import importlib.util

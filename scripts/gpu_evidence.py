@@ -12,8 +12,6 @@ takes it. The exit code is 0 where every piece that was asked for ran and was gr
 for are counted in the summary.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.metadata
 import os

@@ -1,8 +1,6 @@
 """pytest plugin (`-p gpu_outcomes --outcomes FILE`): notes each test's outcome at once, a JSON document a line, so that
 a run that is cut off still says what passed and what failed."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

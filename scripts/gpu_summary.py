@@ -1,7 +1,5 @@
 """What a run of scripts/gpu.sh showed, in at most 80 lines: what failed, by name, and where the time goes."""
 
-from __future__ import annotations
-
 import json
 import re
 import textwrap

@@ -6,8 +6,6 @@ bytes, stack and shared memory that any of its instances needs. A number that be
 that the table does not know or no longer finds; `make guard-update` writes the table anew, for a change that is meant.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

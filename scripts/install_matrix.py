@@ -6,8 +6,6 @@ info` must say what was built, and an op must run. Objects are kept from one way
 takes the time.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -6,8 +6,6 @@ installed in the version below, named exactly, because an open range can pull gi
 torchvision follows torch's version and comes without its dependencies, so that it never replaces torch.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -5,8 +5,6 @@ all small cases in each dtype and layout, work for `compute-sanitizer --tool mem
 numbers are then the tests' business. On a GPU where there is one, else on the CPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Callable, Iterator

@@ -9,8 +9,6 @@ it takes an hour on two cores and 10 GB for a while.
 includes them, the CUDA ones by way of the stand-in in tests/simt. It takes a minute.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

@@ -5,8 +5,6 @@ nothing wrong. So a test ends with a synchronisation, that an error that comes l
 context is lost, so does the process: under xdist the worker, which xdist replaces, else the session.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Generator

@@ -1,7 +1,5 @@
 """What the matrix of all ops and the tests of one room share: cases in an affordable size, and packed convolutions."""
 
-from __future__ import annotations
-
 import torch
 
 from fused_cnn.ops import conv_bias_relu, pack_conv

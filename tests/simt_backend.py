@@ -7,8 +7,6 @@ CUTLASS's main loops need tensor cores: plain loops stand in for them, and the e
 fused_cnn._library.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import os

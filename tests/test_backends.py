@@ -1,7 +1,5 @@
 """Which backend is chosen where something is missing: the next best for "auto", one clear error for an explicit one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

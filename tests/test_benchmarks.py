@@ -1,8 +1,6 @@
 """Benchmarks: a row that takes its process with it costs that row alone, and the rows that are run by default are the
 telling ones."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -1,7 +1,5 @@
 """Building says in one line what is missing, and importing is quick, writes nothing and leaves the GPU alone."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The command line: exit codes, JSON that parses, errors of one line, and the main job on one small network."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import sys

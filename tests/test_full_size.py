@@ -7,8 +7,6 @@ statistics need every image, some of the channels. It is float64 beside float32,
 rounding is a thousand times coarser.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace

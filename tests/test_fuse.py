@@ -1,8 +1,6 @@
 """fuse_ on real torchvision and timm models: same numbers, same names, shared parameters, reversible, and honest about
 what it leaves."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import io

@@ -1,8 +1,6 @@
 """scripts/gpu.sh: what means something without a GPU runs here, on a small bit of work; what fails, hangs or has no
 time harms no other."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

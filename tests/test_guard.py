@@ -1,7 +1,5 @@
 """scripts/guard.py sees each way in which a number can become worse."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import json

@@ -1,8 +1,6 @@
 """One lost context fails one test: pytest in processes of its own, with a torch in which only the synchronisation is
 left."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

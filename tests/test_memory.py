@@ -1,7 +1,5 @@
 """Large results on the CPU come from a pool: memory that a live tensor holds is never given out again."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import threading

@@ -5,8 +5,6 @@ On a GPU in every dtype and layout. Elsewhere one network in what tests/test_fus
 a step under autocast.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

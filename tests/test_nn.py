@@ -1,8 +1,6 @@
 """The drop-in modules by themselves: against plain PyTorch, in every form, converted both ways, and honest about wrong
 input."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 

@@ -1,8 +1,6 @@
 """Every op x case x backend x dtype x layout against float64, and what must hold of every op: gradcheck, compile,
 reruns."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,8 +1,6 @@
 """PyTorch's private names in use: each may be gone in the next version, so each is listed here, with what happens
 then."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The README's tables are those of the saved results, and what is said to have run on a GPU is what results show."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,8 +1,6 @@
 """The CUDA kernels, run on this processor over the cases of every other backend, with checked pointers
 (simt_backend.py)."""
 
-from __future__ import annotations
-
 import ctypes
 import re
 from collections.abc import Callable, Sequence

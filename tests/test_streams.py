@@ -1,8 +1,6 @@
 """One fused model, many callers: threads, each on a stream of its own where there is a GPU, and CUDA graphs of its
 forward pass."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -1,8 +1,6 @@
 """Networks on the Triton backend: whole on a GPU where there is one, else their first stages in Triton's
 interpreter."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

@@ -1,8 +1,6 @@
 """tuning.py: what is measured decides, and only where it holds; tables survive bad files and many processes. Times are
 made up."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -5,8 +5,6 @@ it is. Nothing here imports torchvision or timm; a class is known by its name, s
 parent. A network with a stem of its own has, instead of a builder, the class that runs it fused.
 """
 
-from __future__ import annotations
-
 from torch import nn
 
 from ..nn import FusedModule, MaxPool2d

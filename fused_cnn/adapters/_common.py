@@ -3,8 +3,6 @@
 A check returns the reason why a module is left as it is, or None.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor, nn

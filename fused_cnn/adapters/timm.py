@@ -1,7 +1,5 @@
 """timm's ResNet family. Blocks with squeeze-and-excitation, anti-aliasing, drop-block or drop-path stay as they are."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from ..nn import BasicBlock, Bottleneck

@@ -1,7 +1,5 @@
 """torchvision's GoogLeNet, Inception v3 and ResNet families."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -7,8 +7,6 @@ any other network has one row for each of its children. What a row says about it
 papers round down as often as to the nearest, so a figure agrees when rounding it down or up gives the printed digits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal

@@ -5,8 +5,6 @@ that trains, biases and BatchNorm included. Where a paper prints figures for the
 ones, and a footnote says where they differ. For Inception blocks `reductions` shows what the 1x1 layers save.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial

@@ -1,7 +1,5 @@
 """What the device can do at most: a copy's bandwidth and a matrix product's rate, measured beside the work."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

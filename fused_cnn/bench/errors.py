@@ -1,7 +1,5 @@
 """The error for what cannot be done as it was asked for, and the import of packages that only some work needs."""
 
-from __future__ import annotations
-
 import importlib
 from types import ModuleType
 

@@ -1,7 +1,5 @@
 """The backends, the build, versions, devices and caches here, and of these what every saved result carries."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

@@ -5,8 +5,6 @@ running mean and variance are those of the photographs and of noise. The last la
 scores tell photographs apart.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ layout, all of PyTorch's threads. ONNX Runtime and OpenVINO are optional (`pip i
 unfused network as ONNX.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import gc

@@ -5,8 +5,6 @@ Of memory PyTorch's allocator knows on a GPU. On a CPU each variant runs in a pr
 size Linux keeps (proc(5): VmHWM); there the first call's folded and packed weights count.
 """
 
-from __future__ import annotations
-
 import cProfile
 import ctypes
 import gc

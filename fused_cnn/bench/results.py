@@ -4,8 +4,6 @@ Of two results for one table the later one counts; of the same device and commit
 counts, with the variants that only the earlier has.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

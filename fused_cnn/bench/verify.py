@@ -1,7 +1,5 @@
 """One network eager against fused: do the numbers agree, what does each take, launch and move, and what ran each op."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import statistics

@@ -1,7 +1,5 @@
 """A process of its own for work that may end its process: a GPU's lost context, a crash, memory that runs out."""
 
-from __future__ import annotations
-
 import gc
 import signal
 import traceback

@@ -4,8 +4,6 @@ Exit codes: 0 all is well, 1 the numbers do not agree, 2 what was asked for cann
 Every error is one line on standard error; `fused-cnn --traceback COMMAND ...` shows where it came from.
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Annotated
 

@@ -3,8 +3,6 @@
 Standard output carries the answer alone, progress and errors go to standard error: `--json | jq` always works.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence

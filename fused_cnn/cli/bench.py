@@ -4,8 +4,6 @@ Nothing is timed before its numbers are checked, unless that is left out; a row 
 is lost, is reported without a time and makes the exit code 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial

@@ -1,7 +1,5 @@
 """`fused-cnn info`: which backend is on, or why not and how to turn it on; the build, versions, devices, caches."""
 
-from __future__ import annotations
-
 from ..bench.facts import collect
 from ._common import Json, emit, show
 

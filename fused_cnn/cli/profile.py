@@ -2,8 +2,6 @@
 Python functions the host is in. Nothing is checked here; `fused-cnn bench` and `verify` do that.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

@@ -3,8 +3,6 @@
 `--update README.md` rewrites the text between `<!-- table:NAME -->` and `<!-- /table -->`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

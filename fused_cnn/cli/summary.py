@@ -1,7 +1,5 @@
 """`fused-cnn summary MODEL`: a network's layer table in the papers' form, and what Inception's 1x1 reductions save."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """`fused-cnn tune`: the command over fused_cnn.tuning, for torchvision's networks."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Annotated

@@ -4,8 +4,6 @@ For each network it prints what was fused, how far the numbers are from float64 
 variant takes, launches and moves, and which backend ran each op; it draws the time by stage.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any

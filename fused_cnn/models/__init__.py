@@ -1,7 +1,5 @@
 """The architectures by name. Every builder takes `num_classes`, `backend` and the options of its class."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable
 from functools import partial

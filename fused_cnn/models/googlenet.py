@@ -6,8 +6,6 @@ network of arXiv 1409.4842, Table 1 and Figure 3: biases and no BatchNorm, local
 branches, and the two auxiliary classifiers of section 5.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -5,8 +5,6 @@ are. Three things are options because the paper compares them: the shortcut (A, 
 and where a bottleneck takes its stride.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal
 

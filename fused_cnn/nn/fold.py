@@ -4,8 +4,6 @@ In eval bn(conv(x)) is one convolution (arXiv 1502.03167, section 3.1): weight' 
 bias' = beta + (bias - mean) * gamma / sqrt(var + eps).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -4,8 +4,6 @@ In eval without gradients BatchNorm is folded into the convolution, once. In tra
 convolution is cuDNN's or oneDNN's, and BatchNorm, the addition and the ReLU are one fused op.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from operator import attrgetter

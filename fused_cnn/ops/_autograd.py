@@ -1,7 +1,5 @@
 """When an op runs as an autograd.Function, and what every such function's backward is wrapped in."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import wraps
 from typing import Any

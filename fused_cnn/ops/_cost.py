@@ -3,8 +3,6 @@
 A room states it for its registered ops in its cases.py (COSTS). What convolutions have in common is here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod

@@ -1,7 +1,5 @@
 """What every room's triton.py shares: tiles of pixels by channels, ReLU as PyTorch defines it, masked sums."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any
 

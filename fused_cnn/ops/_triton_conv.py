@@ -9,8 +9,6 @@ it is a plain matrix and the hardware has them; else, and for strides and window
 times (from cache), weight and residual once, and writes each destination once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate

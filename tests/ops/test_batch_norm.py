@@ -1,8 +1,6 @@
 """bn_relu, bn_add_relu and bn_relu_concat: nn.BatchNorm2d's semantics in every mode, what is saved, and what goes
 wrong."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 

@@ -1,7 +1,5 @@
 """concat_bias_relu: slices, gradients, opcheck, and errors that name the branch."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import DEVICE

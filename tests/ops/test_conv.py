@@ -1,7 +1,5 @@
 """Convolutions and the residual addition: packed weights, the window that is read, what is not finite."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

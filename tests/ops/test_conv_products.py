@@ -5,8 +5,6 @@ On a GPU the kernels themselves run. Elsewhere plain loops stand in for the main
 of the real epilogue (tests/simt), and the sizes are around those.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """The CPU convolution's Winograd form: 3 x 3, stride 1 (csrc/cpu/engine/conv_winograd.inc)."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import DEVICE

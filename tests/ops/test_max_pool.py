@@ -1,7 +1,5 @@
 """max_pool2d: where the gradient of a window goes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import DEVICE

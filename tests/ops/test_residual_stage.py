@@ -1,7 +1,5 @@
 """Residual blocks that run as one op, against their convolutions in float64."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

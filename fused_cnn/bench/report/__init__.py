@@ -4,8 +4,6 @@ Tables are named verify, inference, training, memory-inference, memory-training,
 `-cuda` added where a GPU made them, headlines, and `ran`: which kernels have run on which GPU.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Each function returns the file that it wrote. matplotlib is imported only here, and only when something is drawn.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ Evidence is a test run on a GPU (tests/conftest.py writes what passed and what f
 numbers first. A run of the tests that left some out says `without` what.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import NamedTuple
 

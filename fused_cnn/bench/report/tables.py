@@ -1,7 +1,5 @@
 """Saved results as tables: headings and rows of text."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence

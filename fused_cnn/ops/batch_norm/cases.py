@@ -1,8 +1,6 @@
 """batch_norm on layers of ResNet-50 and GoogLeNet and on awkward shapes, with the batch's statistics and with running
 ones."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial

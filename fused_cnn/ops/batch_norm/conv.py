@@ -6,8 +6,6 @@ convolution's). The second costs one pass over x to make again, a small part of 
 saved: a third of a bottleneck's activations.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

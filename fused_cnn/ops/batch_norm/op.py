@@ -7,8 +7,6 @@ each x and the gradient twice and writes each gradient once: the normalised valu
 from x, or come from one bit an element.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

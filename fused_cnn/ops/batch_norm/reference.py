@@ -1,8 +1,6 @@
 """Batch normalisation with ReLU, residual and concatenation in plain PyTorch: the definition that every backend is
 compared with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The statistics that a batch normalisation uses, and the update of the running ones."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -6,8 +6,6 @@ channel; the second stage merges these in order. y = (x - mean) * rstd * weight 
 and with it the ReLU mask, except where a plain residual was added: its mask is kept, one bit an element.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """concat_bias_relu on GoogLeNet's concatenations and on awkward ones; a case's shape is (N, sum of C_i, H, W)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ Forward reads each branch and writes the output, once (eager: reads and writes e
 grad_out and out and writes one dense gradient per branch; the bias's gradient is summed on the way.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

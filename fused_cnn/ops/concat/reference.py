@@ -1,7 +1,5 @@
 """cat([relu(b_i + bias_i)], dim=1) in plain PyTorch: the definition that every backend is compared with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,8 +1,6 @@
 """concat_bias_relu in Triton: each branch read once and written once into its slice; backward a masked gradient a
 branch, and sums."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ Forward reads two tensors and writes one (eager: reads three, writes two). Backw
 one gradient, which x and residual share.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

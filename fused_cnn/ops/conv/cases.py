@@ -1,7 +1,5 @@
 """The convolutions and residual additions of GoogLeNet and ResNet-50, and awkward shapes and geometry."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate

@@ -5,8 +5,6 @@ public name. Forward reads x, weight and residual and writes out once; eager's a
 again. Backward masks grad_out and sums grad_bias in one pass, then computes the convolution's gradients.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The room's ops in plain PyTorch: the definitions that every backend is compared with."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

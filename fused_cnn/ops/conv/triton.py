@@ -7,8 +7,6 @@ add_relu is one pass over adjacent elements: it reads two tensors and writes one
 copy's bandwidth (285 us for 290 us of roofline at (256, 256, 56, 56) in bfloat16, H200, 2026-11-26).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """inception on GoogLeNet's nine blocks (torchvision's 3x3 third branch, and the paper's 5x5), and on awkward shapes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod

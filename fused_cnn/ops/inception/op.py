@@ -7,8 +7,6 @@ branch writes straight into its channel slice, so there is no concatenation pass
 the pool again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

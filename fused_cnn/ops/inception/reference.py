@@ -1,7 +1,5 @@
 """A whole Inception block, BatchNorm folded, in plain PyTorch: the definition that every backend is compared with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ two k x k convolutions, and the max pool with its projection; every branch write
 x is read by the first GEMM and, nine times from cache, by the pool; the pooled x is never written.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

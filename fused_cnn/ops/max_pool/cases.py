@@ -1,7 +1,5 @@
 """max_pool2d on the pools of GoogLeNet and ResNet-50, and on awkward windows."""
 
-from __future__ import annotations
-
 from math import prod
 from typing import Any
 

@@ -5,8 +5,6 @@ Backward searches each window of x again (native float16 and float64: by PyTorch
 saved in between.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """PyTorch's max pool: the definition that every backend is compared with."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -1,8 +1,6 @@
 """max_pool2d in Triton: forward reads x and writes the result; backward finds each window's first largest pixel again,
 as one byte, and then gathers for every pixel of x from the windows that chose it: no atomics."""
 
-from __future__ import annotations
-
 from itertools import chain
 from typing import Any
 
