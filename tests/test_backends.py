@@ -45,13 +45,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return machine
 
 
-def chosen(op: str, dtype: torch.dtype = torch.bfloat16) -> str:
-    return _candidates.best(op, CUDA, dtype)
+def chosen(op: str, dtype: torch.dtype = torch.bfloat16, elements: int = 1 << 24) -> str:
+    return _candidates.best(op, CUDA, dtype, *([elements] if op == "add_relu_fwd" else []))
 
 
-def convolution(kernel: int) -> str:
-    weight = torch.empty(8, 8, kernel, kernel, device="meta")
-    return _candidates.best("conv_bias_relu_fwd", CUDA, torch.bfloat16, weight, (0, 0), 1)
+def convolution(kernel: int, dtype: torch.dtype = torch.bfloat16) -> str:
+    weight = torch.empty(8, 8, kernel, kernel, device="meta", dtype=dtype)
+    return _candidates.best("conv_bias_relu_fwd", CUDA, dtype, weight, (0, 0), 1)
 
 
 class OnGpu:
@@ -94,7 +94,7 @@ def test_the_gpus_table_is_read_before_native_kernels_run_by_name_or_compiled(
 
 def test_a_candidate_that_was_measured_to_be_faster_on_an_architecture_runs_there(gpu: Callable[..., None]) -> None:
     gpu()
-    assert chosen("add_relu_fwd") == "triton"
+    assert chosen("add_relu_fwd") == "triton" and chosen("add_relu_fwd", elements=(1 << 24) - 1) == "native"
     gpu(facts={"cuda_archs": "8.0"}, capability=(8, 0))
     assert chosen("add_relu_fwd") == "native"
     gpu(triton=False)
@@ -124,7 +124,7 @@ def test_a_build_that_does_not_fit_leaves_the_work_to_triton_and_says_why_when_a
     assert chosen("add_relu_fwd") == "triton"
     assert chosen("add_relu_fwd", torch.float64) == "reference"  # Triton's kernels compute in float32
     # cuDNN's kernels before Triton's, but for products.
-    assert convolution(3) == "reference" and convolution(1) == "triton"
+    assert convolution(3) == convolution(1, torch.float32) == "reference" and convolution(1) == "triton"
     assert message in refused("native") and "pip install -e ." in refused("native")
     outlook = _backends.outlook(None, CUDA)
     assert outlook.startswith("triton on cuda:0: Triton kernels; native is off: ") and message in outlook
