@@ -152,7 +152,7 @@ def test_compiles_without_graph_breaks(op_cases: OpCases) -> None:
 
 # Ops whose gradients are, on a GPU, partly PyTorch's own, which repeat themselves where
 # torch.use_deterministic_algorithms asks for it.
-PYTORCHS_GRADIENTS = ("conv_bias_relu", "inception", "conv1x1_bias_relu")  # the last in float32, as here
+PYTORCHS_GRADIENTS = ("conv_bias_relu", "inception", "conv1x1_bias_relu")
 
 
 @each_op
@@ -324,6 +324,11 @@ WRONG = {
         "residual must have x's dtype torch.float32, got torch.float64",
     ),
     "device": (lambda: fused_cnn.add_relu(X, X.to("meta")), ValueError, "residual must be on x's device cpu, got meta"),
+    "no output channel": (
+        lambda: fused_cnn.conv_bias_relu(X, torch.randn(0, 8, 3, 3)),
+        ValueError,
+        r"weight must have an output channel at least, got shape \(0, 8, 3, 3\)",
+    ),
     "channels": (
         lambda: fused_cnn.conv_bias_relu(X, torch.randn(4, 7, 3, 3)),
         ValueError,

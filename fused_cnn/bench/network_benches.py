@@ -128,11 +128,13 @@ class NetworkBench(Bench):
         torch.compiler.reset()  # forgets the row before
         step = self.variant(variant)
         gc.collect()  # the other variant's network
-        on_gpu = self.device == "cuda"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
         ms = interleaved({variant: step}, self.device, seconds)[variant].median * 1e3
-        peak = torch.cuda.max_memory_allocated() if on_gpu else None
+        peak = None
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            step()  # without what the first ones took to compile, fold and pack
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
         found = kernels(step, self.device)
         busy = sum(microseconds for *_, microseconds in found) / 1e3
         launches = sum(n for _, n, _ in found)

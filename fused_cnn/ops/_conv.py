@@ -77,6 +77,8 @@ def check_conv(
         raise ValueError(f"{op}: weight must have 4 dimensions (out, in, kh, kw), got shape {tuple(weight.shape)}")
     check_same(op, "x", x, "weight", weight, shape=False)
     out_channels, in_channels, kh, kw = weight.shape
+    if out_channels < 1:
+        raise ValueError(f"{op}: weight must have an output channel at least, got shape {tuple(weight.shape)}")
     if groups < 1 or out_channels % groups or in_channels * groups != x.size(1):
         raise ValueError(
             f"{op}: x has {x.size(1)} channels; a weight of shape {tuple(weight.shape)} with groups={groups} "

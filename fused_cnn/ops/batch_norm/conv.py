@@ -92,6 +92,7 @@ def bn_relu_conv(
     check_conv("bn_relu_conv", x, weight, bias, None, geometry)
     backend = resolve("bn_relu_concat_fwd", backend, x)
     if backend == "reference" or not needs_grad(x, bn.weight, bn.bias, weight, bias):
-        return F.conv2d(normalise([x], [bn], True, backend), on_16_bytes(weight), bias, *geometry)
+        y = normalise([x], [bn], True, backend)
+        return F.conv2d(y, weight if backend == "reference" else on_16_bytes(weight), bias, *geometry)
     mean, rstd = statistics([x], [bn], backend)
     return _BNReLUConv.apply(backend, (bn.training,), geometry, mean, rstd, x, *vectors([x], [bn]), weight, bias)

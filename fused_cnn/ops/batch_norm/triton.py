@@ -315,5 +315,7 @@ def bn_add_relu_bwd(
     grad_out: Tensor, x: Tensor, residual: Tensor | None, mask: Tensor | None, mean: Tensor, rstd: Tensor,
     weights: Sequence[Tensor], biases: Sequence[Tensor], training: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if len(weights) == 1 and mask is None:
+        raise ValueError("bn_add_relu_bwd: the forward's mask is needed, got none")
     vectors = (mean, rstd, weights[0], biases[0], weights[-1], biases[-1])
     return _backward(grad_out, x, residual, mask, vectors, training)
