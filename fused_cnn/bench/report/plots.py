@@ -63,9 +63,10 @@ def stages(result: Result, path: Path) -> Path:
 def roofline(result: Result, path: Path) -> Path:
     """Every op's FLOP/s over its FLOPs per byte, eager and fused, under the measured ceilings; a panel for each dtype
     (Williams et al., Communications of the ACM 52(4), 2009). Operations are those that fused really does; what stays in
-    the cache, which the slope does not bind, is pale."""
+    the cache, which the slope does not bind, is pale. Older rows say neither; those that passed their limit are left
+    out."""
     ceilings = Ceilings(**result["ceilings"])
-    rows = timed(result["rows"])
+    rows = [row for row in timed(result["rows"]) if "bound" in row or max(row["share_of_limit"].values()) <= 1]
     dtypes = sorted({row["dtype"] for row in rows})
     figure, panels = _panels(1, len(dtypes), (6.2 * len(dtypes), 4.8), sharey=True)
     for dtype, axes in zip(dtypes, panels[0], strict=True):
