@@ -128,7 +128,6 @@ def test_tritons_tiles_are_measured_kept_and_used(folder: Path, monkeypatch: pyt
         return {name: -float(i) for i, name in enumerate(variants)}
 
     monkeypatch.setattr(tuning, "_seconds", last_wins)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # exact float32 has one choice of tiles in a backward
     x, weight = torch.randn(1, 16, 4, 4, device=DEVICE), torch.randn(32, 16, 1, 1, device=DEVICE, requires_grad=train)
     measured = tuning.tune(
         lambda t: conv1x1_bias_relu(t.requires_grad_(train), weight), x, train=train, backends=("reference", "triton")
