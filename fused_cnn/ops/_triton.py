@@ -10,16 +10,6 @@ from torch import Tensor
 
 ROWS, CHANNELS = 32, 64  # of a tile of the kernels that only stream
 TILE = {"BM": ROWS, "BC": CHANNELS}
-PRECISION = {"16-bit": "tf32", "tf32": "tf32", "ieee": "ieee"}  # tl.dot's input_precision, which is about float32 alone
-
-
-def products(dtype: torch.dtype) -> str:
-    """How products are taken: of 16-bit operands, or of float32 ones as PyTorch's setting for convolutions says."""
-    if dtype != torch.float32:
-        return "16-bit"
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
-
-
 MAX_PIXELS = 2**31 - 2**16  # a pixel's number is a 32-bit integer, also in the tiles that overhang the last one
 MAX_CHANNELS = 2**21  # 64 a program on an axis of the grid, which has 65535
 

@@ -22,9 +22,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._candidates import Candidate, pick
 from ._conv import out_sides
-from ._triton import PRECISION, launch, pixels, processors, products, relu
+from ._triton import launch, pixels, processors, relu
 
 MAX_DESTINATIONS = 3
+PRECISION = {"16-bit": "tf32", "tf32": "tf32", "ieee": "ieee"}  # tl.dot's input_precision, which is about float32 alone
 
 
 @triton.jit
@@ -111,6 +112,13 @@ def conv_fwd_kernel(
             store_columns(out1_ptr, pitch1, m, n, end0, end1, valid_m, acc)
         if DESTINATIONS > 2:
             store_columns(out2_ptr, pitch2, m, n, end1, columns, valid_m, acc)
+
+
+def products(dtype: torch.dtype) -> str:
+    """How products are taken: of 16-bit operands, or of float32 ones as PyTorch's setting for convolutions says."""
+    if dtype != torch.float32:
+        return "16-bit"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
 class Tiles(NamedTuple):
