@@ -17,6 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import _backends, _library, _tables
 from ._backends import BackendUnavailable, architecture, status, usable
@@ -63,17 +64,41 @@ def offer(op: str, *candidates: Candidate[str]) -> None:
     _offered[op] = candidates
 
 
+_functorch_level: Callable[[], object] = torch._C._functorch.peek_interpreter_stack
+
+
+def transforms_active() -> bool:
+    """Whether a transform of torch.func or a forward-mode derivative is under way: they take an op apart by its rules,
+    which kernels do not have, and without which derivatives would silently be zero."""
+    return forward_ad._current_level >= 0 or _functorch_level() is not None
+
+
+# As usable is. A trace enters the transforms that it goes through, and guards on those around it.
+transforms_active._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def refuse_transforms(what: str) -> None:
+    """Raise BackendUnavailable for what has kernels alone, under a transform."""
+    if transforms_active():
+        raise BackendUnavailable(
+            f"{what} cannot run under a transform of torch.func or a forward-mode derivative, for which kernels have "
+            "no rules; use backend=None or 'reference' and plain weights there"
+        )
+
+
 def resolve(op: str, backend: str | None, x: Tensor, *problem: Any) -> str:
-    """The backend that runs `op` (a registered name such as "add_relu_fwd") on x's device.
+    """The backend that runs `op` (a registered name such as "add_relu_fwd") on x's device; under a transform
+    (transforms_active) the reference.
 
     Raises ValueError for an unknown backend name and BackendUnavailable where an explicit one cannot run.
     """
     if backend is None or backend == "auto":
-        return best(op, x.device, x.dtype, *problem)
+        return "reference" if transforms_active() else best(op, x.device, x.dtype, *problem)
     if backend not in _backends.BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(_backends.BACKENDS)} or None (auto), got {backend!r}")
     if backend == "reference":
         return backend
+    refuse_transforms(f"backend {backend!r} of {op}")
     device_type = x.device.type
     if backend == "triton" and x.dtype == torch.float64:
         raise BackendUnavailable(
@@ -180,12 +205,12 @@ def _measured(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
 
 def tunable(function: Function) -> Function:
     """A public op whose backend=None asks the table first; not in torch.compile's trace, which would have to guard on
-    it."""
+    it, and not under a transform, where kernels do not run."""
 
     @functools.wraps(function)
     def call(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
         asks = _tables.asks or measuring.record is not None
-        if backend is None and not torch.compiler.is_compiling() and asks:
+        if backend is None and not torch.compiler.is_compiling() and asks and not transforms_active():
             chosen = _measured(function, args, kwargs)
             if chosen is not None:
                 with contextlib.suppress(BackendUnavailable):  # what was measured need not be built here

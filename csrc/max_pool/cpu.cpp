@@ -6,11 +6,12 @@
 namespace fused_cnn {
 namespace {
 
-// PyTorch's rule: with ceil_mode, no window may start in the padding behind the image.
+// PyTorch's rule: with ceil_mode a window may reach past the padding, even the first one, but none may start in the
+// padding behind the image.
 int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
-  const int64_t reach = size + 2 * padding - dilation * (kernel - 1) - 1;
+  const int64_t reach = size + 2 * padding - dilation * (kernel - 1) - 1 + (ceil_mode ? stride - 1 : 0);
   if (reach < 0) return 0;
-  const int64_t out = (reach + (ceil_mode ? stride - 1 : 0)) / stride + 1;
+  const int64_t out = reach / stride + 1;
   return ceil_mode && (out - 1) * stride >= size + padding ? out - 1 : out;
 }
 
@@ -20,6 +21,8 @@ engine::Window checked_window(const char* op, const Tensor& x, const Ints& kerne
   for (const Ints* v : {&kernel, &stride, &padding, &dilation}) {
     FUSED_CNN_CHECK(v->size() == 2, op, ": kernel, stride, padding and dilation must have two values");
   }
+  FUSED_CNN_CHECK(x.size(1) >= 1 && x.size(2) >= 1 && x.size(3) >= 1, op,
+                  ": x must have a channel and a pixel at least, got ", shape_of(x));
   int64_t size[2];
   for (int i = 0; i < 2; ++i) {
     FUSED_CNN_CHECK(kernel[i] >= 1 && stride[i] >= 1 && dilation[i] >= 1, op,
@@ -27,7 +30,7 @@ engine::Window checked_window(const char* op, const Tensor& x, const Ints& kerne
     FUSED_CNN_CHECK(padding[i] >= 0 && 2 * padding[i] <= kernel[i], op,
                     ": padding must be at least 0 and at most half the kernel, got ", padding[i], " for ", kernel[i]);
     size[i] = pooled_size(x.size(i + 2), kernel[i], stride[i], padding[i], dilation[i], ceil_mode);
-    FUSED_CNN_CHECK(size[i] >= 1, op, ": the window is larger than the padded input of shape ", shape_of(x));
+    FUSED_CNN_CHECK(size[i] >= 1, op, ": no window fits the padded input of shape ", shape_of(x));
   }
   engine::Window window = window_of(sizes_of(x), kernel, {stride, padding, dilation, /*groups=*/1});
   window.out = {size[0], size[1]};

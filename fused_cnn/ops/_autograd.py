@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+_TWICE = (
+    b"fused_cnn's kernels are differentiable once; for second derivatives (create_graph=True) call the op or fuse the "
+    b"model with backend='reference'"
+)
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -14,6 +18,9 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     A forward's tensors have been cast once. Where `loss.backward()` is called under an autocast that the forward was
     not, that autocast would reach into the kernels, whose convolutions of float32 would come back in 16 bits.
+
+    torch.autograd.function.once_differentiable raises only where grad_out has a history. The gradients depend on what
+    forward saved too, and a penalty on them would silently have no gradient.
     """
 
     @wraps(backward)
@@ -24,7 +31,16 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
         with torch.autocast(device, enabled=False):
             return backward(ctx, grad_out)
 
-    return once_differentiable(in_the_forwards_dtypes)
+    @wraps(backward)
+    def once(ctx: Any, grad_out: Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return in_the_forwards_dtypes(ctx, grad_out)
+        with torch.no_grad():
+            grads = in_the_forwards_dtypes(ctx, grad_out)
+        with_history = [None if grad is None else grad.detach().requires_grad_() for grad in grads]
+        return torch._C._functions.DelayedError(_TWICE, len(grads))(*with_history)
+
+    return once
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

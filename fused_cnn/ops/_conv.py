@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._candidates import resolve
+from .._candidates import resolve, transforms_active
 from .._checks import check_nchw, check_same, check_vector
 from .._layout import empty_nchw
 
@@ -16,8 +16,12 @@ IntPair = int | tuple[int, int]
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """(v, v) for an int, as torch.nn.Conv2d takes them."""
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+    """(h, w) of an int or of one value for both, or of two, as PyTorch takes them."""
+    if isinstance(value, int):
+        return (value, value)
+    if len(value) not in (1, 2):
+        raise ValueError(f"expected one value or two (h, w), got {tuple(value)}")
+    return (value[0], value[-1])
 
 
 class ConvGeometry(NamedTuple):
@@ -54,8 +58,8 @@ def is_pointwise(weight: Tensor, padding: Sequence[int], groups: int) -> bool:
 
 def on_16_bytes(t: Tensor) -> Tensor:
     """`t`, copied where it does not lie on 16 bytes on a GPU: cuDNN was seen to read such tensors 16 bytes at a time
-    all the same. In torch.compile's trace that is the compiler's business."""
-    if t.device.type != "cuda" or torch.compiler.is_compiling() or t.data_ptr() % 16 == 0:
+    all the same. In torch.compile's trace that is the compiler's business; a transform's tensors have no address."""
+    if t.device.type != "cuda" or torch.compiler.is_compiling() or transforms_active() or t.data_ptr() % 16 == 0:
         return t
     return t.clone()
 

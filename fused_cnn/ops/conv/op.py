@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._candidates import NATIVE, REFERENCE, Candidate, Measurement, offer, resolve, tunable
+from ..._candidates import NATIVE, REFERENCE, Candidate, Measurement, offer, refuse_transforms, resolve, tunable
 from ..._layout import empty_nchw, result_format
 from ..._library import define, define_triton, kernel
 from .._autograd import differentiable_once, needs_grad
@@ -169,6 +169,7 @@ def conv_bias_relu(
     """
     geometry = ConvGeometry.of(stride, padding, dilation, groups)
     if isinstance(weight, PackedConv):
+        refuse_transforms("conv_bias_relu with packed weights")
         return kernel("conv_bias_relu_packed_fwd", "native")(x, *weight, residual, *geometry[:3], relu)
     x, plain, bias, residual = autocast(x, weight, bias, residual)
     check_conv("conv_bias_relu", x, plain, bias, residual, geometry)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..._candidates import refuse_transforms
 from ..._layout import empty_nchw
 from ..._library import define, kernel
 from .._conv import IntPair, out_size, packable, pair
@@ -119,5 +120,7 @@ def residual_stage(x: Tensor, stage: PackedResidualStage) -> Tensor:
 
     Raises:
         RuntimeError: shapes, dtypes or the packed weights do not agree.
+        BackendUnavailable: under a transform of torch.func or a forward-mode derivative.
     """
+    refuse_transforms("residual_stage")
     return kernel("residual_stage_packed_fwd", "native")(x, *stage)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._candidates import REFERENCE, TRITON, Candidate, Measurement, best, offer, resolve, tunable
+from ..._candidates import REFERENCE, TRITON, Candidate, Measurement, best, offer, refuse_transforms, resolve, tunable
 from ..._checks import check_nchw, check_same, check_vector
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
@@ -173,6 +173,7 @@ def inception(
         BackendUnavailable: an explicit backend cannot run here.
     """
     if isinstance(weights, PackedInception):
+        refuse_transforms("inception with packed weights")
         return kernel("inception_packed_fwd", "native")(x, *weights)
     x, *parameters = autocast(x, *weights, *biases)
     weights, biases = parameters[: len(weights)], parameters[len(weights) :]

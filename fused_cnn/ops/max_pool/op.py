@@ -93,15 +93,17 @@ def max_pool2d(
         BackendUnavailable: an explicit backend cannot run here.
     """
     check_nchw("max_pool2d", "x", x)
+    if min(x.shape[1:]) < 1:
+        raise ValueError(f"max_pool2d: x must have a channel and a pixel at least, got shape {tuple(x.shape)}")
     k, p, d = pair(kernel_size), pair(padding), pair(dilation)
-    s = k if stride is None else pair(stride)
+    s = pair(stride) if isinstance(stride, int) or stride else k  # PyTorch takes () for None, too
     if min(*k, *s, *d) < 1 or min(p) < 0 or any(2 * p[i] > k[i] for i in range(2)):
         raise ValueError(
             "max_pool2d: kernel_size, stride and dilation must be at least 1 and padding at most half the kernel, "
             f"got kernel_size={k}, stride={s}, padding={p}, dilation={d}"
         )
     if min(out_sides(x, k, s, p, d, ceil_mode)) < 1:
-        raise ValueError(f"max_pool2d: the window {k} is larger than the padded input of shape {tuple(x.shape)}")
+        raise ValueError(f"max_pool2d: no window {k} fits the padded input of shape {tuple(x.shape)}")
     backend = resolve("max_pool2d_fwd", backend, x)
     if backend == "reference":
         return reference.max_pool2d(x, k, s, p, d, ceil_mode)
