@@ -64,17 +64,19 @@ def offer(op: str, *candidates: Candidate[str]) -> None:
     _offered[op] = candidates
 
 
-_functorch_level: Callable[[], object] = torch._C._functorch.peek_interpreter_stack
+def _in_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# As usable is: a trace enters the transforms that it goes through, and guards on those around it. It does not guard on
+# the level of forward-mode derivatives, unless it reads it.
+_in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def transforms_active() -> bool:
     """Whether a transform of torch.func or a forward-mode derivative is under way: they take an op apart by its rules,
     which kernels do not have, and without which derivatives would silently be zero."""
-    return forward_ad._current_level >= 0 or _functorch_level() is not None
-
-
-# As usable is. A trace enters the transforms that it goes through, and guards on those around it.
-transforms_active._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return _in_functorch() or forward_ad._current_level >= 0
 
 
 def refuse_transforms(what: str) -> None:

@@ -6,11 +6,19 @@ A result is channels_last where the first input's channels are adjacent in memor
 import torch
 from torch import Tensor
 
+from ._candidates import transforms_active
+
 
 def result_format(x: Tensor) -> torch.memory_format:
     """The memory format that an op gives its result when its first input is `x`."""
     adjacent = x.stride(1) == 1 and x.size(1) > 1
     return torch.channels_last if adjacent else torch.contiguous_format
+
+
+def in_result_format(out: Tensor, x: Tensor) -> Tensor:
+    """`out` in the memory format of a result whose op's first input is `x`. Under a transform it is left as it lies:
+    vmap has more dimensions in memory than it shows, and no rule for channels_last."""
+    return out if transforms_active() else out.contiguous(memory_format=result_format(x))
 
 
 def empty_nchw(like: Tensor, channels: int, height: int, width: int) -> Tensor:

@@ -212,7 +212,7 @@ def test_double_backward_is_right_or_refused(op_cases: OpCases) -> None:
             and again.isfinite().all()
         )
         return
-    with pytest.raises(RuntimeError, match="differentiable once; .* backend=.reference."):
+    with pytest.raises(RuntimeError, match=r"differentiable once; .* backend=.reference."):
         grad.sum().backward()
 
 

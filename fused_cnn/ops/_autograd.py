@@ -38,7 +38,7 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
         with torch.no_grad():
             grads = in_the_forwards_dtypes(ctx, grad_out)
         with_history = [None if grad is None else grad.detach().requires_grad_() for grad in grads]
-        return torch._C._functions.DelayedError(_TWICE, len(grads))(*with_history)
+        return torch._C._functions.DelayedError(_TWICE, len(grads))(*with_history)  # type: ignore[arg-type]  # None passes
 
     return once
 

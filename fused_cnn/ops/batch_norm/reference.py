@@ -7,20 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._layout import result_format
+from ..._layout import in_result_format
 from .args import BatchNormArgs
 
 
 def batch_norm(x: Tensor, bn: BatchNormArgs) -> Tensor:
     out = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, float(bn.momentum), bn.eps)
-    return out.contiguous(memory_format=result_format(x))
+    return in_result_format(out, x)
 
 
 def bn_relu_concat(xs: Sequence[Tensor], bns: Sequence[BatchNormArgs], relu: bool) -> Tensor:
     outs = [batch_norm(x, bn) for x, bn in zip(xs, bns, strict=True)]
     if relu:
         outs = [torch.relu(out) for out in outs]
-    return torch.cat(outs, dim=1).contiguous(memory_format=result_format(xs[0])) if len(outs) > 1 else outs[0]
+    return in_result_format(torch.cat(outs, dim=1), xs[0]) if len(outs) > 1 else outs[0]
 
 
 def bn_add_relu(x: Tensor, bn: BatchNormArgs, residual: Tensor, residual_bn: BatchNormArgs | None) -> Tensor:

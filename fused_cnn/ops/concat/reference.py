@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..._layout import result_format
+from ..._layout import in_result_format
 
 
 def concat_bias_relu(branches: Sequence[Tensor], bias: Tensor | None, relu: bool) -> Tensor:
@@ -15,4 +15,4 @@ def concat_bias_relu(branches: Sequence[Tensor], bias: Tensor | None, relu: bool
         outs = [b + part.view(1, -1, 1, 1) for b, part in zip(branches, parts, strict=True)]
     if relu:
         outs = [torch.relu(out) for out in outs]
-    return torch.cat(outs, dim=1).contiguous(memory_format=result_format(branches[0]))
+    return in_result_format(torch.cat(outs, dim=1), branches[0])
