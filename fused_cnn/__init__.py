@@ -1,7 +1,8 @@
 """Fused blocks for GoogLeNet- and ResNet-like CNNs: the same weights and the same numbers with less memory traffic."""
 
 from . import nn, ops
-from .fuse import FusionReport, fuse_, unfuse_
+from .fuse import FusionReport, fuse_, refresh, unfuse_
+from .nn.cache import StaleWeightsError, detect_stale_weights
 from .ops import (
     add_relu,
     bn_add_relu,
@@ -18,6 +19,7 @@ from .ops import (
 __version__ = "0.1.0"
 __all__ = [
     "FusionReport",
+    "StaleWeightsError",
     "add_relu",
     "bn_add_relu",
     "bn_relu",
@@ -26,10 +28,12 @@ __all__ = [
     "concat_bias_relu",
     "conv1x1_bias_relu",
     "conv_bias_relu",
+    "detect_stale_weights",
     "fuse_",
     "inception",
     "max_pool2d",
     "nn",
     "ops",
+    "refresh",
     "unfuse_",
 ]

@@ -77,6 +77,14 @@ def define(schema: str, fake: Callable[..., Any]) -> None:
         _kernels[name, backend] = getattr(getattr(torch.ops, NAMESPACES[backend]), name).default
 
 
+def define_in_python(schema: str, fake: Callable[..., Any], function: Callable[..., Any]) -> None:
+    """Declare an op of native code that Python puts together, for the CPU: a graph's node, no backend's kernel."""
+    library, name = _libraries["native"], schema.partition("(")[0]
+    library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+    torch.library.register_fake(f"{NAMESPACES['native']}::{name}", fake, lib=library)
+    library.impl(name, function, "CPU")
+
+
 def define_triton(room: str, *names: str) -> None:
     """Register `fused_cnn.ops.<room>.triton.<name>` for each name; the module, and Triton, are imported at the first
     call."""

@@ -1,9 +1,10 @@
-"""fuse_(model) swaps the blocks that it knows for fused ones, in place; unfuse_(model) puts them back.
+"""fuse_(model) has the blocks that it knows run fused, in place; unfuse_(model) undoes it.
 
-One recursive walk: a child whose class is in a table is replaced by what the table's builder returns, over the very
-same parameters and buffers; all else is walked into. A network whose stem sits at its top level keeps its identity and
-gets a class of its own.
+One recursive walk: a module whose class is in a table (adapters/) gets a class of its own, which runs it fused, over the
+very same children, parameters and buffers. The object stays what it is to whoever holds it.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,10 @@ from torch import nn
 from ._backends import BACKENDS, outlook
 from .adapters import BLOCKS, NETWORKS
 from .adapters._common import full_name
-from .nn import BasicBlock, Bottleneck, FusedModule, ResidualStage
+from .nn import FusedModule, ResidualStage
+from .nn.cache import mark_stale
+from .nn.module import swap, unswap
+from .nn.residual import ResidualBlock
 
 Filter = Callable[[str, nn.Module], bool]
 
@@ -27,6 +31,11 @@ class Entry:
     name: str
     module: str
     reason: str
+
+
+_IN_PLACE = (
+    "fuse_ changes the model in place and returns a report; write `report = fuse_(model)` and go on with `model`"
+)
 
 
 @dataclass
@@ -47,34 +56,31 @@ class FusionReport:
         head = f"{len(self.fused)} fused, {len(self.skipped)} skipped"
         return "\n".join((head, *([self.runs] if self.runs else []), *lines))
 
+    def __getattr__(self, name: str) -> Any:
+        """What is asked of a report as if it were the model."""
+        raise AttributeError(f"a FusionReport has no {name!r}: {_IN_PLACE}")
 
-def _restore_swapped(mixin: type[FusedModule], base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
-    module = nn.Module.__new__(_swapped_class(mixin, base))
-    module.__setstate__(state)
-    return module
-
-
-def _swapped_class(mixin: type[FusedModule], base: type[nn.Module]) -> type[nn.Module]:
-    """`base` with the mixin's forward: the class that a fused network's instance gets. It pickles by its parents."""
-
-    def reduce(self: FusedModule, protocol: int) -> tuple[Any, ...]:
-        return _restore_swapped, (mixin, base, self.__getstate__())
-
-    body = {"__reduce_ex__": reduce, "__module__": base.__module__, "_swapped_from": base}
-    return type(f"Fused{base.__name__}", (mixin, base), body)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"a FusionReport is not the model: {_IN_PLACE}")
 
 
 def fuse_(
     model: nn.Module, *, backend: str | None = None, filter_fn: Filter | None = None, strict: bool = False
 ) -> FusionReport:
-    """Swap the blocks of `model` for fused ones, in place: same parameters, same names, same numbers.
+    """Have the blocks of `model` run fused, in place: same objects, same parameters, same names, same numbers.
 
     What is not fully understood is left as it is: a subclass of a known block, hooks on an inner module, an activation
-    other than ReLU, squeeze-and-excitation, anti-aliasing, drop-path. Hooks on a block itself are kept.
+    other than ReLU, squeeze-and-excitation, anti-aliasing, drop-path. Hooks on a block itself are kept. What becomes of a
+    block later is looked at in every call: where its fused form would not do what its modules now do (an activation
+    replaced, a hook, a forward of its own), they run as they are.
+
+    In eval without gradients weights are folded once and kept. A changed weight is seen at the next call, whoever
+    changed it, as long as PyTorch's version counters or an optimizer's step tell; for changes past them (through
+    `.data`, a view of NumPy or DLPack, another process, a collective) there is `refresh`.
 
     Args:
-        model: a torchvision or timm model, one that contains their blocks, or fused_cnn's own models made with
-            backend="reference". Its root must be a network, not a bare block (use the block's `from_reference`).
+        model: a torchvision or timm model, one that contains their blocks, such a block, or fused_cnn's own models made
+            with backend="reference".
         backend: for the fused blocks: "reference", "native", "triton", or None for the best at hand.
         filter_fn: called with a block's name and module; False leaves the block as it is.
         strict: raise ValueError, changing nothing more, when nothing was fused.
@@ -100,54 +106,64 @@ class _Walk:
     backend: str | None
     filter_fn: Filter | None
     report: FusionReport
-    made: dict[nn.Module, nn.Module] = field(default_factory=dict)  # a block that is used twice stays one block
+    seen: set[nn.Module] = field(default_factory=set)  # a block that is used twice is one block
 
     def visit(self, name: str, module: nn.Module) -> None:
-        """Fuse what is inside the module, and its stem where it is a network that has one."""
-        if full_name(type(module)) in NETWORKS and self._is_wanted(name, module):
-            self._swap(name, module)
-        elif isinstance(module, ResidualStage) and module.backend == "reference":
-            module.backend = self.backend  # its blocks are asked for and reported
-        elif isinstance(module, FusedModule) and module.backend == "reference" and self._is_wanted(name, module):
-            module.backend = self.backend
-            self.report.fused.append(Entry(name, type(module).__name__, f"backend {self.backend or 'auto'}"))
-        for child_name, child in list(module._modules.items()):
-            if child is not None:
-                module._modules[child_name] = self._fused(f"{name}.{child_name}" if name else child_name, child)
-
-    def _fused(self, name: str, module: nn.Module) -> nn.Module:
-        """What takes the module's place: its fused form, or the module itself, with what is inside it fused."""
-        if module in self.made:
-            return self.made[module]
-        build = BLOCKS.get(full_name(type(module)))
-        if build is not None:
-            if not self._is_wanted(name, module):
-                return module
-            made = build(module, self.backend)
-            if isinstance(made, nn.Module):
-                self.report.fused.append(Entry(name, type(module).__name__, type(made).__name__))
-                self.made[module] = made
-                return made
-            self._skip(name, module, made)
+        """Fuse the module, or what is inside of it."""
+        if module in self.seen:
+            return
+        self.seen.add(module)
+        if isinstance(module, FusedModule):
+            self._visit_own(name, module)
         else:
+            mixin = BLOCKS.get(full_name(type(module)))
+            if mixin is not None and (not self._is_wanted(name, module) or self._swap(name, module, mixin)):
+                return
             parent = next((p for p in type(module).__mro__[1:] if full_name(p) in BLOCKS), None)
             if parent is not None:
                 self._skip(name, module, f"a subclass of {parent.__name__}, whose forward may differ")
-        self.visit(name, module)
-        blocks = list(module) if type(module) is nn.Sequential else []
-        if len(blocks) > 1 and all(type(b) in (BasicBlock, Bottleneck) for b in blocks):
-            self.made[module] = ResidualStage.from_reference(module, backend=self.backend)  # no entry of its own
-        return self.made.get(module, module)
+            network = NETWORKS.get(full_name(type(module)))
+            if network is not None and self._is_wanted(name, module):
+                self._swap_stem(name, module, network)
+        for child_name, child in module.named_children():
+            self.visit(f"{name}.{child_name}" if name else child_name, child)
+        blocks = list(module.children()) if type(module) is nn.Sequential else []
+        if len(blocks) > 1 and all(isinstance(b, ResidualBlock) and b._swapped_from for b in blocks):
+            swap(module, ResidualStage, self.backend)  # no entry of its own
 
-    def _swap(self, name: str, module: nn.Module) -> None:
-        mixin, base = NETWORKS[full_name(type(module))], type(module)
-        problem = mixin.problem(module)
-        if problem is not None:
-            self._skip(name or "(stem)", module, problem)
+    def _visit_own(self, name: str, module: FusedModule) -> None:
+        """fused_cnn's own modules, where they are in plain PyTorch."""
+        if module._swapped_from is not None or module.backend != "reference":
             return
-        module.__class__ = _swapped_class(mixin, base)
-        module.backend = self.backend  # type: ignore[assignment]
-        self.report.fused.append(Entry(f"{name}.conv1" if name else "conv1", base.__name__, "stem"))
+        if isinstance(module, ResidualStage):
+            module.backend = self.backend  # its blocks are asked for and reported
+        elif self._is_wanted(name, module):
+            module.backend = self.backend
+            self.report.fused.append(Entry(name, type(module).__name__, f"backend {self.backend or 'auto'}"))
+
+    def _swap(self, name: str, module: nn.Module, mixin: type[FusedModule]) -> bool:
+        """Fuse a block with all that it consists of; False, and nothing changed, where it cannot be."""
+        kind = type(module).__name__
+        parts = [m for m in module.modules() if full_name(type(m)) in BLOCKS]
+        fused = [swap(m, BLOCKS[full_name(type(m))], self.backend) for m in reversed(parts)]
+        problem = next((p for p in (m.structure_problem() for m in fused) if p), None)
+        if problem is None:
+            self.report.fused.append(Entry(name, kind, mixin.__name__))
+            self.seen.update(module.modules())
+            return True
+        for m in fused:
+            unswap(m)
+        self._skip(name, module, problem)
+        return False
+
+    def _swap_stem(self, name: str, module: nn.Module, mixin: type[FusedModule]) -> None:
+        kind = type(module).__name__
+        problem = swap(module, mixin, self.backend).structure_problem()
+        if problem is None:
+            self.report.fused.append(Entry(f"{name}.conv1" if name else "conv1", kind, "stem"))
+        else:
+            unswap(module)  # type: ignore[arg-type]
+            self._skip(name or "(stem)", module, problem)
 
     def _is_wanted(self, name: str, module: nn.Module) -> bool:
         if self.filter_fn is None or self.filter_fn(name, module):
@@ -160,20 +176,45 @@ class _Walk:
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
-    """Undo fuse_, in place: every fused block becomes the block that it was made from, over today's parameters.
+    """Undo fuse_, in place: every block is of its own class again, with today's parameters, hooks and attributes.
 
     Returns the model itself. fused_cnn's own blocks go back to backend="reference".
+
+    Raises:
+        ValueError, changing nothing: a block has been given another class since (as fully_shard and parametrizations
+            do), which must be undone first.
     """
-    base = getattr(type(model), "_swapped_from", None)
-    if base is not None:
-        model.__class__ = base
-        model.__dict__.pop("backend")
-        model.__dict__.pop("_cache", None)
-    elif isinstance(model, FusedModule):
-        model.backend = "reference"
-    for name, child in list(model._modules.items()):
-        if isinstance(child, FusedModule) and child._original:
-            model._modules[name] = child = child.to_reference()
-        if child is not None:
-            unfuse_(child)
+    fused = [m for m in model.modules() if isinstance(m, FusedModule)]
+    for module in fused:
+        if module._swapped_from is not None and "_swapped_from" not in vars(type(module)):
+            raise ValueError(
+                f"unfuse_: a {module._swapped_from.__name__} has become a {type(module).__name__} since fuse_; "
+                "undo that first"
+            )
+    for module in fused:
+        if module._swapped_from is None:
+            module.backend = "reference"
+        else:
+            unswap(module)
+    return model
+
+
+def refresh(model: nn.Module) -> nn.Module:
+    """Have the folded weights of `model` made again, after a change that PyTorch does not see.
+
+    Optimizers, load_state_dict, `.to()` and every in-place operation of PyTorch's are seen without it. Call it behind a
+    collective or a copy into `p.data`, a write through a view of NumPy, DLPack or an untyped storage, and behind a
+    change that another process made in shared memory. `detect_stale_weights` finds where a call is missing. Weights that
+    a CUDA graph reads are made again in their place, so that its replays see them.
+
+    Args:
+        model: anything with fused blocks in it, also a module that torch.compile or torch.export made of one.
+
+    Returns:
+        The model itself.
+    """
+    mark_stale(chain(model.parameters(), model.buffers()))
+    for module in model.modules():
+        if isinstance(module, FusedModule):
+            module.refill_captured()
     return model

@@ -1,20 +1,25 @@
-"""How foreign blocks become fused ones: tables from a class's full name to a builder.
+"""How foreign modules become fused ones: tables from a class's full name to the class that runs its instances fused.
 
-A builder takes the module and the backend and returns the fused module, or a string: the reason why this one is left as
-it is. Nothing here imports torchvision or timm; a class is known by its name, so a subclass is never mistaken for its
-parent. A network with a stem of its own has, instead of a builder, the class that runs it fused.
+Such a class says which of the foreign class's methods it replaces and what those may use, so that another version of
+the library, or a method that somebody put in their place, is noticed. Nothing here imports torchvision or timm; a class
+is known by its name, so a subclass is never mistaken for its parent.
 """
 
-from torch import nn
-
-from ..nn import FusedModule, MaxPool2d
+from .. import nn as fused
+from ..nn import FusedModule
 from . import timm, torchvision
-from ._common import Builder, ResNetTrunk
+from ._common import ResNetTrunk
 
 
-def _max_pool2d(module: nn.Module, backend: str | None) -> FusedModule | str:
-    return "returns indices" if module.return_indices else MaxPool2d.from_reference(module, backend=backend)
+class MaxPool2d(fused.MaxPool2d):
+    """nn.MaxPool2d fused."""
+
+    replaces = {"forward": frozenset(("F", "max_pool2d", *fused.max_pool2d.WINDOW, "return_indices"))}
 
 
-BLOCKS: dict[str, Builder] = {"torch.nn.modules.pooling.MaxPool2d": _max_pool2d, **torchvision.BLOCKS, **timm.BLOCKS}
+BLOCKS: dict[str, type[FusedModule]] = {
+    "torch.nn.modules.pooling.MaxPool2d": MaxPool2d,
+    **torchvision.BLOCKS,
+    **timm.BLOCKS,
+}
 NETWORKS: dict[str, type[ResNetTrunk]] = {**torchvision.NETWORKS, **timm.NETWORKS}

@@ -1,27 +1,51 @@
 """timm's ResNet family. Blocks with squeeze-and-excitation, anti-aliasing, drop-block or drop-path stay as they are."""
 
+import torch
 from torch import Tensor
 
-from ..nn import BasicBlock, Bottleneck
-from ._common import Builder, ResNetTrunk, residual_block
+from .. import nn as fused
+from ..nn import FusedModule
+from ._common import STAGES, ResNetTrunk
 
 OPTIONAL = ("drop_block", "aa", "se", "drop_path")
 
 
-class FusedResNet(ResNetTrunk):
-    """timm's ResNet with its one-convolution stem fused; mixed into its class, so children and names stay."""
+def _uses(*names: str) -> dict[str, frozenset[str]]:
+    return {"forward": frozenset((*names, "downsample", *OPTIONAL))}
 
-    _stem_act = "act1"
+
+class BasicBlock(fused.BasicBlock):
+    """timm's BasicBlock fused."""
+
+    acts, absent = ("act1", "act2"), OPTIONAL
+    replaces = _uses("conv1", "bn1", "act1", "conv2", "bn2", "act2")
+
+
+class Bottleneck(fused.Bottleneck):
+    """timm's Bottleneck fused."""
+
+    acts, absent = ("act1", "act2", "act3"), OPTIONAL
+    replaces = _uses("conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3", "act3")
+
+
+class FusedResNet(ResNetTrunk):
+    """timm's ResNet with its one-convolution stem fused."""
+
+    stem_act = "act1"
     grad_checkpointing: bool
+    _CHECKPOINTING = ("grad_checkpointing", "torch", "jit", "is_scripting", "checkpoint_seq")
+    replaces = {"forward_features": frozenset(("conv1", "bn1", "act1", *STAGES, *_CHECKPOINTING))}
 
     def forward_features(self, x: Tensor) -> Tensor:
-        if self.grad_checkpointing:
-            return super().forward_features(x)  # type: ignore[misc]
-        return self.trunk(x)
+        plain = super().forward_features  # type: ignore[misc]
+        return plain(x) if self.grad_checkpointing or torch.jit.is_tracing() else self.run(x, plain)
+
+    def behind_stem(self, x: Tensor) -> Tensor:
+        return self.features_behind_stem(x)
 
 
-BLOCKS: dict[str, Builder] = {
-    "timm.models.resnet.BasicBlock": residual_block(BasicBlock, "act1", "act2", absent=OPTIONAL),
-    "timm.models.resnet.Bottleneck": residual_block(Bottleneck, "act1", "act2", "act3", absent=OPTIONAL),
+BLOCKS: dict[str, type[FusedModule]] = {
+    "timm.models.resnet.BasicBlock": BasicBlock,
+    "timm.models.resnet.Bottleneck": Bottleneck,
 }
 NETWORKS: dict[str, type[ResNetTrunk]] = {"timm.models.resnet.ResNet": FusedResNet}

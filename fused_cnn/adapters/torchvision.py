@@ -3,45 +3,65 @@
 import torch
 from torch import Tensor, nn
 
-from ..nn import BasicBlock, Bottleneck, ConvBNReLU, FusedModule, Inception
-from ._common import Builder, ResNetTrunk, full_name, hook_problem, pair_problem, residual_block
+from .. import nn as fused
+from ..nn import FusedModule
+from ._common import STAGES, ResNetTrunk
 
 
-def _basic_conv(module: nn.Module, backend: str | None) -> FusedModule | str:
-    return pair_problem(module, "conv", "bn") or ConvBNReLU.from_reference(module, backend=backend)
+class BasicConv2d(fused.ConvBNReLU):
+    """GoogLeNet's and Inception v3's BasicConv2d fused."""
+
+    replaces = {"forward": frozenset(("conv", "bn", "F", "relu"))}
 
 
-def _inception(module: nn.Module, backend: str | None) -> FusedModule | str:
-    names, children = ["branch1", "branch2", "branch3", "branch4"], dict(module.named_children())
-    if list(children) != names:
-        return f"children are {list(children)}, not {names}"
-    problem = hook_problem(module, *names)
-    for name, branch in children.items():
-        for layer in branch if type(branch) is nn.Sequential else [branch]:
-            if type(layer) is nn.MaxPool2d and not layer.return_indices:
-                continue
-            if full_name(type(layer)) != "torchvision.models.googlenet.BasicConv2d":
-                return f"{name} holds {type(layer).__name__}, not BasicConv2d"
-            problem = problem or pair_problem(layer, "conv", "bn")
-    return problem or Inception.from_reference(module, backend=backend)
+class Inception(fused.Inception):
+    """GoogLeNet's Inception block fused."""
+
+    replaces = {
+        "forward": frozenset(("_forward", "torch", "cat")),
+        "_forward": frozenset(("branch1", "branch2", "branch3", "branch4")),
+    }
+
+    def problem(self) -> str | None:
+        names = ["branch1", "branch2", "branch3", "branch4"]
+        if list(self._modules) != names:
+            return f"children are {list(self._modules)}, not {names}"
+        return super().problem()
+
+
+class BasicBlock(fused.BasicBlock):
+    """ResNet's BasicBlock fused."""
+
+    replaces = {"forward": frozenset(("conv1", "bn1", "relu", "conv2", "bn2", "downsample"))}
+
+
+class Bottleneck(fused.Bottleneck):
+    """ResNet's Bottleneck fused."""
+
+    replaces = {"forward": BasicBlock.replaces["forward"] | {"conv3", "bn3"}}
 
 
 class FusedResNet(ResNetTrunk):
-    """torchvision's ResNet with its stem fused; mixed into the instance's class, so children and names stay."""
+    """ResNet with its stem fused."""
 
-    _stem_act = "relu"
+    stem_act = "relu"
     avgpool: nn.Module
     fc: nn.Module
+    replaces = {"_forward_impl": frozenset(("conv1", "bn1", "relu", *STAGES, "avgpool", "torch", "flatten", "fc"))}
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        return self.fc(torch.flatten(self.avgpool(self.trunk(x)), 1))
+        plain = super()._forward_impl  # type: ignore[misc]
+        return plain(x) if torch.jit.is_tracing() else self.run(x, plain)
+
+    def behind_stem(self, x: Tensor) -> Tensor:
+        return self.fc(torch.flatten(self.avgpool(self.features_behind_stem(x)), 1))
 
 
-BLOCKS: dict[str, Builder] = {
-    "torchvision.models.googlenet.BasicConv2d": _basic_conv,
-    "torchvision.models.googlenet.Inception": _inception,
-    "torchvision.models.inception.BasicConv2d": _basic_conv,
-    "torchvision.models.resnet.BasicBlock": residual_block(BasicBlock, "relu"),
-    "torchvision.models.resnet.Bottleneck": residual_block(Bottleneck, "relu"),
+BLOCKS: dict[str, type[FusedModule]] = {
+    "torchvision.models.googlenet.BasicConv2d": BasicConv2d,
+    "torchvision.models.googlenet.Inception": Inception,
+    "torchvision.models.inception.BasicConv2d": BasicConv2d,
+    "torchvision.models.resnet.BasicBlock": BasicBlock,
+    "torchvision.models.resnet.Bottleneck": Bottleneck,
 }
 NETWORKS: dict[str, type[ResNetTrunk]] = {"torchvision.models.resnet.ResNet": FusedResNet}

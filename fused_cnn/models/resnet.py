@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import BasicBlock, Bottleneck, FusedModule, MaxPool2d, ResidualStage
+from ..nn import BasicBlock, Bottleneck, MaxPool2d, ResidualStage
+from ..nn.stem import StemmedNetwork
 
 Shortcut = Literal["A", "B", "C"]
 
@@ -34,7 +35,7 @@ class ZeroPadShortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
 
 
-class ResNet(FusedModule):
+class ResNet(StemmedNetwork):
     """A residual (or plain) network (arXiv 1512.03385).
 
     Args:
@@ -142,7 +143,14 @@ class ResNet(FusedModule):
                 nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.conv_bn(self.conv1, self.bn1, x))
+        return self.plain_forward(x) if torch.jit.is_tracing() else self.run(x, self.plain_forward)
+
+    def plain_forward(self, x: Tensor) -> Tensor:
+        """Every child is called."""
+        return self.behind_stem(self.relu(self.bn1(self.conv1(x))))
+
+    def behind_stem(self, x: Tensor) -> Tensor:
+        x = self.maxpool(x)
         for stage in self.stages:
             x = getattr(self, stage)(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))

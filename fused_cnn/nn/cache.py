@@ -1,95 +1,216 @@
-"""The owner of folded weights: what a module made of its children's weights, from which sources, checked at each call.
+"""The owner of folded weights: what a block made of its children's weights, in the last few forms that it was asked for.
 
-It is never saved. What was folded holds as long as its sources are what they were: which tensors and modules they are,
-where the tensors lie and how often PyTorch saw them change, the modules' settings, and that no hook was set on them.
+A form holds as long as its snapshot does. What did not change is not made again; what keeps changing is not made at all:
+the block then runs unfused, at PyTorch's own speed, until its weights rest. Forms are never saved, and a copy of a block
+makes its own. Changes that PyTorch's version counters miss are covered where they can be known: an optimizer's step
+makes the forms of its parameters stale. For the others there is `fused_cnn.refresh`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import chain
-from operator import attrgetter, is_
-from typing import Any, TypeVar
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..ops._conv import autocast_dtype
-from .fold import hooks
+from .._trees import tensors
+from .snapshot import Keeper, Snapshot
 
-Self = TypeVar("Self", bound="FoldingModule")
-_CONV_SETTINGS = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
-_NORM_SETTINGS = attrgetter("training", "eps")
-
-
-class FoldingModule(nn.Module):
-    """A module that keeps what it folds, each under a name, until its sources change or its mode is set."""
-
-    settings: attrgetter[Any]  # reads what forward depends on beside the children
-    _cache: dict[Any, _Folded] | None = None
-
-    def recall(self, name: Any, x: Tensor) -> Any:
-        """What `remember` kept under this name, where it still holds for inputs such as x; else None."""
-        if self._cache is None or torch.compiler.is_compiling():
-            return None
-        folded = self._cache.get(name)
-        return folded.value if folded is not None and folded.holds(x) else None
-
-    def remember(self, name: Any, x: Tensor, value: Any, sources: Sequence[nn.Module]) -> Any:
-        """`value`, kept for inputs such as x until one of `sources` or a setting changes.
-
-        Only for what holds without gradients and hooks: `sources` are all the modules whose forward is skipped.
-        """
-        tensors = [t for m in sources for t in (*m.parameters(), *m.buffers())]
-        if not (torch.compiler.is_compiling() or any(t.is_inference() for t in tensors)):  # whose changes are not seen
-            self._cache = self._cache or {}
-            self._cache[name] = _Folded(value, x, self, sources)
-        return value
-
-    def train(self: Self, mode: bool = True) -> Self:
-        self._cache = None
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_cache"}  # a copy folds again at its first call
+KEPT = 3  # forms of one block: autocast's, plain, and one more
+PAYS = 16  # calls after which a form has paid for itself: packing takes as long as sixteen forward passes save
+_lock = threading.RLock()
+_forms: weakref.WeakSet[Form] = weakref.WeakSet()
 
 
-class _Folded:
-    """A value, and what its sources and the input were when it was made."""
-
-    def __init__(self, value: Any, x: Tensor, owner: FoldingModule, sources: Sequence[nn.Module]) -> None:
-        self.value, self.input = value, _kind(x)
-        inner = [r for m in sources for r in (m._modules, m._parameters, m._buffers) if r]
-        self.registries: list[dict[str, Any]] = [owner._modules, *inner]
-        self.members = self._members()
-        self.tensors = [t for t in self.members if isinstance(t, Tensor)]
-        self.aliases = [t.detach() for t in self.tensors]  # keep the memory, so that no new tensor has an old address
-        watched: dict[Callable[[Any], Any], list[Any]] = {
-            attrgetter("_version"): self.tensors,
-            Tensor.data_ptr: self.tensors,
-            _CONV_SETTINGS: [m for m in sources if isinstance(m, nn.Conv2d)],
-            _NORM_SETTINGS: [m for m in sources if isinstance(m, nn.BatchNorm2d)],
-        }
-        for block in (m for m in (owner, *sources) if isinstance(m, FoldingModule)):
-            watched.setdefault(block.settings, []).append(block)
-        self.states = [(read, objects, list(map(read, objects))) for read, objects in watched.items()]
-        self.hooks = [table for m in sources for table in hooks(m)]
-
-    def _members(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self.registries)))
-
-    def holds(self, x: Tensor) -> bool:
-        """Asked at every call, so it compares lists in C, not item by item."""
-        members = self._members()
-        if _kind(x) != self.input or len(members) != len(self.members) or not all(map(is_, members, self.members)):
-            return False
-        for read, objects, state in self.states:
-            if list(map(read, objects)) != state:
-                return False
-        asks_gradient = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in self.tensors))
-        return not asks_gradient and not any(self.hooks)
+def _after_fork() -> None:
+    """A child has no thread that could release what another thread of its parent held."""
+    global _lock
+    _lock = threading.RLock()
 
 
-def _kind(x: Tensor) -> tuple[Any, ...]:
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class StaleWeightsError(RuntimeError):
+    """Folded weights are not what their sources are today: found by `detect_stale_weights`."""
+
+
+class Kind(NamedTuple):
     """What folded weights depend on in an input."""
-    return (autocast_dtype(x), x.dtype, x.device)
+
+    autocast: torch.dtype | None
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Form:
+    """A block's weights as its fused op wants them, for one kind of input. `value` is None until it is made."""
+
+    def __init__(self, kind: Kind, sources: Sequence[Tensor], settings: Any) -> None:
+        self.kind, self.key = kind, _key(sources, settings)
+        self.snapshot: Snapshot | None = None
+        # They share the sources' memory, so that nothing new gets its address, and their version counters.
+        self.aliases = [(t.detach(), t._version) for t in sources]
+        self.ids = frozenset(map(id, sources))
+        self.value: Any = None
+        self.uses = 0
+        self.stale = False  # told so, by an optimizer or by refresh
+        self.captured = False  # a CUDA graph reads it, so its memory must stay where it is
+        self.streams: set[int] = set()  # those that may read it
+        self.made: torch.cuda.Event | None = None
+        _forms.add(self)
+
+    def is_alive(self) -> bool:
+        """Whether its sources are what they were, though perhaps no longer the block's."""
+        return not self.stale and all(t._version == version for t, version in self.aliases)
+
+    def fill(self, value: Any, captured: Form | None) -> None:
+        """Take what was folded and packed; into the memory of the form that a graph reads, where there is one."""
+        if captured is not None:
+            old, new = list(tensors(captured.value)), list(tensors(value))
+            if [(t.shape, t.dtype) for t in old] == [(t.shape, t.dtype) for t in new]:
+                here = torch.cuda.current_stream(self.kind.device)
+                for stream in captured.streams - {here.cuda_stream}:  # they may still read what it held
+                    here.wait_stream(torch.cuda.ExternalStream(stream, self.kind.device))
+                for to, t in zip(old, new, strict=True):
+                    to.copy_(t)
+                value, self.captured = captured.value, True
+        if self.kind.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.kind.device)
+            self.streams, self.made = {stream.cuda_stream}, stream.record_event()
+        self.value, self.uses = value, 0
+
+    def join(self) -> None:
+        """Let the current stream read: it waits for the one that made the weights, and keeps their memory."""
+        stream, capturing = torch.cuda.current_stream(self.kind.device), torch.cuda.is_current_stream_capturing()
+        self.captured = self.captured or capturing
+        if stream.cuda_stream in self.streams:
+            return
+        if not capturing:  # who captures has waited for all that came before
+            assert self.made is not None
+            stream.wait_event(self.made)
+        for t in tensors(self.value):
+            t.record_stream(stream)
+        self.streams.add(stream.cuda_stream)
+
+    def check(self, today: Any) -> None:
+        """Raise if what was folded again just now differs."""
+        for held, made in zip(tensors(self.value), tensors(today), strict=True):
+            if not torch.equal(held, made):
+                raise StaleWeightsError(
+                    "folded weights are not what their sources are now: a weight was changed in a way that PyTorch does "
+                    "not see (through .data, a view of NumPy or DLPack, another process, a collective); "
+                    "call fused_cnn.refresh(model) behind such a change"
+                )
+
+
+def _key(sources: Sequence[Tensor], settings: Any) -> Any:
+    return settings, tuple((id(t), t._version, t.data_ptr()) for t in sources)
+
+
+class Owner(Keeper):
+    """A block's forms. Reading is free of locks: `forms` is replaced as a whole."""
+
+    def __init__(self) -> None:
+        self.forms: tuple[Form, ...] = ()
+        self.known: Any = None  # what the block is, as it understood itself (module.py)
+        self.patience = 0  # calls on unchanged weights before a form is made
+        self.pinned: list[Any] = []  # what graphs read of forms that are gone
+
+    def find(self, module: nn.Module, kind: Kind) -> Form | None:
+        """The form for this kind of input, if all is as it was when it was made."""
+        for form in self.forms:
+            if form.kind == kind and not form.stale and form.snapshot is not None and form.snapshot.holds(module):
+                return form
+        return None
+
+    def obtain(
+        self,
+        kind: Kind,
+        sources: Sequence[Tensor],
+        settings: Any,
+        make: Callable[[], Any],
+        snapshot: Callable[[], Snapshot] | None = None,
+    ) -> Form:
+        """Today's form for this kind of input; its value is None while the weights have not rested long enough."""
+        with _lock:
+            key = _key(sources, settings)
+            form = next((f for f in self.forms if f.kind == kind and f.key == key and not f.stale), None)
+            form = form or Form(kind, sources, settings)
+            captured = self._retire(form)
+            is_due = form.uses >= self.patience or captured is not None
+            if snapshot is not None and (form.value is not None or is_due):
+                form.snapshot = snapshot()  # first: a change while the form is made is seen at the next call
+            if form.value is None and is_due:
+                form.fill(make(), captured)
+            self._replace((form, *(f for f in self.forms if f is not form))[:KEPT])
+            return form
+
+    def _retire(self, new: Form) -> Form | None:
+        """Drop the forms whose sources have changed, and learn from how long they were of use. Returns the one among
+        them that a graph reads."""
+        captured = None
+        for form in self.forms:
+            if form is new or form.is_alive():
+                continue
+            if form.captured and form.kind == new.kind:
+                captured = form
+            if form.value is not None:
+                self.patience = 0 if form.uses >= PAYS else min(2 * self.patience + 1, PAYS)
+            self._replace(tuple(f for f in self.forms if f is not form))
+        return captured
+
+    def _replace(self, forms: tuple[Form, ...]) -> None:
+        self.pinned += [f.value for f in self.forms if f.captured and f not in forms]
+        self.forms = forms
+
+    def clear(self) -> None:
+        """Forget all, but for what graphs read."""
+        with _lock:
+            self._replace(())
+            self.known = None
+
+
+def mark_stale(sources: Iterable[Tensor], *, and_all: bool = False) -> None:
+    """Have the forms of these tensors, or all forms, made again."""
+    with _lock:
+        if _forms:
+            ids = set(map(id, sources))
+            for form in _forms:
+                form.stale = form.stale or and_all or not ids.isdisjoint(form.ids)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Fused optimizers write parameters without PyTorch's version counters taking note. Where the parameters are of a
+    kind of their own, such as shards, a block's are made of them in ways that nobody can tell."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    mark_stale(parameters, and_all=any(type(p) not in (Tensor, nn.Parameter) for p in parameters))
+
+
+register_optimizer_step_post_hook(_after_step)
+
+
+class detect_stale_weights:  # noqa: N801  named and used as torch.autograd.set_detect_anomaly is
+    """Every call of a fused block folds its weights again, compares, and raises StaleWeightsError where they differ from
+    those that it holds: for finding a change that PyTorch does not see. Slow; for all threads.
+
+    Args:
+        mode: True turns it on, False off; as a context manager, until its end.
+    """
+
+    on = False
+
+    def __init__(self, mode: bool = True) -> None:
+        self.before, detect_stale_weights.on = detect_stale_weights.on, mode
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        detect_stale_weights.on = self.before

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..ops._conv import IntPair
-from .module import FusedModule
+from ..ops import conv_bias_relu
+from ..ops._conv import IntPair, autocast, on_16_bytes
+from .fold import FoldedPair, Pair, conv_problem, geometry, norm_problem
+from .module import FusedBlock
+from .traced import traced_conv
 
 
-class ConvBNReLU(FusedModule):
+class ConvBNReLU(FusedBlock):
     """relu(bn(conv(x))) as one block. Children: `conv`, and `bn` unless norm=False.
 
     Args:
@@ -23,7 +27,7 @@ class ConvBNReLU(FusedModule):
     Input (N, in_channels, H, W) -> output (N, out_channels, H', W').
     """
 
-    settings = attrgetter("backend", "relu")
+    relu: bool = True
 
     def __init__(
         self,
@@ -47,15 +51,40 @@ class ConvBNReLU(FusedModule):
             self.bn = nn.BatchNorm2d(out_channels, eps=eps)
         self.relu, self.backend = relu, backend
 
-    @classmethod
-    def from_reference(cls, module: nn.Module, *, backend: str | None = None) -> ConvBNReLU:
-        """The fused form of a module whose children are `conv` and `bn` and whose forward is relu(bn(conv(x)))."""
-        return cls.adopt(module, backend=backend, relu=True)
-
     @property
     def norm(self) -> nn.BatchNorm2d | None:
         """The BatchNorm, or None."""
         return self._modules.get("bn")  # type: ignore[return-value]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv_bn(self.conv, self.norm, x, relu=self.relu)
+    def plain_forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        return torch.relu(x) if self.relu else x
+
+    def problem(self) -> str | None:
+        problem, name = conv_problem(self._modules.get("conv")), "conv"
+        if problem is None and "bn" in self._modules:
+            problem, name = norm_problem(self.norm), "bn"
+        return problem and f"{name} {problem}"
+
+    def pairs(self) -> list[Pair]:
+        return [(self.conv, self.norm)]
+
+    def settings(self) -> Any:
+        return self.backend, self.relu
+
+    def fold(self, x: Tensor) -> FoldedPair:
+        return FoldedPair.of(self.conv, self.norm, autocast(x)[0], self.backend)
+
+    def run_folded(self, x: Tensor, folded: FoldedPair) -> Tensor:
+        return folded.run(x, relu=self.relu, backend=self.backend)
+
+    def run_traced(self, x: Tensor) -> Tensor:
+        return traced_conv(x, self.conv, self.norm, relu=self.relu, backend=self.backend)
+
+    def run_unfolded(self, x: Tensor) -> Tensor:
+        if self.norm is not None:
+            return self.bn_act(self.conv(on_16_bytes(x)), self.norm, relu=self.relu)
+        x, weight, bias = autocast(x, self.conv.weight, self.conv.bias)
+        return conv_bias_relu(x, weight, bias, **geometry(self.conv), relu=self.relu, backend=self.backend)

@@ -1,68 +1,182 @@
-"""Folding BatchNorm into the convolution before it: which pairs are understood, when they can be folded, and the fold.
+"""Folding BatchNorm into the convolution before it: which modules are understood, and the fold.
 
 In eval bn(conv(x)) is one convolution (arXiv 1502.03167, section 3.1): weight' = weight * gamma / sqrt(var + eps) and
 bias' = beta + (bias - mean) * gamma / sqrt(var + eps).
 """
 
-from collections.abc import Iterable
-from typing import Any
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import FoldedConv
+from ..ops import FoldedConv, PackedConv, conv_bias_relu, pack_conv
+from ..ops._conv import autocast
+from .snapshot import hooks
 
 Norm = nn.BatchNorm2d | None  # a convolution may have none
-ConvBN = tuple[nn.Conv2d, nn.BatchNorm2d]  # as blocks are built; is_plain_conv_bn asks what stands there today
+Pair = tuple[nn.Conv2d, Norm]
+_METHODS = ("forward", "_conv_forward")  # what a module computes
+_TENSORS = {"Tensor", "Parameter", "FakeTensor", "FunctionalTensor"}  # the last two stand for others, in a trace
 
 
-def hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    """The tables of what is called when this very module runs."""
-    return (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether someone watches this very module, so that skipping its forward would be noticed."""
-    return any(hooks(module))
-
-
-def is_plain_conv_bn(conv: nn.Module, bn: nn.Module | None) -> bool:
-    """Whether a pair means exactly what the fused ops compute; subclasses, SyncBatchNorm and hooked modules do not."""
+def is_own(kind: type, name: str, uses: frozenset[str] | None = None) -> bool:
+    """Whether class.name is the method that its class was written with, and not one that took its place; with `uses`,
+    also that it uses no other names than these."""
+    home = next((base for base in kind.__mro__ if name in vars(base)), None)
+    function = vars(home)[name] if home else None
     return (
-        type(conv) is nn.Conv2d
-        and conv.padding_mode == "zeros"
-        and not isinstance(conv.padding, str)
-        and not has_hooks(conv)
-        and (bn is None or (type(bn) is nn.BatchNorm2d and not has_hooks(bn)))
+        isinstance(function, FunctionType)
+        and home is not None
+        and function.__globals__ is getattr(sys.modules.get(home.__module__), "__dict__", None)
+        and function.__qualname__ == f"{home.__qualname__}.{name}"
+        and (uses is None or uses.issuperset(function.__code__.co_names))
     )
 
 
-def can_fold(x: Tensor, pairs: Iterable[tuple[nn.Conv2d, Norm]]) -> bool:
+def skip_problem(module: Any, *kinds: type) -> str | None:
+    """Why a module's forward cannot be taken for that of one of these classes, and skipped; None where it can."""
+    kind = type(module)
+    if kind not in kinds:
+        return f"is {kind.__name__}, not {kinds[0].__name__}"
+    if any(hooks(module)):
+        return "has hooks"
+    for name in _METHODS:
+        if name in vars(module):
+            return f"has a {name} of its own"
+        if hasattr(kind, name) and not is_own(kind, name):
+            return f"is of a class whose {name} was replaced"
+    return None
+
+
+def conv_problem(module: Any) -> str | None:
+    """Why a module is not the convolution that the fused ops compute."""
+    problem = skip_problem(module, nn.Conv2d)
+    if problem is None and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        problem = f"pads with {module.padding_mode!r}, {module.padding!r}"
+    return problem or _tensor_problem(module, "weight")
+
+
+def norm_problem(module: Any) -> str | None:
+    """Why a module is not the BatchNorm that the fused ops compute."""
+    return skip_problem(module, nn.BatchNorm2d) or _tensor_problem(module)
+
+
+def _tensor_problem(module: nn.Module, *needed: str) -> str | None:
+    """Parametrisations, sharding and offloading keep weights elsewhere, or as tensors of another kind."""
+    held = {**module._parameters, **module._buffers}
+    for name in needed:
+        if held.get(name) is None:
+            return f"has no parameter {name}"
+    for name, t in held.items():
+        if t is not None and type(t).__name__ not in _TENSORS:
+            return f"has a {name} that is a {type(t).__name__}"
+        if name in vars(module):
+            return f"has a {name} of its own"
+    return None
+
+
+def pair_problem(conv: Any, norm: Any, names: tuple[str, str]) -> str | None:
+    """Why two modules are not the convolution and the BatchNorm that the fused ops compute."""
+    problems = ((names[0], conv_problem(conv)), (names[1], norm_problem(norm)))
+    return next((f"{name} {problem}" for name, problem in problems if problem), None)
+
+
+def sources_of(pairs: Iterable[Pair]) -> Iterator[Tensor]:
+    """All tensors that the folded weights are made of; and BatchNorm's count of batches, which tells that its statistics
+    have changed where PyTorch's version counters do not."""
+    for pair in pairs:
+        for module in pair:
+            if module is not None:
+                yield from (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
+
+
+def pair_settings(conv: nn.Conv2d, norm: Norm) -> tuple[Any, ...]:
+    """What the folded weights depend on beside the tensors."""
+    return (*geometry(conv).values(), None if norm is None else norm.eps)
+
+
+def has_running_statistics(pair: Pair) -> bool:
+    """Whether the pair's BatchNorm, if any, normalises with constants."""
+    return pair[1] is None or not (pair[1].training or pair[1].running_mean is None)
+
+
+def wants_gradient(x: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether autograd records what is done with x and these tensors."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
+
+
+def can_fold(x: Tensor, pairs: Sequence[Pair]) -> bool:
     """Whether BatchNorm uses running statistics in all the pairs, and no gradient is asked for."""
-    modules = [m for pair in pairs for m in pair if m is not None]
-    if any(isinstance(m, nn.BatchNorm2d) and (m.training or m.running_mean is None) for m in modules):
-        return False
-    if not torch.is_grad_enabled():
-        return True
-    return not x.requires_grad and not any(p.requires_grad for m in modules for p in m.parameters())
+    return all(map(has_running_statistics, pairs)) and not wants_gradient(x, list(sources_of(pairs)))
 
 
 def fold(conv: nn.Conv2d, bn: Norm) -> FoldedConv:
     """The one convolution that equals `bn(conv(x))` in eval, in float32 (float64 for float64)."""
-    wide = torch.float64 if conv.weight.dtype == torch.float64 else torch.float32
-    weight, bias = conv.weight.to(wide), None if conv.bias is None else conv.bias.to(wide)
-    if bn is not None:
-        assert bn.running_mean is not None and bn.running_var is not None
-        scale = torch.rsqrt(bn.running_var.to(wide) + bn.eps)
-        if bn.weight is not None:
-            scale = scale * bn.weight.to(wide)
-        bias = ((0 if bias is None else bias) - bn.running_mean.to(wide)) * scale
-        if bn.bias is not None:
-            bias = bias + bn.bias.to(wide)
-        weight = weight * scale.view(-1, 1, 1, 1)
+    weight, bias = fold_tensors(*tensors_of(conv, bn), 0.0 if bn is None else bn.eps)
     return FoldedConv(weight, bias, **geometry(conv))
+
+
+def tensors_of(conv: nn.Conv2d, bn: Norm) -> tuple[Tensor | None, ...]:
+    """The convolution's weight and bias; BatchNorm's weight, bias, mean and variance, all None where there is none."""
+    if bn is None:
+        return conv.weight, conv.bias, None, None, None, None
+    return conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var
+
+
+def fold_tensors(
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias of the folded convolution; those of the convolution where there is no variance."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
+    if var is not None:
+        assert mean is not None
+        scale = torch.rsqrt(var.to(wide) + eps)
+        if gamma is not None:
+            scale = scale * gamma.to(wide)
+        bias = ((0 if bias is None else bias) - mean.to(wide)) * scale
+        if beta is not None:
+            bias = bias + beta.to(wide)
+        weight = weight * scale.view(-1, 1, 1, 1)
+    return weight, bias
 
 
 def geometry(conv: nn.Conv2d) -> dict[str, Any]:
     """conv2d's keyword arguments."""
     return {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
+
+
+class FoldedPair(NamedTuple):
+    """A convolution and its BatchNorm as conv_bias_relu takes them, packed where that is possible."""
+
+    weight: Tensor | PackedConv
+    bias: Tensor | None
+    geometry: dict[str, Any]
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d, bn: Norm, like: Tensor, backend: str | None) -> FoldedPair:
+        """For inputs of `like`'s dtype and device."""
+        weight, bias, stride, _, dilation, groups = fold(conv, bn)
+        how: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups, "backend": backend}
+        return cls(*pack_conv(weight, bias, like=like, **how), geometry(conv))
+
+    def run(self, x: Tensor, residual: Tensor | None = None, *, relu: bool, backend: str | None) -> Tensor:
+        """relu(bn(conv(x)) + residual)."""
+        x = autocast(x)[0]
+        conv = partial(conv_bias_relu, x, self.weight, self.bias, **self.geometry, backend=backend)
+        if residual is None or residual.dtype == x.dtype:
+            return conv(residual, relu=relu)
+        y = conv(relu=False) + residual  # PyTorch promotes the sum
+        return torch.relu(y) if relu else y

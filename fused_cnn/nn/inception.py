@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import BatchNormArgs, bn_relu_concat, concat_bias_relu, inception, pack_inception
-from ..ops._conv import autocast, on_16_bytes, pair
+from ..ops import BatchNormArgs, PackedInception, bn_relu_concat, concat_bias_relu, inception, pack_inception
+from ..ops._conv import autocast, on_16_bytes, packable, pair
+from .cache import Form, Kind
 from .conv_bn_relu import ConvBNReLU
-from .fold import can_fold, fold, geometry, has_hooks, is_plain_conv_bn
+from .fold import Pair, fold, geometry, skip_problem
 from .max_pool2d import MaxPool2d
-from .module import FusedModule
+from .module import FusedBlock, block_problem
+from .snapshot import hooks
+from .traced import traced_inception
 
 
-class Inception(FusedModule):
+class Inception(FusedBlock):
     """Parallel 1x1, 3x3 and 5x5 convolutions and a max pool, concatenated along the channels.
 
     In eval without gradients the whole block is one op; in training each branch's last BatchNorm and ReLU write
@@ -71,48 +74,58 @@ class Inception(FusedModule):
             self.branch4.append(conv(in_channels, pool_proj, 1))
         self.backend = backend
 
-    @classmethod
-    def from_reference(cls, module: nn.Module, *, backend: str | None = None) -> Inception:
-        """The fused form of torchvision's Inception block; its BasicConv2d children are fused too."""
+    def plain_forward(self, x: Tensor) -> Tensor:
+        return torch.cat(_same_size([branch(x) for branch in self.children()]), 1)
 
-        def fuse(layer: nn.Module) -> nn.Module:
-            kind = MaxPool2d if isinstance(layer, nn.MaxPool2d) else ConvBNReLU
-            return kind.from_reference(layer, backend=backend)
+    def problem(self) -> str | None:
+        for name, branch in self._modules.items():
+            if type(branch) is nn.Sequential:
+                problem = skip_problem(branch, nn.Sequential)
+                if problem:
+                    return f"{name} {problem}"
+            problem = _branch_problem(_layers(branch))
+            if problem:
+                return f"{name} {problem}"
+        return None if self._modules else "has no branch"
 
-        self = cls.adopt(module, backend=backend)
-        self._modules.update({name: _convert(branch, fuse) for name, branch in module.named_children()})
-        return self
+    def features(self) -> tuple[str, ...]:
+        return ("one op",) if _is_one_op(self.branches()) else ()
 
-    def to_reference(self) -> nn.Module:
-        """The unfused block, down to its convolutions."""
+    def branches(self) -> list[list[Any]]:
+        """Each branch's layers in order."""
+        return [_layers(branch) for branch in self.children()]
 
-        def unfuse(layer: nn.Module) -> nn.Module:
-            return layer.to_reference() if isinstance(layer, FusedModule) else layer
+    def pairs(self) -> list[Pair]:
+        return [
+            (layer.conv, layer.norm) for branch in self.branches() for layer in branch if isinstance(layer, ConvBNReLU)
+        ]
 
-        plain = super().to_reference()
-        plain._modules.update({name: branch and _convert(branch, unfuse) for name, branch in self._modules.items()})
-        return plain
-
-    def forward(self, x: Tensor) -> Tensor:
-        packed = self.recall("block", x)
-        if packed is not None:  # eval: the whole block is one op
-            return inception(autocast(x)[0], *packed, backend=self.backend)
-        children = list(self.children())
-        branches = [list(c) if isinstance(c, nn.Sequential) else [c] for c in children]
-        if self.backend == "reference" or any(map(has_hooks, children)) or not all(map(_is_plain, branches)):
-            return torch.cat(_same_size([child(x) for child in children]), 1)
-        convs = [(layer.conv, layer.norm) for branch in branches for layer in branch if isinstance(layer, ConvBNReLU)]
-        if not _is_one_op(branches) or not can_fold(x, convs):
-            return self._forward_train(x, branches)
-        folded = [fold(*pair) for pair in convs]
+    def fold(self, x: Tensor) -> FoldedInception | None:
+        if not self.has("one op"):
+            return None
+        (like,) = autocast(x)
+        folded = [fold(*pair) for pair in self.pairs()]
         biases = [f.weight.new_zeros(f.weight.size(0)) if f.bias is None else f.bias for f in folded]
-        (like,) = autocast(x[:0])
-        packed = pack_inception([f.weight for f in folded], biases, like=like, backend=self.backend)
-        self.remember("block", x, packed, list(self.modules())[1:])
-        return inception(autocast(x)[0], *packed, backend=self.backend)
+        return FoldedInception(*pack_inception([f.weight for f in folded], biases, like=like, backend=self.backend))
 
-    def _forward_train(self, x: Tensor, branches: list[list[Any]]) -> Tensor:
+    def run_folded(self, x: Tensor, folded: FoldedInception) -> Tensor:
+        return inception(autocast(x)[0], *folded, backend=self.backend)
+
+    def run_traced(self, x: Tensor) -> Tensor:
+        if not self.has("one op"):
+            return self.run_unfolded(x)
+        if packable(autocast(x)[0], "inception_fwd", self.backend):
+            return traced_inception(autocast(x)[0], self.pairs())
+        folded = self.fold(x[:0])
+        assert folded is not None
+        return self.run_folded(x, folded)
+
+    def _form(self, kind: Kind, x: Tensor) -> Form | None:
+        return super()._form(kind, x) if self.has("one op") else None
+
+    def run_unfolded(self, x: Tensor) -> Tensor:
         """Raw convolutions, and BatchNorm or bias, ReLU and the concatenation of each branch's last one in one pass."""
+        branches = self.branches()
         lasts = [branch[-1] for branch in branches]
         raw = []
         if any(last.norm is None for last in lasts):
@@ -127,14 +140,33 @@ class Inception(FusedModule):
         return bn_relu_concat(_same_size(raw), [BatchNormArgs.of(last.bn) for last in lasts], backend=self.backend)
 
 
-def _is_plain(branch: list[Any]) -> bool:
-    """Whether a branch ends in what ConvBNReLU means, after at most something else in front, with nobody watching."""
-    first = next((i for i, layer in enumerate(branch) if isinstance(layer, ConvBNReLU)), len(branch))
-    return (
-        first < len(branch)  # the naive form's pool stands alone
-        and not any(map(has_hooks, branch))
-        and all(isinstance(u, ConvBNReLU) and u.relu and is_plain_conv_bn(u.conv, u.norm) for u in branch[first:])
-    )
+class FoldedInception(NamedTuple):
+    """What ops.inception takes of a block beside its input."""
+
+    weights: Sequence[Tensor] | PackedInception
+    biases: Sequence[Tensor]
+
+
+def _layers(branch: nn.Module) -> list[Any]:
+    return list(branch) if isinstance(branch, nn.Sequential) else [branch]
+
+
+def _branch_problem(layers: list[Any]) -> str | None:
+    """Why a branch is not convolutions with what follows them, behind at most something else in front, with nobody
+    watching."""
+    first = next((i for i, layer in enumerate(layers) if isinstance(layer, ConvBNReLU)), len(layers))
+    if first == len(layers):  # the naive form's pool stands alone
+        return f"holds {', '.join(type(layer).__name__ for layer in layers)}, not ConvBNReLU"
+    for i, layer in enumerate(layers):
+        if i < first:
+            problem = "has hooks" if any(hooks(layer)) else None
+        elif not isinstance(layer, ConvBNReLU):
+            problem = f"is {type(layer).__name__}, not ConvBNReLU"
+        else:
+            problem = block_problem(layer) or layer.understand().problem or (None if layer.relu else "has no ReLU")
+        if problem:
+            return f"layer {i} {problem}"
+    return None
 
 
 def _is_one_op(branches: list[list[Any]]) -> bool:
@@ -146,6 +178,8 @@ def _is_one_op(branches: list[list[Any]]) -> bool:
     pointwise = [layer.conv for layer in (conv1, reduce3, reduce5, proj)]
     return (
         isinstance(pool, MaxPool2d)
+        and block_problem(pool) is None
+        and pool.problem() is None
         and [pair(n) for n in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)] == [(3, 3), *[(1, 1)] * 3]
         and all(conv.kernel_size == (1, 1) for conv in pointwise)
         and all(map(_keeps_size, [*pointwise, conv3.conv, conv5.conv]))
@@ -156,15 +190,6 @@ def _keeps_size(conv: nn.Conv2d) -> bool:
     k = conv.kernel_size[0]
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
     return k % 2 == 1 and shape == ((k, k), (1, 1), (k // 2, k // 2), (1, 1), 1)
-
-
-def _convert(branch: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """A branch with its layers converted; a sequence of them keeps its own training flag."""
-    if not isinstance(branch, nn.Sequential):
-        return convert(branch)
-    made = nn.Sequential(*map(convert, branch))
-    made.training = branch.training
-    return made
 
 
 def _run(layers: list[Any], x: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
+from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,12 +12,13 @@ from .._backends import usable
 from .._library import has_kernel
 from ..ops import max_pool2d
 from ..ops._conv import IntPair
-from .module import FusedModule
+from .fold import Pair
+from .module import FusedBlock, is_traced, kind_of
 
 WINDOW = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
 
 
-class MaxPool2d(FusedModule):
+class MaxPool2d(FusedBlock):
     """torch.nn.MaxPool2d over the project's max_pool2d.
 
     Args:
@@ -26,8 +28,6 @@ class MaxPool2d(FusedModule):
 
     Input (N, C, H, W) -> output (N, C, H', W').
     """
-
-    settings = attrgetter("backend", *WINDOW)
 
     def __init__(
         self,
@@ -43,15 +43,30 @@ class MaxPool2d(FusedModule):
         self.kernel_size, self.stride = kernel_size, kernel_size if stride is None else stride
         self.padding, self.dilation, self.ceil_mode, self.backend = padding, dilation, ceil_mode, backend
 
-    @classmethod
-    def from_reference(cls, module: nn.Module, *, backend: str | None = None) -> MaxPool2d:
-        """The fused form of an nn.MaxPool2d that returns no indices."""
-        return cls.adopt(module, backend=backend, **{name: getattr(module, name) for name in WINDOW})
+    def plain_forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, *self.window())
 
-    def forward(self, x: Tensor) -> Tensor:
-        window = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+    def window(self) -> tuple[Any, ...]:
+        """kernel_size, stride, padding, dilation and ceil_mode."""
+        return self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
+
+    def problem(self) -> str | None:
+        return "returns indices" if getattr(self, "return_indices", False) else None
+
+    def run(self, x: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+        """There is nothing to fold here, and no child whose forward would be skipped."""
+        if is_traced(x):
+            fits = x.dim() == 4 and not self._is_plain_in_trace()
+        else:
+            fits = kind_of(x) is not None and self.known().problem is None
         named = self.backend if self.backend in ("native", "triton") else None
         missing = named and usable(named, x.device) and not has_kernel("max_pool2d_fwd", named, x.device.type)
-        if missing or x.dim() != 4 or not x.is_floating_point():  # nn.MaxPool2d takes these too
-            return F.max_pool2d(x, *window)
-        return max_pool2d(x, *window, backend=self.backend)
+        if missing or not fits or not x.is_floating_point():  # nn.MaxPool2d takes integers, too
+            return plain(x)
+        return max_pool2d(x, *self.window(), backend=self.backend)
+
+    def skipped(self) -> list[nn.Module]:
+        return []
+
+    def pairs(self) -> list[Pair]:
+        return []

@@ -1,84 +1,280 @@
-"""FusedModule: what the fused blocks share: convolution + BatchNorm + residual + ReLU over a block's ordinary children.
+"""FusedModule: what the fused blocks share: when a block may run fused, in which form, and when the forward that it
+replaces runs instead.
 
-In eval without gradients BatchNorm is folded into the convolution, once. In training, and in eval with gradients, the
-convolution is cuDNN's or oneDNN's, and BatchNorm, the addition and the ReLU are one fused op.
+A fused block skips its children's forward, so it must know that nobody would notice: that they are what it takes them
+for, with nobody's hooks on them and nothing of theirs replaced. It understands that once, and a snapshot is compared at
+every call (snapshot.py). In eval without gradients BatchNorm is folded into the convolutions, once (cache.py). In
+training, and in eval with gradients, the convolution is cuDNN's or oneDNN's, and BatchNorm, the addition and the ReLU
+are one fused op.
+
+fuse_ gives a foreign block a class of its own, made of the fused one and the block's (`swapped_class`): the object stays
+what it is to everybody who holds it, with its attributes, buffers and hooks.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
-from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import BatchNormArgs, bn_add_relu, bn_relu, bn_relu_conv, conv_bias_relu, pack_conv
-from ..ops._conv import autocast, on_16_bytes
-from .cache import FoldingModule
-from .fold import ConvBN, Norm, can_fold, fold, geometry, is_plain_conv_bn
+from .._candidates import transforms_active
+from ..ops import BatchNormArgs, bn_add_relu, bn_relu, bn_relu_conv
+from ..ops._conv import autocast_dtype, on_16_bytes
+from .cache import Form, Kind, Owner, detect_stale_weights
+from .fold import Pair, can_fold, geometry, has_running_statistics, is_own, pair_settings, sources_of, wants_gradient
+from .snapshot import Method, Snapshot, hooks
 
 Self = TypeVar("Self", bound="FusedModule")
-_HOOKS = [name for name in vars(nn.Module()) if "forward" in name or "backward" in name]  # where a module keeps them
 
 
-class FusedModule(FoldingModule):
-    """A block that runs its convolutions with what follows them as fused ops.
+class Understanding(NamedTuple):
+    """What a block found itself to be."""
 
-    `backend` is "reference" (plain eager PyTorch), "native" or None for the best at hand.
+    snapshot: Snapshot
+    problem: str | None  # why the forward that it replaces runs
+    has: tuple[str, ...]
+    pairs: list[Pair]
+    folds: bool  # whether every BatchNorm uses running statistics
+    tensors: list[Tensor]
+
+
+class FusedModule(nn.Module):
+    """What runs its convolutions with what follows them as fused ops.
+
+    A subclass says what it consists of (`problem`, `features`, `skipped`, `pairs`, `settings`) and how it runs: in eval
+    without gradients `run_folded` on what `fold` made; with batch statistics or gradients `run_unfolded`; and in plain
+    PyTorch.
     """
 
     backend: str | None = None
-    settings = attrgetter("backend")
-    _original: tuple[nn.Module, ...] = ()  # in a tuple, so that it is not registered as a child
+    replaces: ClassVar[
+        Mapping[str, frozenset[str]]
+    ] = {}  # the foreign class's methods, and the names that they may use
+    _swapped_from: ClassVar[type[nn.Module] | None] = None
+    _owner: Owner
 
-    @classmethod
-    def adopt(cls: type[Self], module: nn.Module, *, backend: str | None = None, **attributes: Any) -> Self:
-        """A fused module over `module`'s very children: parameters, buffers, their names and the hooks are shared."""
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self._modules.update(module._modules)
-        self.training, self.backend, self._original = module.training, backend, (module,)
-        hooks = {name: getattr(module, name) for name in _HOOKS}
-        for name, value in (attributes | hooks).items():
-            setattr(self, name, value)
-        return self
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._owner = Owner()
 
-    def to_reference(self) -> nn.Module:
-        """The unfused module: the one that this was made from, over today's children; else the same class, unfused."""
-        if not self._original:
-            plain = type(self).adopt(self, backend="reference")
-            plain.__dict__.update({**self.__getstate__(), **plain.__dict__, "_original": ()})
-            return plain
-        (module,) = self._original
-        module._modules.clear()
-        module._modules.update(self._modules)
-        module.training = self.training
-        return module
+    # What a subclass says.
+
+    def problem(self) -> str | None:
+        """Why the fused form would not compute what the children do today; None where it does."""
+        raise NotImplementedError
+
+    def features(self) -> tuple[str, ...]:
+        """What this block has that others of its class have not: `has` remembers it."""
+        return ()
+
+    def skipped(self) -> list[nn.Module]:
+        """The modules whose forward the fused form computes itself."""
+        return list(self.modules())[1:]
+
+    def pairs(self) -> list[Pair]:
+        """The convolutions, with the BatchNorm behind each or None, that `fold` makes its form of."""
+        raise NotImplementedError
+
+    def settings(self) -> Any:
+        """What the folded form depends on beside the pairs and the input."""
+        return self.backend
+
+    def fold(self, x: Tensor) -> Any:
+        """The weights, folded and packed for inputs such as x, which is empty; None where they cannot be."""
+        raise NotImplementedError
+
+    def run_folded(self, x: Tensor, folded: Any) -> Tensor:
+        """The result, on what `fold` made."""
+        raise NotImplementedError
+
+    def run_unfolded(self, x: Tensor) -> Tensor:
+        """The result with batch statistics, or with gradients."""
+        raise NotImplementedError
+
+    def run_traced(self, x: Tensor) -> Tensor:
+        """The result in eval, for a graph that will be run with other weights, or on another machine."""
+        raise NotImplementedError
+
+    def has(self, feature: str) -> bool:
+        """Whether `features` names it."""
+        if torch.compiler.is_compiling():
+            return self._has(feature)
+        return feature in self._owner.known.has
+
+    def _has(self, feature: str) -> bool:
+        return feature in self.features()
+
+    _has._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    # How a call runs.
+
+    def run(self, x: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+        """The result, in the form that fits this call; `plain` where none does."""
+        if is_traced(x):
+            return self._run_in_trace(x, plain)
+        kind = kind_of(x)
+        if kind is None:
+            return plain(x)
+        owner, known = self._owner, self._owner.known
+        if known is None or not wants_gradient(x, known.tensors):
+            form = owner.find(self, kind)
+            if form is not None and form.value is not None:
+                return self._run_form(x, form)
+        known = self.known()
+        if known.problem is not None:
+            return plain(x)
+        self._check_dtype(x, known.pairs)
+        if not known.folds or wants_gradient(x, known.tensors):
+            return self.run_unfolded(x)
+        form = self._form(kind, x)
+        if form is None:
+            return plain(x)
+        if form.value is None:
+            form.uses += 1
+            return plain(x)
+        return self._run_form(x, form)
+
+    def _run_form(self, x: Tensor, form: Form) -> Tensor:
+        if detect_stale_weights.on:
+            form.check(self._fold(x))
+        if x.is_cuda:
+            form.join()
+        form.uses += 1
+        return self.run_folded(x, form.value)
+
+    def ready(self, x: Tensor) -> Form | None:
+        """The form on which this would run inputs such as x; None where it would run otherwise."""
+        kind = kind_of(x)
+        if kind is None:
+            return None
+        form = self._owner.find(self, kind)
+        if form is None or form.value is None:
+            known = self.known()
+            if known.problem is not None or not known.folds or wants_gradient(x, known.tensors):
+                return None
+            form = self._form(kind, x)
+        return form if form is not None and form.value is not None else None
+
+    def _form(self, kind: Kind, x: Tensor) -> Form | None:
+        """Today's form for inputs such as x, made if it is time to; None where nothing can be kept."""
+        pairs, sources = self._owner.known.pairs, list(sources_of(self._owner.known.pairs))
+        if any(t.is_inference() or t.device != x.device for t in sources):  # whose changes PyTorch does not count
+            return None
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():  # what is made in a capture is not there yet
+            return None
+        settings = (self.settings(), [pair_settings(*pair) for pair in pairs])
+        return self._owner.obtain(kind, sources, settings, lambda: self._fold(x), lambda: self._snapshot(sources))
+
+    def _fold(self, x: Tensor) -> Any:
+        with torch.no_grad():
+            return self.fold(x[:0])
+
+    def refill_captured(self) -> None:
+        """Make again, in its memory, what CUDA graphs read."""
+        for form in self._owner.forms:
+            if form.captured:
+                with torch.autocast(form.kind.device.type, form.kind.autocast, enabled=form.kind.autocast is not None):
+                    x = torch.empty(
+                        (0, self.pairs()[0][0].in_channels, 1, 1), dtype=form.kind.dtype, device=form.kind.device
+                    )
+                    self._form(form.kind, x)
+
+    def _check_dtype(self, x: Tensor, pairs: Sequence[Pair]) -> None:
+        for conv, _ in () if autocast_dtype(x) else pairs:
+            if conv.weight.dtype != x.dtype:
+                name = next(name for name, t in self.named_parameters() if t is conv.weight)
+                raise TypeError(
+                    f"{type(self).__name__}: the input is {x.dtype}, but {name} is {conv.weight.dtype}: "
+                    "they must agree (convert the one or the other, or use torch.autocast)"
+                )
+
+    def _snapshot(self, tensors: Sequence[Tensor]) -> Snapshot:
+        return Snapshot(self, self.skipped(), self._methods(), tensors)
+
+    def _methods(self) -> Iterator[Method]:
+        """The methods that must stay what they are: those of the skipped modules' classes, and of the foreign ones."""
+        modules = (self, *self.skipped())
+        for kind in {type(m) for m in modules[1:]}:
+            yield from ((kind, name) for name in ("forward", "_conv_forward") if hasattr(kind, name))
+        for kind in {type(m) for m in modules if isinstance(m, FusedModule)}:
+            yield from ((kind._swapped_from, name) for name in kind.replaces if kind._swapped_from)
+
+    def known(self) -> Understanding:
+        """What this block is, looked at again where anything of it has changed."""
+        known = self._owner.known
+        return known if known is not None and known.snapshot.holds(self) else self.understand()
+
+    def understand(self) -> Understanding:
+        """Look at what the children are today."""
+        snapshot, problem = self._snapshot(()), self._problem()
+        features = () if problem else self.features()
+        known = Understanding(snapshot, problem, features, [], False, [])
+        self._owner.known = known
+        if problem is None:
+            pairs = self.pairs()
+            folds = all(map(has_running_statistics, pairs))
+            known = known._replace(pairs=pairs, folds=folds, tensors=list(sources_of(pairs)))
+        self._owner.known = known
+        return known
+
+    def _problem(self) -> str | None:
+        return "backend is reference" if self.backend == "reference" else self.structure_problem()
+
+    def structure_problem(self) -> str | None:
+        """Why this block would not run fused on any backend."""
+        base = self._swapped_from
+        for name, uses in self.replaces.items():
+            if base is not None and not is_own(base, name, uses):
+                return f"{base.__name__}.{name} was replaced, or is not the one that is understood"
+        return self.problem()
+
+    # In a trace: of torch.compile, torch.export, make_fx, or on tensors that stand for others.
+
+    def _run_in_trace(self, x: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+        if x.dim() != 4 or self._is_plain_in_trace():
+            return plain(x)
+        pairs = self.pairs()
+        self._check_dtype(x, pairs)
+        return self.run_traced(x) if can_fold(x, pairs) else self.run_unfolded(x)
+
+    def _is_plain_in_trace(self) -> bool:
+        """Asked once a trace, on the real module: the compiler need not follow."""
+        return transforms_active() or torch.onnx.is_in_onnx_export() or self.understand().problem is not None
+
+    _is_plain_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    # As a part of a model.
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._owner.clear()  # the weights move, or change their dtype: the memory of the folded ones is freed first
+        return super()._apply(fn, recurse)
+
+    def _replicate_for_data_parallel(self: Self) -> Self:
+        replica = super()._replicate_for_data_parallel()
+        replica._owner = Owner()
+        return replica
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_owner"}  # a copy folds again at its first call
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._owner = Owner()
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: fused_cnn.unfuse_(model) first, and fuse_ it again "
+            "behind it; or use torch.compile or torch.export"
+        )
 
     def extra_repr(self) -> str:
-        return f"backend={self.backend!r}"
+        return ", ".join(filter(None, (super().extra_repr(), f"backend={self.backend!r}")))
 
-    def conv_bn(
-        self, conv: nn.Conv2d, bn: Norm, x: Tensor, *, relu: bool = True, residual: Tensor | None = None
-    ) -> Tensor:
-        """relu(bn(conv(x)) + residual); bn, residual and ReLU are optional. A pair that is not plain runs as it is."""
-        folded = self.recall((conv, bn), x)
-        if folded is None and (self.backend == "reference" or not is_plain_conv_bn(conv, bn)):
-            return _add_relu(conv(x) if bn is None else bn(conv(x)), residual, relu)
-        if residual is not None and residual.dtype != autocast(x[:0])[0].dtype:  # PyTorch promotes the sum
-            return _add_relu(self.conv_bn(conv, bn, x, relu=False), residual, relu)
-        if folded is None and can_fold(x, [(conv, bn)]):
-            weight, bias, stride, _, dilation, groups = fold(conv, bn)
-            how: Any = {"stride": stride, "dilation": dilation, "groups": groups, "backend": self.backend}
-            folded = pack_conv(weight, bias, like=autocast(x[:0])[0], **how)
-            self.remember((conv, bn), x, folded, [conv] if bn is None else [conv, bn])
-        if folded is not None:  # eval: one convolution
-            x, (weight, bias) = autocast(x)[0], folded
-        elif bn is None:
-            weight, bias = conv.weight, conv.bias
-        else:
-            return self.bn_act(conv(on_16_bytes(x)), bn, relu=relu, residual=residual)
-        return conv_bias_relu(x, weight, bias, residual, **geometry(conv), relu=relu, backend=self.backend)
+    # What the blocks are made of.
 
     def bn_act(self, y: Tensor, bn: nn.BatchNorm2d, *, relu: bool = True, residual: Tensor | None = None) -> Tensor:
         """relu(bn(y) + residual) of a convolution's raw output y."""
@@ -87,17 +283,103 @@ class FusedModule(FoldingModule):
             return bn_relu(y, args, relu=relu, backend=self.backend)
         if relu and residual.dtype == y.dtype:
             return bn_add_relu(y, args, residual, backend=self.backend)
-        return _add_relu(bn_relu(y, args, relu=False, backend=self.backend), residual, relu)
+        y = bn_relu(y, args, relu=False, backend=self.backend) + residual  # PyTorch promotes the sum
+        return torch.relu(y) if relu else y
 
-    def conv_chain(self, pairs: Sequence[ConvBN], x: Tensor) -> Tensor:
+    def conv_chain(self, pairs: Sequence[Pair], x: Tensor) -> Tensor:
         """conv_n(relu(bn_(n-1)(... conv_1(x)))), for training; what lies between is not saved for backward."""
         y = pairs[0][0](on_16_bytes(x))
         for (_, bn), (conv, _) in pairwise(pairs):
+            assert bn is not None
             weight, bias = conv.weight.to(y.dtype), None if conv.bias is None else conv.bias.to(y.dtype)
             y = bn_relu_conv(y, BatchNormArgs.of(bn), weight, bias, **geometry(conv), backend=self.backend)
         return y
 
 
-def _add_relu(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    y = y if residual is None else y + residual
-    return torch.relu(y) if relu else y
+class FusedBlock(FusedModule):
+    """A fused module that is called for itself: forward, in every form."""
+
+    is_leaf: ClassVar[bool] = True  # one node in a graph that torch.fx traces
+
+    def plain_forward(self, x: Tensor) -> Tensor:
+        """The block in plain PyTorch: every child is called. A foreign block's is its own class's forward."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_leaf and isinstance(x, torch.fx.Proxy):
+            name = x.tracer.path_of_module(self)
+            return x.tracer.create_proxy("call_module", name, (x,), {})  # type: ignore[return-value]
+        return self.run(x, self.plain_forward)
+
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """nn.Module calls this in torch.jit.trace, whose graphs hold PyTorch's operators alone."""
+        if "forward" in vars(self):
+            return super()._slow_forward(*args, **kwargs)
+        return self.plain_forward(*args, **kwargs)
+
+
+def block_problem(block: nn.Module) -> str | None:
+    """Why a fused block cannot be computed by the one that it is a part of."""
+    if type(block).forward is not FusedBlock.forward or "forward" in vars(block):
+        return f"({type(block).__name__}) has a forward of its own"
+    return "has hooks" if any(hooks(block)) else None
+
+
+def kind_of(x: Tensor) -> Kind | None:
+    """What folded weights depend on in an input; None for inputs and moments that the fused ops are not for."""
+    if type(x) not in (Tensor, nn.Parameter) or x.dim() != 4 or transforms_active():
+        return None
+    device = x.device
+    if device.type not in ("cpu", "cuda"):
+        return None
+    cast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type)
+    return Kind(torch.get_autocast_dtype(device.type) if cast else None, x.dtype, device)
+
+
+def is_traced(x: Any) -> bool:
+    """Whether a call is recorded, or computes shapes alone, so that nothing of it may be kept."""
+    if torch.compiler.is_compiling():
+        return True
+    if type(x) in (Tensor, nn.Parameter) and not torch._C._len_torch_dispatch_stack():
+        return False
+    modes = torch._C._TorchDispatchModeKey
+    recording = any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY))
+    return recording or type(x).__name__ in ("FakeTensor", "FunctionalTensor")
+
+
+def _restore_swapped(mixin: type[FusedModule], base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+    module = nn.Module.__new__(swapped_class(mixin, base))
+    module.__setstate__(state)
+    return module
+
+
+@lru_cache(maxsize=None)
+def swapped_class(mixin: type[FusedModule], base: type[nn.Module]) -> type[FusedModule]:
+    """The class that fuse_ gives an instance of `base`: `base` with the mixin's forward. It pickles by its parents."""
+
+    def reduce(self: FusedModule, protocol: int) -> tuple[Any, ...]:
+        return _restore_swapped, (mixin, base, self.__getstate__())
+
+    def plain_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return base.forward(self, *args, **kwargs)
+
+    body: dict[str, Any] = {"__reduce_ex__": reduce, "__module__": base.__module__, "_swapped_from": base}
+    if issubclass(mixin, FusedBlock):
+        body["plain_forward"] = plain_forward
+    return type(f"Fused{base.__name__}", (mixin, base), body)
+
+
+def swap(module: nn.Module, mixin: type[Self], backend: str | None) -> Self:
+    """`module` itself, from now on of the class that runs it fused."""
+    module.__class__ = swapped_class(mixin, type(module))
+    module.backend, module._owner = backend, Owner()  # type: ignore[assignment]
+    return module  # type: ignore[return-value]
+
+
+def unswap(module: FusedModule) -> nn.Module:
+    """`module` itself, of the class that it had before `swap`."""
+    base = type(module)._swapped_from
+    assert base is not None
+    module.__class__ = base
+    del module.backend, module._owner
+    return module

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
-from typing import Any, TypeVar
+from functools import reduce
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from ..ops import BatchNormArgs, PackedResidualStage, bn_add_relu, pack_residual_block, residual_stage
 from ..ops._conv import autocast, on_16_bytes, packable
-from .fold import ConvBN, can_fold, fold, has_hooks, is_plain_conv_bn
-from .module import FusedModule
+from .cache import Form, Kind
+from .fold import FoldedPair, Pair, fold, pair_problem, skip_problem, wants_gradient
+from .module import FusedBlock, block_problem, is_traced
+from .traced import traced_conv, traced_stage
 
-Block = TypeVar("Block", bound="_Residual")
+
+class FoldedStage(NamedTuple):
+    """The blocks' weights as one op takes them, and the blocks' own forms, of which it is made."""
+
+    stage: PackedResidualStage
+    forms: list[Form]
 
 
-class _Residual(FusedModule):
-    """What both blocks share: their arguments, and forward in eval and in training."""
+class FoldedBlock(NamedTuple):
+    """A block's convolutions one by one, where no op takes the whole of it."""
 
-    num_convs: int
-    settings = attrgetter("backend", "residual")
+    convolutions: list[FoldedPair]
+    projection: FoldedPair | None
+
+
+class ResidualBlock(FusedBlock):
+    """What both blocks share: their arguments, and how they run.
+
+    A foreign block's children may have other names: `acts` are its ReLUs, and where `absent` says so there may be parts
+    that this block does not compute, as long as they are None or nn.Identity.
+    """
+
+    num_convs: ClassVar[int]
+    acts: ClassVar[tuple[str, ...]] = ("relu",)
+    absent: ClassVar[tuple[str, ...]] = ()
+    residual: bool = True  # a foreign block's always is
 
     def __init__(
         self,
@@ -42,84 +62,131 @@ class _Residual(FusedModule):
     def _add_layers(self, inplanes: int, planes: int, stride: int, groups: int, base_width: int, dilation: int) -> None:
         raise NotImplementedError
 
-    @classmethod
-    def from_reference(cls: type[Block], module: nn.Module, *, backend: str | None = None) -> Block:
-        """The fused form of torchvision's (or timm's plain) block, over its very children."""
-        self = cls.adopt(module, backend=backend, residual=True)
-        if "downsample" not in self._modules:  # None, when not registered as a child, is an ordinary attribute
-            self.downsample = None
-        return self
+    def plain_forward(self, x: Tensor) -> Tensor:
+        y = x
+        for i in range(1, self.num_convs + 1):
+            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
+            if i < self.num_convs:
+                y = self.relu(y)
+        if self.residual:
+            y = y + (x if self.downsample is None else self.downsample(x))
+        return self.relu(y)
 
-    def forward(self, x: Tensor) -> Tensor:
-        block = self.packed(x)
-        if block is not None:  # eval: the whole block is one op
-            return residual_stage(autocast(x)[0], block)
-        convs, projection = self._convs(), self._projection()
-        plain = all(bn is not None and is_plain_conv_bn(conv, bn) for conv, bn in convs)
-        if self.backend != "reference" and plain and not can_fold(x, convs):
-            return self._forward_train(x, convs, projection)
-        y = x  # eval, conv by conv
-        for conv, bn in convs[:-1]:
-            y = self.conv_bn(conv, bn, y)
-        return self.conv_bn(*convs[-1], y, residual=self._shortcut(x, projection))
+    def problem(self) -> str | None:
+        for name in self.absent:
+            part = getattr(self, name, None)
+            if part is not None and type(part) is not nn.Identity:
+                return f"has {name} ({type(part).__name__})"
+        children = self._modules
+        for i in range(1, self.num_convs + 1):
+            names = (f"conv{i}", f"bn{i}")
+            problem = pair_problem(*map(children.get, names), names)
+            if problem:
+                return problem
+        # What stands for an absent part is not called either; nor is `downsample`, where the projection is computed.
+        ways = ((self.acts, nn.ReLU), (self._identities(), nn.Identity))
+        for name, kind in ((name, kind) for names, kind in ways for name in names):
+            problem = skip_problem(children.get(name), kind)
+            if problem:
+                return f"{name} {problem}"
+        return None
 
-    def packed(self, x: Tensor) -> PackedResidualStage | None:
-        """The whole block, folded and packed for the op that computes it; None where that op cannot run it on x."""
-        block = self.recall("block", x)
-        if block is not None:
-            return block
-        convs, projection = self._convs(), self._projection()
-        pairs = convs if projection is None else [*convs, projection]
-        if self.backend == "reference" or not can_fold(x, pairs):
-            return None
-        (like,) = autocast(x[:0])  # empty, of the convolutions' dtype
-        adds_x = self.residual and projection is None
-        inner = list(self.modules())[1:]  # the block's own hooks are called
-        if (
-            (adds_x and (self.downsample is not None or like.dtype != x.dtype))  # PyTorch promotes the sum
-            or not all(is_plain_conv_bn(*pair) for pair in convs)
-            or any(conv.groups != 1 for conv, _ in pairs)
-            or not packable(like, "conv_bias_relu_fwd", self.backend)
-            or any(map(has_hooks, inner))
-        ):
-            return None
-        folded = [fold(*pair) for pair in convs]
-        projected = None if projection is None else fold(*projection)
-        block = pack_residual_block(folded, projected, shortcut=self.residual, like=like, backend=self.backend)
-        return self.remember("block", x, block, inner)
+    def _identities(self) -> list[str]:
+        return [name for name in self.absent if name in self._modules]
 
-    def _forward_train(self, x: Tensor, convs: list[ConvBN], projection: ConvBN | None) -> Tensor:
-        """Raw convolutions, BatchNorm and ReLU fused between them, and the last BatchNorm with the sum and its ReLU."""
-        y, last = self.conv_chain(convs, x), convs[-1][1]
-        if projection is not None and not can_fold(x, [projection]):  # both BatchNorms in the pass that adds
-            conv, bn = projection
-            shortcut = conv(on_16_bytes(x))
-            return bn_add_relu(y, BatchNormArgs.of(last), shortcut, BatchNormArgs.of(bn), backend=self.backend)
-        return self.bn_act(y, last, residual=self._shortcut(x, projection))
+    def features(self) -> tuple[str, ...]:
+        downsample = getattr(self, "downsample", None)
+        if not self.residual or skip_problem(downsample, nn.Sequential) or len(downsample) != 2:
+            return ()
+        return ("projection",) if pair_problem(*downsample, ("0", "1")) is None else ()
 
-    def _shortcut(self, x: Tensor, projection: ConvBN | None) -> Tensor | None:
-        """What is added: x, its projection, what else `downsample` makes of it, or nothing."""
-        if projection is not None:
-            return self.conv_bn(*projection, x, relu=False)
-        if not self.residual:
-            return None
-        return x if self.downsample is None else self.downsample(x)
+    def skipped(self) -> list[nn.Module]:
+        names = [f"{kind}{i}" for i in range(1, self.num_convs + 1) for kind in ("conv", "bn")]
+        found = [self._modules.get(name) for name in (*names, *self.acts, *self._identities())]
+        if "projection" in self.features():
+            found += self.downsample.modules()
+        return [m for m in found if m is not None]
 
-    def _projection(self) -> ConvBN | None:
-        """The shortcut's convolution and BatchNorm, where it is those two and nothing else."""
-        if not self.residual or type(self.downsample) is not nn.Sequential or has_hooks(self.downsample):
-            return None
-        layers: Any = tuple(self.downsample)
-        is_pair = len(layers) == 2 and isinstance(layers[1], nn.BatchNorm2d) and is_plain_conv_bn(*layers)
-        return layers if is_pair else None
-
-    def _convs(self) -> list[ConvBN]:
+    def convs(self) -> list[Pair]:
         """conv1 and bn1, conv2 and bn2, ..."""
         children: Any = self._modules
         return [(children[f"conv{i}"], children[f"bn{i}"]) for i in range(1, self.num_convs + 1)]
 
+    def projection(self) -> Pair | None:
+        """The shortcut's convolution and BatchNorm, where it is those two and nothing else."""
+        return tuple(self.downsample) if self.has("projection") else None  # type: ignore[return-value, arg-type]
 
-class BasicBlock(_Residual):
+    def pairs(self) -> list[Pair]:
+        projection = self.projection()
+        return self.convs() if projection is None else [*self.convs(), projection]
+
+    def settings(self) -> Any:
+        return self.backend, self.residual, self.has("projection")
+
+    def is_one_op(self, x: Tensor) -> bool:
+        """Whether the native op takes the whole block, with inputs such as x."""
+        (like,) = autocast(x)
+        adds_x = self.residual and not self.has("projection")
+        return (
+            packable(like, "conv_bias_relu_fwd", self.backend)
+            and all(conv.groups == 1 for conv, _ in self.pairs())
+            and not (adds_x and (self.downsample is not None or like.dtype != x.dtype))  # PyTorch promotes the sum
+        )
+
+    def fold(self, x: Tensor) -> PackedResidualStage | FoldedBlock:
+        (like,), convs, projection = autocast(x), self.convs(), self.projection()
+        if self.is_one_op(x):
+            projected = None if projection is None else fold(*projection)
+            how: Any = {"shortcut": self.residual, "like": like, "backend": self.backend}
+            packed = pack_residual_block([fold(*pair) for pair in convs], projected, **how)
+            assert packed is not None
+            return packed
+        return FoldedBlock(
+            [FoldedPair.of(*pair, like, self.backend) for pair in convs],
+            None if projection is None else FoldedPair.of(*projection, like, self.backend),
+        )
+
+    def run_folded(self, x: Tensor, folded: PackedResidualStage | FoldedBlock) -> Tensor:
+        if isinstance(folded, PackedResidualStage):
+            return residual_stage(autocast(x)[0], folded)
+        convs, projection = folded
+        y = x
+        for conv in convs[:-1]:
+            y = conv.run(y, relu=True, backend=self.backend)
+        shortcut = self._shortcut(x) if projection is None else projection.run(x, relu=False, backend=self.backend)
+        return convs[-1].run(y, shortcut, relu=True, backend=self.backend)
+
+    def run_traced(self, x: Tensor) -> Tensor:
+        convs, projection = self.convs(), self.projection()
+        if self.is_one_op(x):
+            return traced_stage(autocast(x)[0], [convs], projection, shortcut=self.residual)
+        y = x
+        for conv, bn in convs[:-1]:
+            y = traced_conv(y, conv, bn, relu=True, backend=self.backend)
+        shortcut = (
+            self._shortcut(x) if projection is None else traced_conv(x, *projection, relu=False, backend=self.backend)
+        )
+        return traced_conv(y, *convs[-1], shortcut, relu=True, backend=self.backend)
+
+    def run_unfolded(self, x: Tensor) -> Tensor:
+        """Raw convolutions, BatchNorm and ReLU fused between them, and the last BatchNorm with the sum and its ReLU."""
+        convs, projection = self.convs(), self.projection()
+        y, last = self.conv_chain(convs, x), convs[-1][1]
+        assert last is not None
+        if projection is None:
+            return self.bn_act(y, last, residual=self._shortcut(x))
+        conv, bn = projection  # both BatchNorms in the pass that adds
+        assert bn is not None
+        return bn_add_relu(y, BatchNormArgs.of(last), conv(on_16_bytes(x)), BatchNormArgs.of(bn), backend=self.backend)
+
+    def _shortcut(self, x: Tensor) -> Tensor | None:
+        """What is added where there is no projection: x, what else `downsample` makes of it, or nothing."""
+        if not self.residual:
+            return None
+        return x if self.downsample is None else self.downsample(x)
+
+
+class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions and a shortcut: relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)).
 
     Args:
@@ -146,7 +213,7 @@ class BasicBlock(_Residual):
         self.bn2 = nn.BatchNorm2d(planes)
 
 
-class Bottleneck(_Residual):
+class Bottleneck(ResidualBlock):
     """1x1 reduction, 3x3 (with the stride, as torchvision has it), 1x1 expansion by 4, and a shortcut.
 
     Args:
@@ -174,7 +241,7 @@ class Bottleneck(_Residual):
         self.relu = nn.ReLU(inplace=True)
 
 
-class ResidualStage(FusedModule, nn.Sequential):
+class ResidualStage(FusedBlock, nn.Sequential):
     """Residual blocks one after the other, as nn.Sequential has them; in eval without gradients one op where possible.
 
     Args:
@@ -182,38 +249,69 @@ class ResidualStage(FusedModule, nn.Sequential):
         backend: "reference", "native", or None for the best at hand.
     """
 
+    is_leaf = False  # its blocks are
+    replaces: ClassVar[dict[str, frozenset[str]]] = {"forward": frozenset()}
+
     def __init__(self, *blocks: nn.Module, backend: str | None = None) -> None:
         super().__init__(*blocks)
         self.backend = backend
 
-    @classmethod
-    def from_reference(cls, module: nn.Module, *, backend: str | None = None) -> ResidualStage:
-        """An nn.Sequential's blocks, fused already, as one stage."""
-        return cls.adopt(module, backend=backend)
-
-    def to_reference(self) -> nn.Module:
-        """The nn.Sequential that it was made from, over the blocks that its own were made from; else a plain stage."""
-        plain = super().to_reference()
-        for name, block in self._modules.items():
-            if isinstance(block, FusedModule) and (block._original or not self._original):
-                plain._modules[name] = block.to_reference()
-        return plain
+    def plain_forward(self, x: Tensor) -> Tensor:
+        return nn.Sequential.forward(self, x)
 
     def forward(self, x: Tensor) -> Tensor:
-        stage = self.recall("stage", x)
-        if stage is None:
-            stage = self._packed(x)
-        return super().forward(x) if stage is None else residual_stage(autocast(x)[0], stage)
+        if not isinstance(x, Tensor) or x.dim() != 4 or not packable(x, "conv_bias_relu_fwd", self.backend):
+            return self.plain_forward(x)  # on a GPU the blocks have nothing to gain from each other
+        known = None if is_traced(x) else self._owner.known
+        return super().forward(x) if known is None or not wants_gradient(x, known.tensors) else self.plain_forward(x)
 
-    def _packed(self, x: Tensor) -> PackedResidualStage | None:
-        """All blocks in one, where each is packed and adds its own input (the first one's shortcut is free)."""
-        blocks: list[Any] = list(self)  # a block that occurs twice runs twice
-        stage: PackedResidualStage | None = None
-        if self.backend == "reference" or any(type(b) not in (BasicBlock, Bottleneck) or has_hooks(b) for b in blocks):
-            return None  # a subclass has a forward of its own
-        for block in blocks:
-            packed = block.packed(x)
-            if packed is None or (stage is not None and (packed.projects or not packed.shortcut)):
-                return None
-            stage = packed if stage is None else stage.then(packed)
-        return None if stage is None else self.remember("stage", x, stage, list(self.modules())[1:])
+    def problem(self) -> str | None:
+        for i, (name, block) in enumerate(self._modules.items()):
+            if not isinstance(block, ResidualBlock):
+                return f"{name} is {type(block).__name__}, not a residual block"
+            problem = block_problem(block) or block.understand().problem
+            if problem:
+                return f"{name} {problem}"
+            if i > 0 and (not block.residual or block.has("projection") or block.downsample is not None):
+                return f"{name} does not add its own input"
+            if any(conv.groups != 1 for conv, _ in block.pairs()):
+                return f"{name} has a convolution in groups"
+        return None if self._modules else "is empty"
+
+    def pairs(self) -> list[Pair]:
+        return [pair for block in self._blocks() for pair in block.pairs()]
+
+    def settings(self) -> Any:
+        return self.backend, [block.settings() for block in self._blocks()]
+
+    def _form(self, kind: Kind, x: Tensor) -> Form | None:
+        return None if self._ready_forms(x) is None else super()._form(kind, x)
+
+    def _ready_forms(self, x: Tensor) -> list[Form] | None:
+        """The blocks' own forms, where each has one that the op takes."""
+        forms = [block.ready(x) for block in self._blocks()]  # a block that occurs twice runs twice
+        found = [form for form in forms if form is not None and isinstance(form.value, PackedResidualStage)]
+        return found if len(found) == len(forms) else None
+
+    def fold(self, x: Tensor) -> FoldedStage | None:
+        forms = self._ready_forms(x)
+        return None if forms is None else FoldedStage(reduce(PackedResidualStage.then, [f.value for f in forms]), forms)
+
+    def run_folded(self, x: Tensor, folded: FoldedStage) -> Tensor:
+        for form in folded.forms:
+            form.uses += 1
+        return residual_stage(autocast(x)[0], folded.stage)
+
+    def run_traced(self, x: Tensor) -> Tensor:
+        blocks, backend = self._blocks(), self.backend
+        first = blocks[0]
+        if not all(b.is_one_op(x) and b.backend == backend for b in blocks):
+            return self.plain_forward(x)
+        pairs = [block.convs() for block in blocks]
+        return traced_stage(autocast(x)[0], pairs, first.projection(), shortcut=first.residual)
+
+    def run_unfolded(self, x: Tensor) -> Tensor:
+        return self.plain_forward(x)
+
+    def _blocks(self) -> list[ResidualBlock]:
+        return list(self._modules.values())  # type: ignore[arg-type]

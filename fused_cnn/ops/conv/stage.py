@@ -23,11 +23,12 @@ from .op import pack_conv
 GEOMETRY = 10  # in and out channels; kernel, stride, padding and dilation, (h, w) each
 
 
-def _fake_packed_fwd(
-    x: Tensor, packed: Sequence[Tensor], geometry: Sequence[int], lengths: Sequence[int], shortcut: bool, projects: bool
+def fake_stage(
+    x: Tensor, convolutions: int, geometry: Sequence[int], lengths: Sequence[int], shortcut: bool, projects: bool
 ) -> Tensor:
+    """The result's shape and layout."""
     channels, height, width = x.shape[1:]
-    for i in range(len(packed) - projects):
+    for i in range(convolutions - projects):
         _, channels, kh, kw, sh, sw, ph, pw, dh, dw = geometry[GEOMETRY * i : GEOMETRY * (i + 1)]
         height, width = out_size(height, kh, sh, ph, dh), out_size(width, kw, sw, pw, dw)
     return empty_nchw(x, channels, height, width)
@@ -36,7 +37,7 @@ def _fake_packed_fwd(
 define(
     "residual_stage_packed_fwd(Tensor x, Tensor[] packed, SymInt[] geometry, SymInt[] lengths, bool shortcut, bool "
     "projects) -> Tensor",
-    _fake_packed_fwd,
+    lambda x, packed, *rest: fake_stage(x, len(packed), *rest),
 )
 
 
