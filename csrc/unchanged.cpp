@@ -10,10 +10,9 @@
 extern "C" {
 struct PyObject;
 #define PYTHON(result, name, ...) __attribute__((weak)) result name(__VA_ARGS__)
-PYTHON(PyObject*, PyTuple_GetItem, PyObject*, std::ptrdiff_t);
-PYTHON(std::ptrdiff_t, PyTuple_Size, PyObject*);
-PYTHON(char*, PyBytes_AsString, PyObject*);
 PYTHON(int, PyDict_Next, PyObject*, std::ptrdiff_t*, PyObject**, PyObject**);
+PYTHON(std::ptrdiff_t, PyDict_Size, PyObject*);
+PYTHON(PyObject*, PyDict_GetItemWithError, PyObject*, PyObject*);
 PYTHON(PyObject*, PyObject_Type, PyObject*);
 PYTHON(PyObject*, PyObject_GetAttr, PyObject*, PyObject*);
 PYTHON(void, PyErr_Clear);
@@ -47,40 +46,44 @@ FUSED_CNN_EXPORT bool fused_cnn_find_tensors(const char* object, const void* hel
   return held_at > 0;
 }
 
-// `snapshot` is a tuple: modules, their classes; dictionaries, how many entries each had, and the addresses of all keys
-// and values in order; classes, names and what class.name was, three each; tensors, with version and address each. The
-// first dictionary is `own`, the block's, which a snapshot that the block holds must not hold in turn.
-FUSED_CNN_EXPORT bool fused_cnn_unchanged(PyObject* snapshot, PyObject* own) try {
-  const auto item = [](PyObject* tuple, std::ptrdiff_t i) { return PyTuple_GetItem(tuple, i); };
-  PyObject* const modules = item(snapshot, 0);
-  PyObject* const classes = item(snapshot, 1);
-  for (std::ptrdiff_t i = 0, n = PyTuple_Size(modules); i < n; ++i) {
-    if (!is(PyObject_Type(item(modules, i)), item(classes, i))) return false;
+// `snapshot` holds addresses and numbers, each group behind its length: modules with their classes; entries of
+// dictionaries, each a dictionary, a key and a value, or 0 where there is none; dictionaries in full, each with its
+// length, its keys and values in order; classes with the names and values of attributes; tensors with their versions
+// and memory. Whoever took it keeps all these objects alive. A dictionary 0 is `own`, the block's: a snapshot that the
+// block holds cannot hold it in turn.
+FUSED_CNN_EXPORT bool fused_cnn_unchanged(const int64_t* snapshot, PyObject* own) try {
+  const auto next = [&snapshot] { return *snapshot++; };
+  const auto object = [&snapshot] { return reinterpret_cast<PyObject*>(*snapshot++); };
+  for (int64_t n = next(); n > 0; --n) {
+    PyObject* const module = object();
+    if (!is(PyObject_Type(module), object())) return false;
   }
-  PyObject* const dictionaries = item(snapshot, 2);
-  const auto* counts = reinterpret_cast<const int64_t*>(PyBytes_AsString(item(snapshot, 3)));
-  const auto* entries = reinterpret_cast<PyObject* const*>(PyBytes_AsString(item(snapshot, 4)));
-  for (std::ptrdiff_t i = 0, n = PyTuple_Size(dictionaries); i <= n; ++i) {
-    PyObject *dictionary = i == 0 ? own : item(dictionaries, i - 1), *key, *value;
+  for (int64_t n = next(); n > 0; --n) {
+    PyObject* const dictionary = object();
+    PyObject* const key = object();
+    if (PyDict_GetItemWithError(dictionary == nullptr ? own : dictionary, key) != object()) return false;
+  }
+  for (int64_t n = next(); n > 0; --n) {
+    PyObject* const dictionary = object();
+    const int64_t size = next();
+    if (PyDict_Size(dictionary) != size) return false;
+    PyObject *key, *value;
     std::ptrdiff_t position = 0;
-    int64_t left = counts[i];
-    for (; PyDict_Next(dictionary, &position, &key, &value); entries += 2, --left) {
-      if (left == 0 || key != entries[0] || value != entries[1]) return false;
+    for (int64_t i = 0; i < size && PyDict_Next(dictionary, &position, &key, &value); ++i) {
+      if (key != object() || value != object()) return false;
     }
-    if (left != 0) return false;
   }
-  PyObject* const attributes = item(snapshot, 5);
-  for (std::ptrdiff_t i = 0, n = PyTuple_Size(attributes); i < n; i += 3) {
-    if (!is(PyObject_GetAttr(item(attributes, i), item(attributes, i + 1)), item(attributes, i + 2))) return false;
+  for (int64_t n = next(); n > 0; --n) {
+    PyObject* const holder = object();
+    PyObject* const name = object();
+    if (!is(PyObject_GetAttr(holder, name), object())) return false;
   }
-  PyObject* const tensors = item(snapshot, 6);
-  const auto* states = reinterpret_cast<const int64_t*>(PyBytes_AsString(item(snapshot, 7)));
-  for (std::ptrdiff_t i = 0, n = PyTuple_Size(tensors); i < n; ++i, states += 2) {
-    auto* const tensor = reinterpret_cast<void**>(reinterpret_cast<char*>(item(tensors, i)) + held_at);
+  for (int64_t n = next(); n > 0; --n) {
+    auto* const tensor = reinterpret_cast<void**>(reinterpret_cast<char*>(object()) + held_at);
     void* data;
-    if (tensor_version(tensor) != states[0]) return false;
+    if (tensor_version(tensor) != next()) return false;
     if (aoti_torch_get_data_ptr(reinterpret_cast<AtenTensorHandle>(tensor), &data) != 0) return false;
-    if (reinterpret_cast<int64_t>(data) != states[1]) return false;
+    if (reinterpret_cast<int64_t>(data) != next()) return false;
   }
   return true;
 } catch (...) {

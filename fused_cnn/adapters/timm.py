@@ -18,6 +18,7 @@ class BasicBlock(fused.BasicBlock):
     """timm's BasicBlock fused."""
 
     acts, absent = ("act1", "act2"), OPTIONAL
+    reads = (*fused.BasicBlock.reads, *OPTIONAL)
     replaces = _uses("conv1", "bn1", "act1", "conv2", "bn2", "act2")
 
 
@@ -25,6 +26,7 @@ class Bottleneck(fused.Bottleneck):
     """timm's Bottleneck fused."""
 
     acts, absent = ("act1", "act2", "act3"), OPTIONAL
+    reads = (*fused.Bottleneck.reads, *OPTIONAL)
     replaces = _uses("conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3", "act3")
 
 

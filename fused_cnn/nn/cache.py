@@ -12,7 +12,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .._trees import tensors
-from .snapshot import Keeper, Snapshot
+from .snapshot import Snapshot
 
 KEPT = 3  # forms of one block: autocast's, plain, and one more
 PAYS = 16  # calls after which a form has paid for itself: packing takes as long as sixteen forward passes save
@@ -41,19 +41,15 @@ class StaleWeightsError(RuntimeError):
     """Folded weights are not what their sources are today: found by `detect_stale_weights`."""
 
 
-class Kind(NamedTuple):
-    """What folded weights depend on in an input."""
-
-    autocast: torch.dtype | None
-    dtype: torch.dtype
-    device: torch.device
+# What folded weights depend on in an input: autocast's dtype or None, its own, and its device.
+Kind = tuple[torch.dtype | None, torch.dtype, torch.device]
 
 
 class Form:
     """A block's weights as its fused op wants them, for one kind of input. `value` is None until it is made."""
 
     def __init__(self, kind: Kind, sources: Sequence[Tensor], settings: Any) -> None:
-        self.kind, self.key = kind, _key(sources, settings)
+        self.kind, self.device, self.key = kind, kind[2], _key(sources, settings)
         self.snapshot: Snapshot | None = None
         # They share the sources' memory, so that nothing new gets its address, and their version counters.
         self.aliases = [(t.detach(), t._version) for t in sources]
@@ -75,20 +71,20 @@ class Form:
         if captured is not None:
             old, new = list(tensors(captured.value)), list(tensors(value))
             if [(t.shape, t.dtype) for t in old] == [(t.shape, t.dtype) for t in new]:
-                here = torch.cuda.current_stream(self.kind.device)
+                here = torch.cuda.current_stream(self.device)
                 for stream in captured.streams - {here.cuda_stream}:  # they may still read what it held
-                    here.wait_stream(torch.cuda.ExternalStream(stream, self.kind.device))
+                    here.wait_stream(torch.cuda.ExternalStream(stream, self.device))
                 for to, t in zip(old, new, strict=True):
                     to.copy_(t)
                 value, self.captured = captured.value, True
-        if self.kind.device.type == "cuda":
-            stream = torch.cuda.current_stream(self.kind.device)
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
             self.streams, self.made = {stream.cuda_stream}, stream.record_event()
         self.value, self.uses = value, 0
 
     def join(self) -> None:
         """Let the current stream read: it waits for the one that made the weights, and keeps their memory."""
-        stream, capturing = torch.cuda.current_stream(self.kind.device), torch.cuda.is_current_stream_capturing()
+        stream, capturing = torch.cuda.current_stream(self.device), torch.cuda.is_current_stream_capturing()
         self.captured = self.captured or capturing
         if stream.cuda_stream in self.streams:
             return
@@ -114,7 +110,7 @@ def _key(sources: Sequence[Tensor], settings: Any) -> Any:
     return settings, tuple((id(t), t._version, t.data_ptr()) for t in sources)
 
 
-class Owner(Keeper):
+class Owner:
     """A block's forms. Reading is free of locks: `forms` is replaced as a whole."""
 
     def __init__(self) -> None:

@@ -27,6 +27,7 @@ class ConvBNReLU(FusedBlock):
     Input (N, in_channels, H, W) -> output (N, out_channels, H', W').
     """
 
+    reads = (*FusedBlock.reads, "relu")
     relu: bool = True
 
     def __init__(

@@ -29,6 +29,8 @@ class MaxPool2d(FusedBlock):
     Input (N, C, H, W) -> output (N, C, H', W').
     """
 
+    reads = (*FusedBlock.reads, *WINDOW, "return_indices")
+
     def __init__(
         self,
         kernel_size: IntPair,

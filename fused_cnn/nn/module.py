@@ -29,6 +29,7 @@ from .fold import Pair, can_fold, geometry, has_running_statistics, is_own, pair
 from .snapshot import Method, Snapshot, hooks
 
 Self = TypeVar("Self", bound="FusedModule")
+_PLAIN = (Tensor, nn.Parameter)
 
 
 class Understanding(NamedTuple):
@@ -54,6 +55,7 @@ class FusedModule(nn.Module):
     replaces: ClassVar[
         Mapping[str, frozenset[str]]
     ] = {}  # the foreign class's methods, and the names that they may use
+    reads: ClassVar[tuple[str, ...]] = ("forward", "backend")  # what decides how it runs, of its own attributes
     _swapped_from: ClassVar[type[nn.Module] | None] = None
     _owner: Owner
 
@@ -177,10 +179,9 @@ class FusedModule(nn.Module):
         """Make again, in its memory, what CUDA graphs read."""
         for form in self._owner.forms:
             if form.captured:
-                with torch.autocast(form.kind.device.type, form.kind.autocast, enabled=form.kind.autocast is not None):
-                    x = torch.empty(
-                        (0, self.pairs()[0][0].in_channels, 1, 1), dtype=form.kind.dtype, device=form.kind.device
-                    )
+                cast, dtype, device = form.kind
+                with torch.autocast(device.type, cast, enabled=cast is not None):
+                    x = torch.empty((0, self.pairs()[0][0].in_channels, 1, 1), dtype=dtype, device=device)
                     self._form(form.kind, x)
 
     def _check_dtype(self, x: Tensor, pairs: Sequence[Pair]) -> None:
@@ -327,20 +328,18 @@ def block_problem(block: nn.Module) -> str | None:
 
 def kind_of(x: Tensor) -> Kind | None:
     """What folded weights depend on in an input; None for inputs and moments that the fused ops are not for."""
-    if type(x) not in (Tensor, nn.Parameter) or x.dim() != 4 or transforms_active():
+    if type(x) not in _PLAIN or x.dim() != 4 or transforms_active():
         return None
-    device = x.device
-    if device.type not in ("cpu", "cuda"):
+    if not (x.is_cpu or x.is_cuda):
         return None
-    cast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type)
-    return Kind(torch.get_autocast_dtype(device.type) if cast else None, x.dtype, device)
+    return (autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None, x.dtype, x.device)
 
 
 def is_traced(x: Any) -> bool:
     """Whether a call is recorded, or computes shapes alone, so that nothing of it may be kept."""
     if torch.compiler.is_compiling():
         return True
-    if type(x) in (Tensor, nn.Parameter) and not torch._C._len_torch_dispatch_stack():
+    if type(x) in _PLAIN and not torch._C._len_torch_dispatch_stack():
         return False
     modes = torch._C._TorchDispatchModeKey
     recording = any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY))

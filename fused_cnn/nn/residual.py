@@ -39,6 +39,7 @@ class ResidualBlock(FusedBlock):
     num_convs: ClassVar[int]
     acts: ClassVar[tuple[str, ...]] = ("relu",)
     absent: ClassVar[tuple[str, ...]] = ()
+    reads = (*FusedBlock.reads, "residual", "downsample")
     residual: bool = True  # a foreign block's always is
 
     def __init__(
@@ -260,7 +261,7 @@ class ResidualStage(FusedBlock, nn.Sequential):
         return nn.Sequential.forward(self, x)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or x.dim() != 4 or not packable(x, "conv_bias_relu_fwd", self.backend):
+        if not isinstance(x, Tensor) or not x.is_cpu:
             return self.plain_forward(x)  # on a GPU the blocks have nothing to gain from each other
         known = None if is_traced(x) else self._owner.known
         return super().forward(x) if known is None or not wants_gradient(x, known.tensors) else self.plain_forward(x)

@@ -23,7 +23,7 @@ from ..ops import FoldedConv, conv_bias_relu, inception, pack_conv, pack_incepti
 from ..ops._conv import autocast, empty_result, packable, pair
 from ..ops.conv.stage import GEOMETRY, fake_stage
 from ..ops.inception.op import OUTPUTS
-from .cache import Kind, Owner
+from .cache import Owner
 from .fold import FoldedPair, Norm, Pair, fold_tensors, tensors_of
 
 Sources = Sequence[Tensor | None]  # six a convolution, as fold.tensors_of gives them
@@ -37,7 +37,7 @@ def _kept(x: Tensor, sources: Sources, settings: Any, make: Callable[[], Any]) -
     if any(t.is_inference() for t in given):
         return None
     owner = _owners.setdefault(given[0], Owner())
-    form = owner.obtain(Kind(None, x.dtype, x.device), given, settings, make)
+    form = owner.obtain((None, x.dtype, x.device), given, settings, make)
     form.uses += 1
     return form.value
 
