@@ -178,7 +178,8 @@ def test_conv_bias_relu(dtype: torch.dtype) -> None:
     """A plain weight, and packed the one that the engine takes."""
     taken = []
     for n, (size, kernel, geometry) in enumerate(convolutions()):
-        args = conv_args(size, kernel, geometry["groups"], dtype, grad=n % 8 == 0)
+        # The gradients of a plain weight are oneDNN's; its bfloat16 ones of such small images read memory unwritten.
+        args = conv_args(size, kernel, geometry["groups"], dtype, grad=n % 8 == 0 and dtype == torch.float32)
 
         def packed(x: Tensor, weight: Tensor, bias: Tensor, geometry: dict[str, int] = geometry) -> Tensor:
             how = {name: geometry[name] for name in ("stride", "dilation", "groups")}
@@ -341,9 +342,15 @@ def test_googlenet_of_small_images() -> None:
     """Its pools, in ceil_mode, meet images that are smaller than their windows."""
     from torchvision.models import googlenet
 
-    model = googlenet(weights=None, init_weights=False, aux_logits=False).eval()
+    model = googlenet(weights=None, init_weights=False, aux_logits=False)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    model(torch.randn(8, 3, 66, 66))  # statistics of its own, or little of the image is left in the last layer
+    model.eval()
     images = [torch.randn(1, 3, side, side) for side in range(15, 67)]
     eager = [model(x) for x in images]
+    assert eager[0].std() > 0.1 and not torch.allclose(eager[0], eager[-1], atol=0.1)
     fused_cnn.fuse_(model, strict=True)
     for x, expected in zip(images, eager, strict=True):
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4, msg=lambda m, x=x: f"{x.shape}: {m}")
