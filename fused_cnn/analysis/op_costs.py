@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .._trees import tensors
 from ..ops._cases import rooms
-from ..ops._cost import Arguments, Cost, conv_flops, one_pass
+from ..ops._cost import Arguments, Cost, one_pass
+from ..ops._flops import conv_flops
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload

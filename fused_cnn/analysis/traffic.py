@@ -1,7 +1,7 @@
 """What a call launches, moves, computes and keeps: counted from the ops that really run, and at least.
 
 `count` watches every op that reaches a kernel and charges it by op_costs: the tensors it reads, the tensors it writes,
-temporaries included. Floating-point operations come from torch.utils.flop_counter and, for fused ops, from their rooms.
+temporaries included. Floating-point operations come from torch.utils.flop_counter, which the rooms tell of fused ops.
 It sees what PyTorch dispatches; kernels that torch.compile generated or that a CUDA graph replays are not dispatched,
 so count the function that was compiled or captured. A library's private workspace is not seen. `saved_bytes` weighs
 what autograd keeps.

@@ -5,7 +5,6 @@ A room states it for its registered ops in its cases.py (COSTS). What convolutio
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from .. import _library
 from ._conv import empty_result
+from ._flops import conv_flops
 
 Arguments = Mapping[str, Any]  # an op's arguments by the names in its schema
 
@@ -23,8 +23,8 @@ class Cost:
 
     `reads` says how often an argument is read, by name; `reads_more` is bytes read besides; `rewrites` counts further
     passes that read the first result and write it again; `scratch` is bytes of temporaries inside the op, written once
-    and read once; `flops` is of ops that PyTorch's own counter does not know, those of a direct convolution, of which
-    the algorithm that runs spares `flops_saved`.
+    and read once. `flops` is of ops that PyTorch's counter does not know; ours it does (_flops.py). Where these are a
+    direct convolution's, `flops_saved` is what the algorithm that runs spares of them.
     """
 
     launches: int = 1
@@ -51,11 +51,6 @@ def tensor_bytes(tensor: Tensor) -> int:
     return elements * tensor.element_size()
 
 
-def conv_flops(out: Tensor, weight_shape: Sequence[int]) -> int:
-    """A multiply-add for each weight of an output channel at each element of the result, two operations each."""
-    return 2 * out.numel() * prod(weight_shape[1:])
-
-
 def engine_conv(
     x: Tensor, weight_shape: Sequence[int], *window: Sequence[int], in_place: bool = False
 ) -> tuple[Tensor, Cost]:
@@ -65,5 +60,4 @@ def engine_conv(
     read, done = _library.conv_work(
         x.shape, weight_shape[0], weight_shape[2:], *window, bfloat16=x.dtype == torch.bfloat16, in_place=in_place
     )
-    flops = conv_flops(out, weight_shape)
-    return out, Cost(reads={"packed": 0}, reads_more=read, flops=flops, flops_saved=flops - done)
+    return out, Cost(reads={"packed": 0}, reads_more=read, flops_saved=conv_flops(out, weight_shape) - done)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .._cases import Case, Layer, Maker, OpCases, Pass, awkward, layers
 from .._conv import empty_result, pair
-from .._cost import Arguments, Cost, conv_flops, engine_conv, one_pass, tensor_bytes
+from .._cost import Arguments, Cost, engine_conv, one_pass, tensor_bytes
+from .._flops import conv_flops
 from .add_relu import add_relu
 from .op import conv1x1_bias_relu, conv_bias_relu
 from .stage import GEOMETRY
@@ -90,7 +91,7 @@ def least_add(out: Tensor, x: Tensor, residual: Tensor) -> tuple[Pass, Pass]:
 
 def fwd_cost(args: Arguments, out: Tensor) -> Cost:
     """PyTorch's convolution, then the epilogue over its result."""
-    return Cost(2, rewrites=1, flops=conv_flops(out, args["weight"].shape))
+    return Cost(2, rewrites=1)
 
 
 def bwd_cost(args: Arguments, grads: Sequence[Tensor]) -> Cost:
@@ -98,7 +99,7 @@ def bwd_cost(args: Arguments, grads: Sequence[Tensor]) -> Cost:
     mask = args["out"] is not None or args["needs_bias"]
     kernels = args["needs_x"] + args["needs_weight"]
     reads = {"grad_out": mask + kernels, "x": int(args["needs_weight"]), "weight": int(args["needs_x"])}
-    return Cost(mask + kernels, reads, flops=kernels * conv_flops(args["grad_out"], args["weight"].shape))
+    return Cost(mask + kernels, reads)
 
 
 def packed_cost(args: Arguments, out: Tensor) -> Cost:
@@ -128,7 +129,6 @@ def stage_cost(args: Arguments, out: Tensor) -> Cost:
         reads_more=sum(cost.reads_more for cost in costs) + sum(map(tensor_bytes, handed_on)),
         rewrites=int(projects),
         scratch=sum(map(tensor_bytes, made[1:-1])),
-        flops=sum(cost.flops for cost in costs),
         flops_saved=sum(cost.flops_saved for cost in costs),
     )
 

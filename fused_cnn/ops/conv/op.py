@@ -16,6 +16,7 @@ from ..._layout import empty_nchw, result_format
 from ..._library import define, define_triton, kernel
 from .._autograd import differentiable_once, needs_grad
 from .._conv import ConvGeometry, IntPair, autocast, check_conv, empty_result, is_pointwise, packable, pair
+from .._flops import conv_flops, flop_formula
 from . import reference
 
 
@@ -52,6 +53,24 @@ define(
     lambda x, packed, weight_shape, residual, *geometry: empty_result(x, weight_shape, *geometry[:3]),
 )
 define_triton("conv", "conv_bias_relu_fwd", "conv_bias_relu_bwd")
+
+
+@flop_formula("conv_bias_relu_fwd")
+def fwd_flops(x: Tensor, weight: Tensor, *rest: Any, out_val: Tensor) -> int:
+    return conv_flops(out_val, weight.shape)
+
+
+@flop_formula("conv_bias_relu_packed_fwd")
+def packed_flops(x: Tensor, packed: Tensor, weight_shape: Sequence[int], *rest: Any, out_val: Tensor) -> int:
+    return conv_flops(out_val, weight_shape)
+
+
+@flop_formula("conv_bias_relu_bwd")
+def bwd_flops(grad_out: Tensor, out: Tensor | None, x: Tensor, weight: Tensor, *rest: Any, out_val: Any) -> int:
+    """PyTorch counts the gradient of a weight in groups as that of a full one."""
+    *_, groups, needs_x, needs_weight, _ = rest
+    return (needs_x + groups * needs_weight) * conv_flops(grad_out, weight.shape)
+
 
 _H200 = ("H200", "2026-11-26")
 _BF16 = "bfloat16, batch 256"

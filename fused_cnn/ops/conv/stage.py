@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from ..._candidates import refuse_transforms
 from ..._layout import empty_nchw
 from ..._library import define, kernel
 from .._conv import IntPair, out_size, packable, pair
+from .._flops import flop_formula
 from .op import pack_conv
 
 GEOMETRY = 10  # in and out channels; kernel, stride, padding and dilation, (h, w) each
@@ -39,6 +40,26 @@ define(
     "projects) -> Tensor",
     lambda x, packed, *rest: fake_stage(x, len(packed), *rest),
 )
+
+
+@flop_formula("residual_stage_packed_fwd")
+def stage_flops(x: Tensor, packed: Sequence[Tensor], geometry: Sequence[int], *rest: Any, out_val: Tensor) -> int:
+    """Of all convolutions in order; a projection, which stands last, reads the first one's input."""
+    lengths, _, projects = rest
+    n, _, height, width = x.shape
+    total = 0
+
+    def conv(i: int, height: int, width: int) -> tuple[int, int, int]:
+        channels, out, kh, kw, sh, sw, ph, pw, dh, dw = geometry[GEOMETRY * i : GEOMETRY * (i + 1)]
+        height, width = out_size(height, kh, sh, ph, dh), out_size(width, kw, sw, pw, dw)
+        return height, width, 2 * n * out * height * width * channels * kh * kw
+
+    if projects:
+        total += conv(sum(lengths), height, width)[2]
+    for i in range(sum(lengths)):
+        height, width, flops = conv(i, height, width)
+        total += flops
+    return total
 
 
 class FoldedConv(NamedTuple):

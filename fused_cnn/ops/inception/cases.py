@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from .._cases import Case, Layer, Maker, OpCases, Pass, layers
 from .._cost import Arguments, Cost, engine_conv, one_pass, tensor_bytes
-from .op import inception
+from .op import inception, same_size_flops, weight_shapes
 
 # in channels, side, (1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool proj): arXiv 1409.4842, table 1
 TABLE = {
@@ -31,13 +30,6 @@ ODD: list[Layer] = [
 ]
 
 
-def weight_shapes(in_channels: int, channels: Sequence[int], kernels: Sequence[int]) -> list[tuple[int, int, int, int]]:
-    """Of the six convolutions, in the order of CONVOLUTIONS; `kernels` are those of conv3 and conv5."""
-    inputs = (in_channels, in_channels, channels[1], in_channels, channels[3], in_channels)
-    sides = (1, 1, kernels[0], 1, kernels[1], 1)
-    return [(out, c, side, side) for out, c, side in zip(channels, inputs, sides, strict=True)]
-
-
 def make(case: Case, maker: Maker) -> tuple[tuple[Any, ...], dict[str, Any]]:
     shapes = weight_shapes(case.shape[1], case.options["widths"], (3, case.options["kernel5"]))
     weights = [maker.weight(*shape) for shape in shapes]
@@ -49,16 +41,11 @@ def pixels(x: Tensor) -> int:
     return x.numel() // max(1, x.size(1))
 
 
-def flops(x: Tensor, shapes: Sequence[Sequence[int]]) -> int:
-    """Of convolutions whose results are as large as x."""
-    return 2 * pixels(x) * sum(map(prod, shapes))
-
-
 def least(out: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Pass, Pass]:
     """Backward computes the reductions again."""
     shapes = [weight.shape for weight in weights]
-    product = flops(x, shapes)
-    backward = Pass((out, out, x, *weights, x, *weights), 2 * product + flops(x, [shapes[1], shapes[3]]))
+    product = same_size_flops(x, shapes)
+    backward = Pass((out, out, x, *weights, x, *weights), 2 * product + same_size_flops(x, [shapes[1], shapes[3]]))
     return Pass((x, *weights, out), product), backward
 
 
@@ -75,7 +62,6 @@ def block(x: Tensor, shapes: Sequence[Sequence[int]], *, packed: bool) -> Cost:
         {"x": 2, "packed": 0},
         reads_more=sum(cost.reads_more for cost in costs),
         scratch=between,
-        flops=flops(x, shapes),
         flops_saved=sum(cost.flops_saved for cost in costs),
     )
 

@@ -8,6 +8,7 @@ the pool again.
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
 from .._autograd import differentiable_once, needs_grad
 from .._conv import autocast, packable
+from .._flops import flop_formula
 from . import reference
 
 CONVOLUTIONS = ("branch1", "reduce3", "conv3", "reduce5", "conv5", "pool_proj")
@@ -42,6 +44,33 @@ define(
     lambda x, packed, channels, kernels: empty_nchw(x, sum(channels[i] for i in OUTPUTS), *x.shape[2:]),
 )
 define_triton("inception", "inception_fwd")
+
+
+def weight_shapes(in_channels: int, channels: Sequence[int], kernels: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """Of the six convolutions, in the order of CONVOLUTIONS; `kernels` are those of conv3 and conv5."""
+    inputs = (in_channels, in_channels, channels[1], in_channels, channels[3], in_channels)
+    sides = (1, 1, kernels[0], 1, kernels[1], 1)
+    return [(out, c, side, side) for out, c, side in zip(channels, inputs, sides, strict=True)]
+
+
+def same_size_flops(x: Tensor, shapes: Sequence[Sequence[int]]) -> int:
+    """Of convolutions whose results are as large as x, by their weights' shapes."""
+    n, _, height, width = x.shape
+    return 2 * n * height * width * sum(map(prod, shapes))
+
+
+@flop_formula("inception_fwd")
+def fwd_flops(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, out_val: Tensor) -> int:
+    return same_size_flops(x, [weight.shape for weight in weights])
+
+
+@flop_formula("inception_packed_fwd")
+def packed_flops(
+    x: Tensor, packed: Sequence[Tensor], channels: Sequence[int], kernels: Sequence[int], *, out_val: Tensor
+) -> int:
+    return same_size_flops(x, weight_shapes(x.size(1), channels, kernels))
+
+
 offer(
     "inception_fwd",
     Candidate(

@@ -19,6 +19,7 @@ REAL: list[Layer] = [
 ODD: list[Layer] = [
     ("window past the end", (2, 5, 6, 7), {"kernel_size": 2, "stride": 2, "ceil_mode": True}),
     ("start in the padding", (2, 5, 5, 5), {"kernel_size": 2, "stride": 3, "padding": 1, "ceil_mode": True}),
+    ("window larger than the image", (2, 5, 2, 3), {"kernel_size": 3, "stride": 2, "ceil_mode": True}),
     ("dilated", (2, 7, 9, 9), {"kernel_size": 3, "stride": 1, "padding": 1, "dilation": 2}),
     ("oblong", (2, 7, 9, 9), {"kernel_size": (1, 3), "stride": (2, 1), "padding": (0, 1)}),
 ]
