@@ -5,8 +5,11 @@ the library, or a method that somebody put in their place, is noticed. Nothing h
 is known by its name, so a subclass is never mistaken for its parent.
 """
 
+from typing import ClassVar
+
 from .. import nn as fused
 from ..nn import FusedModule
+from ..nn.module import Replaced
 from . import timm, torchvision
 from ._common import ResNetTrunk
 
@@ -14,7 +17,9 @@ from ._common import ResNetTrunk
 class MaxPool2d(fused.MaxPool2d):
     """nn.MaxPool2d fused."""
 
-    replaces = {"forward": frozenset(("F", "max_pool2d", *fused.max_pool2d.WINDOW, "return_indices"))}
+    replaces: ClassVar[Replaced] = {
+        "forward": frozenset(("F", "max_pool2d", *fused.max_pool2d.WINDOW, "return_indices"))
+    }
 
 
 BLOCKS: dict[str, type[FusedModule]] = {

@@ -1,10 +1,13 @@
 """timm's ResNet family. Blocks with squeeze-and-excitation, anti-aliasing, drop-block or drop-path stay as they are."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from .. import nn as fused
 from ..nn import FusedModule
+from ..nn.module import Replaced
 from ._common import STAGES, ResNetTrunk
 
 OPTIONAL = ("drop_block", "aa", "se", "drop_path")
@@ -19,7 +22,7 @@ class BasicBlock(fused.BasicBlock):
 
     acts, absent = ("act1", "act2"), OPTIONAL
     reads = (*fused.BasicBlock.reads, *OPTIONAL)
-    replaces = _uses("conv1", "bn1", "act1", "conv2", "bn2", "act2")
+    replaces: ClassVar[Replaced] = _uses("conv1", "bn1", "act1", "conv2", "bn2", "act2")
 
 
 class Bottleneck(fused.Bottleneck):
@@ -27,7 +30,7 @@ class Bottleneck(fused.Bottleneck):
 
     acts, absent = ("act1", "act2", "act3"), OPTIONAL
     reads = (*fused.Bottleneck.reads, *OPTIONAL)
-    replaces = _uses("conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3", "act3")
+    replaces: ClassVar[Replaced] = _uses("conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3", "act3")
 
 
 class FusedResNet(ResNetTrunk):
@@ -36,7 +39,7 @@ class FusedResNet(ResNetTrunk):
     stem_act = "act1"
     grad_checkpointing: bool
     _CHECKPOINTING = ("grad_checkpointing", "torch", "jit", "is_scripting", "checkpoint_seq")
-    replaces = {"forward_features": frozenset(("conv1", "bn1", "act1", *STAGES, *_CHECKPOINTING))}
+    replaces: ClassVar[Replaced] = {"forward_features": frozenset(("conv1", "bn1", "act1", *STAGES, *_CHECKPOINTING))}
 
     def forward_features(self, x: Tensor) -> Tensor:
         plain = super().forward_features  # type: ignore[misc]

@@ -1,23 +1,26 @@
 """torchvision's GoogLeNet, Inception v3 and ResNet families."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from .. import nn as fused
 from ..nn import FusedModule
+from ..nn.module import Replaced
 from ._common import STAGES, ResNetTrunk
 
 
 class BasicConv2d(fused.ConvBNReLU):
     """GoogLeNet's and Inception v3's BasicConv2d fused."""
 
-    replaces = {"forward": frozenset(("conv", "bn", "F", "relu"))}
+    replaces: ClassVar[Replaced] = {"forward": frozenset(("conv", "bn", "F", "relu"))}
 
 
 class Inception(fused.Inception):
     """GoogLeNet's Inception block fused."""
 
-    replaces = {
+    replaces: ClassVar[Replaced] = {
         "forward": frozenset(("_forward", "torch", "cat")),
         "_forward": frozenset(("branch1", "branch2", "branch3", "branch4")),
     }
@@ -32,13 +35,13 @@ class Inception(fused.Inception):
 class BasicBlock(fused.BasicBlock):
     """ResNet's BasicBlock fused."""
 
-    replaces = {"forward": frozenset(("conv1", "bn1", "relu", "conv2", "bn2", "downsample"))}
+    replaces: ClassVar[Replaced] = {"forward": frozenset(("conv1", "bn1", "relu", "conv2", "bn2", "downsample"))}
 
 
 class Bottleneck(fused.Bottleneck):
     """ResNet's Bottleneck fused."""
 
-    replaces = {"forward": BasicBlock.replaces["forward"] | {"conv3", "bn3"}}
+    replaces: ClassVar[Replaced] = {"forward": BasicBlock.replaces["forward"] | {"conv3", "bn3"}}
 
 
 class FusedResNet(ResNetTrunk):
@@ -47,7 +50,9 @@ class FusedResNet(ResNetTrunk):
     stem_act = "relu"
     avgpool: nn.Module
     fc: nn.Module
-    replaces = {"_forward_impl": frozenset(("conv1", "bn1", "relu", *STAGES, "avgpool", "torch", "flatten", "fc"))}
+    replaces: ClassVar[Replaced] = {
+        "_forward_impl": frozenset(("conv1", "bn1", "relu", *STAGES, "avgpool", "torch", "flatten", "fc"))
+    }
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         plain = super()._forward_impl  # type: ignore[misc]

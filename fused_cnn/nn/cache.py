@@ -192,7 +192,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 register_optimizer_step_post_hook(_after_step)
 
 
-class detect_stale_weights:  # noqa: N801  named and used as torch.autograd.set_detect_anomaly is
+class detect_stale_weights:
     """Every call of a fused block folds its weights again, compares, and raises StaleWeightsError where they differ from
     those that it holds: for finding a change that PyTorch does not see. Slow; for all threads.
 

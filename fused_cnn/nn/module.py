@@ -14,7 +14,7 @@ what it is to everybody who holds it, with its attributes, buffers and hooks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -29,6 +29,7 @@ from .fold import Pair, can_fold, geometry, has_running_statistics, is_own, pair
 from .snapshot import Method, Snapshot, hooks
 
 Self = TypeVar("Self", bound="FusedModule")
+Replaced = Mapping[str, frozenset[str]]  # methods of a foreign class, and the names that they may use
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -52,9 +53,7 @@ class FusedModule(nn.Module):
     """
 
     backend: str | None = None
-    replaces: ClassVar[
-        Mapping[str, frozenset[str]]
-    ] = {}  # the foreign class's methods, and the names that they may use
+    replaces: ClassVar[Mapping[str, frozenset[str]]] = {}
     reads: ClassVar[tuple[str, ...]] = ("forward", "backend")  # what decides how it runs, of its own attributes
     _swapped_from: ClassVar[type[nn.Module] | None] = None
     _owner: Owner
@@ -352,7 +351,7 @@ def _restore_swapped(mixin: type[FusedModule], base: type[nn.Module], state: dic
     return module
 
 
-@lru_cache(maxsize=None)
+@cache
 def swapped_class(mixin: type[FusedModule], base: type[nn.Module]) -> type[FusedModule]:
     """The class that fuse_ gives an instance of `base`: `base` with the mixin's forward. It pickles by its parents."""
 

@@ -11,7 +11,7 @@ from ..ops import BatchNormArgs, PackedResidualStage, bn_add_relu, pack_residual
 from ..ops._conv import autocast, on_16_bytes, packable
 from .cache import Form, Kind
 from .fold import FoldedPair, Pair, fold, pair_problem, skip_problem, wants_gradient
-from .module import FusedBlock, block_problem, is_traced
+from .module import FusedBlock, Replaced, block_problem, is_traced
 from .traced import traced_conv, traced_stage
 
 
@@ -251,7 +251,7 @@ class ResidualStage(FusedBlock, nn.Sequential):
     """
 
     is_leaf = False  # its blocks are
-    replaces: ClassVar[dict[str, frozenset[str]]] = {"forward": frozenset()}
+    replaces: ClassVar[Replaced] = {"forward": frozenset()}
 
     def __init__(self, *blocks: nn.Module, backend: str | None = None) -> None:
         super().__init__(*blocks)

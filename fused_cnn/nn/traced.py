@@ -21,8 +21,9 @@ from .._layout import empty_nchw, result_format
 from .._library import define_in_python
 from ..ops import FoldedConv, conv_bias_relu, inception, pack_conv, pack_inception, pack_residual_block, residual_stage
 from ..ops._conv import autocast, empty_result, packable, pair
-from ..ops.conv.stage import GEOMETRY, fake_stage
-from ..ops.inception.op import OUTPUTS
+from ..ops._flops import conv_flops, flop_formula
+from ..ops.conv.stage import GEOMETRY, fake_stage, stage_flops
+from ..ops.inception.op import OUTPUTS, same_size_flops
 from .cache import Owner
 from .fold import FoldedPair, Norm, Pair, fold_tensors, tensors_of
 
@@ -157,6 +158,22 @@ define_in_python(
     _inception,
 )
 ops = torch.ops.fused_cnn
+
+
+@flop_formula("folded_conv")
+def _conv_flops(x: Tensor, sources: Sources, *rest: Any, out_val: Tensor) -> int:
+    assert sources[0] is not None
+    return conv_flops(out_val, sources[0].shape)
+
+
+@flop_formula("folded_stage")
+def _stage_flops(x: Tensor, sources: Sources, eps: Sequence[float], *where: Any, out_val: Tensor) -> int:
+    return stage_flops(x, (), *where, out_val=out_val)
+
+
+@flop_formula("folded_inception")
+def _inception_flops(x: Tensor, sources: Sources, *rest: Any, out_val: Tensor) -> int:
+    return same_size_flops(x, [w.shape for w in sources[::SIX] if w is not None])
 
 
 def _sources(pairs: Sequence[Pair]) -> tuple[list[Tensor | None], list[float]]:

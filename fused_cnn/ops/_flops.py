@@ -39,7 +39,8 @@ def conv_flops(out: Tensor, weight_shape: Sequence[int]) -> int:
 
 
 def _register(name: str, formula: Callable[..., int]) -> None:
-    packets = [getattr(getattr(torch.ops, namespace), name) for namespace in NAMESPACES.values()]
+    spaces = [getattr(torch.ops, namespace) for namespace in NAMESPACES.values()]
+    packets = [getattr(space, name) for space in spaces if hasattr(space, name)]
     sys.modules[COUNTER].register_flop_formula(packets, get_raw=True)(formula)
 
 
