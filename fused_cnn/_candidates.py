@@ -64,8 +64,13 @@ def offer(op: str, *candidates: Candidate[str]) -> None:
     _offered[op] = candidates
 
 
+_innermost: Callable[[], object] = getattr(
+    getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None
+)
+
+
 def _in_functorch() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return _innermost() is not None
 
 
 # As usable is: a trace enters the transforms that it goes through, and guards on those around it. It does not guard on
@@ -76,7 +81,7 @@ _in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def transforms_active() -> bool:
     """Whether a transform of torch.func or a forward-mode derivative is under way: they take an op apart by its rules,
     which kernels do not have, and without which derivatives would silently be zero."""
-    return _in_functorch() or forward_ad._current_level >= 0
+    return _in_functorch() or getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def refuse_transforms(what: str) -> None:

@@ -15,6 +15,7 @@ WITHOUT_IT = {
     "torch.ops.mkldnn._convolution_pointwise": "a peer in a benchmark: its column is left out, with the reason",
     "torch.cuda._sleep": "cold timings on a GPU start without the host's head start",
     "_dynamo_marked_constant": "torch.compile traces the first look-up of a backend, and finds later ones in a table",
+    "torch._C": "ops run their kernels under torch.func's transforms too, of which test_transforms.py then tells",
     "torch._inductor.config": "a peer in a benchmark: its column is left out, with the reason",
 }
 

@@ -8,9 +8,21 @@ import torch
 from torch import Tensor
 
 _TWICE = (
-    b"fused_cnn's kernels are differentiable once; for second derivatives (create_graph=True) call the op or fuse the "
-    b"model with backend='reference'"
+    "fused_cnn's kernels are differentiable once; for second derivatives (create_graph=True) call the op or fuse the "
+    "model with backend='reference'"
 )
+
+
+class _RefuseAgain(torch.autograd.Function):
+    """Gradients that have a history, whose derivative is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(_TWICE)
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,8 +49,7 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
             return in_the_forwards_dtypes(ctx, grad_out)
         with torch.no_grad():
             grads = in_the_forwards_dtypes(ctx, grad_out)
-        with_history = [None if grad is None else grad.detach().requires_grad_() for grad in grads]
-        return torch._C._functions.DelayedError(_TWICE, len(grads))(*with_history)  # type: ignore[arg-type]  # None passes
+        return _RefuseAgain.apply(*(None if grad is None else grad.detach().requires_grad_() for grad in grads))
 
     return once
 
