@@ -37,7 +37,7 @@ def lively(model: nn.Module) -> nn.Module:
 
 def tv(name: str, **options: object) -> nn.Module:
     weights = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    return getattr(torchvision.models, name)(weights=None, **weights, **options)
+    return getattr(torchvision.models, name)(weights=None, **(weights | options))
 
 
 MODELS = {

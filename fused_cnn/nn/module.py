@@ -211,13 +211,14 @@ class FusedModule(nn.Module):
     def understand(self) -> Understanding:
         """Look at what the children are today."""
         snapshot, problem = self._snapshot(()), self._problem()
-        features = () if problem else self.features()
-        known = Understanding(snapshot, problem, features, [], False, [])
-        self._owner.known = known
         if problem is None:
+            # `pairs` asks what this has; to other threads, which may read it meanwhile, it has a problem.
+            self._owner.known = known = Understanding(snapshot, "is being looked at", self.features(), [], False, [])
             pairs = self.pairs()
             folds = all(map(has_running_statistics, pairs))
-            known = known._replace(pairs=pairs, folds=folds, tensors=list(sources_of(pairs)))
+            known = Understanding(snapshot, None, known.has, pairs, folds, list(sources_of(pairs)))
+        else:
+            known = Understanding(snapshot, problem, (), [], False, [])
         self._owner.known = known
         return known
 
@@ -237,6 +238,8 @@ class FusedModule(nn.Module):
     def _run_in_trace(self, x: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
         if x.dim() != 4 or self._is_plain_in_trace():
             return plain(x)
+        for module in self.skipped():
+            _guard_on(module)
         pairs = self.pairs()
         self._check_dtype(x, pairs)
         return self.run_traced(x) if can_fold(x, pairs) else self.run_unfolded(x)
@@ -343,6 +346,12 @@ def is_traced(x: Any) -> bool:
     modes = torch._C._TorchDispatchModeKey
     recording = any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY))
     return recording or type(x).__name__ in ("FakeTensor", "FunctionalTensor")
+
+
+def _guard_on(module: nn.Module) -> None:
+    """Look at what a skipped module is, so that the compiler compiles anew where it is another one later."""
+    if isinstance(module, nn.Conv2d):
+        assert module.padding_mode == "zeros"
 
 
 def _restore_swapped(mixin: type[FusedModule], base: type[nn.Module], state: dict[str, Any]) -> nn.Module:

@@ -104,8 +104,8 @@ class ResidualBlock(FusedBlock):
     def skipped(self) -> list[nn.Module]:
         names = [f"{kind}{i}" for i in range(1, self.num_convs + 1) for kind in ("conv", "bn")]
         found = [self._modules.get(name) for name in (*names, *self.acts, *self._identities())]
-        if "projection" in self.features():
-            found += self.downsample.modules()
+        if self._has("projection"):
+            found += [self.downsample, *self.downsample]
         return [m for m in found if m is not None]
 
     def convs(self) -> list[Pair]:
