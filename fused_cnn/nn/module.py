@@ -141,11 +141,15 @@ class FusedModule(nn.Module):
 
     def _run_form(self, x: Tensor, form: Form) -> Tensor:
         if detect_stale_weights.on:
-            form.check(self._fold(x))
+            self.check(form, x)
         if x.is_cuda:
             form.join()
         form.uses += 1
         return self.run_folded(x, form.value)
+
+    def check(self, form: Form, x: Tensor) -> None:
+        """Raise StaleWeightsError if the form is not of today's weights."""
+        form.check(self._fold(x))
 
     def ready(self, x: Tensor) -> Form | None:
         """The form on which this would run inputs such as x; None where it would run otherwise."""

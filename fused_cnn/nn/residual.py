@@ -298,6 +298,10 @@ class ResidualStage(FusedBlock, nn.Sequential):
         forms = self._ready_forms(x)
         return None if forms is None else FoldedStage(reduce(PackedResidualStage.then, [f.value for f in forms]), forms)
 
+    def check(self, form: Form, x: Tensor) -> None:
+        for block, part in zip(self._blocks(), form.value.forms, strict=True):
+            block.check(part, x)
+
     def run_folded(self, x: Tensor, folded: FoldedStage) -> Tensor:
         for form in folded.forms:
             form.uses += 1
