@@ -1,7 +1,7 @@
 """fuse_(model) has the blocks that it knows run fused, in place; unfuse_(model) undoes it.
 
-One recursive walk: a module whose class is in a table (adapters/) gets a class of its own, which runs it fused, over the
-very same children, parameters and buffers. The object stays what it is to whoever holds it.
+One recursive walk: a module whose class is in a table (adapters/) gets a class of its own, which runs it fused, over
+the very same children, parameters and buffers. The object stays what it is to whoever holds it.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def fuse_(
     """Have the blocks of `model` run fused, in place: same objects, same parameters, same names, same numbers.
 
     What is not fully understood is left as it is: a subclass of a known block, hooks on an inner module, an activation
-    other than ReLU, squeeze-and-excitation, anti-aliasing, drop-path. Hooks on a block itself are kept. What becomes of a
-    block later is looked at in every call: where its fused form would not do what its modules now do (an activation
+    other than ReLU, squeeze-and-excitation, anti-aliasing, drop-path. Hooks on a block itself are kept. What becomes of
+    a block later is looked at in every call: where its fused form would not do what its modules now do (an activation
     replaced, a hook, a forward of its own), they run as they are.
 
     In eval without gradients weights are folded once and kept. A changed weight is seen at the next call, whoever
@@ -204,8 +204,8 @@ def refresh(model: nn.Module) -> nn.Module:
 
     Optimizers, load_state_dict, `.to()` and every in-place operation of PyTorch's are seen without it. Call it behind a
     collective or a copy into `p.data`, a write through a view of NumPy, DLPack or an untyped storage, and behind a
-    change that another process made in shared memory. `detect_stale_weights` finds where a call is missing. Weights that
-    a CUDA graph reads are made again in their place, so that its replays see them.
+    change that another process made in shared memory. `detect_stale_weights` finds where a call is missing. Weights
+    that a CUDA graph reads are made again in their place, so that its replays see them.
 
     Args:
         model: anything with fused blocks in it, also a module that torch.compile or torch.export made of one.

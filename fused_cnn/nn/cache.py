@@ -1,9 +1,9 @@
-"""The owner of folded weights: what a block made of its children's weights, in the last few forms that it was asked for.
+"""The owner of folded weights: what a block made of its children's weights, in the last few forms that were asked for.
 
-A form holds as long as its snapshot does. What did not change is not made again; what keeps changing is not made at all:
-the block then runs unfused, at PyTorch's own speed, until its weights rest. Forms are never saved, and a copy of a block
-makes its own. Changes that PyTorch's version counters miss are covered where they can be known: an optimizer's step
-makes the forms of its parameters stale. For the others there is `fused_cnn.refresh`.
+A form holds as long as its snapshot does. What did not change is not made again; what keeps changing is not made at
+all: the block then runs unfused, at PyTorch's own speed, until its weights rest. Forms are never saved, and a copy of a
+block makes its own. Changes that PyTorch's version counters miss are covered where they can be known: an optimizer's
+step makes the forms of its parameters stale. For the others there is `fused_cnn.refresh`.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class Form:
         for held, made in zip(tensors(self.value), tensors(today), strict=True):
             if not torch.equal(held, made):
                 raise StaleWeightsError(
-                    "folded weights are not what their sources are now: a weight was changed in a way that PyTorch does "
-                    "not see (through .data, a view of NumPy or DLPack, another process, a collective); "
+                    "folded weights are not what their sources are now: a weight was changed in a way that PyTorch "
+                    "does not see (through .data, a view of NumPy or DLPack, another process, a collective); "
                     "call fused_cnn.refresh(model) behind such a change"
                 )
 
@@ -193,8 +193,8 @@ register_optimizer_step_post_hook(_after_step)
 
 
 class detect_stale_weights:
-    """Every call of a fused block folds its weights again, compares, and raises StaleWeightsError where they differ from
-    those that it holds: for finding a change that PyTorch does not see. Slow; for all threads.
+    """Every call of a fused block folds its weights again, compares, and raises StaleWeightsError where they differ
+    from those that it holds: for finding a change that PyTorch does not see. Slow; for all threads.
 
     Args:
         mode: True turns it on, False off; as a context manager, until its end.

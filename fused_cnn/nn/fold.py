@@ -81,15 +81,15 @@ def _tensor_problem(module: nn.Module, *needed: str) -> str | None:
     return None
 
 
-def pair_problem(conv: Any, norm: Any, names: tuple[str, str]) -> str | None:
+def pair_problem(conv: Any, norm: Any, names: Sequence[str]) -> str | None:
     """Why two modules are not the convolution and the BatchNorm that the fused ops compute."""
     problems = ((names[0], conv_problem(conv)), (names[1], norm_problem(norm)))
     return next((f"{name} {problem}" for name, problem in problems if problem), None)
 
 
 def sources_of(pairs: Iterable[Pair]) -> Iterator[Tensor]:
-    """All tensors that the folded weights are made of; and BatchNorm's count of batches, which tells that its statistics
-    have changed where PyTorch's version counters do not."""
+    """All tensors that the folded weights are made of; and BatchNorm's count of batches, which tells that its
+    statistics have changed where PyTorch's version counters do not."""
     for pair in pairs:
         for module in pair:
             if module is not None:

@@ -147,7 +147,7 @@ class FoldedInception(NamedTuple):
     biases: Sequence[Tensor]
 
 
-def _layers(branch: nn.Module) -> list[Any]:
+def _layers(branch: nn.Module | None) -> list[Any]:
     return list(branch) if isinstance(branch, nn.Sequential) else [branch]
 
 

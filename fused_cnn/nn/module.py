@@ -7,8 +7,8 @@ every call (snapshot.py). In eval without gradients BatchNorm is folded into the
 training, and in eval with gradients, the convolution is cuDNN's or oneDNN's, and BatchNorm, the addition and the ReLU
 are one fused op.
 
-fuse_ gives a foreign block a class of its own, made of the fused one and the block's (`swapped_class`): the object stays
-what it is to everybody who holds it, with its attributes, buffers and hooks.
+fuse_ gives a foreign block a class of its own, made of the fused one and the block's (`swapped_class`): the object
+stays what it is to everybody who holds it, with its attributes, buffers and hooks.
 """
 
 from __future__ import annotations
@@ -274,8 +274,8 @@ class FusedModule(nn.Module):
 
     def __prepare_scriptable__(self) -> Any:
         raise RuntimeError(
-            f"torch.jit.script cannot compile {type(self).__name__}: fused_cnn.unfuse_(model) first, and fuse_ it again "
-            "behind it; or use torch.compile or torch.export"
+            f"torch.jit.script cannot compile {type(self).__name__}: fused_cnn.unfuse_(model) first, and fuse_ it "
+            "again behind it; or use torch.compile or torch.export"
         )
 
     def extra_repr(self) -> str:
@@ -391,6 +391,6 @@ def unswap(module: FusedModule) -> nn.Module:
     """`module` itself, of the class that it had before `swap`."""
     base = type(module)._swapped_from
     assert base is not None
-    module.__class__ = base
+    module.__class__ = base  # type: ignore[assignment]
     del module.backend, module._owner
     return module

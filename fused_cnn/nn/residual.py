@@ -64,14 +64,14 @@ class ResidualBlock(FusedBlock):
         raise NotImplementedError
 
     def plain_forward(self, x: Tensor) -> Tensor:
-        y = x
-        for i in range(1, self.num_convs + 1):
-            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
-            if i < self.num_convs:
-                y = self.relu(y)
+        y, relu = x, self._modules["relu"]
+        assert relu is not None
+        for i, (conv, bn) in enumerate(self.convs()):
+            assert bn is not None
+            y = bn(conv(relu(y) if i else y))
         if self.residual:
             y = y + (x if self.downsample is None else self.downsample(x))
-        return self.relu(y)
+        return relu(y)
 
     def problem(self) -> str | None:
         for name in self.absent:
@@ -81,7 +81,7 @@ class ResidualBlock(FusedBlock):
         children = self._modules
         for i in range(1, self.num_convs + 1):
             names = (f"conv{i}", f"bn{i}")
-            problem = pair_problem(*map(children.get, names), names)
+            problem = pair_problem(children.get(names[0]), children.get(names[1]), names)
             if problem:
                 return problem
         # What stands for an absent part is not called either; nor is `downsample`, where the projection is computed.
@@ -96,16 +96,17 @@ class ResidualBlock(FusedBlock):
         return [name for name in self.absent if name in self._modules]
 
     def features(self) -> tuple[str, ...]:
-        downsample = getattr(self, "downsample", None)
+        downsample: Any = self.downsample
         if not self.residual or skip_problem(downsample, nn.Sequential) or len(downsample) != 2:
             return ()
-        return ("projection",) if pair_problem(*downsample, ("0", "1")) is None else ()
+        return ("projection",) if pair_problem(downsample[0], downsample[1], ("0", "1")) is None else ()
 
     def skipped(self) -> list[nn.Module]:
         names = [f"{kind}{i}" for i in range(1, self.num_convs + 1) for kind in ("conv", "bn")]
         found = [self._modules.get(name) for name in (*names, *self.acts, *self._identities())]
         if self._has("projection"):
-            found += [self.downsample, *self.downsample]
+            downsample: Any = self.downsample
+            found += [downsample, *downsample]
         return [m for m in found if m is not None]
 
     def convs(self) -> list[Pair]:

@@ -83,7 +83,7 @@ class Snapshot:
         return unchanged(self.record, owner.__dict__) if unchanged else self._holds(owner)
 
     def _holds(self, owner: nn.Module) -> bool:
-        """The same without csrc/unchanged.cpp, for interpreters and PyTorch builds in which it does not find its way."""
+        """The same without csrc/unchanged.cpp, for interpreters and PyTorch builds in which it cannot be asked."""
         skipped, *_, attributes, tensors = self._kept
         methods = [(kind, name) for kind, name, _ in attributes[len(_CALLS) :]]
         return Snapshot(owner, skipped, methods, tensors).record == self.record

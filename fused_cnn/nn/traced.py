@@ -27,7 +27,7 @@ from ..ops.inception.op import OUTPUTS, same_size_flops
 from .cache import Owner
 from .fold import FoldedPair, Norm, Pair, fold_tensors, tensors_of
 
-Sources = Sequence[Tensor | None]  # six a convolution, as fold.tensors_of gives them
+Sources = Sequence[Any]  # six a convolution, as fold.tensors_of gives them: tensors, or None
 SIX = 6
 _owners = WeakTensorKeyDictionary()  # by the first convolution's weight, with which they go
 
@@ -50,7 +50,6 @@ def _units(sources: Sources, eps: Sequence[float]) -> list[tuple[Sources, float]
 def _conv_bn(x: Tensor, six: Sources, eps: float, *where: Any) -> Tensor:
     """bn(conv(x)) in plain PyTorch."""
     weight, bias, gamma, beta, mean, var = six
-    assert weight is not None
     y = F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *where)
     return y if var is None else F.batch_norm(y, mean, var, gamma, beta, False, 0.0, eps)
 
@@ -88,10 +87,10 @@ def _stage(
 ) -> Tensor:
     units = _units(sources, eps)
     where = [geometry[i + 4 : i + GEOMETRY] for i in range(0, len(geometry), GEOMETRY)]
-    pairs = [(w[:2], w[2:4], w[4:]) for w in where]  # stride, padding, dilation
+    pairs: list[Any] = [(tuple(w[:2]), tuple(w[2:4]), tuple(w[4:])) for w in where]  # stride, padding, dilation
 
     def make() -> Any:
-        folded = [FoldedConv(*fold_tensors(*six, e), *map(tuple, p)) for (six, e), p in zip(units, pairs, strict=True)]
+        folded = [FoldedConv(*fold_tensors(*six, e), *p) for (six, e), p in zip(units, pairs, strict=True)]
         projection = folded.pop() if projects else None
         stage, first = None, 0
         for length in lengths:
@@ -133,7 +132,6 @@ def _inception(x: Tensor, sources: Sources, eps: Sequence[float]) -> Tensor:
 
     def layer(i: int, y: Tensor) -> Tensor:
         six, e = units[i]
-        assert six[0] is not None
         return F.relu(_conv_bn(y, six, e, 1, six[0].size(2) // 2))
 
     branches = (layer(0, x), layer(2, layer(1, x)), layer(4, layer(3, x)), layer(5, F.max_pool2d(x, 3, 1, 1)))
@@ -162,7 +160,6 @@ ops = torch.ops.fused_cnn
 
 @flop_formula("folded_conv")
 def _conv_flops(x: Tensor, sources: Sources, *rest: Any, out_val: Tensor) -> int:
-    assert sources[0] is not None
     return conv_flops(out_val, sources[0].shape)
 
 
@@ -173,12 +170,16 @@ def _stage_flops(x: Tensor, sources: Sources, eps: Sequence[float], *where: Any,
 
 @flop_formula("folded_inception")
 def _inception_flops(x: Tensor, sources: Sources, *rest: Any, out_val: Tensor) -> int:
-    return same_size_flops(x, [w.shape for w in sources[::SIX] if w is not None])
+    return same_size_flops(x, [weight.shape for weight in sources[::SIX]])
 
 
 def _sources(pairs: Sequence[Pair]) -> tuple[list[Tensor | None], list[float]]:
     sources = chain.from_iterable(tensors_of(*pair) for pair in pairs)
     return list(sources), [0.0 if norm is None else float(norm.eps) for _, norm in pairs]
+
+
+def _window(conv: nn.Conv2d) -> tuple[Any, Any, Any, Any]:
+    return conv.kernel_size, conv.stride, conv.padding, conv.dilation
 
 
 def traced_conv(
@@ -193,7 +194,7 @@ def traced_conv(
     ):
         return FoldedPair.of(conv, norm, x, backend).run(x, residual, relu=relu, backend=backend)
     sources, (eps,) = _sources([(conv, norm)])
-    where = (pair(conv.stride), pair(conv.padding), pair(conv.dilation))
+    where = (pair(n) for n in _window(conv)[1:])
     return ops.folded_conv(x, sources, eps, residual, *where, relu)
 
 
@@ -203,14 +204,7 @@ def traced_stage(x: Tensor, blocks: Sequence[Sequence[Pair]], projection: Pair |
     sources, eps = _sources(pairs)
     where: list[int] = []
     for conv, _ in pairs:
-        where += [
-            conv.in_channels,
-            conv.out_channels,
-            *pair(conv.kernel_size),
-            *pair(conv.stride),
-            *pair(conv.padding),
-            *pair(conv.dilation),
-        ]
+        where += [conv.in_channels, conv.out_channels, *chain.from_iterable(pair(n) for n in _window(conv))]
     return ops.folded_stage(x, sources, eps, where, list(map(len, blocks)), shortcut, projection is not None)
 
 
