@@ -238,7 +238,11 @@ ConvWork conv_work(const ConvShape& s, DType dtype, bool in_place) {
 
 void pack_weight(const ConvShape& shape, DType dtype, const void* const* weight, const float* const* bias,
                  void* packed) {
-  kernels(dtype).pack(plan_weight(shape, dtype, packed), weight, bias);
+  const Plan plan = plan_weight(shape, dtype, packed);
+  const auto pack_panel = kernels(dtype).pack_panel;
+  torch::stable::parallel_for(0, plan.panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; panel++) pack_panel(plan, weight, bias, panel);
+  });
 }
 
 void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args) {
