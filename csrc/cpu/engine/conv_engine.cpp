@@ -68,7 +68,8 @@ double winograd_cost(const ConvShape& s, int64_t tiles) {
 // with large ones have images so small that it does not pay.
 bool has_winograd(const Plan& plan) {
   const ConvShape& s = plan.shape;
-  if (s.kernel.h != 3 || s.kernel.w != 3 || s.stride.h * s.stride.w * s.dilation.h * s.dilation.w != 1) return false;
+  if (s.kernel.h != 3 || s.kernel.w != 3 || s.stride.h * s.stride.w != 1 || s.dilation.h * s.dilation.w != 1)
+    return false;
   if (plan.matrix || (plan.dtype == DType::bf16 && plan.vectors * current().lanes * s.C > 1 << 16)) return false;
   return winograd_cost(s, 1) < direct_cost(plan, 8);
 }
