@@ -58,7 +58,8 @@ def main() -> int:
         "PYTHONPATH": str(OUT),
         "OMP_WAIT_POLICY": "passive",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", LEFT_OUT, *TESTS, *sys.argv[1:]]
+    # -s: what a sanitizer says as it ends the process would be lost with what pytest holds back.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-k", LEFT_OUT, *TESTS, *sys.argv[1:]]
     return subprocess.run(command, cwd=OUT, env=environment).returncode
 
 
