@@ -6,7 +6,7 @@ JOBS ?= auto
 SOURCES = $(shell find csrc -type f) setup.py
 CPP = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo venv test lint format bench compile-check cuda-check triton-check guard guard-update report install-matrix torch-matrix gpu-evidence
+.PHONY: demo venv test lint format bench compile-check cuda-check triton-check guard guard-update report install-matrix torch-matrix sanitize gpu-evidence
 
 demo: venv
 	$(BIN)/fused-cnn verify
@@ -69,6 +69,10 @@ $(VENV)/triton-$(OLD_TRITON): | venv
 
 torch-matrix: venv
 	$(BIN)/python scripts/torch_matrix.py
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: five minutes to build, as many to run.
+sanitize: venv
+	$(BIN)/python scripts/sanitize.py
 
 install-matrix: venv
 	$(BIN)/python scripts/install_matrix.py

@@ -1,8 +1,23 @@
-"""What the matrix of all ops and the tests of one room share: cases in an affordable size, and packed convolutions."""
+"""What the matrix of all ops and the tests of one room share: cases in an affordable size, packed convolutions, and the
+registered ops' calls that public ops and modules make."""
+
+from collections import defaultdict
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_cnn.ops import conv_bias_relu, pack_conv
+from fused_cnn.ops import (
+    FoldedConv,
+    conv_bias_relu,
+    inception,
+    pack_conv,
+    pack_inception,
+    pack_residual_block,
+    residual_stage,
+)
 from fused_cnn.ops._cases import Case, Maker, OpCases
 from fused_cnn.testing import all_cases, judge
 
@@ -32,3 +47,38 @@ def check_packed(op_cases: OpCases, case: Case, dtype: torch.dtype, layout: str)
     assert comparison.ok, (op_cases.name, case.name, dtype, layout, comparison)
     adjacent = x.stride(1) == 1 and x.size(1) > 1
     assert out.is_contiguous(memory_format=torch.channels_last if adjacent else torch.contiguous_format)
+
+
+class Call(NamedTuple):
+    """Of a registered op."""
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps every call of a registered op, by the op's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: defaultdict[str, list[Call]] = defaultdict(list)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "fused_cnn":
+            detached = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs or {}))
+            self.calls[func.name()].append(Call(func, *detached))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def call_packed_forms(dtype: torch.dtype) -> None:
+    """Calls of the packed forms that modules use."""
+    maker = Maker(dtype)
+    x, weight = maker.activation(2, 8, 5, 5), maker.weight(6, 8, 3, 3)
+    conv_bias_relu(x, *pack_conv(weight, maker.vector(6), like=x))
+    block = pack_residual_block([FoldedConv(weight, None, 2)], FoldedConv(weight, None, 2), shortcut=True, like=x)
+    residual_stage(x, block)
+    widths = [(3, 8, 1), (4, 8, 1), (5, 4, 3), (2, 8, 1), (3, 2, 3), (4, 8, 1)]
+    weights = [maker.weight(o, i, k, k) for o, i, k in widths]
+    inception(x, *pack_inception(weights, [maker.vector(w.size(0)) for w in weights], like=x))

@@ -8,24 +8,15 @@ import torch
 from conftest import DEVICE, backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_checks import CONVOLUTIONS, check_packed, small
+from op_checks import CONVOLUTIONS, Call, Recorder, call_packed_forms, check_packed, small
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_cnn
 from fused_cnn import _library
 from fused_cnn._candidates import best
 from fused_cnn._trees import leaves_of
-from fused_cnn.ops import (
-    FoldedConv,
-    conv_bias_relu,
-    inception,
-    pack_conv,
-    pack_inception,
-    pack_residual_block,
-    residual_stage,
-)
+from fused_cnn.ops import conv_bias_relu, pack_conv
 from fused_cnn.ops._cases import LAYOUTS, Case, Maker, OpCases
 from fused_cnn.testing import all_cases, compare
 
@@ -221,40 +212,16 @@ def test_every_registered_op_has_a_native_cpu_kernel() -> None:
     assert not missing
 
 
-class _Recorder(TorchDispatchMode):
-    """Keeps every call of a registered op, with its arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, tuple[object, tuple, dict]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func.namespace == "fused_cnn":
-            detached = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs or {}))
-            self.calls.setdefault(func.name(), (func, *detached))
-        return func(*args, **(kwargs or {}))
-
-
-def recorded_calls() -> dict[str, tuple[object, tuple, dict]]:
+def recorded_calls() -> dict[str, Call]:
     """One call of every registered op: each public op forward and backward, and the packed forms that modules use."""
-    with _Recorder() as recorder:
+    with Recorder() as recorder:
         for op_cases in ALL_CASES:
             for case in op_cases.cases:
                 if case.real:
                     args, kwargs = op_cases.make(small(case.batched(2)), Maker(torch.float32))
                     op_cases.op(*args, **kwargs, backend="native").square().sum().backward()
-        with torch.no_grad():
-            maker = Maker(torch.float32)
-            x, weight = maker.activation(2, 8, 5, 5), maker.weight(6, 8, 3, 3)
-            conv_bias_relu(x, *pack_conv(weight, maker.vector(6), like=x))
-            block = pack_residual_block(
-                [FoldedConv(weight, None, 2)], FoldedConv(weight, None, 2), shortcut=True, like=x
-            )
-            residual_stage(x, block)
-            widths = [(3, 8, 1), (4, 8, 1), (5, 4, 3), (2, 8, 1), (3, 2, 3), (4, 8, 1)]
-            weights = [maker.weight(o, i, k, k) for o, i, k in widths]
-            inception(x, *pack_inception(weights, [maker.vector(w.size(0)) for w in weights], like=x))
-    return recorder.calls
+        call_packed_forms(torch.float32)
+    return {name: calls[0] for name, calls in recorder.calls.items()}
 
 
 def test_opcheck_passes_for_every_registered_op() -> None:
@@ -263,8 +230,8 @@ def test_opcheck_passes_for_every_registered_op() -> None:
     calls = recorded_calls()
     missing = {f"fused_cnn::{name}" for name in _library.op_names()} - set(calls)
     assert not missing, f"no case calls {sorted(missing)}"
-    for func, args, kwargs in calls.values():
-        torch.library.opcheck(func, args, kwargs)
+    for call in calls.values():
+        torch.library.opcheck(call.op, call.args, call.kwargs)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

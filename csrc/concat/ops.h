@@ -35,17 +35,23 @@ inline std::tuple<std::vector<Tensor>, Tensor> concat_bias_relu_bwd(const Tensor
   check_4d(op, "grad_out", grad_out);
   if (out) check_like(op, "grad_out", grad_out, "out", *out);
   const ScalarType vector_type = vector_dtype(dtype_of(op, "grad_out", grad_out));
+  int64_t left = grad_out.size(1);
+  for (const int64_t c : channels) {
+    FUSED_CNN_CHECK(c >= 0, op, ": channels must not be negative, got ", c);
+    FUSED_CNN_CHECK(c <= left, op, ": channels must add up to grad_out's ", grad_out.size(1), ", got ", c, " where ",
+                    left, " are left");
+    left -= c;
+  }
+  FUSED_CNN_CHECK(left == 0, op, ": channels must add up to grad_out's ", grad_out.size(1), ", got ",
+                  grad_out.size(1) - left);
   std::vector<RowResult> grads;
   std::vector<DreluBranch> branches;
   int64_t first = 0;
   for (const int64_t c : channels) {
-    FUSED_CNN_CHECK(c >= 0, op, ": channels must not be negative, got ", c);
     grads.emplace_back(grad_out, c, result_format(out ? *out : grad_out));
     branches.push_back({.grad = grads.back().data, .channels = c, .first = first});
     first += c;
   }
-  FUSED_CNN_CHECK(first == grad_out.size(1), op, ": channels must add up to grad_out's ", grad_out.size(1), ", got ",
-                  first);
   const Tensor grad_bias = drelu_bgrad(grad_out, rows_of(grad_out), rows_of(out), branches, row_count(grad_out),
                                        /*wants_sums=*/bias, vector_type);
   return {finished(grads), grad_bias};

@@ -43,6 +43,8 @@ Tensor residual_stage_packed_fwd(const Tensor& x, std::vector<Tensor> packed, In
     check_geometry(op, size[1], size[2], kernel, params);
     const engine::ConvShape shape = conv_shape({0, size[0], size[1], size[2]}, g[1], kernel, params);
     check_packed(op, packed[index], shape, dtype);
+    FUSED_CNN_CHECK(addressable({g[1], shape.out.h, shape.out.w}), op, ": an image of ", g[1], " channels and ",
+                    shape.out.h, " x ", shape.out.w, " pixels is too large");
     return Convolution{shape, packed[index].data_ptr()};
   };
   const auto size_of = [](const Convolution& c) { return Ints{c.shape.out_channels[0], c.shape.out.h, c.shape.out.w}; };

@@ -33,14 +33,26 @@ engine::ConvShape conv_shape(const Ints& sizes, int64_t out_channels, const Ints
   return shape;
 }
 
+// Of a weight that is, or is said to be, in memory.
+static void check_weight_size(const char* op, const engine::ConvShape& shape) {
+  for (int i = 0; i < shape.destinations; ++i) {
+    const int64_t out = shape.out_channels[i];
+    FUSED_CNN_CHECK(out >= 1 && addressable({out, shape.C, shape.kernel.h, shape.kernel.w}), op,
+                    ": a weight must have at least one output channel and fit in memory, got shape (", out, ", ",
+                    shape.C, ", ", shape.kernel.h, ", ", shape.kernel.w, ")");
+  }
+}
+
 Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
                    const Ints& stride, const Ints& dilation) {
   const char* op = "conv_pack";
   FUSED_CNN_CHECK(!weights.empty() && weights.size() <= engine::kMaxDestinations && weights.size() == biases.size(), op,
                   ": between 1 and ", engine::kMaxDestinations, " weights with as many biases, got ", weights.size());
-  for (const Ints& steps : {stride, dilation})
-    FUSED_CNN_CHECK(steps.size() == 2 && steps[0] >= 1 && steps[1] >= 1, op,
-                    ": stride and dilation must be two values of at least 1 each");
+  for (const Ints& steps : {stride, dilation}) {
+    FUSED_CNN_CHECK(
+        steps.size() == 2 && std::min(steps[0], steps[1]) >= 1 && std::max(steps[0], steps[1]) <= kLargestStep, op,
+        ": stride and dilation must be two values of at least 1 and less than 2^31 each");
+  }
   const Tensor& first = weights[0];
   check_4d(op, "weight", first);
   FUSED_CNN_CHECK(engine_supports(first), op, ": weight must be float32 or bfloat16");
@@ -66,12 +78,17 @@ Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::op
     keep.push_back(torch::stable::contiguous(torch::stable::to(*biases[i], ScalarType::Float)));
     bias_data.back() = static_cast<const float*>(keep.back().data_ptr());
   }
+  check_weight_size(op, shape);
   const Tensor packed = empty_vector(first, engine::packed_weight_bytes(shape, dtype), ScalarType::Byte);
   engine::pack_weight(shape, dtype, weight_data.data(), bias_data.data(), packed.data_ptr());
   return packed;
 }
 
 void check_packed(const char* op, const Tensor& packed, const engine::ConvShape& shape, DType dtype) {
+  check_weight_size(op, shape);
+  const int64_t height = shape.H + 2 * shape.pad.h, width = shape.W + 2 * shape.pad.w;
+  FUSED_CNN_CHECK(addressable({shape.C, height, width}), op, ": an image of ", shape.C, " channels and, padded, ",
+                  height, " x ", width, " pixels is too large");
   const int64_t expected = engine::packed_weight_bytes(shape, dtype);
   FUSED_CNN_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_cpu() &&
                       packed.is_contiguous() && packed.size(0) == expected &&

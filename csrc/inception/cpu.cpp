@@ -29,19 +29,24 @@ Tensor inception_packed_fwd(const Tensor& x, std::vector<Tensor> packed, Ints ch
                   ": four packed weights, six channel counts and two kernel sizes are wanted, got ", packed.size(),
                   ", ", channels.size(), " and ", kernels.size());
   for (const int64_t c : channels) FUSED_CNN_CHECK(c >= 1, op, ": channel counts must be at least 1, got ", c);
-  for (const int64_t k : kernels) FUSED_CNN_CHECK(k >= 1 && k % 2 == 1, op, ": kernel sizes must be odd, got ", k);
+  for (const int64_t k : kernels)
+    FUSED_CNN_CHECK(k >= 1 && k <= kLargestStep && k % 2 == 1, op, ": kernel sizes must be odd, got ", k);
 
   const int64_t height = x.size(2), width = x.size(3);
-  const int64_t total = channels[kBranch1] + channels[kConv3] + channels[kConv5] + channels[kPoolProj];
   const auto shape_of_conv = [&](int64_t in_channels, int64_t out_channels, int64_t kernel) {
     return conv_shape({x.size(0), in_channels, height, width}, out_channels, {kernel, kernel}, same_padding(kernel));
   };
+  const engine::ConvShape convolutions[] = {shape_of_conv(channels[kReduce3], channels[kConv3], kernels[0]),
+                                            shape_of_conv(channels[kReduce5], channels[kConv5], kernels[1]),
+                                            shape_of_conv(x.size(1), channels[kPoolProj], 1)};
   engine::ConvShape merged = shape_of_conv(x.size(1), channels[kBranch1], 1);
   merged.destinations = 3;
   merged.out_channels[1] = channels[kReduce3];
   merged.out_channels[2] = channels[kReduce5];
   check_packed(op, packed[0], merged, dtype);
+  for (int i = 0; i < 3; ++i) check_packed(op, packed[i + 1], convolutions[i], dtype);
 
+  const int64_t total = channels[kBranch1] + channels[kConv3] + channels[kConv5] + channels[kPoolProj];
   const RowResult out(x, total, result_format(x));
   const RowView in = rows_of(x), reduced3 = rows_of(empty_result(x, channels[kReduce3], height, width)),
                 reduced5 = rows_of(empty_result(x, channels[kReduce5], height, width));
@@ -49,18 +54,16 @@ Tensor inception_packed_fwd(const Tensor& x, std::vector<Tensor> packed, Ints ch
       .x = in, .packed = packed[0].data_ptr(), .destination = {{.out = out}, {.out = reduced3}, {.out = reduced5}}};
   if (out.tensor.numel() > 0) engine::conv_forward(merged, dtype, args);
   int64_t first = channels[kBranch1];  // of the next branch
-  const auto convolve = [&](const RowView& from, const Tensor& weight, int64_t out_channels, int64_t kernel) {
-    const engine::ConvShape shape = shape_of_conv(from.tensor.size(1), out_channels, kernel);
-    check_packed(op, weight, shape, dtype);
-    args = {.x = from, .packed = weight.data_ptr(), .destination = {{.out = out.from(first)}}};
-    if (out.tensor.numel() > 0) engine::conv_forward(shape, dtype, args);
-    first += out_channels;
+  const auto convolve = [&](const RowView& from, int i) {
+    args = {.x = from, .packed = packed[i + 1].data_ptr(), .destination = {{.out = out.from(first)}}};
+    if (out.tensor.numel() > 0) engine::conv_forward(convolutions[i], dtype, args);
+    first += convolutions[i].out_channels[0];
   };
-  convolve(reduced3, packed[1], channels[kConv3], kernels[0]);
-  convolve(reduced5, packed[2], channels[kConv5], kernels[1]);
+  convolve(reduced3, 0);
+  convolve(reduced5, 1);
   const Tensor pooled = empty_like_4d(x, MemoryFormat::ChannelsLast);
   engine::max_pool(window_of(sizes_of(x), {3, 3}, same_padding(3)), dtype, in, pooled.data_ptr());
-  convolve(rows_of(pooled), packed[3], channels[kPoolProj], 1);
+  convolve(rows_of(pooled), 2);
   return out.finish();
 }
 

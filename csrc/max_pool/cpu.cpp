@@ -25,9 +25,11 @@ engine::Window checked_window(const char* op, const Tensor& x, const Ints& kerne
                   ": x must have a channel and a pixel at least, got ", shape_of(x));
   int64_t size[2];
   for (int i = 0; i < 2; ++i) {
-    FUSED_CNN_CHECK(kernel[i] >= 1 && stride[i] >= 1 && dilation[i] >= 1, op,
-                    ": kernel, stride and dilation must be at least 1");
-    FUSED_CNN_CHECK(padding[i] >= 0 && 2 * padding[i] <= kernel[i], op,
+    for (const int64_t value : {kernel[i], stride[i], dilation[i]}) {
+      FUSED_CNN_CHECK(value >= 1 && value <= kLargestStep, op,
+                      ": kernel, stride and dilation must be at least 1 and less than 2^31, got ", value);
+    }
+    FUSED_CNN_CHECK(padding[i] >= 0 && padding[i] <= kernel[i] / 2, op,
                     ": padding must be at least 0 and at most half the kernel, got ", padding[i], " for ", kernel[i]);
     size[i] = pooled_size(x.size(i + 2), kernel[i], stride[i], padding[i], dilation[i], ceil_mode);
     FUSED_CNN_CHECK(size[i] >= 1, op, ": no window fits the padded input of shape ", shape_of(x));

@@ -15,6 +15,8 @@ struct ConvParams {
   int64_t groups;
 };
 
+constexpr int64_t kLargestStep = (int64_t{1} << 31) - 1;  // of a window: sums and products of two do not overflow
+
 inline int64_t conv_out_size(int64_t size, const Ints& kernel, const ConvParams& p, int axis) {
   const int64_t reach = p.dilation[axis] * (kernel[axis] - 1) + 1, padded = size + 2 * p.padding[axis];
   return padded < reach ? 0 : (padded - reach) / p.stride[axis] + 1;  // C++ division rounds towards zero
@@ -26,6 +28,10 @@ inline void check_geometry(const char* op, int64_t height, int64_t width, const 
   for (int axis = 0; axis < 2; ++axis) {
     FUSED_CNN_CHECK(p.stride[axis] >= 1 && p.dilation[axis] >= 1 && p.padding[axis] >= 0, op,
                     ": stride and dilation must be at least 1 and padding at least 0");
+    for (const int64_t value : {kernel[axis], p.stride[axis], p.padding[axis], p.dilation[axis]}) {
+      FUSED_CNN_CHECK(value <= kLargestStep, op, ": kernel, stride, padding and dilation must be less than 2^31, got ",
+                      value);
+    }
     FUSED_CNN_CHECK(kernel[axis] >= 1 && conv_out_size(axis == 0 ? height : width, kernel, p, axis) >= 1, op,
                     ": kernel (", kernel[0], ", ", kernel[1], ") is larger than the padded input of size (", height,
                     ", ", width, ")");
@@ -38,9 +44,10 @@ inline void check_conv(const char* op, const Tensor& x, const Tensor& weight, co
   check_4d(op, "x", x);
   check_4d(op, "weight", weight);
   check_like(op, "x", x, "weight", weight, /*same_shape=*/false);
-  FUSED_CNN_CHECK(p.groups >= 1 && weight.size(0) % p.groups == 0 && weight.size(1) * p.groups == x.size(1), op,
-                  ": x has ", x.size(1), " channels; a weight of shape ", shape_of(weight), " with groups=", p.groups,
-                  " needs ", weight.size(1) * p.groups);
+  FUSED_CNN_CHECK(p.groups >= 1 && weight.size(0) % p.groups == 0 && x.size(1) % p.groups == 0 &&
+                      weight.size(1) == x.size(1) / p.groups,
+                  op, ": x has ", x.size(1), " channels; a weight of shape ", shape_of(weight),
+                  " with groups=", p.groups, " needs its own ", weight.size(1), " for each group");
   const Ints kernel{weight.size(2), weight.size(3)};
   check_geometry(op, x.size(2), x.size(3), kernel, p);
   if (bias) {

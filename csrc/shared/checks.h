@@ -6,7 +6,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/shim_utils.h>
+#include <algorithm>
 #include <array>
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -120,6 +122,14 @@ inline void check_channels(const char* op, const char* name, const Tensor& t, in
 
 inline MemoryFormat result_format(const Tensor& x) {
   return x.stride(1) == 1 && x.size(1) > 1 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+// Whether a dense tensor of these sizes, of which 0 counts as 1, could be in memory: it has at most 2^47 elements. What
+// kernels compute of such sizes does not overflow.
+inline bool addressable(std::initializer_list<int64_t> sizes) {
+  int64_t left = int64_t{1} << 47;
+  for (const int64_t size : sizes) left /= std::max<int64_t>(1, size);
+  return left > 0;
 }
 
 inline Tensor dense(const Tensor& t, MemoryFormat format) {

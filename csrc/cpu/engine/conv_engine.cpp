@@ -6,11 +6,13 @@
 #include <vector>
 #include "cpu/engine/conv_plan.h"
 #include "cpu/parallel.h"
+#include "shared/checks.h"
 
 namespace fused_cnn::engine {
 namespace {
 
 constexpr int64_t kCacheLine = 64;
+constexpr int64_t kMostScratch = int64_t{1} << 32;  // bytes a thread
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -66,7 +68,8 @@ double winograd_cost(const ConvShape& s, int64_t tiles) {
 // with large ones have images so small that it does not pay.
 bool has_winograd(const Plan& plan) {
   const ConvShape& s = plan.shape;
-  if (s.kernel.h != 3 || s.kernel.w != 3 || s.stride.h * s.stride.w * s.dilation.h * s.dilation.w != 1) return false;
+  if (s.kernel.h != 3 || s.kernel.w != 3 || s.stride.h * s.stride.w != 1 || s.dilation.h * s.dilation.w != 1)
+    return false;
   if (plan.matrix || (plan.dtype == DType::bf16 && plan.vectors * current().lanes * s.C > 1 << 16)) return false;
   return winograd_cost(s, 1) < direct_cost(plan, 8);
 }
@@ -236,7 +239,11 @@ ConvWork conv_work(const ConvShape& s, DType dtype, bool in_place) {
 
 void pack_weight(const ConvShape& shape, DType dtype, const void* const* weight, const float* const* bias,
                  void* packed) {
-  kernels(dtype).pack(plan_weight(shape, dtype, packed), weight, bias);
+  const Plan plan = plan_weight(shape, dtype, packed);
+  const auto pack_panel = kernels(dtype).pack_panel;
+  torch::stable::parallel_for(0, plan.panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; panel++) pack_panel(plan, weight, bias, panel);
+  });
 }
 
 void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args) {
@@ -261,11 +268,16 @@ void conv_forward(const ConvShape& shape, DType dtype, const ConvArgs& args) {
   plan.tap_offset = offsets.data();
   plan.items = plan.shape.N * plan.blocks_y * plan.blocks_x * plan.groups;
   const int64_t pixels = plan.phases_h * plan.phases_w * plan.in_h * plan.in_w;
-  run_items(plan, kernels(dtype).run_item, plan.gather ? pixels * plan.pitch * element_size(dtype) : 0, threads);
+  const int64_t scratch = plan.gather ? pixels * plan.pitch * element_size(dtype) : 0;
+  FUSED_CNN_CHECK(scratch <= kMostScratch, "a convolution whose kernel reaches over ", plan.in_h, " x ", plan.in_w,
+                  " pixels of ", shape.C, " channels would need ", scratch,
+                  " bytes of scratch memory a thread, not at most ", kMostScratch);
+  run_items(plan, kernels(dtype).run_item, scratch, threads);
 }
 
 void max_pool(const Window& window, DType dtype, Rows x, void* out) {
-  const int64_t per_row = window.out.w * window.C * window.kernel.h * window.kernel.w;
+  const int64_t in_window = std::min(window.kernel.h, window.H) * std::min(window.kernel.w, window.W);
+  const int64_t per_row = window.out.w * window.C * in_window;
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, per_row));
   const auto pool_row = kernels(dtype).max_pool_row;
   torch::stable::parallel_for(0, window.N * window.out.h, grain, [&](int64_t begin, int64_t end) {
@@ -276,7 +288,7 @@ void max_pool(const Window& window, DType dtype, Rows x, void* out) {
 void max_pool_backward(const Window& window, DType dtype, Rows x, const void* grad_out, void* grad_x) {
   constexpr int64_t kItemsPerThread = 4, kBandRows = 4, kRingBytes = 192 << 10;  // a ring lies in L2
   const int64_t lanes = current().lanes, threads = torch::stable::get_num_threads();
-  const int64_t ring_pixels = (window.dilation.h * (window.kernel.h - 1) + 1) * window.W;
+  const int64_t ring_pixels = std::min(window.dilation.h * (window.kernel.h - 1) + 1, window.H) * window.W;
   const int64_t vector_bytes = std::max<int64_t>(1, ring_pixels * lanes * sizeof(float));
   const int64_t vectors = std::clamp<int64_t>(kRingBytes / vector_bytes, 1, ceil_div(window.C, lanes));
   const int64_t channels = vectors * lanes, groups = ceil_div(window.C, channels), parts = window.N * groups;

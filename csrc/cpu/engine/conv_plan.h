@@ -79,7 +79,7 @@ struct PoolBand {
 // The functions of one element type.
 struct Kernels {
   int k_step;  // elements of K per step: 1 where bf16 is widened to float first, 2 for products of pairs, kMatrixStep
-  void (*pack)(const Plan& plan, const void* const* weight, const float* const* bias);
+  void (*pack_panel)(const Plan& plan, const void* const* weight, const float* const* bias, int64_t panel);
   void (*run_item)(const Plan& plan, int64_t item, Scratch& scratch);
   void (*run_item_winograd)(const Plan& plan, int64_t item, Scratch& scratch);
   void (*max_pool_row)(const Window& window, Rows x, void* out, int64_t row);

@@ -34,15 +34,17 @@ int64_t vectors_of(const Plan& plan, int64_t panel) {
   return min(plan.vectors - panel * kPanelVectors, kPanelVectors);
 }
 
-// Where an output channel lies in the packed weight: its panel, of so many vectors, the vector in it and the lane.
-struct PackedPlace {
-  int64_t panel, vectors, vector, lane;
+// The output channels of a vector of the packed weight: `channels` of a destination's, from `first` on.
+struct PackedVector {
+  int destination;
+  int64_t first, channels;
 };
 
-PackedPlace packed_place(const Plan& plan, int destination, int64_t channel) {
-  const int64_t vector = plan.vector_of[destination] + channel / kFloats, panel = vector / kPanelVectors;
-  return {
-      .panel = panel, .vectors = vectors_of(plan, panel), .vector = vector % kPanelVectors, .lane = channel % kFloats};
+PackedVector packed_vector(const Plan& plan, int64_t vector) {
+  int d = 0;
+  while (vector >= plan.vector_of[d + 1]) d++;
+  const int64_t first = (vector - plan.vector_of[d]) * kFloats;
+  return {.destination = d, .first = first, .channels = min(plan.shape.out_channels[d] - first, kFloats)};
 }
 
 #include "cpu/engine/conv_tile.inc"
@@ -52,30 +54,30 @@ PackedPlace packed_place(const Plan& plan, int destination, int64_t channel) {
 // consecutive k side by side for products of P elements, and `rows` of those together for matrix units (otherwise 1).
 // Lanes past a destination's last channel, and k past the run, are zero.
 template <class Product, class T>
-void pack_direct(const Plan& plan, const void* const* weight, const float* const* bias) {
+void pack_direct(const Plan& plan, const void* const* weight, const float* const* bias, int64_t panel) {
   constexpr int P = Product::kPerStep, kRows = Product::kRows;
   using Element = typename Product::Element;
   const ConvShape& s = plan.shape;
   const Reduction& r = plan.reduction;
-  float* packed_bias = (float*)plan.bias;  // the plan is of memory to be written here
-  char* packed_weight = (char*)plan.weight;
-  memset(packed_bias, 0, plan.vectors * kFloats * sizeof(float));
-  memset(packed_weight, 0, plan.panel_bytes / kPanelVectors * plan.vectors);
-  const int64_t steps = r.padded / P, spatial = s.kernel.h * s.kernel.w;
+  const int64_t steps = r.padded / P, spatial = s.kernel.h * s.kernel.w, vectors = vectors_of(plan, panel);
+  float* packed_bias = (float*)plan.bias + panel * kPanelVectors * kFloats;  // the plan is of memory to be written here
+  Element* packed_weight = (Element*)((char*)plan.weight + panel * plan.panel_bytes);
+  memset(packed_bias, 0, vectors * kFloats * sizeof(float));
+  memset(packed_weight, 0, plan.panel_bytes / kPanelVectors * vectors);
 
-  for (int d = 0; d < s.destinations; d++) {
-    for (int64_t o = 0; o < s.out_channels[d]; o++) {
-      const PackedPlace place = packed_place(plan, d, o);
-      const T* from = (const T*)weight[d] + o * s.C * spatial;
-      Element* to = (Element*)(packed_weight + place.panel * plan.panel_bytes);
-      if (bias[d]) packed_bias[plan.vector_of[d] * kFloats + o] = bias[d][o];
+  for (int64_t v = 0; v < vectors; v++) {
+    const PackedVector of = packed_vector(plan, panel * kPanelVectors + v);
+    const T* from = (const T*)weight[of.destination] + of.first * s.C * spatial;
+    for (int64_t lane = 0; lane < of.channels && bias[of.destination]; lane++)
+      packed_bias[v * kFloats + lane] = bias[of.destination][of.first + lane];
+    for (int64_t c = 0; c < s.C; c++) {
       for (int64_t tap = 0; tap < spatial; tap++) {
-        for (int64_t c = 0; c < s.C; c++) {
-          const int64_t in_run = r.fold ? tap % s.kernel.w * s.C + c : c;
-          const int64_t step = (r.fold ? tap / s.kernel.w : tap) * steps + in_run / P;
-          const int64_t row = (step / kRows * place.vectors + place.vector) * kRows + step % kRows;
-          copy_elements(to + (row * kFloats + place.lane) * P + in_run % P, from + c * spatial + tap, 1);
-        }
+        const int64_t in_run = r.fold ? tap % s.kernel.w * s.C + c : c;
+        const int64_t step = (r.fold ? tap / s.kernel.w : tap) * steps + in_run / P;
+        const int64_t row = (step / kRows * vectors + v) * kRows + step % kRows;
+        Element* to = packed_weight + row * kFloats * P + in_run % P;
+        for (int64_t lane = 0; lane < of.channels; lane++)
+          copy_elements(to + lane * P, from + (lane * s.C + c) * spatial + tap, 1);
       }
     }
   }
@@ -229,15 +231,15 @@ void run_item(const Plan& plan, int64_t item, Scratch& scratch) {
 #endif
 
 template <class Product, class T>
-void pack(const Plan& plan, const void* const* weight, const float* const* bias) {
-  pack_direct<Product, T>(plan, weight, bias);
-  if (plan.winograd.weight != nullptr) pack_winograd<T>(plan, weight);
+void pack_panel(const Plan& plan, const void* const* weight, const float* const* bias, int64_t panel) {
+  pack_direct<Product, T>(plan, weight, bias, panel);
+  if (plan.winograd.weight != nullptr) pack_winograd<T>(plan, weight, panel);
 }
 
 template <class Product, class T>
 constexpr Kernels kernels_of(int k_step, void (*run_item)(const Plan&, int64_t, Scratch&)) {
   return {.k_step = k_step,
-          .pack = pack<Product, T>,
+          .pack_panel = pack_panel<Product, T>,
           .run_item = run_item,
           .run_item_winograd = run_item_winograd<T>,
           .max_pool_row = max_pool_row<T>,
