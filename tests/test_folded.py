@@ -319,7 +319,7 @@ FREEING: dict[str, Callable[[nn.Module], object]] = {
 @torch.no_grad()
 def test_memory_is_freed_when_the_weights_go(how: str) -> None:
     """At once, as eager's is: there is no cycle that waits for the garbage collector."""
-    eager, fused, x = twins()
+    _, fused, x = twins()
     fused(x), fused(x)
     held = folded_tensors(fused)
     weights = [weakref.ref(p) for p in fused.parameters()]
@@ -353,8 +353,8 @@ def test_a_copy_is_of_the_same_class_and_folds_for_itself() -> None:
 
 @torch.no_grad()
 def test_replicas_of_data_parallel_run_their_own_weights(folds: Callable[[], int]) -> None:
-    """As torch.nn.parallel.replicate makes them: parameters are plain attributes, copies that change with every call."""
-    eager, fused, x = twins()
+    """As torch.nn.parallel.replicate makes them: parameters are plain attributes, copies that change at every call."""
+    eager, fused, _ = twins()
     block, twin = fused.layer1[0], eager.layer1[0]
     y = torch.randn(2, 64, 16, 16, device=DEVICE)
     close(block(y), twin(y))
@@ -424,7 +424,7 @@ def test_mixed_dtypes_are_refused_by_name() -> None:
         assert "the input is torch.float16, but conv1.weight is torch.float32" in str(error.value)
     _, googlenet, x = twins("googlenet")
     with pytest.raises(
-        TypeError, match="FusedBasicConv2d: the input is torch.bfloat16, but conv.weight is torch.float32"
+        TypeError, match=r"FusedBasicConv2d: the input is torch.bfloat16, but conv.weight is torch.float32"
     ):
         googlenet(x.bfloat16())
 

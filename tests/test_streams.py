@@ -10,8 +10,9 @@ import torch
 from conftest import DEVICE
 from torch import Tensor, nn
 
-from fused_cnn import fuse_, models
+from fused_cnn import fuse_, models, refresh
 from fused_cnn.bench.peers import graphed
+from fused_cnn.nn import FusedModule
 
 THREADS = 4
 
@@ -22,6 +23,13 @@ def network(name: str, backend: str | None = None) -> nn.Module:
     return model
 
 
+def forget(model: nn.Module) -> None:
+    """The weights will be folded again."""
+    for module in model.modules():
+        if isinstance(module, FusedModule):
+            module._owner.clear()
+
+
 def images(seed: int, batch: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 3, 64, 64, generator=generator).to(DEVICE).contiguous(memory_format=torch.channels_last)
@@ -29,16 +37,12 @@ def images(seed: int, batch: int = 2) -> Tensor:
 
 @pytest.mark.parametrize("name", ["resnet18", "googlenet"])
 def test_threads_share_a_model(name: str) -> None:
-    """On a CPU from the first call on, which folds the weights. On a GPU that is one stream's, and others may start
-    when it is done."""
+    """From the first call on, which folds the weights."""
     model = network(name)
     inputs = [images(seed, batch=1 + seed % 3) for seed in range(2 * THREADS)]
     with torch.no_grad():
         expected = [model(x) for x in inputs]
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    else:
-        model.eval()  # forgets the folded weights
+    forget(model)
     start = threading.Barrier(THREADS, timeout=60)
 
     def run(thread: int) -> list[Tensor]:
@@ -73,12 +77,52 @@ def test_a_captured_forward_replays_with_other_images(name: str, backend: str | 
 
 @pytest.mark.gpu
 @torch.no_grad()
-def test_a_graph_captured_after_a_change_has_the_new_weights() -> None:
-    """A graph reads the folded weights of its capture: after a change it is captured again."""
+def test_a_graph_sees_weights_that_were_folded_again() -> None:
+    """A graph reads the folded weights of its capture, which are made again where they lie: at the next eager call
+    behind a change, or by refresh."""
     model, x = network("resnet18"), images(0)
     before = model(x)
-    graphed(lambda: model(x))
-    model.layer2[0].conv1.weight.mul_(1.5)
     replay = graphed(lambda: model(x))
+    model.layer2[0].conv1.weight.mul_(1.5)
+    changed = model(x)
+    assert not torch.allclose(changed, before, rtol=1e-3)
+    torch.testing.assert_close(replay(), changed)
+    model.layer3[0].conv1.weight.data.mul_(0.5)  # which PyTorch does not see
+    refresh(model)
     torch.testing.assert_close(replay(), model(x))
-    assert not torch.allclose(model(x), before, rtol=1e-3)
+    again = graphed(lambda: model(x))
+    model.eval().train().eval()
+    torch.testing.assert_close(again(), replay())
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_capture_without_a_call_before_it_folds_nothing() -> None:
+    """What is made in a capture is not there until a replay: nothing of it may be kept."""
+    model, x = network("resnet18"), images(0)
+    expected = network("resnet18")
+    expected.load_state_dict(model.state_dict())
+    true = expected(x)  # which also sets up the libraries
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = model(x)
+    torch.testing.assert_close(model(x), true)
+    graph.replay()
+    torch.testing.assert_close(out, true, rtol=1e-3, atol=1e-3)  # plain convolutions, whose sums have another order
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_another_stream_waits_for_the_folding() -> None:
+    model, x = network("resnet18"), images(0)
+    expected = model(x)
+    forget(model)
+    torch.cuda.synchronize()
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(first):
+        torch.cuda._sleep(200_000_000)  # a tenth of a second, behind which the weights are folded
+        model(x)
+    with torch.cuda.stream(second):
+        out = model(x)
+    torch.cuda.synchronize()
+    torch.testing.assert_close(out, expected)

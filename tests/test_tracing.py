@@ -1,5 +1,5 @@
-"""Fused models under what records them or computes shapes alone: right where PyTorch's own modules are, or one clear error
-before any work is done."""
+"""Fused models under what records them or computes shapes alone: right where PyTorch's own modules are, or one clear
+error before any work is done."""
 
 import copy
 import importlib
@@ -154,7 +154,7 @@ def test_make_fx_records_blocks(name: str) -> None:
 
 @each_network
 def test_fake_tensors_give_shapes_and_leave_nothing_behind(name: str) -> None:
-    eager, fused, x = twins(name)
+    _, fused, x = twins(name)
     with torch.no_grad():
         expected = fused(x)
     with FakeTensorMode():

@@ -72,8 +72,8 @@ class Form:
             old, new = list(tensors(captured.value)), list(tensors(value))
             if [(t.shape, t.dtype) for t in old] == [(t.shape, t.dtype) for t in new]:
                 here = torch.cuda.current_stream(self.device)
-                for stream in captured.streams - {here.cuda_stream}:  # they may still read what it held
-                    here.wait_stream(torch.cuda.ExternalStream(stream, self.device))
+                for reading in captured.streams - {here.cuda_stream}:  # they may still read what it held
+                    here.wait_stream(torch.cuda.ExternalStream(reading, self.device))
                 for to, t in zip(old, new, strict=True):
                     to.copy_(t)
                 value, self.captured = captured.value, True

@@ -21,6 +21,7 @@ from .snapshot import hooks
 
 Norm = nn.BatchNorm2d | None  # a convolution may have none
 Pair = tuple[nn.Conv2d, Norm]
+Sources = Sequence[Any]  # of one folded convolution: six tensors, or None for those that are not there
 _METHODS = ("forward", "_conv_forward")  # what a module computes
 _TENSORS = {"Tensor", "Parameter", "FakeTensor", "FunctionalTensor"}  # the last two stand for others, in a trace
 
@@ -118,31 +119,23 @@ def can_fold(x: Tensor, pairs: Sequence[Pair]) -> bool:
 
 def fold(conv: nn.Conv2d, bn: Norm) -> FoldedConv:
     """The one convolution that equals `bn(conv(x))` in eval, in float32 (float64 for float64)."""
-    weight, bias = fold_tensors(*tensors_of(conv, bn), 0.0 if bn is None else bn.eps)
+    weight, bias = fold_tensors(tensors_of(conv, bn), 0.0 if bn is None else bn.eps)
     return FoldedConv(weight, bias, **geometry(conv))
 
 
-def tensors_of(conv: nn.Conv2d, bn: Norm) -> tuple[Tensor | None, ...]:
+def tensors_of(conv: nn.Conv2d, bn: Norm) -> Sources:
     """The convolution's weight and bias; BatchNorm's weight, bias, mean and variance, all None where there is none."""
     if bn is None:
         return conv.weight, conv.bias, None, None, None, None
     return conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var
 
 
-def fold_tensors(
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias of the folded convolution; those of the convolution where there is no variance."""
+def fold_tensors(sources: Sources, eps: float) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias of the folded convolution, of what `tensors_of` gives."""
+    weight, bias, gamma, beta, mean, var = sources
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
     if var is not None:
-        assert mean is not None
         scale = torch.rsqrt(var.to(wide) + eps)
         if gamma is not None:
             scale = scale * gamma.to(wide)
@@ -177,6 +170,6 @@ class FoldedPair(NamedTuple):
         x = autocast(x)[0]
         conv = partial(conv_bias_relu, x, self.weight, self.bias, **self.geometry, backend=backend)
         if residual is None or residual.dtype == x.dtype:
-            return conv(residual, relu=relu)
+            return conv(residual=residual, relu=relu)
         y = conv(relu=False) + residual  # PyTorch promotes the sum
         return torch.relu(y) if relu else y

@@ -14,7 +14,6 @@ stays what it is to everybody who holds it, with its attributes, buffers and hoo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -315,7 +314,7 @@ class FusedBlock(FusedModule):
     def forward(self, x: Tensor) -> Tensor:
         if self.is_leaf and isinstance(x, torch.fx.Proxy):
             name = x.tracer.path_of_module(self)
-            return x.tracer.create_proxy("call_module", name, (x,), {})  # type: ignore[return-value]
+            return x.tracer.create_proxy("call_module", name, (x,), {})
         return self.run(x, self.plain_forward)
 
     def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -364,9 +363,13 @@ def _restore_swapped(mixin: type[FusedModule], base: type[nn.Module], state: dic
     return module
 
 
-@cache
+_classes: dict[tuple[type, type], type[FusedModule]] = {}
+
+
 def swapped_class(mixin: type[FusedModule], base: type[nn.Module]) -> type[FusedModule]:
     """The class that fuse_ gives an instance of `base`: `base` with the mixin's forward. It pickles by its parents."""
+    if (mixin, base) in _classes:
+        return _classes[mixin, base]
 
     def reduce(self: FusedModule, protocol: int) -> tuple[Any, ...]:
         return _restore_swapped, (mixin, base, self.__getstate__())
@@ -377,7 +380,8 @@ def swapped_class(mixin: type[FusedModule], base: type[nn.Module]) -> type[Fused
     body: dict[str, Any] = {"__reduce_ex__": reduce, "__module__": base.__module__, "_swapped_from": base}
     if issubclass(mixin, FusedBlock):
         body["plain_forward"] = plain_forward
-    return type(f"Fused{base.__name__}", (mixin, base), body)
+    made = type(f"Fused{base.__name__}", (mixin, base), body)
+    return _classes.setdefault((mixin, base), made)
 
 
 def swap(module: nn.Module, mixin: type[Self], backend: str | None) -> Self:

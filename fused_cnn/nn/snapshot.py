@@ -56,7 +56,8 @@ class Snapshot:
     ) -> None:
         tables: list[dict[Any, Any]] = [*GLOBAL_HOOKS, owner._modules]
         for module in skipped:
-            tables += [*hooks(module), *filter(None, (module._modules, module._parameters, module._buffers))]
+            registries: tuple[dict[str, Any], ...] = (module._modules, module._parameters, module._buffers)
+            tables += [*hooks(module), *(registry for registry in registries if registry)]
         entries = [(vars(m), name) for m in (owner, *skipped) for name in reads_of(m)]
         values = [[table[name]] if name in table else [] for table, name in entries]
         contents = [list(chain.from_iterable(table.items())) for table in tables]

@@ -25,10 +25,9 @@ from ..ops._flops import conv_flops, flop_formula
 from ..ops.conv.stage import GEOMETRY, fake_stage, stage_flops
 from ..ops.inception.op import OUTPUTS, same_size_flops
 from .cache import Owner
-from .fold import FoldedPair, Norm, Pair, fold_tensors, tensors_of
+from .fold import FoldedPair, Norm, Pair, Sources, fold_tensors, tensors_of
 
-Sources = Sequence[Any]  # six a convolution, as fold.tensors_of gives them: tensors, or None
-SIX = 6
+SIX = 6  # sources of a convolution
 _owners = WeakTensorKeyDictionary()  # by the first convolution's weight, with which they go
 
 
@@ -65,7 +64,7 @@ def _conv(
     relu: bool,
 ) -> Tensor:
     def make() -> Any:
-        return pack_conv(*fold_tensors(*sources, eps), like=x, stride=stride, dilation=dilation, backend="native")
+        return pack_conv(*fold_tensors(sources, eps), like=x, stride=stride, dilation=dilation, backend="native")
 
     packed = _kept(x, sources, ("conv", eps, *stride, *dilation), make)
     if packed is None:
@@ -73,7 +72,8 @@ def _conv(
         y = y if residual is None else y + residual
         return F.relu(y) if relu else y
     where: Any = {"stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation)}
-    return conv_bias_relu(x, *packed, residual, **where, relu=relu, backend="native")
+    weight, bias = packed
+    return conv_bias_relu(x, weight, bias, residual, **where, relu=relu, backend="native")
 
 
 def _stage(
@@ -90,7 +90,7 @@ def _stage(
     pairs: list[Any] = [(tuple(w[:2]), tuple(w[2:4]), tuple(w[4:])) for w in where]  # stride, padding, dilation
 
     def make() -> Any:
-        folded = [FoldedConv(*fold_tensors(*six, e), *p) for (six, e), p in zip(units, pairs, strict=True)]
+        folded = [FoldedConv(*fold_tensors(six, e), *p) for (six, e), p in zip(units, pairs, strict=True)]
         projection = folded.pop() if projects else None
         stage, first = None, 0
         for length in lengths:
@@ -122,7 +122,7 @@ def _inception(x: Tensor, sources: Sources, eps: Sequence[float]) -> Tensor:
     units = _units(sources, eps)
 
     def make() -> Any:
-        folded = [fold_tensors(*six, e) for six, e in units]
+        folded = [fold_tensors(six, e) for six, e in units]
         biases = [w.new_zeros(w.size(0)) if b is None else b for w, b in folded]
         return pack_inception([w for w, _ in folded], biases, like=x, backend="native")
 
