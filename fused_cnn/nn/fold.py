@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..ops import FoldedConv, PackedConv, conv_bias_relu, pack_conv
 from ..ops._conv import autocast
-from .snapshot import hooks
+from .snapshot import SHARDED, hooks
 
 Norm = nn.BatchNorm2d | None  # a convolution may have none
 Pair = tuple[nn.Conv2d, Norm]
@@ -105,6 +105,12 @@ def pair_settings(conv: nn.Conv2d, norm: Norm) -> tuple[Any, ...]:
 def has_running_statistics(pair: Pair) -> bool:
     """Whether the pair's BatchNorm, if any, normalises with constants."""
     return pair[1] is None or not (pair[1].training or pair[1].running_mean is None)
+
+
+def can_be_constant(pair: Pair) -> bool:
+    """Whether what is folded of a pair may be kept: where parameters are gathered for each call, as fully_shard does,
+    nothing tells that their shards have changed."""
+    return has_running_statistics(pair) and not getattr(pair[0], SHARDED, False)
 
 
 def wants_gradient(x: Tensor, tensors: Sequence[Tensor]) -> bool:

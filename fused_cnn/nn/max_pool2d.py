@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._backends import usable
+from .._candidates import transforms_active
 from .._library import has_kernel
 from ..ops import max_pool2d
 from ..ops._conv import IntPair
@@ -58,7 +59,7 @@ class MaxPool2d(FusedBlock):
     def run(self, x: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
         """There is nothing to fold here, and no child whose forward would be skipped."""
         if is_traced(x):
-            fits = x.dim() == 4 and not self._is_plain_in_trace()
+            fits = x.dim() == 4 and not transforms_active() and not self._is_plain_in_trace()
         else:
             fits = kind_of(x) is not None and self.known().problem is None
         named = self.backend if self.backend in ("native", "triton") else None

@@ -24,8 +24,8 @@ from .._candidates import transforms_active
 from ..ops import BatchNormArgs, bn_add_relu, bn_relu, bn_relu_conv
 from ..ops._conv import autocast_dtype, on_16_bytes
 from .cache import Form, Kind, Owner, detect_stale_weights
-from .fold import Pair, can_fold, geometry, has_running_statistics, is_own, pair_settings, sources_of, wants_gradient
-from .snapshot import Method, Snapshot, hooks
+from .fold import Pair, can_be_constant, can_fold, geometry, is_own, pair_settings, sources_of, wants_gradient
+from .snapshot import Method, Snapshot, hooks, watched_by_all
 
 Self = TypeVar("Self", bound="FusedModule")
 Replaced = Mapping[str, frozenset[str]]  # methods of a foreign class, and the names that they may use
@@ -39,7 +39,7 @@ class Understanding(NamedTuple):
     problem: str | None  # why the forward that it replaces runs
     has: tuple[str, ...]
     pairs: list[Pair]
-    folds: bool  # whether every BatchNorm uses running statistics
+    folds: bool  # whether the weights may be folded and kept
     tensors: list[Tensor]
 
 
@@ -127,8 +127,8 @@ class FusedModule(nn.Module):
         known = self.known()
         if known.problem is not None:
             return plain(x)
-        self._check_dtype(x, known.pairs)
         if not known.folds or wants_gradient(x, known.tensors):
+            self._check_dtype(x, known.pairs)
             return self.run_unfolded(x)
         form = self._form(kind, x)
         if form is None:
@@ -165,7 +165,8 @@ class FusedModule(nn.Module):
 
     def _form(self, kind: Kind, x: Tensor) -> Form | None:
         """Today's form for inputs such as x, made if it is time to; None where nothing can be kept."""
-        pairs, sources = self._owner.known.pairs, list(sources_of(self._owner.known.pairs))
+        pairs, sources = self._owner.known.pairs, self._owner.known.tensors
+        self._check_dtype(x, pairs)
         if any(t.is_inference() or t.device != x.device for t in sources):  # whose changes PyTorch does not count
             return None
         if x.is_cuda and torch.cuda.is_current_stream_capturing():  # what is made in a capture is not there yet
@@ -218,7 +219,7 @@ class FusedModule(nn.Module):
             # `pairs` asks what this has; to other threads, which may read it meanwhile, it has a problem.
             self._owner.known = known = Understanding(snapshot, "is being looked at", self.features(), [], False, [])
             pairs = self.pairs()
-            folds = all(map(has_running_statistics, pairs))
+            folds = all(map(can_be_constant, pairs))
             known = Understanding(snapshot, None, known.has, pairs, folds, list(sources_of(pairs)))
         else:
             known = Understanding(snapshot, problem, (), [], False, [])
@@ -226,7 +227,7 @@ class FusedModule(nn.Module):
         return known
 
     def _problem(self) -> str | None:
-        return "backend is reference" if self.backend == "reference" else self.structure_problem()
+        return "backend is reference" if self.backend == "reference" else self.structure_problem() or watched_by_all()
 
     def structure_problem(self) -> str | None:
         """Why this block would not run fused on any backend."""
@@ -239,7 +240,7 @@ class FusedModule(nn.Module):
     # In a trace: of torch.compile, torch.export, make_fx, or on tensors that stand for others.
 
     def _run_in_trace(self, x: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
-        if x.dim() != 4 or self._is_plain_in_trace():
+        if x.dim() != 4 or transforms_active() or self._is_plain_in_trace():
             return plain(x)
         for module in self.skipped():
             _guard_on(module)
@@ -249,7 +250,7 @@ class FusedModule(nn.Module):
 
     def _is_plain_in_trace(self) -> bool:
         """Asked once a trace, on the real module: the compiler need not follow."""
-        return transforms_active() or torch.onnx.is_in_onnx_export() or self.understand().problem is not None
+        return torch.onnx.is_in_onnx_export() or self.understand().problem is not None
 
     _is_plain_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

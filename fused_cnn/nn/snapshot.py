@@ -25,10 +25,14 @@ Method = tuple[type, str]  # a class and the name of one of its methods
 GLOBAL_HOOKS = tuple(
     getattr(nn_module, f"_global_{when}_hooks") for when in ("forward", "forward_pre", "backward", "backward_pre")
 )
-_CALLS: tuple[Method, ...] = ((nn.Module, "__call__"), (nn.Module, "_call_impl"))  # tracers replace these for a while
+_CALLS = {name: getattr(nn.Module, name) for name in ("__call__", "_call_impl")}  # tracers replace these for a while
+SHARDED = "_is_fsdp_managed_module"  # what fully_shard sets on a module whose parameters it gathers for each call
 # What the modules' forward reads of themselves; or what is called in its place, where it is there.
 _READS: dict[type, tuple[str, ...]] = {
-    nn.Conv2d: ("forward", "_conv_forward", "_parameters", "stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.Conv2d: (
+        *("forward", "_conv_forward", "_parameters", "stride", "padding", "dilation", "groups", "padding_mode"),
+        SHARDED,
+    ),
     nn.BatchNorm2d: ("forward", "_parameters", "_buffers", "training", "eps"),
     nn.Sequential: ("forward", "_modules"),
 }
@@ -37,6 +41,14 @@ _READS: dict[type, tuple[str, ...]] = {
 def hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
     """The tables of what is called when this very module runs."""
     return (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+
+
+def watched_by_all() -> str | None:
+    """Why no module's forward may be skipped today; None where nobody watches them all."""
+    if any(GLOBAL_HOOKS):
+        return "there are hooks on every module"
+    replaced = [name for name, function in _CALLS.items() if getattr(nn.Module, name) is not function]
+    return f"nn.Module.{replaced[0]} was replaced" if replaced else None
 
 
 class Snapshot:
@@ -61,7 +73,8 @@ class Snapshot:
         entries = [(vars(m), name) for m in (owner, *skipped) for name in reads_of(m)]
         values = [[table[name]] if name in table else [] for table, name in entries]
         contents = [list(chain.from_iterable(table.items())) for table in tables]
-        attributes = [(kind, name, getattr(kind, name)) for kind, name in (*_CALLS, *methods)]
+        called = ((nn.Module, name) for name in _CALLS)
+        attributes = [(kind, name, getattr(kind, name)) for kind, name in (*called, *methods)]
         # Alive, so that nothing new gets the address of what was recorded; but for the owner, which holds this.
         self._kept = (list(skipped), tables, values, contents, attributes, list(tensors))
         own = id(vars(owner))

@@ -24,7 +24,7 @@ from ..ops._conv import autocast, empty_result, packable, pair
 from ..ops._flops import conv_flops, flop_formula
 from ..ops.conv.stage import GEOMETRY, fake_stage, stage_flops
 from ..ops.inception.op import OUTPUTS, same_size_flops
-from .cache import Owner
+from .cache import Owner, detect_stale_weights
 from .fold import FoldedPair, Norm, Pair, Sources, fold_tensors, tensors_of
 
 SIX = 6  # sources of a convolution
@@ -39,6 +39,8 @@ def _kept(x: Tensor, sources: Sources, settings: Any, make: Callable[[], Any]) -
     owner = _owners.setdefault(given[0], Owner())
     form = owner.obtain((None, x.dtype, x.device), given, settings, make)
     form.uses += 1
+    if detect_stale_weights.on and form.value is not None:
+        form.check(make())
     return form.value
 
 
