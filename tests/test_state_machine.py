@@ -151,6 +151,14 @@ class Twins(RuleBasedStateMachine):
             with torch.inference_mode():
                 self.agree(self.fused(x), self.eager(x), where="out")
 
+    def warm(self) -> None:
+        """Call the fused model until its weights are folded."""
+        if not self.eager.training:
+            with torch.no_grad():
+                for _ in range(18):
+                    self.fused(self.x(2))
+        self.logs[0].clear()
+
     def gradients(self) -> None:
         x = self.x(6)
         found = []
@@ -181,6 +189,9 @@ class Twins(RuleBasedStateMachine):
         optimizers = [kind(model.parameters(), **options) for model in self.both()]
         for _ in range(steps):
             self.gradients()
+            self.warm()
+            for log in self.logs:
+                log.clear()
             for optimizer in optimizers:
                 optimizer.step()
         x = self.x(4)
@@ -293,6 +304,14 @@ class Twins(RuleBasedStateMachine):
             else:
                 assert mine[key].dtype == value.dtype and mine[key].shape == value.shape
         assert [m.training for m in self.fused.modules()] == [m.training for m in self.eager.modules()]
+
+    @invariant()
+    def outputs_agree(self) -> None:
+        """Behind every rule, and with folded weights before the next one."""
+        if hasattr(self, "fused") and not self.eager.training:
+            x = self.x(2)
+            with torch.no_grad():
+                self.agree(self.fused(x), self.eager(x), where="out")
 
     @invariant()
     def hooks_saw_the_same(self) -> None:
