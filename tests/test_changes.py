@@ -653,9 +653,9 @@ REPLACED: dict[str, tuple[tuple[str, ...], Callable[[str], Change]]] = {
     ),
     "squeeze-and-excitation": (("timm",), replaced("layer1.1.se", lambda m: timm.layers.SEModule(16))),
     "se as a callable": (("timm",), replaced("layer1.1.se", lambda m: lambda x: torch.sigmoid(x) - 0.5)),
-    "drop_path": (("timm",), replaced("layer1.1.drop_path", lambda m: nn.Tanh())),
+    "drop_path": (("timm",), replaced("layer1.1.drop_path", lambda m: nn.SiLU())),
     "drop_path as a callable": (("timm",), replaced("layer1.1.drop_path", lambda m: lambda x: 0.5 * x)),
-    "drop_block": (("timm",), replaced("layer1.1.drop_block", lambda m: nn.Tanh())),
+    "drop_block": (("timm",), replaced("layer1.1.drop_block", lambda m: nn.SiLU())),
     "aa": (("timm",), replaced("layer1.1.aa", lambda m: nn.AvgPool2d(3, 1, 1))),
 }
 
