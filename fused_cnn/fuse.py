@@ -128,7 +128,7 @@ class _Walk:
         for child_name, child in module.named_children():
             self.visit(f"{name}.{child_name}" if name else child_name, child)
         blocks = list(module.children()) if type(module) is nn.Sequential else []
-        if len(blocks) > 1 and all(isinstance(b, ResidualBlock) and b._swapped_from for b in blocks):
+        if len(blocks) > 1 and all(isinstance(b, ResidualBlock) for b in blocks):
             swap(module, ResidualStage, self.backend)  # no entry of its own
 
     def _visit_own(self, name: str, module: FusedModule) -> None:

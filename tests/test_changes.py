@@ -138,6 +138,10 @@ PARTS: dict[str, dict[str, str]] = {
 each_model = pytest.mark.parametrize("name", MODELS)
 each_part = pytest.mark.parametrize(("name", "part"), [(name, part) for name, parts in PARTS.items() for part in parts])
 each_moment = pytest.mark.parametrize("when", ["before", "after"])
+# Training shows little that eval has not shown before fuse_.
+each_moment_and_mode = pytest.mark.parametrize(
+    ("when", "train"), [("before", False), ("after", False), ("after", True)]
+)
 
 
 @functools.cache
@@ -349,8 +353,7 @@ def test_backward_hooks_are_called(name: str, part: str, hook: str, when: str) -
     assert_told_alike(name, change, when, train=True)
 
 
-@each_moment
-@pytest.mark.parametrize("train", [False, True])
+@each_moment_and_mode
 @each_model
 def test_guided_backprop_changes_every_relus_gradient(name: str, train: bool, when: str) -> None:
     def change(model: nn.Module, log: Log) -> Undo:
@@ -411,7 +414,6 @@ GLOBAL_HOOKS: dict[str, Callable[[Log], Any]] = {
 @each_moment
 @pytest.mark.parametrize("hook", GLOBAL_HOOKS)
 @each_model
-@pytest.mark.xfail(strict=True, reason="understand() does not ask whether there are global hooks")
 def test_everybodys_hooks_are_called_for_every_module(name: str, hook: str, when: str) -> None:
     def change(model: nn.Module, log: Log) -> Undo:
         if "backward" in hook:
@@ -443,8 +445,7 @@ def set_until_undone(owner: Any, attribute: str, value: Any) -> Undo:
     return lambda: context.__exit__(None, None, None) and None
 
 
-@each_moment
-@pytest.mark.parametrize("train", [False, True])
+@each_moment_and_mode
 @each_part
 def test_a_forward_set_on_a_module_runs(name: str, part: str, train: bool, when: str) -> None:
     """As accelerate, profilers and patches do: the old forward, wrapped."""
@@ -469,15 +470,10 @@ def test_a_forward_set_on_a_module_runs(name: str, part: str, train: bool, when:
     assert_told_alike(name, change, when, train=train)
 
 
-@each_moment
+@each_moment_and_mode
 @pytest.mark.parametrize("method", ["forward", "_conv_forward"])
-@pytest.mark.parametrize("train", [False, True])
 @each_part
-def test_a_method_set_on_a_class_runs(
-    request: pytest.FixtureRequest, name: str, part: str, train: bool, method: str, when: str
-) -> None:
-    if (name, part, train, when) == ("inception", "pool", False, "after"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="_is_one_op asks the pool's problem() alone"))
+def test_a_method_set_on_a_class_runs(name: str, part: str, train: bool, method: str, when: str) -> None:
     kind = type(part_of(_template(name), name, part))
     if not hasattr(kind, method) or (method == "_conv_forward" and part != "conv"):
         pytest.skip(f"{kind.__name__} has no {method}, or another part shows the same")
@@ -556,9 +552,8 @@ MADE_WEIGHTS: dict[str, Callable[[nn.Module, Log], Undo]] = {
 }
 
 
-@each_moment
+@each_moment_and_mode
 @pytest.mark.parametrize("way", MADE_WEIGHTS)
-@pytest.mark.parametrize("train", [False, True])
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 @each_model
 def test_weights_that_are_made_of_others_are_read(name: str, train: bool, way: str, when: str) -> None:
@@ -682,18 +677,10 @@ REPLACED["a module in the stage"] = (("torchvision", "timm", "bottleneck"), long
 REPLACED["a module in the branch"] = (("inception",), longer_branch)
 
 
-@each_moment
-@pytest.mark.parametrize("train", [False, True])
+@each_moment_and_mode
 @pytest.mark.parametrize(("way", "name"), [(way, name) for way, (names, _) in REPLACED.items() for name in names])
-def test_what_is_replaced_runs(request: pytest.FixtureRequest, way: str, name: str, train: bool, when: str) -> None:
-    if (way, train, when) == ("a projection where there was none", False, "after"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="ResidualBlock.settings() leaves out `downsample`"))
+def test_what_is_replaced_runs(way: str, name: str, train: bool, when: str) -> None:
     assert_told_alike(name, REPLACED[way][1](name), when, train=train)
-
-
-STAGES_ARE_COMPARED_WITH_STALE_BLOCKS = pytest.mark.xfail(
-    strict=True, reason="detect_stale_weights folds a stage again from its blocks' forms, which are as stale"
-)
 
 
 # Settings and weights, changed later.
@@ -761,8 +748,7 @@ def set_of_pool(name: str) -> Change:
     return settings_of("pool", kernel_size=5, padding=2)(name)
 
 
-@each_moment
-@pytest.mark.parametrize("train", [False, True])
+@each_moment_and_mode
 @pytest.mark.parametrize("name", ["torchvision", "timm", "inception"])
 def test_a_pools_window_changed_later_is_seen(name: str, train: bool, when: str) -> None:
     assert_told_alike(name, set_of_pool(name), when, train=train)
@@ -990,13 +976,7 @@ def test_a_change_that_pytorch_does_not_see_is_right_behind_refresh(name: str, w
 
 
 @pytest.mark.parametrize("way", UNSEEN)
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[STAGES_ARE_COMPARED_WITH_STALE_BLOCKS] if name != "inception" else [])
-        for name in MODELS
-    ],
-)
+@each_model
 def test_a_missing_refresh_is_found(name: str, way: str) -> None:
     _, fused = after_an_unseen_change(name, way)
     with torch.no_grad(), fused_cnn.detect_stale_weights(), pytest.raises(fused_cnn.StaleWeightsError):

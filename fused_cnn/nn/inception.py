@@ -179,7 +179,7 @@ def _is_one_op(branches: list[list[Any]]) -> bool:
     return (
         isinstance(pool, MaxPool2d)
         and block_problem(pool) is None
-        and pool.problem() is None
+        and pool.structure_problem() is None
         and [pair(n) for n in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)] == [(3, 3), *[(1, 1)] * 3]
         and all(conv.kernel_size == (1, 1) for conv in pointwise)
         and all(map(_keeps_size, [*pointwise, conv3.conv, conv5.conv]))

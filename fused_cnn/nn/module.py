@@ -25,11 +25,14 @@ from ..ops import BatchNormArgs, bn_add_relu, bn_relu, bn_relu_conv
 from ..ops._conv import autocast_dtype, on_16_bytes
 from .cache import Form, Kind, Owner, detect_stale_weights
 from .fold import Pair, can_be_constant, can_fold, geometry, is_own, pair_settings, sources_of, wants_gradient
-from .snapshot import Method, Snapshot, hooks, watched_by_all
+from .snapshot import GLOBAL_HOOKS, Method, Snapshot, hooks, watched_by_all
 
 Self = TypeVar("Self", bound="FusedModule")
 Replaced = Mapping[str, frozenset[str]]  # methods of a foreign class, and the names that they may use
 _PLAIN = (Tensor, nn.Parameter)
+# Quick answers of PyTorch's own; without them the longer way is gone.
+_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
 class Understanding(NamedTuple):
@@ -214,7 +217,10 @@ class FusedModule(nn.Module):
 
     def understand(self) -> Understanding:
         """Look at what the children are today."""
-        snapshot, problem = self._snapshot(()), self._problem()
+        return self._understand(watched_by_all())
+
+    def _understand(self, watched: str | None) -> Understanding:
+        snapshot, problem = self._snapshot(()), watched or self._problem()
         if problem is None:
             # `pairs` asks what this has; to other threads, which may read it meanwhile, it has a problem.
             self._owner.known = known = Understanding(snapshot, "is being looked at", self.features(), [], False, [])
@@ -227,7 +233,7 @@ class FusedModule(nn.Module):
         return known
 
     def _problem(self) -> str | None:
-        return "backend is reference" if self.backend == "reference" else self.structure_problem() or watched_by_all()
+        return "backend is reference" if self.backend == "reference" else self.structure_problem()
 
     def structure_problem(self) -> str | None:
         """Why this block would not run fused on any backend."""
@@ -250,7 +256,8 @@ class FusedModule(nn.Module):
 
     def _is_plain_in_trace(self) -> bool:
         """Asked once a trace, on the real module: the compiler need not follow."""
-        return torch.onnx.is_in_onnx_export() or self.understand().problem is not None
+        watched = "there are hooks on every module" if any(GLOBAL_HOOKS) else None  # a trace may replace their calls
+        return torch.onnx.is_in_onnx_export() or self._understand(watched).problem is not None
 
     _is_plain_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
@@ -338,18 +345,22 @@ def kind_of(x: Tensor) -> Kind | None:
         return None
     if not (x.is_cpu or x.is_cuda):
         return None
-    return (autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None, x.dtype, x.device)
+    return (autocast_dtype(x) if _any_autocast() else None, x.dtype, x.device)
 
 
 def is_traced(x: Any) -> bool:
     """Whether a call is recorded, or computes shapes alone, so that nothing of it may be kept."""
     if torch.compiler.is_compiling():
         return True
-    if type(x) in _PLAIN and not torch._C._len_torch_dispatch_stack():
+    if type(x) in _PLAIN and not _dispatch_modes():
         return False
-    modes = torch._C._TorchDispatchModeKey
-    recording = any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY))
-    return recording or type(x).__name__ in ("FakeTensor", "FunctionalTensor")
+    if type(x).__name__ in ("FakeTensor", "FunctionalTensor"):
+        return True
+    try:
+        modes = torch._C._TorchDispatchModeKey
+        return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY))
+    except AttributeError:  # as if it were recorded: right, and slower under a mode of the user's
+        return True
 
 
 def _guard_on(module: nn.Module) -> None:

@@ -123,7 +123,7 @@ class ResidualBlock(FusedBlock):
         return self.convs() if projection is None else [*self.convs(), projection]
 
     def settings(self) -> Any:
-        return self.backend, self.residual, self.has("projection")
+        return self.backend, self.residual, self.has("projection"), self.downsample is None
 
     def is_one_op(self, x: Tensor) -> bool:
         """Whether the native op takes the whole block, with inputs such as x."""
