@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
+from torchvision.models import resnet
 
 from fused_cnn import fuse_, unfuse_
 
@@ -24,7 +25,7 @@ NETWORKS = {
     "resnet18": lambda: tv("resnet18"),
     "googlenet": lambda: tv("googlenet", aux_logits=False),
     "timm resnet18": lambda: timm.create_model("resnet18"),
-    "resnext": lambda: tv("resnext50_32x4d"),
+    "resnext": lambda: resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], groups=32, width_per_group=4),
 }
 each_network = pytest.mark.parametrize("name", NETWORKS)
 
