@@ -487,6 +487,32 @@ def test_the_native_comparison_and_pythons_agree(monkeypatch: pytest.MonkeyPatch
         close(fused(x), eager(x))
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="gloo")
+@torch.no_grad()
+def test_sharded_weights_that_are_gathered_for_each_call_are_read(tmp_path: object) -> None:
+    """fully_shard gathers parameters into the same memory for each call, and no version counter tells."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    eager, fused, x = twins()
+    fused.to(memory_format=torch.contiguous_format)  # fully_shard takes no other
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        for block in (*fused.layer1, *fused.layer2):
+            fully_shard(block)
+        fully_shard(fused)
+        close(fused(x), eager(x))
+        fused.reshard()
+        for mine, theirs in zip(fused.parameters(), eager.parameters(), strict=True):
+            theirs.mul_(0.9)
+            mine.to_local().copy_(theirs)
+        close(fused(x), eager(x))
+        with pytest.raises(ValueError, match="unfuse_: a ResNet has become a FSDPFusedResNet since fuse_"):
+            unfuse_(fused)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_names_that_users_need_are_public() -> None:
     for name in ("refresh", "detect_stale_weights", "StaleWeightsError"):
         assert name in fused_cnn.__all__
