@@ -66,23 +66,25 @@ cpu = NativeLibrary(Path(__file__).with_name("_C.so"), "cpu")
 cuda = NativeLibrary(Path(__file__).with_name("_C_cuda.so"), "cuda")
 
 
+def _declare(backend: str, schema: str, fake: Callable[..., Any]) -> None:
+    library, name = _libraries[backend], schema.partition("(")[0]
+    library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+    torch.library.register_fake(f"{NAMESPACES[backend]}::{name}", fake, lib=library)
+
+
 def define(schema: str, fake: Callable[..., Any]) -> None:
     """Declare an op, such as `add_relu_fwd(Tensor x, Tensor residual) -> Tensor`, with its fake kernel, for every
     backend."""
     name = schema.partition("(")[0]
-    for backend, library in _libraries.items():
-        library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
-        qualified = f"{NAMESPACES[backend]}::{name}"
-        torch.library.register_fake(qualified, fake, lib=library)
+    for backend in _libraries:
+        _declare(backend, schema, fake)
         _kernels[name, backend] = getattr(getattr(torch.ops, NAMESPACES[backend]), name).default
 
 
 def define_in_python(schema: str, fake: Callable[..., Any], function: Callable[..., Any]) -> None:
     """Declare an op of native code that Python puts together, for the CPU: a graph's node, no backend's kernel."""
-    library, name = _libraries["native"], schema.partition("(")[0]
-    library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
-    torch.library.register_fake(f"{NAMESPACES['native']}::{name}", fake, lib=library)
-    library.impl(name, function, "CPU")
+    _declare("native", schema, fake)
+    _libraries["native"].impl(schema.partition("(")[0], function, "CPU")
 
 
 def define_triton(room: str, *names: str) -> None:

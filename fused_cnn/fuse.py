@@ -18,8 +18,8 @@ from .adapters import BLOCKS, NETWORKS
 from .adapters._common import full_name
 from .nn import FusedModule, ResidualStage
 from .nn.cache import mark_stale
-from .nn.module import swap, unswap
 from .nn.residual import ResidualBlock
+from .nn.swap import swap, unswap
 
 Filter = Callable[[str, nn.Module], bool]
 

@@ -655,26 +655,20 @@ REPLACED: dict[str, tuple[tuple[str, ...], Callable[[str], Change]]] = {
 }
 
 
-def longer_stage(name: str) -> Change:
-    def change(model: nn.Module, log: Log) -> Undo:
-        stage = part_of(model, name, "stage")
-        stage.append(nn.Sigmoid())
-        return lambda: stage.__delitem__(-1)
+def longer(part: str) -> Callable[[str], Change]:
+    def of(name: str) -> Change:
+        def change(model: nn.Module, log: Log) -> Undo:
+            sequence = part_of(model, name, part)
+            sequence.append(nn.Sigmoid())
+            return lambda: sequence.__delitem__(-1)
 
-    return change
+        return change
 
-
-def longer_branch(name: str) -> Change:
-    def change(model: nn.Module, log: Log) -> Undo:
-        branch = part_of(model, name, "branch")
-        branch.append(nn.Sigmoid())
-        return lambda: branch.__delitem__(-1)
-
-    return change
+    return of
 
 
-REPLACED["a module in the stage"] = (("torchvision", "timm", "bottleneck"), longer_stage)
-REPLACED["a module in the branch"] = (("inception",), longer_branch)
+REPLACED["a module in the stage"] = (("torchvision", "timm", "bottleneck"), longer("stage"))
+REPLACED["a module in the branch"] = (("inception",), longer("branch"))
 
 
 @each_moment_and_mode

@@ -48,8 +48,8 @@ Kind = tuple[torch.dtype | None, torch.dtype, torch.device]
 class Form:
     """A block's weights as its fused op wants them, for one kind of input. `value` is None until it is made."""
 
-    def __init__(self, kind: Kind, sources: Sequence[Tensor], settings: Any) -> None:
-        self.kind, self.device, self.key = kind, kind[2], _key(sources, settings)
+    def __init__(self, kind: Kind, key: Any, sources: Sequence[Tensor]) -> None:
+        self.kind, self.device, self.key = kind, kind[2], key
         self.snapshot: Snapshot | None = None
         # They share the sources' memory, so that nothing new gets its address, and their version counters.
         self.aliases = [(t.detach(), t._version) for t in sources]
@@ -106,10 +106,6 @@ class Form:
                 )
 
 
-def _key(sources: Sequence[Tensor], settings: Any) -> Any:
-    return settings, tuple((id(t), t._version, t.data_ptr()) for t in sources)
-
-
 class Owner:
     """A block's forms. Reading is free of locks: `forms` is replaced as a whole."""
 
@@ -136,9 +132,9 @@ class Owner:
     ) -> Form:
         """Today's form for this kind of input; its value is None while the weights have not rested long enough."""
         with _lock:
-            key = _key(sources, settings)
+            key = settings, tuple((id(t), t._version, t.data_ptr()) for t in sources)
             form = next((f for f in self.forms if f.kind == kind and f.key == key and not f.stale), None)
-            form = form or Form(kind, sources, settings)
+            form = form or Form(kind, key, sources)
             captured = self._retire(form)
             is_due = form.uses >= self.patience or captured is not None
             if snapshot is not None and (form.value is not None or is_due):

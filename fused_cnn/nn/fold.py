@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops import FoldedConv, PackedConv, conv_bias_relu, pack_conv
+from ..ops import FoldedConv, PackedConv, PackedInception, conv_bias_relu, pack_conv, pack_inception
 from ..ops._conv import autocast
-from .snapshot import SHARDED, hooks
+from .snapshot import COMPUTING, SHARDED, hooks
 
 Norm = nn.BatchNorm2d | None  # a convolution may have none
 Pair = tuple[nn.Conv2d, Norm]
 Sources = Sequence[Any]  # of one folded convolution: six tensors, or None for those that are not there
-_METHODS = ("forward", "_conv_forward")  # what a module computes
 _TENSORS = {"Tensor", "Parameter", "FakeTensor", "FunctionalTensor"}  # the last two stand for others, in a trace
 
 
@@ -47,7 +46,7 @@ def skip_problem(module: Any, *kinds: type) -> str | None:
         return f"is {kind.__name__}, not {kinds[0].__name__}"
     if any(hooks(module)):
         return "has hooks"
-    for name in _METHODS:
+    for name in COMPUTING:
         if name in vars(module):
             return f"has a {name} of its own"
         if hasattr(kind, name) and not is_own(kind, name):
@@ -155,6 +154,19 @@ def fold_tensors(sources: Sources, eps: float) -> tuple[Tensor, Tensor | None]:
 def geometry(conv: nn.Conv2d) -> dict[str, Any]:
     """conv2d's keyword arguments."""
     return {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
+
+
+class FoldedInception(NamedTuple):
+    """What ops.inception takes of a block beside its input."""
+
+    weights: Sequence[Tensor] | PackedInception
+    biases: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, folded: Sequence[tuple[Tensor, Tensor | None]], like: Tensor, backend: str | None) -> FoldedInception:
+        """For inputs of `like`'s dtype and device, of the folded weights and biases in the op's order."""
+        biases = [weight.new_zeros(weight.size(0)) if bias is None else bias for weight, bias in folded]
+        return cls(*pack_inception([weight for weight, _ in folded], biases, like=like, backend=backend))
 
 
 class FoldedPair(NamedTuple):

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import BatchNormArgs, PackedInception, bn_relu_concat, concat_bias_relu, inception, pack_inception
+from ..ops import BatchNormArgs, bn_relu_concat, concat_bias_relu, inception
 from ..ops._conv import autocast, on_16_bytes, packable, pair
 from .cache import Form, Kind
 from .conv_bn_relu import ConvBNReLU
-from .fold import Pair, fold, geometry, skip_problem
+from .fold import FoldedInception, Pair, fold, geometry, skip_problem
 from .max_pool2d import MaxPool2d
 from .module import FusedBlock, block_problem
 from .snapshot import hooks
@@ -100,13 +99,9 @@ class Inception(FusedBlock):
             (layer.conv, layer.norm) for branch in self.branches() for layer in branch if isinstance(layer, ConvBNReLU)
         ]
 
-    def fold(self, x: Tensor) -> FoldedInception | None:
-        if not self.has("one op"):
-            return None
-        (like,) = autocast(x)
-        folded = [fold(*pair) for pair in self.pairs()]
-        biases = [f.weight.new_zeros(f.weight.size(0)) if f.bias is None else f.bias for f in folded]
-        return FoldedInception(*pack_inception([f.weight for f in folded], biases, like=like, backend=self.backend))
+    def fold(self, x: Tensor) -> FoldedInception:
+        folded = [fold(*pair)[:2] for pair in self.pairs()]
+        return FoldedInception.of(folded, autocast(x)[0], self.backend)
 
     def run_folded(self, x: Tensor, folded: FoldedInception) -> Tensor:
         return inception(autocast(x)[0], *folded, backend=self.backend)
@@ -116,9 +111,7 @@ class Inception(FusedBlock):
             return self.run_unfolded(x)
         if packable(autocast(x)[0], "inception_fwd", self.backend):
             return traced_inception(autocast(x)[0], self.pairs())
-        folded = self.fold(x[:0])
-        assert folded is not None
-        return self.run_folded(x, folded)
+        return self.run_folded(x, self.fold(x[:0]))
 
     def _form(self, kind: Kind, x: Tensor) -> Form | None:
         return super()._form(kind, x) if self.has("one op") else None
@@ -138,13 +131,6 @@ class Inception(FusedBlock):
             convs = [(layer.conv, layer.bn) for layer in branch if isinstance(layer, ConvBNReLU)]
             raw.append(self.conv_chain(convs, _run(branch[: -len(convs)], x)))  # behind the pool, where there is one
         return bn_relu_concat(_same_size(raw), [BatchNormArgs.of(last.bn) for last in lasts], backend=self.backend)
-
-
-class FoldedInception(NamedTuple):
-    """What ops.inception takes of a block beside its input."""
-
-    weights: Sequence[Tensor] | PackedInception
-    biases: Sequence[Tensor]
 
 
 def _layers(branch: nn.Module | None) -> list[Any]:

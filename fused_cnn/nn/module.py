@@ -7,7 +7,7 @@ every call (snapshot.py). In eval without gradients BatchNorm is folded into the
 training, and in eval with gradients, the convolution is cuDNN's or oneDNN's, and BatchNorm, the addition and the ReLU
 are one fused op.
 
-fuse_ gives a foreign block a class of its own, made of the fused one and the block's (`swapped_class`): the object
+fuse_ gives a foreign block a class of its own, made of the fused one and the block's (swap.py): the object
 stays what it is to everybody who holds it, with its attributes, buffers and hooks.
 """
 
@@ -25,7 +25,7 @@ from ..ops import BatchNormArgs, bn_add_relu, bn_relu, bn_relu_conv
 from ..ops._conv import autocast_dtype, on_16_bytes
 from .cache import Form, Kind, Owner, detect_stale_weights
 from .fold import Pair, can_be_constant, can_fold, geometry, is_own, pair_settings, sources_of, wants_gradient
-from .snapshot import GLOBAL_HOOKS, Method, Snapshot, hooks, watched_by_all
+from .snapshot import COMPUTING, Method, Snapshot, hooks, hooks_on_all, watched_by_all
 
 Self = TypeVar("Self", bound="FusedModule")
 Replaced = Mapping[str, frozenset[str]]  # methods of a foreign class, and the names that they may use
@@ -55,7 +55,7 @@ class FusedModule(nn.Module):
     """
 
     backend: str | None = None
-    replaces: ClassVar[Mapping[str, frozenset[str]]] = {}
+    replaces: ClassVar[Replaced] = {}
     reads: ClassVar[tuple[str, ...]] = ("forward", "backend")  # what decides how it runs, of its own attributes
     _swapped_from: ClassVar[type[nn.Module] | None] = None
     _owner: Owner
@@ -206,7 +206,7 @@ class FusedModule(nn.Module):
         """The methods that must stay what they are: those of the skipped modules' classes, and of the foreign ones."""
         modules = (self, *self.skipped())
         for kind in {type(m) for m in modules[1:]}:
-            yield from ((kind, name) for name in ("forward", "_conv_forward") if hasattr(kind, name))
+            yield from ((kind, name) for name in COMPUTING if hasattr(kind, name))
         for kind in {type(m) for m in modules if isinstance(m, FusedModule)}:
             yield from ((kind._swapped_from, name) for name in kind.replaces if kind._swapped_from)
 
@@ -256,8 +256,8 @@ class FusedModule(nn.Module):
 
     def _is_plain_in_trace(self) -> bool:
         """Asked once a trace, on the real module: the compiler need not follow."""
-        watched = "there are hooks on every module" if any(GLOBAL_HOOKS) else None  # a trace may replace their calls
-        return torch.onnx.is_in_onnx_export() or self._understand(watched).problem is not None
+        # A trace may replace every module's call; hooks on them are another matter.
+        return torch.onnx.is_in_onnx_export() or self._understand(hooks_on_all()).problem is not None
 
     _is_plain_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
@@ -367,46 +367,3 @@ def _guard_on(module: nn.Module) -> None:
     """Look at what a skipped module is, so that the compiler compiles anew where it is another one later."""
     if isinstance(module, nn.Conv2d):
         assert module.padding_mode == "zeros"
-
-
-def _restore_swapped(mixin: type[FusedModule], base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
-    module = nn.Module.__new__(swapped_class(mixin, base))
-    module.__setstate__(state)
-    return module
-
-
-_classes: dict[tuple[type, type], type[FusedModule]] = {}
-
-
-def swapped_class(mixin: type[FusedModule], base: type[nn.Module]) -> type[FusedModule]:
-    """The class that fuse_ gives an instance of `base`: `base` with the mixin's forward. It pickles by its parents."""
-    if (mixin, base) in _classes:
-        return _classes[mixin, base]
-
-    def reduce(self: FusedModule, protocol: int) -> tuple[Any, ...]:
-        return _restore_swapped, (mixin, base, self.__getstate__())
-
-    def plain_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return base.forward(self, *args, **kwargs)
-
-    body: dict[str, Any] = {"__reduce_ex__": reduce, "__module__": base.__module__, "_swapped_from": base}
-    if issubclass(mixin, FusedBlock):
-        body["plain_forward"] = plain_forward
-    made = type(f"Fused{base.__name__}", (mixin, base), body)
-    return _classes.setdefault((mixin, base), made)
-
-
-def swap(module: nn.Module, mixin: type[Self], backend: str | None) -> Self:
-    """`module` itself, from now on of the class that runs it fused."""
-    module.__class__ = swapped_class(mixin, type(module))
-    module.backend, module._owner = backend, Owner()  # type: ignore[assignment]
-    return module  # type: ignore[return-value]
-
-
-def unswap(module: FusedModule) -> nn.Module:
-    """`module` itself, of the class that it had before `swap`."""
-    base = type(module)._swapped_from
-    assert base is not None
-    module.__class__ = base  # type: ignore[assignment]
-    del module.backend, module._owner
-    return module

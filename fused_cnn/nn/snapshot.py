@@ -20,6 +20,7 @@ from torch.nn.modules import module as nn_module
 from .. import _library
 
 Method = tuple[type, str]  # a class and the name of one of its methods
+COMPUTING = ("forward", "_conv_forward")  # the methods that decide what a module computes, where its class has them
 
 # Everybody's hooks, by PyTorch's own names; an entry in one of them is a hook on every module.
 GLOBAL_HOOKS = tuple(
@@ -43,10 +44,15 @@ def hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
     return (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
 
 
+def hooks_on_all() -> str | None:
+    """Why no module's forward may be skipped, where there are hooks on every module."""
+    return "there are hooks on every module" if any(GLOBAL_HOOKS) else None
+
+
 def watched_by_all() -> str | None:
     """Why no module's forward may be skipped today; None where nobody watches them all."""
-    if any(GLOBAL_HOOKS):
-        return "there are hooks on every module"
+    if hooks_on_all():
+        return hooks_on_all()
     replaced = [name for name, function in _CALLS.items() if getattr(nn.Module, name) is not function]
     return f"nn.Module.{replaced[0]} was replaced" if replaced else None
 

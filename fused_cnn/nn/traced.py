@@ -19,13 +19,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._layout import empty_nchw, result_format
 from .._library import define_in_python
-from ..ops import FoldedConv, conv_bias_relu, inception, pack_conv, pack_inception, pack_residual_block, residual_stage
+from ..ops import FoldedConv, conv_bias_relu, inception, pack_conv, pack_residual_block, residual_stage
 from ..ops._conv import autocast, empty_result, packable, pair
 from ..ops._flops import conv_flops, flop_formula
 from ..ops.conv.stage import GEOMETRY, fake_stage, stage_flops
 from ..ops.inception.op import OUTPUTS, same_size_flops
 from .cache import Owner, detect_stale_weights
-from .fold import FoldedPair, Norm, Pair, Sources, fold_tensors, tensors_of
+from .fold import FoldedInception, FoldedPair, Norm, Pair, Sources, fold_tensors, tensors_of
 
 SIX = 6  # sources of a convolution
 _owners = WeakTensorKeyDictionary()  # by the first convolution's weight, with which they go
@@ -124,9 +124,7 @@ def _inception(x: Tensor, sources: Sources, eps: Sequence[float]) -> Tensor:
     units = _units(sources, eps)
 
     def make() -> Any:
-        folded = [fold_tensors(six, e) for six, e in units]
-        biases = [w.new_zeros(w.size(0)) if b is None else b for w, b in folded]
-        return pack_inception([w for w, _ in folded], biases, like=x, backend="native")
+        return FoldedInception.of([fold_tensors(six, e) for six, e in units], x, "native")
 
     packed = _kept(x, sources, ("inception", *eps), make)
     if packed is not None:

@@ -8,7 +8,7 @@ blocks, so that what lies between the convolutions stays in the processor's cach
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -24,14 +24,21 @@ from .op import pack_conv
 GEOMETRY = 10  # in and out channels; kernel, stride, padding and dilation, (h, w) each
 
 
+def _results(height: int, width: int, geometry: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
+    """Of convolutions one after the other: the result's height, width and channels, and the weights of a channel."""
+    for i in range(0, len(geometry), GEOMETRY):
+        channels, out, kh, kw, sh, sw, ph, pw, dh, dw = geometry[i : i + GEOMETRY]
+        height, width = out_size(height, kh, sh, ph, dh), out_size(width, kw, sw, pw, dw)
+        yield height, width, out, channels * kh * kw
+
+
 def fake_stage(
     x: Tensor, convolutions: int, geometry: Sequence[int], lengths: Sequence[int], shortcut: bool, projects: bool
 ) -> Tensor:
     """The result's shape and layout."""
     channels, height, width = x.shape[1:]
-    for i in range(convolutions - projects):
-        _, channels, kh, kw, sh, sw, ph, pw, dh, dw = geometry[GEOMETRY * i : GEOMETRY * (i + 1)]
-        height, width = out_size(height, kh, sh, ph, dh), out_size(width, kw, sw, pw, dw)
+    results = _results(height, width, geometry[: GEOMETRY * (convolutions - projects)])
+    *_, (height, width, channels, _) = ((height, width, channels, 0), *results)
     return empty_nchw(x, channels, height, width)
 
 
@@ -45,21 +52,10 @@ define(
 @flop_formula("residual_stage_packed_fwd")
 def stage_flops(x: Tensor, packed: Sequence[Tensor], geometry: Sequence[int], *rest: Any, out_val: Tensor) -> int:
     """Of all convolutions in order; a projection, which stands last, reads the first one's input."""
-    lengths, _, projects = rest
     n, _, height, width = x.shape
-    total = 0
-
-    def conv(i: int, height: int, width: int) -> tuple[int, int, int]:
-        channels, out, kh, kw, sh, sw, ph, pw, dh, dw = geometry[GEOMETRY * i : GEOMETRY * (i + 1)]
-        height, width = out_size(height, kh, sh, ph, dh), out_size(width, kw, sw, pw, dw)
-        return height, width, 2 * n * out * height * width * channels * kh * kw
-
-    if projects:
-        total += conv(sum(lengths), height, width)[2]
-    for i in range(sum(lengths)):
-        height, width, flops = conv(i, height, width)
-        total += flops
-    return total
+    last = GEOMETRY * sum(rest[0])
+    results = (*_results(height, width, geometry[:last]), *_results(height, width, geometry[last:]))
+    return sum(2 * n * out * height * width * weights for height, width, out, weights in results)
 
 
 class FoldedConv(NamedTuple):

@@ -1,0 +1,58 @@
+"""swap: a foreign block becomes a fused one by its class alone, and back.
+
+The object stays what it is to everybody who holds it, with its attributes, buffers and hooks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .cache import Owner
+from .module import FusedBlock, FusedModule
+
+Self = TypeVar("Self", bound=FusedModule)
+
+
+def _restore_swapped(mixin: type[FusedModule], base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+    module = nn.Module.__new__(swapped_class(mixin, base))
+    module.__setstate__(state)
+    return module
+
+
+_classes: dict[tuple[type, type], type[FusedModule]] = {}
+
+
+def swapped_class(mixin: type[FusedModule], base: type[nn.Module]) -> type[FusedModule]:
+    """The class that fuse_ gives an instance of `base`: `base` with the mixin's forward. It pickles by its parents."""
+    if (mixin, base) in _classes:
+        return _classes[mixin, base]
+
+    def reduce(self: FusedModule, protocol: int) -> tuple[Any, ...]:
+        return _restore_swapped, (mixin, base, self.__getstate__())
+
+    def plain_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return base.forward(self, *args, **kwargs)
+
+    body: dict[str, Any] = {"__reduce_ex__": reduce, "__module__": base.__module__, "_swapped_from": base}
+    if issubclass(mixin, FusedBlock):
+        body["plain_forward"] = plain_forward
+    made = type(f"Fused{base.__name__}", (mixin, base), body)
+    return _classes.setdefault((mixin, base), made)
+
+
+def swap(module: nn.Module, mixin: type[Self], backend: str | None) -> Self:
+    """`module` itself, from now on of the class that runs it fused."""
+    module.__class__ = swapped_class(mixin, type(module))
+    module.backend, module._owner = backend, Owner()  # type: ignore[assignment]
+    return module  # type: ignore[return-value]
+
+
+def unswap(module: FusedModule) -> nn.Module:
+    """`module` itself, of the class that it had before `swap`."""
+    base = type(module)._swapped_from
+    assert base is not None
+    module.__class__ = base  # type: ignore[assignment]
+    del module.backend, module._owner
+    return module
