@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
@@ -103,8 +104,9 @@ def test_one_changed_block_costs_one_block(folds: Callable[[], int]) -> None:
 
 
 @torch.no_grad()
-def test_what_keeps_changing_is_not_folded(folds: Callable[[], int]) -> None:
-    """Folding and packing take many times what a forward pass does; then plain PyTorch is the fastest."""
+def test_what_keeps_changing_is_not_folded(folds: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folding and packing take many times what a forward pass does; then plain PyTorch is the fastest, and to ask at
+    every call what has changed would be felt too."""
     eager, fused, x = twins()
     states = [fused.state_dict(), {k: v * 0.9 for k, v in fused.state_dict().items()}]
     states = [{k: v.clone() for k, v in state.items()} for state in states]
@@ -115,7 +117,16 @@ def test_what_keeps_changing_is_not_folded(folds: Callable[[], int]) -> None:
             model.load_state_dict(states[i % 2])
         close(fused(x), eager(x))
     assert folds() == 0
-    for _ in range(cache.PAYS + 1):  # then it rests
+    asked = mock.Mock(wraps=cache.Form)
+    monkeypatch.setattr(cache, "Form", asked)
+    for i in range(4 * cache.PAYS):
+        fused.load_state_dict(states[i % 2])
+        fused(x)
+    eager.load_state_dict(states[1])
+    blocks = sum(isinstance(m, FusedModule) for m in fused.modules())
+    assert asked.call_count < 6 * blocks  # about one in PAYS calls, once the block has learnt
+    assert folds() == 0
+    for _ in range(2 * (cache.PAYS + 1)):  # then it rests
         close(fused(x), eager(x))
     assert folds() == CONVOLUTIONS
     fused(x)

@@ -122,6 +122,12 @@ class Owner:
                 return form
         return None
 
+    def waiting(self, kind: Kind) -> Form | None:
+        """The form for this kind of input that is not made yet, while it is too early to ask whether the weights rest:
+        their counters only rise, so that to look now and then is as good as to look at every call."""
+        form = next((f for f in self.forms if f.kind == kind and f.value is None), None)
+        return form if form is not None and form.uses < self.patience else None
+
     def obtain(
         self,
         kind: Kind,
@@ -153,8 +159,8 @@ class Owner:
                 continue
             if form.captured and form.kind == new.kind:
                 captured = form
-            if form.value is not None:
-                self.patience = 0 if form.uses >= PAYS else min(2 * self.patience + 1, PAYS)
+            has_paid = form.value is not None and form.uses >= PAYS
+            self.patience = 0 if has_paid else min(2 * self.patience + 1, PAYS)
             self._replace(tuple(f for f in self.forms if f is not form))
         return captured
 

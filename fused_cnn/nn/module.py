@@ -127,6 +127,10 @@ class FusedModule(nn.Module):
             form = owner.find(self, kind)
             if form is not None and form.value is not None:
                 return self._run_form(x, form)
+            waiting = owner.waiting(kind)
+            if waiting is not None:
+                waiting.uses += 1
+                return plain(x)
         known = self.known()
         if known.problem is not None:
             return plain(x)
@@ -160,6 +164,8 @@ class FusedModule(nn.Module):
             return None
         form = self._owner.find(self, kind)
         if form is None or form.value is None:
+            if self._owner.waiting(kind) is not None:
+                return None
             known = self.known()
             if known.problem is not None or not known.folds or wants_gradient(x, known.tensors):
                 return None

@@ -291,9 +291,13 @@ class ResidualStage(FusedBlock, nn.Sequential):
 
     def _ready_forms(self, x: Tensor) -> list[Form] | None:
         """The blocks' own forms, where each has one that the op takes."""
-        forms = [block.ready(x) for block in self._blocks()]  # a block that occurs twice runs twice
-        found = [form for form in forms if form is not None and isinstance(form.value, PackedResidualStage)]
-        return found if len(found) == len(forms) else None
+        forms = []
+        for block in self._blocks():  # a block that occurs twice runs twice
+            form = block.ready(x)
+            if form is None or not isinstance(form.value, PackedResidualStage):
+                return None
+            forms.append(form)
+        return forms
 
     def fold(self, x: Tensor) -> FoldedStage | None:
         forms = self._ready_forms(x)
