@@ -1,4 +1,4 @@
-// fused_cnn_unchanged(): whether modules and tensors are what they were when a snapshot of them was taken
+// unchanged(): whether modules and tensors are what they were when a snapshot of them was taken
 // (fused_cnn/nn/snapshot.py takes it). Asked at every call of a fused block, where Python's own attribute look-ups
 // would take ten times as long. It runs under the interpreter's lock and calls what CPython keeps stable (the limited
 // API), found in the process that loads this library: one without Python never asks.
@@ -9,12 +9,22 @@
 
 extern "C" {
 struct PyObject;
+struct PyMethodDef {  // the interpreter's description of a function that takes its arguments as an array
+  const char* name;
+  PyObject* (*call)(PyObject* self, PyObject* const* arguments, std::ptrdiff_t count);
+  int flags;
+  const char* doc;
+};
 #define PYTHON(result, name, ...) __attribute__((weak)) result name(__VA_ARGS__)
 PYTHON(int, PyDict_Next, PyObject*, std::ptrdiff_t*, PyObject**, PyObject**);
 PYTHON(std::ptrdiff_t, PyDict_Size, PyObject*);
 PYTHON(PyObject*, PyDict_GetItemWithError, PyObject*, PyObject*);
 PYTHON(PyObject*, PyObject_Type, PyObject*);
 PYTHON(PyObject*, PyObject_GetAttr, PyObject*, PyObject*);
+PYTHON(PyObject*, PyCFunction_NewEx, PyMethodDef*, PyObject*, PyObject*);
+PYTHON(PyObject*, PyBool_FromLong, long);
+PYTHON(const char*, PyBytes_AsString, PyObject*);
+PYTHON(char*, PyByteArray_AsString, PyObject*);
 PYTHON(void, PyErr_Clear);
 PYTHON(void, Py_DecRef, PyObject*);
 #undef PYTHON
@@ -25,7 +35,8 @@ extern "C" __attribute__((weak)) int64_t tensor_version(void* const* tensor) asm
 
 namespace {
 
-int64_t held_at = 0;  // where Python's object of a tensor holds the one pointer that an at::Tensor is, in bytes
+// Where Python's objects hold these, in bytes: the one pointer that an at::Tensor is, and a dictionary's length.
+int64_t tensor_at = 0, length_at = 0;
 
 // Whether `object` is, in identity, the one that was recorded; takes over the reference.
 bool is(PyObject* object, PyObject* recorded) {
@@ -34,24 +45,31 @@ bool is(PyObject* object, PyObject* recorded) {
   return object == recorded;
 }
 
-}  // namespace
+int64_t word(const PyObject* object, int64_t at) {
+  return *reinterpret_cast<const int64_t*>(reinterpret_cast<const char*>(object) + at);
+}
 
-// Finds out where Python's objects of tensors hold PyTorch's, from one of them, `size` bytes long, and the address that
-// its `_cdata` gives. False where that cannot be found: then tensors cannot be asked from here.
-FUSED_CNN_EXPORT bool fused_cnn_find_tensors(const char* object, const void* held, int64_t size) {
-  if (tensor_version == nullptr) return false;
-  for (int64_t at = 2 * sizeof(void*); at + int64_t{sizeof(void*)} <= size; at += sizeof(void*)) {
-    if (*reinterpret_cast<const void* const*>(object + at) == held) held_at = at;
+// What `dictionary` holds under `key`, or null. `position` is where this very key was found last, and is asked first,
+// which takes a third of a look-up's time; -1 where the key is absent, or an equal one stands for it.
+PyObject* held(PyObject* dictionary, PyObject* key, int64_t& position) {
+  if (position >= 0) {
+    PyObject *found, *value;
+    std::ptrdiff_t at = position;
+    if (PyDict_Next(dictionary, &at, &found, &value) && found == key) return value;
+    position = -1;
+    for (std::ptrdiff_t from = at = 0; PyDict_Next(dictionary, &at, &found, &value); from = at) {
+      if (found == key) position = from;
+    }
   }
-  return held_at > 0;
+  return PyDict_GetItemWithError(dictionary, key);
 }
 
 // `snapshot` holds addresses and numbers, each group behind its length: modules with their classes; entries of
 // dictionaries, each a dictionary, a key and a value, or 0 where there is none; dictionaries in full, each with its
 // length, its keys and values in order; classes with the names and values of attributes; tensors with their versions
 // and memory. Whoever took it keeps all these objects alive. A dictionary 0 is `own`, the block's: a snapshot that the
-// block holds cannot hold it in turn.
-FUSED_CNN_EXPORT bool fused_cnn_unchanged(const int64_t* snapshot, PyObject* own) try {
+// block holds cannot hold it in turn. `positions` has a number for each entry, which is this function's own.
+bool unchanged(const int64_t* snapshot, int64_t* positions, PyObject* own) try {
   const auto next = [&snapshot] { return *snapshot++; };
   const auto object = [&snapshot] { return reinterpret_cast<PyObject*>(*snapshot++); };
   for (int64_t n = next(); n > 0; --n) {
@@ -61,12 +79,12 @@ FUSED_CNN_EXPORT bool fused_cnn_unchanged(const int64_t* snapshot, PyObject* own
   for (int64_t n = next(); n > 0; --n) {
     PyObject* const dictionary = object();
     PyObject* const key = object();
-    if (PyDict_GetItemWithError(dictionary == nullptr ? own : dictionary, key) != object()) return false;
+    if (held(dictionary == nullptr ? own : dictionary, key, *positions++) != object()) return false;
   }
   for (int64_t n = next(); n > 0; --n) {
     PyObject* const dictionary = object();
     const int64_t size = next();
-    if (PyDict_Size(dictionary) != size) return false;
+    if (word(dictionary, length_at) != size) return false;
     PyObject *key, *value;
     std::ptrdiff_t position = 0;
     for (int64_t i = 0; i < size && PyDict_Next(dictionary, &position, &key, &value); ++i) {
@@ -79,7 +97,7 @@ FUSED_CNN_EXPORT bool fused_cnn_unchanged(const int64_t* snapshot, PyObject* own
     if (!is(PyObject_GetAttr(holder, name), object())) return false;
   }
   for (int64_t n = next(); n > 0; --n) {
-    auto* const tensor = reinterpret_cast<void**>(reinterpret_cast<char*>(object()) + held_at);
+    auto* const tensor = reinterpret_cast<void**>(reinterpret_cast<char*>(object()) + tensor_at);
     void* data;
     if (tensor_version(tensor) != next()) return false;
     if (aoti_torch_get_data_ptr(reinterpret_cast<AtenTensorHandle>(tensor), &data) != 0) return false;
@@ -89,3 +107,31 @@ FUSED_CNN_EXPORT bool fused_cnn_unchanged(const int64_t* snapshot, PyObject* own
 } catch (...) {
   return false;  // a tensor that has no version
 }
+
+PyObject* call(PyObject*, PyObject* const* arguments, std::ptrdiff_t) {
+  const auto* const snapshot = reinterpret_cast<const int64_t*>(PyBytes_AsString(arguments[0]));
+  auto* const positions = reinterpret_cast<int64_t*>(PyByteArray_AsString(arguments[1]));
+  return PyBool_FromLong(unchanged(snapshot, positions, arguments[2]));
+}
+
+PyMethodDef function{"unchanged", call, 0x80 /* METH_FASTCALL */, nullptr};
+
+}  // namespace
+
+// Finds out where Python's objects hold what is asked of them: a tensor, of which `_cdata` gives the address of
+// PyTorch's, and two dictionaries of other lengths than each other's; all with the size of such an object in bytes.
+// False where that cannot be found: then they cannot be asked from here.
+FUSED_CNN_EXPORT bool fused_cnn_find(const PyObject* tensor, int64_t cdata, int64_t tensor_size, PyObject* first,
+                                     PyObject* second, int64_t dictionary_size) {
+  if (tensor_version == nullptr) return false;
+  for (int64_t at = sizeof(PyObject*); at < tensor_size; at += sizeof(int64_t)) {
+    if (word(tensor, at) == cdata) tensor_at = at;
+  }
+  for (int64_t at = sizeof(PyObject*); at < dictionary_size; at += sizeof(int64_t)) {
+    if (word(first, at) == PyDict_Size(first) && word(second, at) == PyDict_Size(second)) length_at = at;
+  }
+  return tensor_at > 0 && length_at > 0;
+}
+
+// Python's function unchanged(snapshot: bytes, positions: bytearray, own: dict) -> bool.
+FUSED_CNN_EXPORT PyObject* fused_cnn_unchanged() { return PyCFunction_NewEx(&function, nullptr, nullptr); }

@@ -67,7 +67,7 @@ class Snapshot:
         tensors: compared by PyTorch's version counter and by address.
     """
 
-    __slots__ = ("_kept", "record")
+    __slots__ = ("_kept", "_positions", "record")
 
     def __init__(
         self, owner: nn.Module, skipped: Sequence[nn.Module], methods: Iterable[Method], tensors: Sequence[Tensor] = ()
@@ -97,10 +97,11 @@ class Snapshot:
         record.append(len(tensors))
         record.extend(n for t in tensors for n in (id(t), t._version, t.data_ptr()))
         self.record = record.tobytes()
+        self._positions = bytearray(8 * len(entries))  # the native comparison's own
 
     def holds(self, owner: nn.Module) -> bool:
         """Whether all is as it was."""
-        return unchanged(self.record, owner.__dict__) if unchanged else self._holds(owner)
+        return unchanged(self.record, self._positions, owner.__dict__) if unchanged else self._holds(owner)
 
     def _holds(self, owner: nn.Module) -> bool:
         """The same without csrc/unchanged.cpp, for interpreters and PyTorch builds in which it cannot be asked."""
@@ -114,18 +115,18 @@ def reads_of(module: nn.Module) -> tuple[str, ...]:
     return getattr(type(module), "reads", None) or _READS.get(type(module), ("forward",))
 
 
-def _native() -> Callable[[bytes, dict[str, Any]], bool] | None:
-    """The native library's comparison, where it finds PyTorch's tensors in this interpreter's objects."""
+def _native() -> Callable[[bytes, bytearray, dict[str, Any]], bool] | None:
+    """The native library's comparison, where it finds its way in this interpreter's objects."""
     if _library.cpu.loaded is None:
         return None
     library = ctypes.PyDLL(str(_library.cpu.file), handle=_library.cpu.loaded._handle)  # keeps the interpreter's lock
-    tensor = torch.empty(0)
-    find, function = library.fused_cnn_find_tensors, library.fused_cnn_unchanged
-    find.argtypes, find.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), ctypes.c_bool
-    if not find(id(tensor), tensor._cdata, type(tensor).__basicsize__):
-        return None
-    function.argtypes, function.restype = (ctypes.c_char_p, ctypes.py_object), ctypes.c_bool
-    return function
+    find, function = library.fused_cnn_find, library.fused_cnn_unchanged
+    address, size = ctypes.c_void_p, ctypes.c_int64
+    find.argtypes, find.restype = (address, address, size, address, address, size), ctypes.c_bool
+    function.restype = ctypes.py_object
+    tensor, one, two = torch.empty(0), dict.fromkeys("one"), dict.fromkeys("another")
+    known = find(id(tensor), tensor._cdata, type(tensor).__basicsize__, id(one), id(two), dict.__basicsize__)
+    return function() if known else None
 
 
 unchanged = _native()
