@@ -1,10 +1,12 @@
-// unchanged(): whether modules and tensors are what they were when a snapshot of them was taken
-// (fused_cnn/nn/snapshot.py takes it). Asked at every call of a fused block, where Python's own attribute look-ups
-// would take ten times as long. It runs under the interpreter's lock and calls what CPython keeps stable (the limited
-// API), found in the process that loads this library: one without Python never asks.
+// Two functions of Python's: unchanged(), whether modules and tensors are what they were when a snapshot of them was
+// taken (fused_cnn/nn/snapshot.py takes it), asked at every call of a fused block, where Python's own attribute look-ups
+// would take ten times as long; and states(), what of tensors is recorded. They run under the interpreter's lock and
+// call what CPython keeps stable (the limited API), found in the process that loads this library: one without Python
+// never asks.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include "cpu/level.h"
 
 extern "C" {
@@ -25,13 +27,16 @@ PYTHON(PyObject*, PyCFunction_NewEx, PyMethodDef*, PyObject*, PyObject*);
 PYTHON(PyObject*, PyBool_FromLong, long);
 PYTHON(const char*, PyBytes_AsString, PyObject*);
 PYTHON(char*, PyByteArray_AsString, PyObject*);
+PYTHON(PyObject*, PyBytes_FromStringAndSize, const char*, std::ptrdiff_t);
+PYTHON(std::ptrdiff_t, PyTuple_Size, PyObject*);
+PYTHON(PyObject*, PyTuple_GetItem, PyObject*, std::ptrdiff_t);
 PYTHON(void, PyErr_Clear);
 PYTHON(void, Py_DecRef, PyObject*);
 #undef PYTHON
 }
 
 // at::TensorBase::_version(), for which PyTorch's C interface has no name; absent where it is called otherwise.
-extern "C" __attribute__((weak)) int64_t tensor_version(void* const* tensor) asm("_ZNK2at10TensorBase8_versionEv");
+extern "C" __attribute__((weak)) int64_t tensor_version(AtenTensorHandle tensor) asm("_ZNK2at10TensorBase8_versionEv");
 
 namespace {
 
@@ -64,10 +69,59 @@ PyObject* held(PyObject* dictionary, PyObject* key, int64_t& position) {
   return PyDict_GetItemWithError(dictionary, key);
 }
 
+// What is recorded of a tensor, all of it in words of 64 bits.
+struct State {
+  int64_t object, version, data;
+  int64_t is_readable, first;  // whether the processor can look into its memory, and the first word there
+};
+
+constexpr int64_t kElements = sizeof(int64_t);  // so many fill a word in every dtype
+
+AtenTensorHandle tensor_of(int64_t object) {
+  return reinterpret_cast<AtenTensorHandle>(reinterpret_cast<char*>(object) + tensor_at);
+}
+
+const void* data_of(AtenTensorHandle tensor) {
+  void* data = nullptr;
+  return aoti_torch_get_data_ptr(tensor, &data) == 0 ? data : nullptr;
+}
+
+int64_t first_word(const void* data) {
+  int64_t word;
+  std::memcpy(&word, data, sizeof word);
+  return word;
+}
+
+State state_of(PyObject* object) try {
+  State state{reinterpret_cast<int64_t>(object)};
+  const AtenTensorHandle tensor = tensor_of(state.object);
+  const void* const data = data_of(tensor);
+  int32_t device = -1;
+  int64_t elements = 0;
+  aoti_torch_get_device_type(tensor, &device);
+  aoti_torch_get_numel(tensor, &elements);
+  state.data = reinterpret_cast<int64_t>(data);
+  state.is_readable = data != nullptr && device == aoti_torch_device_type_cpu() && elements >= kElements;
+  if (state.is_readable != 0) state.first = first_word(data);
+  state.version = tensor_version(tensor);
+  return state;
+} catch (...) {  // an inference tensor, which has no version
+  return {reinterpret_cast<int64_t>(object), -1};
+}
+
+// Whether a tensor is in the state that was recorded: as PyTorch counts changes, and by the first word of its memory,
+// which shows most of those that PyTorch does not see.
+bool holds(const State& state) {
+  const AtenTensorHandle tensor = tensor_of(state.object);
+  if (tensor_version(tensor) != state.version) return false;
+  const void* const data = data_of(tensor);
+  return reinterpret_cast<int64_t>(data) == state.data && (state.is_readable == 0 || first_word(data) == state.first);
+}
+
 // `snapshot` holds addresses and numbers, each group behind its length: modules with their classes; entries of
 // dictionaries, each a dictionary, a key and a value, or 0 where there is none; dictionaries in full, each with its
-// length, its keys and values in order; classes with the names and values of attributes; tensors with their versions
-// and memory. Whoever took it keeps all these objects alive. A dictionary 0 is `own`, the block's: a snapshot that the
+// length, its keys and values in order; classes with the names and values of attributes; the states of tensors. Whoever
+// took it keeps all these objects alive. A dictionary 0 is `own`, the block's: a snapshot that the
 // block holds cannot hold it in turn. `positions` has a number for each entry, which is this function's own.
 bool unchanged(const int64_t* snapshot, int64_t* positions, PyObject* own) try {
   const auto next = [&snapshot] { return *snapshot++; };
@@ -97,24 +151,32 @@ bool unchanged(const int64_t* snapshot, int64_t* positions, PyObject* own) try {
     if (!is(PyObject_GetAttr(holder, name), object())) return false;
   }
   for (int64_t n = next(); n > 0; --n) {
-    auto* const tensor = reinterpret_cast<void**>(reinterpret_cast<char*>(object()) + tensor_at);
-    void* data;
-    if (tensor_version(tensor) != next()) return false;
-    if (aoti_torch_get_data_ptr(reinterpret_cast<AtenTensorHandle>(tensor), &data) != 0) return false;
-    if (reinterpret_cast<int64_t>(data) != next()) return false;
+    if (!holds(*reinterpret_cast<const State*>(snapshot))) return false;
+    snapshot += sizeof(State) / sizeof *snapshot;
   }
   return true;
 } catch (...) {
   return false;  // a tensor that has no version
 }
 
-PyObject* call(PyObject*, PyObject* const* arguments, std::ptrdiff_t) {
+// unchanged(snapshot: bytes, positions: bytearray, own: dict) -> bool.
+PyObject* call_unchanged(PyObject*, PyObject* const* arguments, std::ptrdiff_t) {
   const auto* const snapshot = reinterpret_cast<const int64_t*>(PyBytes_AsString(arguments[0]));
   auto* const positions = reinterpret_cast<int64_t*>(PyByteArray_AsString(arguments[1]));
   return PyBool_FromLong(unchanged(snapshot, positions, arguments[2]));
 }
 
-PyMethodDef function{"unchanged", call, 0x80 /* METH_FASTCALL */, nullptr};
+// states(tensors: tuple) -> bytes.
+PyObject* call_states(PyObject*, PyObject* const* arguments, std::ptrdiff_t) {
+  const std::ptrdiff_t count = PyTuple_Size(arguments[0]);
+  PyObject* const result = PyBytes_FromStringAndSize(nullptr, count * std::ptrdiff_t{sizeof(State)});
+  auto* const states = reinterpret_cast<State*>(const_cast<char*>(PyBytes_AsString(result)));
+  for (std::ptrdiff_t i = 0; i < count; ++i) states[i] = state_of(PyTuple_GetItem(arguments[0], i));
+  return result;
+}
+
+constexpr int kFastCall = 0x80;  // METH_FASTCALL
+PyMethodDef functions[] = {{"unchanged", call_unchanged, kFastCall, nullptr}, {"states", call_states, kFastCall, nullptr}};
 
 }  // namespace
 
@@ -133,5 +195,7 @@ FUSED_CNN_EXPORT bool fused_cnn_find(const PyObject* tensor, int64_t cdata, int6
   return tensor_at > 0 && length_at > 0;
 }
 
-// Python's function unchanged(snapshot: bytes, positions: bytearray, own: dict) -> bool.
-FUSED_CNN_EXPORT PyObject* fused_cnn_unchanged() { return PyCFunction_NewEx(&function, nullptr, nullptr); }
+// The two functions, by their number.
+FUSED_CNN_EXPORT PyObject* fused_cnn_python_function(int32_t which) {
+  return PyCFunction_NewEx(&functions[which], nullptr, nullptr);
+}

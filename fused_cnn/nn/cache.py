@@ -3,7 +3,8 @@
 A form holds as long as its snapshot does. What did not change is not made again; what keeps changing is not made at
 all: the block then runs unfused, at PyTorch's own speed, until its weights rest. Forms are never saved, and a copy of a
 block makes its own. Changes that PyTorch's version counters miss are covered where they can be known: an optimizer's
-step makes the forms of its parameters stale. For the others there is `fused_cnn.refresh`.
+step makes the forms stale that read its parameters' memory, and on a CPU the first eight bytes of each tensor are
+looked at. For the others there is `fused_cnn.refresh`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .._trees import tensors
-from .snapshot import Snapshot
+from .snapshot import Snapshot, states_of
 
 KEPT = 3  # forms of one block: autocast's, plain, and one more
 PAYS = 16  # calls after which a form has paid for itself: packing takes as long as sixteen forward passes save
@@ -45,15 +46,19 @@ class StaleWeightsError(RuntimeError):
 Kind = tuple[torch.dtype | None, torch.dtype, torch.device]
 
 
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
 class Form:
     """A block's weights as its fused op wants them, for one kind of input. `value` is None until it is made."""
 
     def __init__(self, kind: Kind, key: Any, sources: Sequence[Tensor]) -> None:
         self.kind, self.device, self.key = kind, kind[2], key
         self.snapshot: Snapshot | None = None
-        # They share the sources' memory, so that nothing new gets its address, and their version counters.
-        self.aliases = [(t.detach(), t._version) for t in sources]
-        self.ids = frozenset(map(id, sources))
+        # The aliases share the sources' memory, so that nothing new gets its address, and their version counters.
+        self.sources = [(weakref.ref(t), t.detach(), t._version) for t in sources]
+        self.storages = frozenset(map(_storage, sources))
         self.value: Any = None
         self.uses = 0
         self.stale = False  # told so, by an optimizer or by refresh
@@ -63,8 +68,10 @@ class Form:
         _forms.add(self)
 
     def is_alive(self) -> bool:
-        """Whether its sources are what they were, though perhaps no longer the block's."""
-        return not self.stale and all(t._version == version for t, version in self.aliases)
+        """Whether its sources are there, and what they were, though perhaps no longer the block's."""
+        return not self.stale and all(
+            source() is not None and alias._version == version for source, alias, version in self.sources
+        )
 
     def fill(self, value: Any, captured: Form | None) -> None:
         """Take what was folded and packed; into the memory of the form that a graph reads, where there is one."""
@@ -109,7 +116,8 @@ class Form:
 class Owner:
     """A block's forms. Reading is free of locks: `forms` is replaced as a whole."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module | None = None) -> None:
+        self.module = None if module is None else weakref.ref(module)
         self.forms: tuple[Form, ...] = ()
         self.known: Any = None  # what the block is, as it understood itself (module.py)
         self.patience = 0  # calls on unchanged weights before a form is made
@@ -138,10 +146,10 @@ class Owner:
     ) -> Form:
         """Today's form for this kind of input; its value is None while the weights have not rested long enough."""
         with _lock:
-            key = settings, tuple((id(t), t._version, t.data_ptr()) for t in sources)
-            form = next((f for f in self.forms if f.kind == kind and f.key == key and not f.stale), None)
-            form = form or Form(kind, key, sources)
-            captured = self._retire(form)
+            key = settings, states_of(sources)
+            found = next((f for f in self.forms if f.kind == kind and f.key == key and not f.stale), None)
+            captured = self._retire(kind, found)
+            form = found or self._new(kind, key, sources)
             is_due = form.uses >= self.patience or captured is not None
             if snapshot is not None and (form.value is not None or is_due):
                 form.snapshot = snapshot()  # first: a change while the form is made is seen at the next call
@@ -150,48 +158,74 @@ class Owner:
             self._replace((form, *(f for f in self.forms if f is not form))[:KEPT])
             return form
 
-    def _retire(self, new: Form) -> Form | None:
-        """Drop the forms whose sources have changed, and learn from how long they were of use. Returns the one among
-        them that a graph reads."""
-        captured = None
+    def _new(self, kind: Kind, key: Any, sources: Sequence[Tensor]) -> Form:
+        last = next((f for f in self.forms if f.kind == kind), None)
+        if last is not None:
+            self._learn(last)
+        return Form(kind, key, sources)
+
+    def _learn(self, form: Form) -> None:
+        """From how long a form that is no longer the block's was of use."""
+        has_paid = form.value is not None and form.uses >= PAYS
+        self.patience = 0 if has_paid else min(2 * self.patience + 1, PAYS)
+
+    def tidy(self) -> None:
+        """Let go of what the block was, and of forms of it; but for those that graphs read, which wait for what shall
+        take their place."""
+        with _lock:
+            self._retire(None, None)
+
+    def _retire(self, kind: Kind | None, found: Form | None) -> Form | None:
+        """Drop the forms whose sources have changed or gone. Returns the one of this kind that a graph reads."""
+        module, captured = self.module and self.module(), None
         for form in self.forms:
-            if form is new or form.is_alive():
+            if form is found:
                 continue
-            if form.captured and form.kind == new.kind:
-                captured = form
-            has_paid = form.value is not None and form.uses >= PAYS
-            self.patience = 0 if has_paid else min(2 * self.patience + 1, PAYS)
-            self._replace(tuple(f for f in self.forms if f is not form))
+            if form.snapshot is not None and module is not None and not form.snapshot.holds(module):
+                form.snapshot = None  # it would keep old children
+            if not form.is_alive() and not (form.captured and kind is None):
+                if form.captured and form.kind == kind:
+                    captured = form
+                self._learn(form)
+                self._replace(tuple(f for f in self.forms if f is not form))
         return captured
 
     def _replace(self, forms: tuple[Form, ...]) -> None:
         self.pinned += [f.value for f in self.forms if f.captured and f not in forms]
         self.forms = forms
 
-    def clear(self) -> None:
-        """Forget all, but for what graphs read."""
+    def prune(self, module: nn.Module) -> None:
+        """Forget what is not as it was, but for what graphs read."""
         with _lock:
-            self._replace(())
-            self.known = None
+            for form in self.forms:
+                if form.snapshot is None or not form.snapshot.holds(module):
+                    self._learn(form)
+                    self._replace(tuple(f for f in self.forms if f is not form))
+            if self.known is not None and not self.known.snapshot.holds(module):
+                self.known = None
 
 
-def mark_stale(sources: Iterable[Tensor], *, and_all: bool = False) -> None:
-    """Have the forms of these tensors, or all forms, made again."""
+def mark_stale(sources: Iterable[Tensor]) -> None:
+    """Have the forms made again that read the memory of these tensors; or all forms, where tensors are of a kind of
+    their own, such as shards, of which a block's are made in ways that nobody can tell."""
     with _lock:
-        if _forms:
-            ids = set(map(id, sources))
-            for form in _forms:
-                form.stale = form.stale or and_all or not ids.isdisjoint(form.ids)
+        if not _forms:
+            return
+        given = list(sources)
+        are_plain = all(type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for t in given)
+        storages = set(map(_storage, given)) if are_plain else set()
+        for form in _forms:
+            form.stale = form.stale or not are_plain or not storages.isdisjoint(form.storages)
 
 
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Fused optimizers write parameters without PyTorch's version counters taking note. Where the parameters are of a
-    kind of their own, such as shards, a block's are made of them in ways that nobody can tell."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    mark_stale(parameters, and_all=any(type(p) not in (Tensor, nn.Parameter) for p in parameters))
+def _around_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Fused optimizers write parameters without PyTorch's version counters taking note. Asked before a step too, since
+    an optimizer's own hooks behind it come first."""
+    mark_stale(p for group in optimizer.param_groups for p in group["params"])
 
 
-register_optimizer_step_post_hook(_after_step)
+register_optimizer_step_pre_hook(_around_step)
+register_optimizer_step_post_hook(_around_step)
 
 
 class detect_stale_weights:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..ops import FoldedConv, PackedConv, PackedInception, conv_bias_relu, pack_conv, pack_inception
 from ..ops._conv import autocast
-from .snapshot import COMPUTING, SHARDED, hooks
+from .snapshot import COMPUTING, SHARDED, call_problem, hooks
 
 Norm = nn.BatchNorm2d | None  # a convolution may have none
 Pair = tuple[nn.Conv2d, Norm]
@@ -51,7 +51,7 @@ def skip_problem(module: Any, *kinds: type) -> str | None:
             return f"has a {name} of its own"
         if hasattr(kind, name) and not is_own(kind, name):
             return f"is of a class whose {name} was replaced"
-    return None
+    return call_problem(kind)
 
 
 def conv_problem(module: Any) -> str | None:
@@ -59,23 +59,30 @@ def conv_problem(module: Any) -> str | None:
     problem = skip_problem(module, nn.Conv2d)
     if problem is None and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         problem = f"pads with {module.padding_mode!r}, {module.padding!r}"
-    return problem or _tensor_problem(module, "weight")
+    if problem is None:
+        values = [getattr(module, name) for name in ("stride", "padding", "dilation", "groups")]
+        if not all(type(n) is int for value in values for n in (value if type(value) is tuple else (value,))):
+            problem = f"has stride, padding, dilation and groups of other types than int and tuple: {values}"
+    return problem or _tensor_problem(module, "weight", "bias")
 
 
 def norm_problem(module: Any) -> str | None:
     """Why a module is not the BatchNorm that the fused ops compute."""
-    return skip_problem(module, nn.BatchNorm2d) or _tensor_problem(module)
+    problem = skip_problem(module, nn.BatchNorm2d)
+    if problem is None and type(module.eps) not in (float, int):
+        problem = f"has an eps that is a {type(module.eps).__name__}"
+    return problem or _tensor_problem(module, "weight", "bias", "running_mean", "running_var")
 
 
 def _tensor_problem(module: nn.Module, *needed: str) -> str | None:
     """Parametrisations, sharding and offloading keep weights elsewhere, or as tensors of another kind."""
     held = {**module._parameters, **module._buffers}
     for name in needed:
-        if held.get(name) is None:
-            return f"has no parameter {name}"
+        if name not in held:
+            return f"has no parameter or buffer {name}"
     for name, t in held.items():
-        if t is not None and type(t).__name__ not in _TENSORS:
-            return f"has a {name} that is a {type(t).__name__}"
+        if t is not None and (type(t).__name__ not in _TENSORS or t.layout is not torch.strided):
+            return f"has a {name} that is a {type(t).__name__} of layout {t.layout}"
         if name in vars(module):
             return f"has a {name} of its own"
     return None

@@ -13,6 +13,8 @@ stays what it is to everybody who holds it, with its attributes, buffers and hoo
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -25,14 +27,21 @@ from ..ops import BatchNormArgs, bn_add_relu, bn_relu, bn_relu_conv
 from ..ops._conv import autocast_dtype, on_16_bytes
 from .cache import Form, Kind, Owner, detect_stale_weights
 from .fold import Pair, can_be_constant, can_fold, geometry, is_own, pair_settings, sources_of, wants_gradient
-from .snapshot import COMPUTING, Method, Snapshot, hooks, hooks_on_all, watched_by_all
+from .snapshot import CALLS, COMPUTING, Method, Snapshot, call_problem, hooks, replaced_for_all, watched_by_all
+
+with contextlib.suppress(ImportError):
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 Self = TypeVar("Self", bound="FusedModule")
 Replaced = Mapping[str, frozenset[str]]  # methods of a foreign class, and the names that they may use
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN, _STRIDED = (Tensor, nn.Parameter), torch.strided
+# Modes under which blocks run fused: those that know this package's ops, or change nothing that is computed.
+_KNOWN_MODES = ("torch.utils.flop_counter", "torch.utils._device", "fused_cnn.analysis.traffic")
 # Quick answers of PyTorch's own; without them the longer way is gone.
 _any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
 
 
 class Understanding(NamedTuple):
@@ -56,7 +65,11 @@ class FusedModule(nn.Module):
 
     backend: str | None = None
     replaces: ClassVar[Replaced] = {}
-    reads: ClassVar[tuple[str, ...]] = ("forward", "backend")  # what decides how it runs, of its own attributes
+    reads: ClassVar[tuple[str, ...]] = (
+        "forward",
+        "backend",
+        "_modules",
+    )  # what decides how it runs, of its own attributes
     _swapped_from: ClassVar[type[nn.Module] | None] = None
     _owner: Owner
 
@@ -212,7 +225,7 @@ class FusedModule(nn.Module):
         """The methods that must stay what they are: those of the skipped modules' classes, and of the foreign ones."""
         modules = (self, *self.skipped())
         for kind in {type(m) for m in modules[1:]}:
-            yield from ((kind, name) for name in COMPUTING if hasattr(kind, name))
+            yield from ((kind, name) for name in (*COMPUTING, *CALLS) if hasattr(kind, name))
         for kind in {type(m) for m in modules if isinstance(m, FusedModule)}:
             yield from ((kind._swapped_from, name) for name in kind.replaces if kind._swapped_from)
 
@@ -221,21 +234,31 @@ class FusedModule(nn.Module):
         known = self._owner.known
         return known if known is not None and known.snapshot.holds(self) else self.understand()
 
+    def _own(self) -> Owner:
+        """The owner of this very block's forms: a copy of a block's dictionary still has the other's."""
+        owner = self._owner
+        if owner.module is None:
+            owner.module = weakref.ref(self)
+        elif owner.module() is not self:
+            self._owner = owner = Owner(self)
+        return owner
+
     def understand(self) -> Understanding:
         """Look at what the children are today."""
         return self._understand(watched_by_all())
 
     def _understand(self, watched: str | None) -> Understanding:
-        snapshot, problem = self._snapshot(()), watched or self._problem()
+        owner, snapshot, problem = self._own(), self._snapshot(()), watched or self._problem()
         if problem is None:
             # `pairs` asks what this has; to other threads, which may read it meanwhile, it has a problem.
-            self._owner.known = known = Understanding(snapshot, "is being looked at", self.features(), [], False, [])
+            owner.known = known = Understanding(snapshot, "is being looked at", self.features(), [], False, [])
             pairs = self.pairs()
             folds = all(map(can_be_constant, pairs))
             known = Understanding(snapshot, None, known.has, pairs, folds, list(sources_of(pairs)))
         else:
             known = Understanding(snapshot, problem, (), [], False, [])
-        self._owner.known = known
+        owner.known = known
+        owner.tidy()
         return known
 
     def _problem(self) -> str | None:
@@ -263,15 +286,16 @@ class FusedModule(nn.Module):
     def _is_plain_in_trace(self) -> bool:
         """Asked once a trace, on the real module: the compiler need not follow."""
         # A trace may replace every module's call; hooks on them are another matter.
-        return torch.onnx.is_in_onnx_export() or self._understand(hooks_on_all()).problem is not None
+        return torch.onnx.is_in_onnx_export() or self._understand(replaced_for_all()).problem is not None
 
     _is_plain_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     # As a part of a model.
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._owner.clear()  # the weights move, or change their dtype: the memory of the folded ones is freed first
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        self._owner.prune(self)  # where weights have moved, or changed their dtype
+        return self
 
     def _replicate_for_data_parallel(self: Self) -> Self:
         replica = super()._replicate_for_data_parallel()
@@ -284,6 +308,7 @@ class FusedModule(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._owner = Owner()
+        self._owner.patience = 1  # many a copy is called once, and then folding does not pay
 
     def __prepare_scriptable__(self) -> Any:
         raise RuntimeError(
@@ -340,18 +365,28 @@ class FusedBlock(FusedModule):
 
 def block_problem(block: nn.Module) -> str | None:
     """Why a fused block cannot be computed by the one that it is a part of."""
-    if type(block).forward is not FusedBlock.forward or "forward" in vars(block):
-        return f"({type(block).__name__}) has a forward of its own"
-    return "has hooks" if any(hooks(block)) else None
+    kind = type(block)
+    if kind.forward is not FusedBlock.forward or "forward" in vars(block):
+        return f"({kind.__name__}) has a forward of its own"
+    return call_problem(kind) or ("has hooks" if any(hooks(block)) else None)
 
 
 def kind_of(x: Tensor) -> Kind | None:
     """What folded weights depend on in an input; None for inputs and moments that the fused ops are not for."""
-    if type(x) not in _PLAIN or x.dim() != 4 or transforms_active():
+    if type(x) not in _PLAIN or x.dim() != 4 or x.layout is not _STRIDED or transforms_active():
         return None
-    if not (x.is_cpu or x.is_cuda):
+    if not (x.is_cpu or x.is_cuda) or ((_dispatch_modes() or _function_modes()) and is_under_mode()):
         return None
     return (autocast_dtype(x) if _any_autocast() else None, x.dtype, x.device)
+
+
+def is_under_mode() -> bool:
+    """Whether a mode of the user's wants to see PyTorch's own operators, or may change what they do."""
+    try:
+        modes = [*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()]
+    except NameError:
+        return True
+    return any(type(mode).__module__ not in _KNOWN_MODES for mode in modes)
 
 
 def is_traced(x: Any) -> bool:

@@ -1,19 +1,22 @@
 """What modules and tensors were at a moment, and whether they still are: asked at every call of a fused block.
 
 Whoever skips a module's forward must know that nobody would notice. So a snapshot holds all that decides what a module
-does: its class, the forward of that class, what its forward reads of it, its hooks and everybody's, its children,
-parameters and buffers; and of tensors how often PyTorch saw them change, and where they lie.
+does: its class, the forward of that class and what it calls, what it reads of its module, the hooks on it and on
+everybody, its children, parameters and buffers; and of tensors how often PyTorch saw them change, where they lie, and
+on a CPU the first eight bytes there, which show most changes that PyTorch does not see.
 """
 
 from __future__ import annotations
 
 import ctypes
+import sys
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -21,13 +24,15 @@ from .. import _library
 
 Method = tuple[type, str]  # a class and the name of one of its methods
 COMPUTING = ("forward", "_conv_forward")  # the methods that decide what a module computes, where its class has them
-
-# Everybody's hooks, by PyTorch's own names; an entry in one of them is a hook on every module.
-GLOBAL_HOOKS = tuple(
-    getattr(nn_module, f"_global_{when}_hooks") for when in ("forward", "forward_pre", "backward", "backward_pre")
-)
-_CALLS = {name: getattr(nn.Module, name) for name in ("__call__", "_call_impl")}  # tracers replace these for a while
+CALLS = ("__call__", "_call_impl")  # and those that lead there
+_CALLS = {name: getattr(nn.Module, name) for name in CALLS}  # tracers replace these for a while
+# What the forward of the modules that blocks skip calls.
+_FUNCTIONS = {name: getattr(F, name) for name in ("conv2d", "batch_norm", "relu", "max_pool2d")}
 SHARDED = "_is_fsdp_managed_module"  # what fully_shard sets on a module whose parameters it gathers for each call
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# PyTorch's tables of what is called for every module, by the very strings under which it holds them.
+_GLOBAL_HOOKS = tuple(sys.intern(f"_global{name}") for name in _HOOKS)
+_GLOBAL_ENTRIES = [*((vars(nn_module), name) for name in _GLOBAL_HOOKS), *((vars(F), name) for name in _FUNCTIONS)]
 # What the modules' forward reads of themselves; or what is called in its place, where it is there.
 _READS: dict[type, tuple[str, ...]] = {
     nn.Conv2d: (
@@ -44,17 +49,30 @@ def hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
     return (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
 
 
-def hooks_on_all() -> str | None:
-    """Why no module's forward may be skipped, where there are hooks on every module."""
-    return "there are hooks on every module" if any(GLOBAL_HOOKS) else None
+def _hooks_on_all() -> list[dict[int, Any]]:
+    return [getattr(nn_module, name) for name in _GLOBAL_HOOKS]
+
+
+def replaced_for_all() -> str | None:
+    """Why no module's forward may be skipped, in a recorded graph either; None where nothing was replaced."""
+    if any(_hooks_on_all()):
+        return "there are hooks on every module"
+    changed = [name for name, function in _FUNCTIONS.items() if getattr(F, name) is not function]
+    return f"torch.nn.functional.{changed[0]} was replaced" if changed else None
 
 
 def watched_by_all() -> str | None:
     """Why no module's forward may be skipped today; None where nobody watches them all."""
-    if hooks_on_all():
-        return hooks_on_all()
-    replaced = [name for name, function in _CALLS.items() if getattr(nn.Module, name) is not function]
-    return f"nn.Module.{replaced[0]} was replaced" if replaced else None
+    if replaced_for_all():
+        return replaced_for_all()
+    changed = [name for name, function in _CALLS.items() if getattr(nn.Module, name) is not function]
+    return f"nn.Module.{changed[0]} was replaced" if changed else None
+
+
+def call_problem(kind: type[nn.Module]) -> str | None:
+    """Why a call of such a module does not lead to its forward as it does for every other."""
+    changed = [name for name in CALLS if getattr(kind, name) is not getattr(nn.Module, name)]
+    return f"is of a class whose {changed[0]} was replaced" if changed else None
 
 
 class Snapshot:
@@ -72,31 +90,31 @@ class Snapshot:
     def __init__(
         self, owner: nn.Module, skipped: Sequence[nn.Module], methods: Iterable[Method], tensors: Sequence[Tensor] = ()
     ) -> None:
-        tables: list[dict[Any, Any]] = [*GLOBAL_HOOKS, owner._modules]
+        tables: list[dict[Any, Any]] = [*_hooks_on_all(), owner._modules]
+        entries = [*_GLOBAL_ENTRIES, *((vars(m), name) for m in (owner, *skipped) for name in reads_of(m))]
         for module in skipped:
             registries: tuple[dict[str, Any], ...] = (module._modules, module._parameters, module._buffers)
             tables += [*hooks(module), *(registry for registry in registries if registry)]
-        entries = [(vars(m), name) for m in (owner, *skipped) for name in reads_of(m)]
+            entries += [(vars(module), name) for name in _HOOKS]
         values = [[table[name]] if name in table else [] for table, name in entries]
         contents = [list(chain.from_iterable(table.items())) for table in tables]
-        called = ((nn.Module, name) for name in _CALLS)
-        attributes = [(kind, name, getattr(kind, name)) for kind, name in (*called, *methods)]
+        attributes = [(kind, name, getattr(kind, name)) for kind, name in methods]
+        own = vars(owner)
         # Alive, so that nothing new gets the address of what was recorded; but for the owner, which holds this.
-        self._kept = (list(skipped), tables, values, contents, attributes, list(tensors))
-        own = id(vars(owner))
+        holders = [table for table, _ in entries if table is not own]
+        self._kept = (list(skipped), tables, holders, values, contents, attributes, list(tensors))
         record = array("q", [len(skipped)])
         record.extend(id(o) for m in skipped for o in (m, type(m)))
         record.append(len(entries))
         for (table, name), value in zip(entries, values, strict=True):
-            record.extend((0 if id(table) == own else id(table), id(name), id(value[0]) if value else 0))
+            record.extend((0 if table is own else id(table), id(name), id(value[0]) if value else 0))
         record.append(len(tables))
         for table, content in zip(tables, contents, strict=True):
             record.extend((id(table), len(table), *map(id, content)))
         record.append(len(attributes))
         record.extend(map(id, chain.from_iterable(attributes)))
         record.append(len(tensors))
-        record.extend(n for t in tensors for n in (id(t), t._version, t.data_ptr()))
-        self.record = record.tobytes()
+        self.record = record.tobytes() + states_of(tensors)
         self._positions = bytearray(8 * len(entries))  # the native comparison's own
 
     def holds(self, owner: nn.Module) -> bool:
@@ -106,7 +124,7 @@ class Snapshot:
     def _holds(self, owner: nn.Module) -> bool:
         """The same without csrc/unchanged.cpp, for interpreters and PyTorch builds in which it cannot be asked."""
         skipped, *_, attributes, tensors = self._kept
-        methods = [(kind, name) for kind, name, _ in attributes[len(_CALLS) :]]
+        methods = [(kind, name) for kind, name, _ in attributes]
         return Snapshot(owner, skipped, methods, tensors).record == self.record
 
 
@@ -115,18 +133,31 @@ def reads_of(module: nn.Module) -> tuple[str, ...]:
     return getattr(type(module), "reads", None) or _READS.get(type(module), ("forward",))
 
 
-def _native() -> Callable[[bytes, bytearray, dict[str, Any]], bool] | None:
-    """The native library's comparison, where it finds its way in this interpreter's objects."""
+def states_of(tensors: Sequence[Tensor]) -> bytes:
+    """Of each tensor: which it is, how often PyTorch saw it change, its address, and the first word of its memory."""
+    return states(tuple(tensors)) if states else array("q", chain.from_iterable(map(_state, tensors))).tobytes()
+
+
+def _state(t: Tensor) -> tuple[int, ...]:
+    address = t.data_ptr()
+    is_readable = t.is_cpu and address != 0 and t.numel() >= 8
+    first = ctypes.c_int64.from_address(address).value if is_readable else 0
+    return id(t), -1 if t.is_inference() else t._version, address, is_readable, first
+
+
+def _native() -> tuple[Callable[[bytes, bytearray, dict[str, Any]], bool] | None, Callable[[Any], bytes] | None]:
+    """The native library's comparison and states, where it finds its way in this interpreter's objects."""
     if _library.cpu.loaded is None:
-        return None
+        return None, None
     library = ctypes.PyDLL(str(_library.cpu.file), handle=_library.cpu.loaded._handle)  # keeps the interpreter's lock
-    find, function = library.fused_cnn_find, library.fused_cnn_unchanged
+    find, function = library.fused_cnn_find, library.fused_cnn_python_function
     address, size = ctypes.c_void_p, ctypes.c_int64
     find.argtypes, find.restype = (address, address, size, address, address, size), ctypes.c_bool
     function.restype = ctypes.py_object
     tensor, one, two = torch.empty(0), dict.fromkeys("one"), dict.fromkeys("another")
-    known = find(id(tensor), tensor._cdata, type(tensor).__basicsize__, id(one), id(two), dict.__basicsize__)
-    return function() if known else None
+    if not find(id(tensor), tensor._cdata, type(tensor).__basicsize__, id(one), id(two), dict.__basicsize__):
+        return None, None
+    return function(0), function(1)
 
 
-unchanged = _native()
+unchanged, states = _native()

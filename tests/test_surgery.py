@@ -1,0 +1,265 @@
+"""What tools do to modules past their attributes: tables of hooks and children put in place of others, functions and
+calls replaced for everybody, modes, parts of another kind, dictionaries copied. Each is done to a fused model whose
+weights are folded already, and to its eager twin."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_folded import close, twins
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Model = nn.Module
+
+
+def halves(module: nn.Module, args: object, out: Tensor) -> Tensor:
+    return out * 0.5
+
+
+def hooks_table(part: str) -> Callable[[Model], None]:
+    """The idiom that removes every hook, and one that is set behind it."""
+
+    def change(model: Model) -> None:
+        module = model.get_submodule(part)
+        module._forward_hooks = OrderedDict()
+        module.register_forward_hook(halves)
+
+    return change
+
+
+def pre_hooks_table(model: Model) -> None:
+    module = model.layer2[0].bn1
+    module._forward_pre_hooks = OrderedDict()
+    module.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+
+
+def children_table(part: str, child: str) -> Callable[[Model], None]:
+    def change(model: Model) -> None:
+        module = model.get_submodule(part)
+        module._modules = {**module._modules, child: nn.Identity()}
+
+    return change
+
+
+def other_dictionary(model: Model) -> None:
+    torch.manual_seed(5)
+    other = copy.deepcopy(model.layer1[0])
+    for p in other.parameters():
+        p.data = torch.randn_like(p) * 0.1
+    model.layer1[0].__dict__.update(other.__dict__)
+
+
+def plain_attribute(part: str, name: str) -> Callable[[Model], None]:
+    """As hypernetworks have it: the block need not see that it changes."""
+
+    def change(model: Model) -> None:
+        module = model.get_submodule(part)
+        value = getattr(module, name).detach().clone()
+        delattr(module, name)
+        setattr(module, name, value)
+        model(torch.randn(1, 3, 32, 32))
+        value += 0.5
+
+    return change
+
+
+def listed_padding(model: Model) -> None:
+    model.layer1[0].conv1.padding = [1, 1]
+    model(torch.randn(1, 3, 32, 32))
+    model.layer1[0].conv1.padding[:] = [2, 2]
+    model.layer1[0].conv2.padding = (0, 0)
+
+
+def eps_tensor(model: Model) -> None:
+    model.layer1[0].bn1.eps = torch.tensor(1e-5)
+    model(torch.randn(1, 3, 32, 32))
+    model.layer1[0].bn1.eps.fill_(0.5)
+
+
+SURGERY: dict[str, Callable[[Model], None]] = {
+    "hooks of a part": hooks_table("layer1.0.relu"),
+    "hooks of a block": hooks_table("layer1.1"),
+    "hooks before a part": pre_hooks_table,
+    "children of a block": children_table("layer1.0", "relu"),
+    "children of a stage": children_table("layer1", "1"),
+    "children of the network": children_table("", "relu"),
+    "a dictionary of another block": other_dictionary,
+    "gamma": plain_attribute("layer1.0.bn1", "weight"),
+    "a mean": plain_attribute("layer1.0.bn2", "running_mean"),
+    "padding in a list": listed_padding,
+    "eps in a tensor": eps_tensor,
+}
+
+
+@pytest.mark.parametrize("what", SURGERY)
+@torch.no_grad()
+def test_surgery_is_seen(what: str) -> None:
+    eager, fused, x = twins()
+    before = fused(x)
+    for model in (eager, fused):
+        SURGERY[what](model)
+    for _ in range(2):
+        close(fused(x), eager(x))
+    assert (eager(x) - before).abs().max() > 0.01, "the change shows nowhere"
+
+
+def bias_attribute(model: Model) -> None:
+    model.layer1[0].conv1.bias = nn.Parameter(torch.zeros(64))
+
+
+@torch.no_grad()
+def test_a_convolutions_bias_that_is_a_plain_attribute_is_read() -> None:
+    eager, fused, x = twins()
+    for model in (eager, fused):
+        bias_attribute(model)
+        fused(x)
+        plain_attribute("layer1.0.conv1", "bias")(model)
+    close(fused(x), eager(x))
+
+
+@pytest.fixture
+def patched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Replaces something for everybody once it is called."""
+    owner, name, make = PATCHES[request.param]
+
+    def patch() -> None:
+        monkeypatch.setattr(owner, name, make(getattr(owner, name)), raising=True)
+
+    yield patch
+
+
+def halved(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args, **kwargs: function(*args, **kwargs) * 0.5
+
+
+def halved_table(table: object) -> OrderedDict[int, object]:
+    return OrderedDict({0: lambda module, args, out: out * 0.5 if isinstance(module, nn.ReLU) else None})
+
+
+PATCHES: dict[str, tuple[object, str, Callable[..., object]]] = {
+    "F.conv2d": (F, "conv2d", halved),
+    "F.batch_norm": (F, "batch_norm", halved),
+    "F.relu": (F, "relu", halved),
+    "Conv2d.__call__": (nn.Conv2d, "__call__", halved),
+    "ReLU.__call__": (nn.ReLU, "__call__", halved),
+    "_ConvNd._call_impl": (nn.modules.conv._ConvNd, "_call_impl", halved),
+    "Sequential.__call__": (nn.Sequential, "__call__", halved),
+    "everybody's hooks": (nn_module, "_global_forward_hooks", halved_table),
+}
+
+
+@pytest.mark.parametrize("patched", PATCHES, indirect=True)
+@torch.no_grad()
+def test_what_is_replaced_for_everybody_is_seen(patched: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, fused, x = twins()
+    before = fused(x)
+    patched()
+    expected = eager(x)
+    close(fused(x), expected)
+    assert (expected - before).abs().max() > 0.01, "the change shows nowhere"
+    monkeypatch.undo()
+    close(fused(x), before)
+
+
+class HalvesConvolutions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        return out * 0.5 if func is F.conv2d else out
+
+
+class CountsConvolutions(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func is torch.ops.aten.convolution.default
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_modes_see_pytorchs_own_operators() -> None:
+    eager, fused, x = twins()
+    before = fused(x)
+    with HalvesConvolutions():
+        expected = eager(x)
+        close(fused(x), expected)
+    assert (expected - before).abs().max() > 0.01
+    counted = []
+    for model in (eager, fused):
+        with CountsConvolutions() as mode:
+            model(x)
+        counted.append(mode.count)
+    assert counted == [20, 20]
+    close(fused(x), before)
+
+
+@torch.no_grad()
+def test_a_default_device_leaves_blocks_fused() -> None:
+    """It is a mode too, but one that changes nothing that a block computes."""
+    _, fused, x = twins("resnet18")
+    fused(x)
+    with torch.device(x.device):
+        fused.layer1(torch.randn_like(fused.maxpool(fused.relu(fused.bn1(fused.conv1(x))))))
+    (form,) = fused.layer1._owner.forms
+    assert form.uses == 2
+
+
+def cloned(module: nn.Module) -> nn.Module:
+    """A module with the same everything in dictionaries of its own, as meta-learning libraries make it."""
+    clone = type(module).__new__(type(module))
+    clone.__dict__ = dict(module.__dict__)
+    for name in ("_parameters", "_buffers", "_modules"):
+        clone.__dict__[name] = dict(module.__dict__[name])
+    for name, p in module._parameters.items():
+        clone._parameters[name] = None if p is None else p.detach().clone()
+    for name, child in module._modules.items():
+        clone._modules[name] = None if child is None else cloned(child)
+    return clone
+
+
+@torch.no_grad()
+def test_a_clone_by_dictionaries_has_weights_of_its_own() -> None:
+    eager, fused, x = twins()
+    before = fused(x)
+    clones = [cloned(model) for model in (eager, fused)]
+    for clone in clones:
+        clone.layer1[0].bn1.weight.add_(1)
+        clone.conv1.weight.mul_(1.5)
+    for _ in range(3):
+        close(clones[1](x), clones[0](x))
+        close(fused(x), before)
+    assert (clones[0](x) - before).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_a_replaced_convolution_is_freed() -> None:
+    """With its weights, and what was folded of them."""
+    import weakref
+
+    _, fused, x = twins()
+    with torch.autocast(x.device.type, torch.bfloat16):
+        fused(x)
+    fused(x)
+    gone = weakref.ref(fused.layer1[0].conv1.weight)
+    fused.layer1[0].conv1 = copy.deepcopy(fused.layer1[0].conv1)
+    fused(x)
+    assert gone() is None
+
+
+@torch.no_grad()
+def test_another_layout_of_memory_runs_unfused() -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch was built without oneDNN")
+    eager, fused, x = twins()
+    if x.is_cuda:
+        pytest.skip("oneDNN's layout is the processor's")
+    for model in (eager, fused):
+        model.to(memory_format=torch.contiguous_format)
+    images = x.contiguous().to_mkldnn()
+    blocks = [nn.Sequential(m.conv1, m.bn1, m.relu, m.maxpool) for m in (eager, fused)]
+    close(blocks[1](images).to_dense(), blocks[0](images).to_dense())
