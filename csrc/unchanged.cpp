@@ -1,8 +1,8 @@
 // Two functions of Python's: unchanged(), whether modules and tensors are what they were when a snapshot of them was
-// taken (fused_cnn/nn/snapshot.py takes it), asked at every call of a fused block, where Python's own attribute look-ups
-// would take ten times as long; and states(), what of tensors is recorded. They run under the interpreter's lock and
-// call what CPython keeps stable (the limited API), found in the process that loads this library: one without Python
-// never asks.
+// taken (fused_cnn/nn/snapshot.py takes it), asked at every call of a fused block, where Python's own attribute
+// look-ups would take ten times as long; and states(), what of tensors is recorded. They run under the interpreter's
+// lock and call what CPython keeps stable (the limited API), found in the process that loads this library: one without
+// Python never asks.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <cstddef>
 #include <cstdint>
@@ -176,7 +176,8 @@ PyObject* call_states(PyObject*, PyObject* const* arguments, std::ptrdiff_t) {
 }
 
 constexpr int kFastCall = 0x80;  // METH_FASTCALL
-PyMethodDef functions[] = {{"unchanged", call_unchanged, kFastCall, nullptr}, {"states", call_states, kFastCall, nullptr}};
+PyMethodDef functions[] = {{"unchanged", call_unchanged, kFastCall, nullptr},
+                           {"states", call_states, kFastCall, nullptr}};
 
 }  // namespace
 

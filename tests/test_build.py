@@ -307,7 +307,8 @@ def test_the_cpu_library_registers_what_its_facts_say() -> None:
 
 ASKED_IF_THERE = {
     *("PyDict_GetItemWithError", "PyDict_Next", "PyDict_Size", "PyErr_Clear", "PyObject_GetAttr", "PyObject_Type"),
-    *("PyBool_FromLong", "PyByteArray_AsString", "PyBytes_AsString", "PyCFunction_NewEx", "Py_DecRef"),
+    *("PyBool_FromLong", "PyByteArray_AsString", "PyBytes_AsString", "PyBytes_FromStringAndSize", "PyCFunction_NewEx"),
+    *("PyTuple_GetItem", "PyTuple_Size", "Py_DecRef"),
     "_ZNK2at10TensorBase8_versionEv",
 }
 

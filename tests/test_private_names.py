@@ -18,6 +18,8 @@ WITHOUT_IT = {
     "torch._C": "ops run their kernels under torch.func's transforms too, of which test_transforms.py then tells",
     "torch._C._TorchDispatchModeKey": "blocks run as in a recorded graph under any dispatch mode",
     "torch._C._get_dispatch_mode": "blocks run as in a recorded graph under any dispatch mode",
+    "torch.overrides._get_current_function_mode_stack": "blocks run unfused under any mode",
+    "torch.utils._python_dispatch._get_current_dispatch_mode_stack": "blocks run unfused under any mode",
     "torch._inductor.config": "a peer in a benchmark: its column is left out, with the reason",
 }
 

@@ -177,7 +177,7 @@ class Owner:
 
     def _retire(self, kind: Kind | None, found: Form | None) -> Form | None:
         """Drop the forms whose sources have changed or gone. Returns the one of this kind that a graph reads."""
-        module, captured = self.module and self.module(), None
+        module, captured = None if self.module is None else self.module(), None
         for form in self.forms:
             if form is found:
                 continue
