@@ -56,11 +56,12 @@ class Form:
     def __init__(self, kind: Kind, key: Any, sources: Sequence[Tensor]) -> None:
         self.kind, self.device, self.key = kind, kind[2], key
         self.snapshot: Snapshot | None = None
-        # The aliases share the sources' memory, so that nothing new gets its address, and their version counters.
-        self.sources = [(weakref.ref(t), t.detach(), t._version) for t in sources]
+        self.sources = [(weakref.ref(t), t._version) for t in sources]
+        self.memory: list[Tensor] = []  # of the sources of a form that is made, so that nothing new gets its address
         self.storages = frozenset(map(_storage, sources))
         self.value: Any = None
-        self.uses = 0
+        self.uses = 0  # on its own sources
+        self.misses = 0  # of a form that is not made: calls on others
         self.stale = False  # told so, by an optimizer or by refresh
         self.captured = False  # a CUDA graph reads it, so its memory must stay where it is
         self.streams: set[int] = set()  # those that may read it
@@ -69,9 +70,15 @@ class Form:
 
     def is_alive(self) -> bool:
         """Whether its sources are there, and what they were, though perhaps no longer the block's."""
-        return not self.stale and all(
-            source() is not None and alias._version == version for source, alias, version in self.sources
-        )
+        found = ((source(), version) for source, version in self.sources)
+        return not self.stale and all(t is not None and t._version == version for t, version in found)
+
+    def note(self, first: Tensor | None) -> None:
+        """A call that ran without it, on weights of which this is the first."""
+        if first is self.sources[0][0]():
+            self.uses += 1
+        else:
+            self.misses += 1
 
     def fill(self, value: Any, captured: Form | None) -> None:
         """Take what was folded and packed; into the memory of the form that a graph reads, where there is one."""
@@ -120,6 +127,9 @@ class Owner:
         self.module = None if module is None else weakref.ref(module)
         self.forms: tuple[Form, ...] = ()
         self.known: Any = None  # what the block is, as it understood itself (module.py)
+        self.other: Any = (
+            None  # and what it was before, of the same tensors: who trains and evaluates in turn comes back
+        )
         self.patience = 0  # calls on unchanged weights before a form is made
         self.pinned: list[Any] = []  # what graphs read of forms that are gone
 
@@ -134,7 +144,7 @@ class Owner:
         """The form for this kind of input that is not made yet, while it is too early to ask whether the weights rest:
         their counters only rise, so that to look now and then is as good as to look at every call."""
         form = next((f for f in self.forms if f.kind == kind and f.value is None), None)
-        return form if form is not None and form.uses < self.patience else None
+        return form if form is not None and max(form.uses, form.misses) < self.patience else None
 
     def obtain(
         self,
@@ -150,10 +160,12 @@ class Owner:
             found = next((f for f in self.forms if f.kind == kind and f.key == key and not f.stale), None)
             captured = self._retire(kind, found)
             form = found or self._new(kind, key, sources)
+            form.misses = 0
             is_due = form.uses >= self.patience or captured is not None
             if snapshot is not None and (form.value is not None or is_due):
                 form.snapshot = snapshot()  # first: a change while the form is made is seen at the next call
             if form.value is None and is_due:
+                form.memory = [t.detach() for t in sources]
                 form.fill(make(), captured)
             self._replace((form, *(f for f in self.forms if f is not form))[:KEPT])
             return form
@@ -202,7 +214,7 @@ class Owner:
                     self._learn(form)
                     self._replace(tuple(f for f in self.forms if f is not form))
             if self.known is not None and not self.known.snapshot.holds(module):
-                self.known = None
+                self.known = self.other = None
 
 
 def mark_stale(sources: Iterable[Tensor]) -> None:

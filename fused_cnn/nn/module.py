@@ -140,9 +140,7 @@ class FusedModule(nn.Module):
             form = owner.find(self, kind)
             if form is not None and form.value is not None:
                 return self._run_form(x, form)
-            waiting = owner.waiting(kind)
-            if waiting is not None:
-                waiting.uses += 1
+            if self._waits(kind):
                 return plain(x)
         known = self.known()
         if known.problem is not None:
@@ -231,8 +229,21 @@ class FusedModule(nn.Module):
 
     def known(self) -> Understanding:
         """What this block is, looked at again where anything of it has changed."""
-        known = self._owner.known
-        return known if known is not None and known.snapshot.holds(self) else self.understand()
+        owner = self._owner
+        known, other = owner.known, owner.other
+        if known is not None and known.snapshot.holds(self):
+            return known
+        if other is not None and other.snapshot.holds(self):
+            owner.known, owner.other = other, known
+            return other
+        return self.understand()
+
+    def _waits(self, kind: Kind) -> bool:
+        """Whether it is too early to look at the weights again."""
+        waiting, known = self._owner.waiting(kind), self._owner.known
+        if waiting is not None:  # other weights are other tensors in the first convolution too
+            waiting.note(known.pairs[0][0]._parameters.get("weight") if known is not None and known.pairs else None)
+        return waiting is not None
 
     def _own(self) -> Owner:
         """The owner of this very block's forms: a copy of a block's dictionary still has the other's."""
@@ -249,6 +260,7 @@ class FusedModule(nn.Module):
 
     def _understand(self, watched: str | None) -> Understanding:
         owner, snapshot, problem = self._own(), self._snapshot(()), watched or self._problem()
+        before = owner.known
         if problem is None:
             # `pairs` asks what this has; to other threads, which may read it meanwhile, it has a problem.
             owner.known = known = Understanding(snapshot, "is being looked at", self.features(), [], False, [])
@@ -257,7 +269,8 @@ class FusedModule(nn.Module):
             known = Understanding(snapshot, None, known.has, pairs, folds, list(sources_of(pairs)))
         else:
             known = Understanding(snapshot, problem, (), [], False, [])
-        owner.known = known
+        is_same = before is not None and before.tensors and [*map(id, before.tensors)] == [*map(id, known.tensors)]
+        owner.known, owner.other = known, before if is_same else None
         owner.tidy()
         return known
 

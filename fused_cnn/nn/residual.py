@@ -271,7 +271,7 @@ class ResidualStage(FusedBlock, nn.Sequential):
         for i, (name, block) in enumerate(self._modules.items()):
             if not isinstance(block, ResidualBlock):
                 return f"{name} is {type(block).__name__}, not a residual block"
-            problem = block_problem(block) or block.understand().problem
+            problem = block_problem(block) or block.known().problem
             if problem:
                 return f"{name} {problem}"
             if i > 0 and (not block.residual or block.has("projection") or block.downsample is not None):
@@ -285,6 +285,10 @@ class ResidualStage(FusedBlock, nn.Sequential):
 
     def settings(self) -> Any:
         return self.backend, [block.settings() for block in self._blocks()]
+
+    def _waits(self, kind: Kind) -> bool:
+        owners = [block._owner for block in self._modules.values() if isinstance(block, ResidualBlock)]
+        return any(owner.waiting(kind) is not None for owner in owners) or super()._waits(kind)
 
     def _form(self, kind: Kind, x: Tensor) -> Form | None:
         return None if self._ready_forms(x) is None else super()._form(kind, x)

@@ -75,6 +75,9 @@ def call_problem(kind: type[nn.Module]) -> str | None:
     return f"is of a class whose {changed[0]} was replaced" if changed else None
 
 
+_ABSENT = object()
+
+
 class Snapshot:
     """What an owner and the modules whose forward it skips were, and the tensors that it read.
 
@@ -96,25 +99,26 @@ class Snapshot:
             registries: tuple[dict[str, Any], ...] = (module._modules, module._parameters, module._buffers)
             tables += [*hooks(module), *(registry for registry in registries if registry)]
             entries += [(vars(module), name) for name in _HOOKS]
-        values = [[table[name]] if name in table else [] for table, name in entries]
+        values = [table.get(name, _ABSENT) for table, name in entries]
         contents = [list(chain.from_iterable(table.items())) for table in tables]
         attributes = [(kind, name, getattr(kind, name)) for kind, name in methods]
         own = vars(owner)
         # Alive, so that nothing new gets the address of what was recorded; but for the owner, which holds this.
         holders = [table for table, _ in entries if table is not own]
         self._kept = (list(skipped), tables, holders, values, contents, attributes, list(tensors))
-        record = array("q", [len(skipped)])
-        record.extend(id(o) for m in skipped for o in (m, type(m)))
+        record = [len(skipped)]
+        for m in skipped:
+            record += (id(m), id(type(m)))
         record.append(len(entries))
         for (table, name), value in zip(entries, values, strict=True):
-            record.extend((0 if table is own else id(table), id(name), id(value[0]) if value else 0))
+            record += (0 if table is own else id(table), id(name), 0 if value is _ABSENT else id(value))
         record.append(len(tables))
         for table, content in zip(tables, contents, strict=True):
-            record.extend((id(table), len(table), *map(id, content)))
+            record += (id(table), len(table), *map(id, content))
         record.append(len(attributes))
-        record.extend(map(id, chain.from_iterable(attributes)))
+        record += map(id, chain.from_iterable(attributes))
         record.append(len(tensors))
-        self.record = record.tobytes() + states_of(tensors)
+        self.record = array("q", record).tobytes() + states_of(tensors)
         self._positions = bytearray(8 * len(entries))  # the native comparison's own
 
     def holds(self, owner: nn.Module) -> bool:

@@ -38,7 +38,11 @@ def _kept(x: Tensor, sources: Sources, settings: Any, make: Callable[[], Any]) -
         return None
     owner = _owners.setdefault(given[0], Owner())
     kind = (None, x.dtype, x.device)
-    form = owner.waiting(kind) or owner.obtain(kind, given, settings, make)
+    waiting = owner.waiting(kind)
+    if waiting is not None:
+        waiting.note(given[0])
+        return None
+    form = owner.obtain(kind, given, settings, make)
     form.uses += 1
     if detect_stale_weights.on and form.value is not None:
         form.check(make())
