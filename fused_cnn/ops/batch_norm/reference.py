@@ -16,6 +16,8 @@ from ..conv.reference import relu_bwd
 from .args import BatchNormArgs
 from .statistics import split_channels
 
+PIXELS = (0, 2, 3)  # dimensions of a channel's values
+
 
 def batch_norm(x: Tensor, bn: BatchNormArgs) -> Tensor:
     out = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, float(bn.momentum), bn.eps)
@@ -33,9 +35,6 @@ def bn_add_relu(x: Tensor, bn: BatchNormArgs, residual: Tensor, residual_bn: Bat
     if residual_bn is not None:
         residual = batch_norm(residual, residual_bn)
     return torch.relu(batch_norm(x, bn) + residual)
-
-
-PIXELS = (0, 2, 3)  # a channel's values
 
 
 def _per_channel(vector: Tensor) -> Tensor:
@@ -61,10 +60,10 @@ class Normalised:
 
     def bwd(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients (x, weight, bias) from that of `out`."""
-        grad_weight, grad_bias = (grad * self.values).sum(PIXELS), grad.sum(PIXELS)
+        product = grad * self.values
+        grad_weight, grad_bias = product.sum(PIXELS), grad.sum(PIXELS)
         if self.training:
-            means = (grad * self.values).mean(PIXELS, keepdim=True), grad.mean(PIXELS, keepdim=True)
-            grad = grad - self.values * means[0] - means[1]
+            grad = grad - grad.mean(PIXELS, keepdim=True) - self.values * product.mean(PIXELS, keepdim=True)
         return (grad * (self.weight * self.rstd)).to(self.dtype), grad_weight, grad_bias
 
 
