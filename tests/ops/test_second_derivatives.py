@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import functional, grad, gradcheck, gradgradcheck
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
 from torchvision.models.googlenet import Inception
 
@@ -166,6 +167,7 @@ WAYS: dict[str, Callable[[Op, list[Tensor]], Any]] = {
     "one leaf": of_the_last_alone,
     "no loss": alone,
     "partial": of_one_after_the_other,
+    "checkpoint": lambda f, given: by_grad(lambda *t: checkpoint(f, *t, use_reentrant=False), given),
     "MAML": after_a_step,
     "hvp": lambda f, given: functional.hvp(square_sum(f), tuple(given), tuple(given))[1],
     "vhp": lambda f, given: functional.vhp(square_sum(f), tuple(given), tuple(given))[1],
@@ -191,12 +193,15 @@ def test_every_way_gives_what_the_reference_gives(name: str, way: str) -> None:
 @each_problem
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_history_changes_no_gradient(name: str, dtype: torch.dtype) -> None:
+    """Nor its dtype, where autocast is on around the backward alone."""
     given = leaves(name, dtype)
-    out = op(name)(*given)
+    loss = op(name)(*given).float().square().sum()
     # Two roundings of a 16-bit gradient where the kernel has one, and convolutions' sums of some hundred products.
     bound = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
-    expected = grad(out.square().sum(), given, retain_graph=True)
-    torch.testing.assert_close(grad(out.square().sum(), given, create_graph=True), expected, **bound)
+    expected = grad(loss, given, retain_graph=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = grad(loss, given, create_graph=True)
+    torch.testing.assert_close(found, expected, **bound)
 
 
 @pytest.mark.parametrize("channels", [3, 8, 19])
@@ -257,7 +262,7 @@ def test_an_empty_batch(training: bool) -> None:
         assert all(not g.any() for g in (*found, *again) if g is not None)
 
 
-def unchanged(name: str) -> set[str]:
+def backward_kernels(name: str) -> set[str]:
     """The kernels that an op's backward runs."""
     if name.startswith("bn_"):
         return {"bn_add_relu_bwd" if "add" in name else "bn_relu_concat_bwd"}
@@ -285,7 +290,7 @@ def test_an_ordinary_backward_runs_kernels(name: str, monkeypatch: pytest.Monkey
     grad(out.sum(), given, create_graph=True)
     assert not ran
     grad(out.sum(), given)
-    assert ran >= unchanged(name)
+    assert ran >= backward_kernels(name)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU libraries run some of the ops")
@@ -304,7 +309,7 @@ def test_a_compiled_backward_holds_kernels_and_refuses_a_second_one(name: str) -
     torch.testing.assert_close(
         grad(out.sum(), given, retain_graph=True), grad(op(name)(*given).sum(), given), **close_to
     )
-    assert held >= {f"fused_cnn.{key}.default" for key in unchanged(name)}
+    assert held >= {f"fused_cnn.{key}.default" for key in backward_kernels(name)}
     with pytest.raises(RuntimeError, match=r"double backward|create_graph=False"):
         grad(sum(g.square().sum() for g in grad(out.square().sum(), given, create_graph=True)), given)
 
