@@ -15,7 +15,8 @@ WITHOUT_IT = {
     "torch.ops.mkldnn._convolution_pointwise": "a peer in a benchmark: its column is left out, with the reason",
     "torch.cuda._sleep": "cold timings on a GPU start without the host's head start",
     "_dynamo_marked_constant": "torch.compile traces the first look-up of a backend, and finds later ones in a table",
-    "torch._C": "ops run their kernels under torch.func's transforms too, of which test_transforms.py then tells",
+    "torch._C": "ops run their kernels under torch.func's transforms and on batches of gradients too, of which "
+    "test_transforms.py and ops/test_second_derivatives.py then tell",
     "torch._C._TorchDispatchModeKey": "blocks run as in a recorded graph under any dispatch mode",
     "torch._C._get_dispatch_mode": "blocks run as in a recorded graph under any dispatch mode",
     "torch.overrides._get_current_function_mode_stack": "blocks run unfused under any mode",

@@ -15,8 +15,9 @@ from torch import Tensor
 from ..._candidates import resolve, tunable
 from ..._checks import check_nchw
 from ..._library import kernel
-from .._autograd import differentiable_once, needs_grad
+from .._autograd import kernel_or, needs_grad, on_a_backend
 from .._conv import ConvGeometry, IntPair, check_conv, on_16_bytes
+from . import reference
 from .args import BatchNormArgs
 from .op import check_args, normalise, vectors
 from .statistics import statistics
@@ -33,11 +34,15 @@ class _BNReLUConv(torch.autograd.Function):
         return F.conv2d(y, on_16_bytes(weight), bias, *geometry)
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    @on_a_backend
+    def backward(ctx: Any, backend: str, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         mean, rstd, x, bn_weight, bn_bias, weight = ctx.saved_tensors
         bn = ([x], mean, rstd, [bn_weight], [bn_bias])
-        y = kernel("bn_relu_concat_fwd", ctx.backend)(*bn, True)
+        if backend == "reference":
+            (branch,) = reference.normalised(*bn, ctx.training)
+            y = torch.relu(branch.out.to(x.dtype))
+        else:
+            y = kernel("bn_relu_concat_fwd", backend)(*bn, True)
         *geometry, groups = ctx.geometry
         needs = [any(ctx.needs_input_grad[5:8]), *ctx.needs_input_grad[8:]]
         grad_y, *grads = torch.ops.aten.convolution_backward(
@@ -45,7 +50,8 @@ class _BNReLUConv(torch.autograd.Function):
         )
         if not needs[0]:
             return (*[None] * 8, *grads)
-        (grad_x,), *bn_grads = kernel("bn_relu_concat_bwd", ctx.backend)(grad_y, *bn, ctx.training, True)
+        backward = kernel_or(reference.bn_relu_concat_bwd, "bn_relu_concat_bwd", backend)
+        (grad_x,), *bn_grads = backward(grad_y, *bn, ctx.training, True)
         return (*[None] * 5, grad_x, *bn_grads, *grads)
 
 
@@ -78,8 +84,7 @@ def bn_relu_conv(
         (N, out, H', W') in x's dtype, in the layout that torch.nn.functional.conv2d gives.
 
     Saved for backward: x, weight and two vectors; relu(bn(x)) is computed again (arXiv 1604.06174, section 3: trading
-    computation for memory). Mutated: the running statistics in training. The reference is differentiable twice, the
-    others once.
+    computation for memory). Mutated: the running statistics in training.
 
     Raises:
         ValueError, TypeError: shapes, devices, dtypes or geometry do not agree; in training there is one value per

@@ -17,7 +17,7 @@ from ..._candidates import REFERENCE, TRITON, Candidate, Measurement, offer, res
 from ..._checks import check_branches, check_nchw, check_parameter, check_same, check_vector, vector_dtype
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
-from .._autograd import differentiable_once, needs_grad
+from .._autograd import kernel_or, needs_grad, on_a_backend
 from . import reference
 from .args import BatchNormArgs
 from .statistics import split_channels, statistics
@@ -136,12 +136,12 @@ class _BNReLUConcat(torch.autograd.Function):
         return kernel("bn_relu_concat_fwd", backend)(xs, mean, rstd, weights, biases, relu)
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    @on_a_backend
+    def backward(ctx: Any, backend: str, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         n = len(ctx.training)
         mean, rstd, *tensors = ctx.saved_tensors
         xs, weights, biases = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        grad_xs, *grads = kernel("bn_relu_concat_bwd", ctx.backend)(
+        grad_xs, *grads = kernel_or(reference.bn_relu_concat_bwd, "bn_relu_concat_bwd", backend)(
             grad_out, xs, mean, rstd, weights, biases, ctx.training, ctx.relu
         )
         sizes = [x.size(1) for x in xs]
@@ -161,12 +161,12 @@ class _BNAddReLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    @on_a_backend
+    def backward(ctx: Any, backend: str, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         n = len(ctx.training)
         mean, rstd, x, other, *vectors = ctx.saved_tensors
         residual, mask = (other, None) if n == 2 else (None, other)
-        grad_x, grad_residual, *grads = kernel("bn_add_relu_bwd", ctx.backend)(
+        grad_x, grad_residual, *grads = kernel_or(reference.bn_add_relu_bwd, "bn_add_relu_bwd", backend)(
             grad_out, x, residual, mask, mean, rstd, vectors[:n], vectors[n:], ctx.training
         )
         parts = (part for grad in grads for part in split_channels(grad, [x.size(1)] * n))
@@ -208,8 +208,7 @@ def bn_relu_concat(
         memory, else contiguous.
 
     Saved for backward: the branches, and two vectors; neither the normalised values nor a mask. Mutated: the running
-    statistics of branches in training. Statistics are float32 (float64 for float64). The reference is differentiable
-    twice, the others once.
+    statistics of branches in training. Statistics are float32 (float64 for float64).
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not agree; a branch in training has one value per channel.
@@ -268,7 +267,7 @@ def bn_add_relu(
         (N, C, H, W) in x's dtype; channels_last where x's channels are adjacent in memory, else contiguous.
 
     Saved for backward: x, and one bit an element (ReLU's mask) or, with residual_bn, the residual. Mutated: the running
-    statistics of what is in training. The reference is differentiable twice, the others once.
+    statistics of what is in training.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not agree; in training there is one value per channel.

@@ -15,7 +15,7 @@ from ..._candidates import resolve, tunable
 from ..._checks import check_branches, check_parameter, vector_dtype
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
-from .._autograd import differentiable_once, needs_grad
+from .._autograd import kernel_or, needs_grad, on_a_backend
 from . import reference
 
 
@@ -48,9 +48,9 @@ class _ConcatBiasReLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        grads, grad_bias = kernel("concat_bias_relu_bwd", ctx.backend)(
+    @on_a_backend
+    def backward(ctx: Any, backend: str, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        grads, grad_bias = kernel_or(reference.concat_bias_relu_bwd, "concat_bias_relu_bwd", backend)(
             grad_out, *ctx.saved_tensors, ctx.channels, ctx.bias
         )
         return (None, None, grad_bias if ctx.bias else None, *grads)
@@ -76,7 +76,7 @@ def concat_bias_relu(
         (N, sum of C_i, H, W) in the branches' dtype; channels_last where the first branch's channels are adjacent in
         memory, else contiguous.
 
-    Saved for backward: the result, which the next layer keeps anyway. Nothing is mutated. Differentiable once.
+    Saved for backward: the result, which the next layer keeps anyway. Nothing is mutated.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not agree; the message names the branch.

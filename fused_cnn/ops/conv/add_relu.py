@@ -13,7 +13,7 @@ from ..._candidates import NATIVE, REFERENCE, TRITON, Candidate, Measurement, of
 from ..._checks import check_nchw, check_same
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
-from .._autograd import differentiable_once, needs_grad
+from .._autograd import kernel_or, needs_grad, on_a_backend
 from . import reference
 
 define("add_relu_fwd(Tensor x, Tensor residual) -> Tensor", lambda x, residual: empty_nchw(x, *x.shape[1:]))
@@ -47,9 +47,9 @@ class _AddReLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad = kernel("add_relu_bwd", ctx.backend)(grad_out, *ctx.saved_tensors)
+    @on_a_backend
+    def backward(ctx: Any, backend: str, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad = kernel_or(reference.relu_bwd, "add_relu_bwd", backend)(grad_out, *ctx.saved_tensors)
         return grad, grad, None
 
 
@@ -65,7 +65,7 @@ def add_relu(x: Tensor, residual: Tensor, *, backend: str | None = None) -> Tens
     Returns:
         (N, C, H, W) in x's dtype; channels_last where x's channels are adjacent in memory, else contiguous.
 
-    Saved for backward: the result, which the next layer keeps anyway. Nothing is mutated. Differentiable once.
+    Saved for backward: the result, which the next layer keeps anyway. Nothing is mutated.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not agree.

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..._candidates import NATIVE, REFERENCE, Candidate, Measurement, offer, refuse_transforms, resolve, tunable
 from ..._layout import empty_nchw, result_format
 from ..._library import define, define_triton, kernel
-from .._autograd import differentiable_once, needs_grad
+from .._autograd import kernel_or, needs_grad, on_a_backend
 from .._conv import ConvGeometry, IntPair, autocast, check_conv, empty_result, is_pointwise, packable, pair
 from .._flops import conv_flops, flop_formula
 from . import reference
@@ -139,11 +139,11 @@ class _ConvBiasReLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    @on_a_backend
+    def backward(ctx: Any, backend: str, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, out = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
-        gx, gw, gb, grad = kernel("conv_bias_relu_bwd", ctx.backend)(
+        gx, gw, gb, grad = kernel_or(reference.conv_bias_relu_bwd, "conv_bias_relu_bwd", backend)(
             grad_out, out, x, weight, *ctx.geometry, *needs[:3]
         )
         found = (gx, gw, gb, grad_out if out is None else grad)
@@ -179,8 +179,7 @@ def conv_bias_relu(
         (N, out, H', W') in x's dtype (autocast's where autocast is on); channels_last where x's channels are adjacent
         in memory.
 
-    Saved for backward: x, weight and, with ReLU, the result. Nothing is mutated. Differentiable once (the reference:
-        twice).
+    Saved for backward: x, weight and, with ReLU, the result. Nothing is mutated.
 
     Raises:
         ValueError, TypeError: shapes, devices, dtypes or geometry do not agree.
@@ -194,7 +193,7 @@ def conv_bias_relu(
     check_conv("conv_bias_relu", x, plain, bias, residual, geometry)
     backend = resolve("conv_bias_relu_fwd", backend, x, plain, geometry.padding, groups)
     if backend == "reference":
-        return reference.conv_bias_relu(x, plain, bias, residual, geometry, relu)
+        return reference.conv_bias_relu(x, plain, bias, residual, *geometry, relu)
     inputs = (x, plain, bias, residual)
     if needs_grad(*inputs):
         return _ConvBiasReLU.apply(*inputs, geometry, relu, backend)

@@ -18,9 +18,10 @@ from ..._candidates import REFERENCE, TRITON, Candidate, Measurement, best, offe
 from ..._checks import check_nchw, check_same, check_vector
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
-from .._autograd import differentiable_once, needs_grad
+from .._autograd import kernel_or, needs_grad, on_a_backend
 from .._conv import autocast, packable
 from .._flops import flop_formula
+from ..conv import reference as conv_reference
 from . import reference
 
 CONVOLUTIONS = ("branch1", "reduce3", "conv3", "reduce5", "conv5", "pool_proj")
@@ -115,17 +116,20 @@ class _Inception(torch.autograd.Function):
         return out
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    @on_a_backend
+    def backward(ctx: Any, backend: str, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, out, *parameters = ctx.saved_tensors
         weights, biases = parameters[:6], parameters[6:]
         needs_x = ctx.needs_input_grad[1]
         grad_weights: list[Tensor] = [x] * 6
         grad_biases: list[Tensor] = [x] * 6
 
+        convolve = kernel_or(conv_reference.conv_bias_relu, "conv_bias_relu_fwd", backend)
+        convolve_bwd = kernel_or(conv_reference.conv_bias_relu_bwd, "conv_bias_relu_bwd", backend)
+
         def backward(i: int, grad: Tensor, result: Tensor, read: Tensor, needs_read: bool) -> Tensor:
             pad = weights[i].size(2) // 2
-            grad_read, grad_weights[i], grad_biases[i], _ = kernel("conv_bias_relu_bwd", ctx.backend)(
+            grad_read, grad_weights[i], grad_biases[i], _ = convolve_bwd(
                 grad, result, read, weights[i], [1, 1], [pad, pad], [1, 1], 1, needs_read, True, True
             )
             return grad_read
@@ -133,13 +137,12 @@ class _Inception(torch.autograd.Function):
         sizes = [weights[i].size(0) for i in OUTPUTS]
         grad1, grad3, grad5, grad4 = grad_out.split(sizes, 1)
         out1, out3, out5, out4 = out.split(sizes, 1)
-        reduced3, reduced5 = (
-            kernel("conv_bias_relu_fwd", ctx.backend)(x, weights[i], biases[i], None, [1, 1], [0, 0], [1, 1], 1, True)
-            for i in (1, 3)
-        )
+        reduced3, reduced5 = (convolve(x, weights[i], biases[i], None, [1, 1], [0, 0], [1, 1], 1, True) for i in (1, 3))
         # Triton's pool is PyTorch's own without its int64 indices and, backward, without its atomics; on a CPU neither
         # costs anything.
-        ours = x.device.type == "cuda" and best("max_pool2d_bwd", x.device, x.dtype) == "triton"
+        ours = (
+            x.device.type == "cuda" and best("max_pool2d_bwd", x.device, x.dtype) == "triton" and backend != "reference"
+        )
         if ours:
             pooled = kernel("max_pool2d_fwd", "triton")(x, *POOL, False)
         else:
@@ -195,7 +198,6 @@ def inception(
         adjacent.
 
     Saved for backward: x, the result, weights and biases; what lies between is computed again. Nothing is mutated.
-        Differentiable once.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not agree.

@@ -14,7 +14,7 @@ from ..._candidates import NATIVE, REFERENCE, Candidate, Measurement, offer, res
 from ..._checks import check_nchw
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel
-from .._autograd import differentiable_once, needs_grad
+from .._autograd import kernel_or, needs_grad, on_a_backend
 from .._conv import IntPair, out_sides, pair
 from . import reference
 
@@ -53,14 +53,13 @@ class _MaxPool2d(torch.autograd.Function):
         return kernel("max_pool2d_fwd", backend)(x, *window)
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    @on_a_backend
+    def backward(ctx: Any, backend: str, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         taps = ctx.window[0][0] * ctx.window[0][1]  # Triton keeps an index as one byte
-        if taps <= 255 if ctx.backend == "triton" else x.dtype in (torch.float32, torch.bfloat16):
-            return (kernel("max_pool2d_bwd", ctx.backend)(grad_out, x, *ctx.window), *[None] * 6)
-        _, indices = torch.ops.aten.max_pool2d_with_indices(x, *ctx.window)
-        grad = torch.ops.aten.max_pool2d_with_indices_backward(grad_out, x, *ctx.window, indices)
+        if not (taps <= 255 if backend == "triton" else x.dtype in (torch.float32, torch.bfloat16)):
+            backend = "reference"
+        grad = kernel_or(reference.max_pool2d_bwd, "max_pool2d_bwd", backend)(grad_out, x, *ctx.window)
         return (grad, *[None] * 6)
 
 
@@ -85,8 +84,7 @@ def max_pool2d(
     Returns:
         (N, C, H', W') in x's dtype; channels_last where x's channels are adjacent in memory, else contiguous.
 
-    Saved for backward: x, which the layer before keeps anyway. Nothing is mutated. The reference is differentiable
-        twice, the others once.
+    Saved for backward: x, which the layer before keeps anyway. Nothing is mutated.
 
     Raises:
         ValueError, TypeError: x is not a floating-point (N, C, H, W) tensor, or the window does not fit.

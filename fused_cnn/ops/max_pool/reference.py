@@ -1,5 +1,9 @@
-"""PyTorch's max pool: the definition that every backend is compared with."""
+"""PyTorch's max pool: the definition that every backend is compared with; and its gradient, for where that is
+differentiated again."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -8,3 +12,9 @@ Pair = tuple[int, int]
 
 def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Tensor:
     return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
+
+
+def max_pool2d_bwd(grad_out: Tensor, x: Tensor, *window: Any) -> Tensor:
+    _, indices = torch.ops.aten.max_pool2d_with_indices(x, *window)
+    grad: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(grad_out, x, *window, indices)
+    return grad
