@@ -368,17 +368,52 @@ def test_a_replaced_module_eps_or_backend_is_seen() -> None:
             block(x)
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_autocast_promotes_a_float32_shortcut_and_leaves_float64_alone(train: bool) -> None:
-    block = lively(fused_cnn.nn.BasicBlock(16, 16)).train(train)
-    plain = copy.deepcopy(block)
-    plain.backend = "reference"
+def padded(*blocks: nn.Module) -> nn.Module:
+    """With a shortcut that is neither the input nor a convolution: it stays in float32 under autocast."""
+    blocks[0].downsample = nn.Sequential(nn.AvgPool2d(1))
+    return nn.Sequential(*blocks)
+
+
+ADDING = {
+    "basic": lambda: torchvision.models.resnet.BasicBlock(16, 16),
+    "bottleneck": lambda: torchvision.models.resnet.Bottleneck(16, 4),
+    "in groups": lambda: torchvision.models.resnet.Bottleneck(16, 4, groups=2),
+    "stage": lambda: nn.Sequential(*(torchvision.models.resnet.BasicBlock(16, 16) for _ in range(2))),
+    "another shortcut": lambda: padded(torchvision.models.resnet.BasicBlock(16, 16)),
+    "timm basic": lambda: timm.models.resnet.BasicBlock(16, 16),
+}
+
+
+@pytest.mark.parametrize("mode", ["eval", "compiled", "eval with gradients", "train"])
+@pytest.mark.parametrize("name", ADDING)
+def test_under_autocast_a_sum_has_the_convolutions_dtype(name: str, mode: str) -> None:
+    """The foreign blocks write `out += identity`; float64 is left alone."""
+    theirs = lively(ADDING[name]()).train(mode == "train")
+    mine = copy.deepcopy(theirs)
+    assert fuse_(mine).fused
+    call = mine
+    if mode == "compiled":
+        torch._dynamo.reset()
+        call = torch.compile(mine, backend="eager", fullgraph=True)
     x = torch.randn(4, 16, 9, 9, device=DEVICE)
-    for dtype in (torch.float32, torch.float64):
-        with torch.autocast(DEVICE, torch.bfloat16), torch.set_grad_enabled(train):
-            mine, theirs = block.to(dtype)(x.to(dtype)), plain.to(dtype)(x.to(dtype))
-        assert mine.dtype == theirs.dtype
-        torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.05)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        given = torch.float64 if dtype == torch.float64 else torch.float32
+        theirs.to(given), mine.to(given)
+        autocast = torch.bfloat16 if dtype == torch.float64 else dtype
+        with torch.autocast(DEVICE, autocast), torch.set_grad_enabled("gradients" in mode or mode == "train"):
+            actual, expected = call(x.to(given)), theirs(x.to(given))
+        assert actual.dtype == expected.dtype == dtype
+        torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_under_autocast_own_blocks_give_one_dtype_fused_or_not(train: bool) -> None:
+    block = lively(fused_cnn.nn.BasicBlock(16, 16)).train(train)
+    x = torch.randn(4, 16, 9, 9, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16), torch.set_grad_enabled(train):
+        results = block(x), unfuse_(block)(x)
+    assert [y.dtype for y in results] == [torch.bfloat16] * 2
+    torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
 
 
 def test_pools_keep_taking_what_pytorch_takes_and_backward_hooks_fire() -> None:

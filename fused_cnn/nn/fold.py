@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -184,10 +183,7 @@ class FoldedPair(NamedTuple):
         return cls(*pack_conv(weight, bias, like=like, **how), geometry(conv))
 
     def run(self, x: Tensor, residual: Tensor | None = None, *, relu: bool, backend: str | None) -> Tensor:
-        """relu(bn(conv(x)) + residual)."""
+        """relu(bn(conv(x)) + residual), in the convolution's dtype."""
         x = autocast(x)[0]
-        conv = partial(conv_bias_relu, x, self.weight, self.bias, **self.geometry, backend=backend)
-        if residual is None or residual.dtype == x.dtype:
-            return conv(residual=residual, relu=relu)
-        y = conv(relu=False) + residual  # PyTorch promotes the sum
-        return torch.relu(y) if relu else y
+        residual = None if residual is None else residual.to(x.dtype)
+        return conv_bias_relu(x, self.weight, self.bias, residual, **self.geometry, relu=relu, backend=backend)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .._candidates import transforms_active
-from ..ops import BatchNormArgs, bn_add_relu, bn_relu, bn_relu_conv
+from ..ops import BatchNormArgs, bn_relu, bn_relu_conv
 from ..ops._conv import autocast_dtype, on_16_bytes
 from .cache import Form, Kind, Owner, detect_stale_weights
 from .fold import Pair, can_be_constant, can_fold, geometry, is_own, pair_settings, sources_of, wants_gradient
@@ -296,15 +296,9 @@ class FusedModule(nn.Module):
 
     # What the blocks are made of.
 
-    def bn_act(self, y: Tensor, bn: nn.BatchNorm2d, *, relu: bool = True, residual: Tensor | None = None) -> Tensor:
-        """relu(bn(y) + residual) of a convolution's raw output y."""
-        args = BatchNormArgs.of(bn)
-        if residual is None:
-            return bn_relu(y, args, relu=relu, backend=self.backend)
-        if relu and residual.dtype == y.dtype:
-            return bn_add_relu(y, args, residual, backend=self.backend)
-        y = bn_relu(y, args, relu=False, backend=self.backend) + residual  # PyTorch promotes the sum
-        return torch.relu(y) if relu else y
+    def bn_act(self, y: Tensor, bn: nn.BatchNorm2d, *, relu: bool = True) -> Tensor:
+        """relu(bn(y)) of a convolution's raw output y."""
+        return bn_relu(y, BatchNormArgs.of(bn), relu=relu, backend=self.backend)
 
     def conv_chain(self, pairs: Sequence[Pair], x: Tensor) -> Tensor:
         """conv_n(relu(bn_(n-1)(... conv_1(x)))), for training; what lies between is not saved for backward."""

@@ -69,9 +69,8 @@ class ResidualBlock(FusedBlock):
         for i, (conv, bn) in enumerate(self.convs()):
             assert bn is not None
             y = bn(conv(relu(y) if i else y))
-        if self.residual:
-            y = y + (x if self.downsample is None else self.downsample(x))
-        return relu(y)
+        shortcut = self._shortcut(x)
+        return relu(y if shortcut is None else y + shortcut.to(y.dtype))  # as where the sum is written in place
 
     def problem(self) -> str | None:
         for name in self.absent:
@@ -127,12 +126,11 @@ class ResidualBlock(FusedBlock):
 
     def is_one_op(self, x: Tensor) -> bool:
         """Whether the native op takes the whole block, with inputs such as x."""
-        (like,) = autocast(x)
-        adds_x = self.residual and not self.has("projection")
+        adds_another = self.residual and self.downsample is not None and not self.has("projection")
         return (
-            packable(like, "conv_bias_relu_fwd", self.backend)
+            not adds_another
+            and packable(autocast(x)[0], "conv_bias_relu_fwd", self.backend)
             and all(conv.groups == 1 for conv, _ in self.pairs())
-            and not (adds_x and (self.downsample is not None or like.dtype != x.dtype))  # PyTorch promotes the sum
         )
 
     def fold(self, x: Tensor) -> PackedResidualStage | FoldedBlock:
@@ -175,11 +173,15 @@ class ResidualBlock(FusedBlock):
         convs, projection = self.convs(), self.projection()
         y, last = self.conv_chain(convs, x), convs[-1][1]
         assert last is not None
-        if projection is None:
-            return self.bn_act(y, last, residual=self._shortcut(x))
-        conv, bn = projection  # both BatchNorms in the pass that adds
-        assert bn is not None
-        return bn_add_relu(y, BatchNormArgs.of(last), conv(on_16_bytes(x)), BatchNormArgs.of(bn), backend=self.backend)
+        if projection is not None:
+            conv, bn = projection  # both BatchNorms in the pass that adds
+            assert bn is not None
+            shortcut, args = conv(on_16_bytes(x)), BatchNormArgs.of(bn)
+            return bn_add_relu(y, BatchNormArgs.of(last), shortcut, args, backend=self.backend)
+        shortcut = self._shortcut(x)
+        if shortcut is None:
+            return self.bn_act(y, last)
+        return bn_add_relu(y, BatchNormArgs.of(last), shortcut.to(y.dtype), backend=self.backend)
 
     def _shortcut(self, x: Tensor) -> Tensor | None:
         """What is added where there is no projection: x, what else `downsample` makes of it, or nothing."""

@@ -188,11 +188,8 @@ def traced_conv(
 ) -> Tensor:
     """relu(bn(conv(x)) + residual); folded in the graph itself where weights need no packing."""
     (x,) = autocast(x)
-    if (
-        conv.groups != 1
-        or not packable(x, "conv_bias_relu_fwd", backend)
-        or (residual is not None and residual.dtype != x.dtype)
-    ):
+    residual = None if residual is None else residual.to(x.dtype)
+    if conv.groups != 1 or not packable(x, "conv_bias_relu_fwd", backend):
         return FoldedPair.of(conv, norm, x, backend).run(x, residual, relu=relu, backend=backend)
     sources, (eps,) = _sources([(conv, norm)])
     where = (pair(n) for n in _window(conv)[1:])
