@@ -2,9 +2,12 @@
 what it leaves."""
 
 import copy
+import functools
 import importlib
+import inspect
 import io
 import pickle
+import types
 
 import pytest
 import timm
@@ -158,6 +161,64 @@ def test_deepcopy_pickle_and_save_keep_a_fused_model_working(name: str) -> None:
         for other in copies.values():
             unfuse_(other)
             assert not any(isinstance(m, fused_cnn.nn.FusedModule) for m in other.modules())
+
+
+def its_own_forward(self: nn.Module, x: Tensor) -> Tensor:
+    return 2 * type(self).forward(self, x)
+
+
+CYCLES = {
+    "a block's forward is a method of its own": (
+        lambda m: setattr(m.layer1[0], "forward", types.MethodType(its_own_forward, m.layer1[0])),
+        lambda m: m.layer1[0].forward.__self__ is m.layer1[0],
+    ),
+    "a block's forward is a partial": (
+        lambda m: setattr(m.layer1[0], "forward", functools.partial(its_own_forward, m.layer1[0])),
+        lambda m: m.layer1[0].forward.args[0] is m.layer1[0],
+    ),
+    "the network's forward is a method of its own": (
+        lambda m: setattr(m, "forward", types.MethodType(its_own_forward, m)),
+        lambda m: m.forward.__self__ is m,
+    ),
+    "a block knows its network": (lambda m: vars(m.layer1[0]).update(parent=m), lambda m: m.layer1[0].parent is m),
+    "a block is in a list of its own": (
+        lambda m: setattr(m.layer1[0], "me", [m.layer1[0]]),
+        lambda m: m.layer1[0].me[0] is m.layer1[0],
+    ),
+}
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "save": lambda m: torch.load(io.BytesIO(saved(m)), weights_only=False),
+    "averaged": lambda m: torch.optim.swa_utils.AveragedModel(m).module,
+}
+
+
+def saved(model: nn.Module) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("cycle", CYCLES)
+def test_a_copy_refers_to_itself_where_its_original_does(cycle: str, how: str) -> None:
+    """As an eager model's copy does, wherever that can be copied: a patched method is not pickled by its name."""
+    eager, fused, _, x = pair("resnet18")
+    change, holds = CYCLES[cycle]
+    for model in (eager.eval(), fused.eval()):
+        change(model)
+    try:
+        theirs = COPIES[how](eager)
+    except AttributeError:
+        with pytest.raises(AttributeError, match="its_own_forward"):
+            COPIES[how](fused)
+        return
+    mine = COPIES[how](fused)
+    assert holds(theirs) and holds(mine)
+    assert [type(m) for m in mine.modules()] == [type(m) for m in fused.modules()]
+    with torch.no_grad():
+        torch.testing.assert_close(mine(x), theirs(x), rtol=1e-3, atol=1e-4)
 
 
 def test_state_dicts_load_both_ways() -> None:
@@ -440,6 +501,56 @@ def test_filter_strict_and_bad_backends() -> None:
         fuse_(model, backend="cudnn")
     text = str(report)
     assert "2 fused" in text and "layer1.0" in text and "left out by filter_fn" in text
+
+
+MADE_BY_TYPE = {
+    "block": ("resnet18", lambda m: type(m.layer1[0])(64, 64)),
+    "block with options": ("resnet50", lambda m: type(m.layer1[1])(64, 16, norm_layer=nn.BatchNorm2d, dilation=2)),
+    "timm block": ("timm resnet18", lambda m: type(m.layer1[0])(64, 64, act_layer=nn.ReLU)),
+    "projected": ("resnet18", lambda m: (setattr(m, "inplanes", 64), m._make_layer(type(m.layer2[0]), 32, 2, 2))[1]),
+    "convolution": ("googlenet", lambda m: type(m.conv1)(64, 8, kernel_size=1)),
+    "inception": ("googlenet", lambda m: type(m.inception3a)(64, 8, 4, 8, 4, 8, 8)),
+    "pool": ("googlenet", lambda m: type(m.maxpool1)(3, stride=2, ceil_mode=True)),
+    "stage": ("resnet18", lambda m: type(m.layer1)(*m.layer1)),
+    "half a stage": ("resnet18", lambda m: m.layer1[:1]),
+}
+
+
+@pytest.mark.parametrize("kind", MADE_BY_TYPE)
+def test_a_fused_blocks_class_makes_blocks_as_the_foreign_one_does(kind: str) -> None:
+    name, make = MADE_BY_TYPE[kind]
+    eager, fused, _, _ = pair(name)
+    theirs, mine = (lively(make(model)).eval() for model in (eager, fused))
+    mine.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 64, 9, 9, device=DEVICE)
+    with torch.no_grad():
+        expected = theirs(x)
+        torch.testing.assert_close(mine(x), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(copy.deepcopy(mine)(x), expected, rtol=1e-3, atol=1e-4)
+        assert torch.equal(unfuse_(mine)(x), expected) and type(mine) is type(theirs)
+
+
+def test_a_fused_networks_class_makes_networks_as_the_foreign_one_does() -> None:
+    eager, fused, _, x = pair("resnet18")
+    theirs, mine = (lively(type(m)(type(m.layer1[0]), [1, 1, 1, 1], num_classes=7)).eval() for m in (eager, fused))
+    mine.load_state_dict(theirs.state_dict())
+    assert inspect.signature(type(fused)) == inspect.signature(type(eager))
+    with torch.no_grad():
+        torch.testing.assert_close(mine(x), theirs(x), rtol=1e-3, atol=1e-4)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'planes'"):
+        type(fused.layer1[0])(64)
+
+
+@pytest.mark.parametrize("part, keyword", [("layer1", "input"), ("maxpool", "input"), ("layer1.0", "x")])
+def test_the_input_is_taken_by_the_name_that_the_foreign_block_gives_it(part: str, keyword: str) -> None:
+    eager, fused, _, _ = pair("resnet18")
+    theirs, mine = (model.eval().get_submodule(part) for model in (eager, fused))
+    x = torch.randn(2, 64, 9, 9, device=DEVICE)
+    with torch.no_grad():
+        torch.testing.assert_close(mine(**{keyword: x}), theirs(**{keyword: x}), rtol=1e-3, atol=1e-4)
+    for module in (mine, theirs):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'picture'"):
+            module(picture=x)
 
 
 def test_fusing_twice_changes_nothing() -> None:

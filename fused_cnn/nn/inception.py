@@ -164,7 +164,7 @@ def _is_one_op(branches: list[list[Any]]) -> bool:
     pointwise = [layer.conv for layer in (conv1, reduce3, reduce5, proj)]
     return (
         isinstance(pool, MaxPool2d)
-        and block_problem(pool) is None
+        and block_problem(pool, MaxPool2d.forward) is None
         and pool.structure_problem() is None
         and [pair(n) for n in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)] == [(3, 3), *[(1, 1)] * 3]
         and all(conv.kernel_size == (1, 1) for conv in pointwise)

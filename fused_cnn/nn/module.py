@@ -332,9 +332,9 @@ class FusedBlock(FusedModule):
         return self.plain_forward(*args, **kwargs)
 
 
-def block_problem(block: nn.Module) -> str | None:
-    """Why a fused block cannot be computed by the one that it is a part of."""
-    if type(block).forward is not FusedBlock.forward or "forward" in vars(block):
+def block_problem(block: nn.Module, forward: Callable[..., Any] = FusedBlock.forward) -> str | None:
+    """Why a fused block, whose class's own forward is this, cannot be computed by the one that it is a part of."""
+    if type(block).forward is not forward or "forward" in vars(block):
         return f"({type(block).__name__}) has a forward of its own"
     return "has hooks" if any(hooks(block)) else None
 

@@ -260,14 +260,16 @@ class ResidualStage(FusedBlock, nn.Sequential):
         super().__init__(*blocks)
         self.backend = backend
 
-    def plain_forward(self, x: Tensor) -> Tensor:
-        return nn.Sequential.forward(self, x)
+    def plain_forward(self, input: Tensor) -> Tensor:
+        return nn.Sequential.forward(self, input)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or not x.is_cpu:
-            return self.plain_forward(x)  # on a GPU the blocks have nothing to gain from each other
-        known = None if is_traced(x) else self._owner.known
-        return super().forward(x) if known is None or not wants_gradient(x, known.tensors) else self.plain_forward(x)
+    def forward(self, input: Tensor) -> Tensor:  # as nn.Sequential names it
+        if not isinstance(input, Tensor) or not input.is_cpu:
+            return self.plain_forward(input)  # on a GPU the blocks have nothing to gain from each other
+        known = None if is_traced(input) else self._owner.known
+        if known is not None and wants_gradient(input, known.tensors):
+            return self.plain_forward(input)
+        return super().forward(input)
 
     def problem(self) -> str | None:
         for i, (name, block) in enumerate(self._modules.items()):
