@@ -8,6 +8,7 @@ import inspect
 import io
 import pickle
 import types
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -551,6 +552,43 @@ def test_the_input_is_taken_by_the_name_that_the_foreign_block_gives_it(part: st
     for module in (mine, theirs):
         with pytest.raises(TypeError, match="unexpected keyword argument 'picture'"):
             module(picture=x)
+
+
+@pytest.mark.parametrize("function", [fuse_, unfuse_, fused_cnn.refresh])
+@pytest.mark.parametrize(
+    "model, got",
+    [
+        ("resnet18", "a str"),
+        (None, "a NoneType"),
+        ([nn.ReLU()], "a list"),
+        (torch.ones(1), "a Tensor"),
+        (torchvision.models.ResNet, "the class ResNet"),
+    ],
+    ids=["str", "None", "list", "Tensor", "class"],
+)
+def test_what_is_not_a_module_is_refused(function: Callable[[object], object], model: object, got: str) -> None:
+    with pytest.raises(TypeError, match=f"^{function.__name__}: model must be an nn.Module, got {got}$"):
+        function(model)
+
+
+def test_a_filter_that_cannot_be_called_is_refused_before_anything_changes() -> None:
+    model = tv("resnet18")
+    kinds = [type(m) for m in model.modules()]
+    with pytest.raises(TypeError, match="filter_fn must be a function of a block's name and module, got 3"):
+        fuse_(model, filter_fn=3)  # type: ignore[arg-type]
+    assert [type(m) for m in model.modules()] == kinds
+
+
+@pytest.mark.parametrize(
+    "use",
+    [list, len, lambda report: report[0], lambda report: report(1)],
+    ids=["iterated", "counted", "indexed", "called"],
+)
+def test_a_report_that_is_taken_for_the_model_says_so(use: Callable[[FusionReport], object]) -> None:
+    report = fuse_(nn.Linear(3, 3))
+    with pytest.raises(TypeError, match="fuse_ changes the model in place and returns a report"):
+        use(report)
+    assert report and report == copy.deepcopy(report)
 
 
 def test_fusing_twice_changes_nothing() -> None:
