@@ -16,10 +16,13 @@ import torch
 import torchvision
 from conftest import DEVICE
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fused_cnn
 from fused_cnn import FusionReport, fuse_, unfuse_
 from fused_cnn import models as own_models
+
+googlenet = importlib.import_module("torchvision.models.googlenet")  # the function of that name hides the module
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -382,7 +385,7 @@ class LeakyConv(nn.Module):
 
 
 def googlenet_block(**options: object) -> nn.Module:
-    block = importlib.import_module("torchvision.models.googlenet").Inception
+    block = googlenet.Inception
     return lively(nn.Sequential(block(16, 8, 6, 10, 3, 5, 7, **options))).eval()
 
 
@@ -476,6 +479,57 @@ def test_under_autocast_own_blocks_give_one_dtype_fused_or_not(train: bool) -> N
         results = block(x), unfuse_(block)(x)
     assert [y.dtype for y in results] == [torch.bfloat16] * 2
     torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
+
+
+def projected(inplanes: int, planes: int) -> nn.Module:
+    shortcut = nn.Sequential(nn.Conv2d(inplanes, planes, 1, 2, bias=False), nn.BatchNorm2d(planes))
+    return torchvision.models.resnet.BasicBlock(inplanes, planes, 2, shortcut)
+
+
+LYING: dict[str, Callable[[], nn.Module]] = {
+    **ADDING,
+    "projected": lambda: projected(16, 8),
+    "projected stage": lambda: nn.Sequential(projected(16, 8), torchvision.models.resnet.BasicBlock(8, 8)),
+    "convolution": lambda: googlenet.BasicConv2d(16, 24, kernel_size=3),
+    "pointwise": lambda: googlenet.BasicConv2d(16, 24, kernel_size=1),
+    "of one channel": lambda: googlenet.BasicConv2d(1, 24, kernel_size=3),
+    "pointwise of one channel": lambda: googlenet.BasicConv2d(1, 24, kernel_size=1),
+    "inception": lambda: googlenet.Inception(16, 8, 6, 10, 3, 5, 7),
+    "without norm": lambda: fused_cnn.nn.ConvBNReLU(16, 8, 3, norm=False, bias=True, backend="reference"),
+}
+
+
+@pytest.mark.parametrize("mode", ["eval", "traced", "eval with gradients", "train"])
+@pytest.mark.parametrize("weights", ["channels_last", "one channels_last", "contiguous"])
+@pytest.mark.parametrize("name", LYING)
+def test_a_result_lies_as_eagers_does(name: str, weights: str, mode: str) -> None:
+    """PyTorch's convolution gives channels_last where its input or its weight is."""
+    eager = LYING[name]().to(DEVICE).train(mode == "train")
+    convs = [m for m in eager.modules() if isinstance(m, nn.Conv2d)]
+    for conv in convs if weights == "channels_last" else convs[:1] if weights == "one channels_last" else []:
+        conv.to(memory_format=torch.channels_last)
+    fused = copy.deepcopy(eager)
+    assert fuse_(fused).fused
+    x = torch.randn(2, convs[0].in_channels, 9, 9, device=DEVICE)
+    # An Inception block that is partly channels_last is not followed in training.
+    mixed = name == "inception" and weights == "one channels_last" and mode not in ("eval", "traced")
+    for memory_format in (torch.contiguous_format, torch.channels_last)[mixed:]:
+        given = x.contiguous(memory_format=memory_format)
+        with torch.set_grad_enabled(mode in ("eval with gradients", "train")):
+            mine = make_fx(fused)(given)(given) if mode == "traced" else fused(given)
+            theirs = eager(given)
+        assert mine.stride() == theirs.stride()
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_features_of_contiguous_images_can_be_viewed_as_eagers() -> None:
+    eager, fused, _, x = pair("timm resnet18")
+    with torch.no_grad():
+        rows = [
+            m.eval().forward_features(x.contiguous()).permute(0, 2, 3, 1).view(-1, m.num_features)
+            for m in (fused, eager)
+        ]
+    torch.testing.assert_close(*rows, rtol=1e-3, atol=1e-4)
 
 
 def test_pools_keep_taking_what_pytorch_takes_and_backward_hooks_fire() -> None:

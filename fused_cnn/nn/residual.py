@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from .._layout import asks_for_channels_last, in_channels_last
 from ..ops import BatchNormArgs, PackedResidualStage, bn_add_relu, pack_residual_block, residual_stage
 from ..ops._conv import autocast, on_16_bytes, packable
 from .cache import Form, Kind
@@ -15,10 +16,24 @@ from .module import FusedBlock, Replaced, block_problem, is_traced
 from .traced import traced_conv, traced_stage
 
 
-class FoldedStage(NamedTuple):
-    """The blocks' weights as one op takes them, and the blocks' own forms, of which it is made."""
+class OneOp(NamedTuple):
+    """The weights of one block or more as one op takes them, and whether its result is channels_last however x lies."""
 
     stage: PackedResidualStage
+    channels_last: bool
+
+    def then(self, block: OneOp) -> OneOp:
+        return OneOp(self.stage.then(block.stage), self.channels_last or block.channels_last)
+
+    def run(self, x: Tensor) -> Tensor:
+        (x,) = autocast(x)
+        return residual_stage(in_channels_last(x) if self.channels_last else x, self.stage)
+
+
+class FoldedStage(NamedTuple):
+    """What runs all blocks, and the blocks' own forms, of which it is made."""
+
+    op: OneOp
     forms: list[Form]
 
 
@@ -133,22 +148,26 @@ class ResidualBlock(FusedBlock):
             and all(conv.groups == 1 for conv, _ in self.pairs())
         )
 
-    def fold(self, x: Tensor) -> PackedResidualStage | FoldedBlock:
+    def gives_channels_last(self) -> bool:
+        """Whether the result is channels_last however x lies; the sum is where the convolutions before it are."""
+        return any(asks_for_channels_last(conv.weight) for conv, _ in self.convs())
+
+    def fold(self, x: Tensor) -> OneOp | FoldedBlock:
         (like,), convs, projection = autocast(x), self.convs(), self.projection()
         if self.is_one_op(x):
             projected = None if projection is None else fold(*projection)
             how: Any = {"shortcut": self.residual, "like": like, "backend": self.backend}
             packed = pack_residual_block([fold(*pair) for pair in convs], projected, **how)
             assert packed is not None
-            return packed
+            return OneOp(packed, self.gives_channels_last())
         return FoldedBlock(
             [FoldedPair.of(*pair, like, self.backend) for pair in convs],
             None if projection is None else FoldedPair.of(*projection, like, self.backend),
         )
 
-    def run_folded(self, x: Tensor, folded: PackedResidualStage | FoldedBlock) -> Tensor:
-        if isinstance(folded, PackedResidualStage):
-            return residual_stage(autocast(x)[0], folded)
+    def run_folded(self, x: Tensor, folded: OneOp | FoldedBlock) -> Tensor:
+        if isinstance(folded, OneOp):
+            return folded.run(x)
         convs, projection = folded
         y = x
         for conv in convs[:-1]:
@@ -159,7 +178,9 @@ class ResidualBlock(FusedBlock):
     def run_traced(self, x: Tensor) -> Tensor:
         convs, projection = self.convs(), self.projection()
         if self.is_one_op(x):
-            return traced_stage(autocast(x)[0], [convs], projection, shortcut=self.residual)
+            (x,) = autocast(x)
+            x = in_channels_last(x) if self.gives_channels_last() else x
+            return traced_stage(x, [convs], projection, shortcut=self.residual)
         y = x
         for conv, bn in convs[:-1]:
             y = traced_conv(y, conv, bn, relu=True, backend=self.backend)
@@ -298,14 +319,14 @@ class ResidualStage(FusedBlock, nn.Sequential):
         forms = []
         for block in self._blocks():  # a block that occurs twice runs twice
             form = block.ready(x)
-            if form is None or not isinstance(form.value, PackedResidualStage):
+            if form is None or not isinstance(form.value, OneOp):
                 return None
             forms.append(form)
         return forms
 
     def fold(self, x: Tensor) -> FoldedStage | None:
         forms = self._ready_forms(x)
-        return None if forms is None else FoldedStage(reduce(PackedResidualStage.then, [f.value for f in forms]), forms)
+        return None if forms is None else FoldedStage(reduce(OneOp.then, [f.value for f in forms]), forms)
 
     def check(self, form: Form, x: Tensor) -> None:
         for block, part in zip(self._blocks(), form.value.forms, strict=True):
@@ -314,15 +335,16 @@ class ResidualStage(FusedBlock, nn.Sequential):
     def run_folded(self, x: Tensor, folded: FoldedStage) -> Tensor:
         for form in folded.forms:
             form.uses += 1
-        return residual_stage(autocast(x)[0], folded.stage)
+        return folded.op.run(x)
 
     def run_traced(self, x: Tensor) -> Tensor:
         blocks, backend = self._blocks(), self.backend
         first = blocks[0]
         if not all(b.is_one_op(x) and b.backend == backend for b in blocks):
             return self.plain_forward(x)
-        pairs = [block.convs() for block in blocks]
-        return traced_stage(autocast(x)[0], pairs, first.projection(), shortcut=first.residual)
+        (x,) = autocast(x)
+        x = in_channels_last(x) if any(block.gives_channels_last() for block in blocks) else x
+        return traced_stage(x, [b.convs() for b in blocks], first.projection(), shortcut=first.residual)
 
     def run_unfolded(self, x: Tensor) -> Tensor:
         return self.plain_forward(x)
