@@ -21,6 +21,17 @@ def in_result_format(out: Tensor, x: Tensor) -> Tensor:
     return out if transforms_active() else out.contiguous(memory_format=result_format(x))
 
 
+def asks_for_channels_last(weight: Tensor) -> bool:
+    """Whether PyTorch's convolution gives a channels_last result for this weight, however its input lies. Of a 1x1
+    kernel, which is contiguous either way, its strides tell."""
+    return weight.stride(1) == 1 and weight.stride(3) >= weight.size(1) and weight.numel() > weight.size(0)
+
+
+def in_channels_last(x: Tensor) -> Tensor:
+    """`x`, copied where its channels are not adjacent."""
+    return x if x.stride()[1] == 1 else x.contiguous(memory_format=torch.channels_last)
+
+
 def empty_nchw(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     """An uninitialised (N, channels, height, width) tensor in `like`'s result format, dtype and device."""
     return torch.empty(

@@ -63,6 +63,11 @@ class FusionReport:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"a FusionReport is not the model: {_IN_PLACE}")
 
+    __iter__ = __len__ = __getitem__ = __call__  # of an nn.Sequential; or of a pair (model, report)
+
+    def __bool__(self) -> bool:  # which would ask __len__
+        return True
+
 
 def fuse_(
     model: nn.Module, *, backend: str | None = None, filter_fn: Filter | None = None, strict: bool = False
@@ -89,8 +94,12 @@ def fuse_(
         A FusionReport; print it for a table.
 
     Raises:
+        TypeError: `model` is not an nn.Module, or `filter_fn` cannot be called.
         ValueError: an unknown backend, or nothing fused with strict=True.
     """
+    _check_module("fuse_", model)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"fuse_: filter_fn must be a function of a block's name and module, got {filter_fn!r}")
     if backend not in (None, "auto", *BACKENDS):
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None (auto), got {backend!r}")
     weight = next(chain(model.parameters(), model.buffers()), None)
@@ -99,6 +108,12 @@ def fuse_(
     if strict and not report.fused:
         raise ValueError(f"fuse_: nothing in {type(model).__name__} could be fused\n{report}")
     return report
+
+
+def _check_module(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"{function}: model must be an nn.Module, got {got}")
 
 
 @dataclass
@@ -181,9 +196,11 @@ def unfuse_(model: nn.Module) -> nn.Module:
     Returns the model itself. fused_cnn's own blocks go back to backend="reference".
 
     Raises:
+        TypeError: `model` is not an nn.Module.
         ValueError, changing nothing: a block has been given another class since (as fully_shard and parametrizations
             do), which must be undone first.
     """
+    _check_module("unfuse_", model)
     fused = [m for m in model.modules() if isinstance(m, FusedModule)]
     for module in fused:
         if module._swapped_from is not None and "_swapped_from" not in vars(type(module)):
@@ -212,7 +229,11 @@ def refresh(model: nn.Module) -> nn.Module:
 
     Returns:
         The model itself.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
     """
+    _check_module("refresh", model)
     mark_stale(chain(model.parameters(), model.buffers()))
     for module in model.modules():
         if isinstance(module, FusedModule):

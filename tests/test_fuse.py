@@ -2,9 +2,13 @@
 what it leaves."""
 
 import copy
+import functools
 import importlib
+import inspect
 import io
 import pickle
+import types
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -12,10 +16,13 @@ import torch
 import torchvision
 from conftest import DEVICE
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fused_cnn
 from fused_cnn import FusionReport, fuse_, unfuse_
 from fused_cnn import models as own_models
+
+googlenet = importlib.import_module("torchvision.models.googlenet")  # the function of that name hides the module
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -158,6 +165,64 @@ def test_deepcopy_pickle_and_save_keep_a_fused_model_working(name: str) -> None:
         for other in copies.values():
             unfuse_(other)
             assert not any(isinstance(m, fused_cnn.nn.FusedModule) for m in other.modules())
+
+
+def its_own_forward(self: nn.Module, x: Tensor) -> Tensor:
+    return 2 * type(self).forward(self, x)
+
+
+CYCLES = {
+    "a block's forward is a method of its own": (
+        lambda m: setattr(m.layer1[0], "forward", types.MethodType(its_own_forward, m.layer1[0])),
+        lambda m: m.layer1[0].forward.__self__ is m.layer1[0],
+    ),
+    "a block's forward is a partial": (
+        lambda m: setattr(m.layer1[0], "forward", functools.partial(its_own_forward, m.layer1[0])),
+        lambda m: m.layer1[0].forward.args[0] is m.layer1[0],
+    ),
+    "the network's forward is a method of its own": (
+        lambda m: setattr(m, "forward", types.MethodType(its_own_forward, m)),
+        lambda m: m.forward.__self__ is m,
+    ),
+    "a block knows its network": (lambda m: vars(m.layer1[0]).update(parent=m), lambda m: m.layer1[0].parent is m),
+    "a block is in a list of its own": (
+        lambda m: setattr(m.layer1[0], "me", [m.layer1[0]]),
+        lambda m: m.layer1[0].me[0] is m.layer1[0],
+    ),
+}
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "save": lambda m: torch.load(io.BytesIO(saved(m)), weights_only=False),
+    "averaged": lambda m: torch.optim.swa_utils.AveragedModel(m).module,
+}
+
+
+def saved(model: nn.Module) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("cycle", CYCLES)
+def test_a_copy_refers_to_itself_where_its_original_does(cycle: str, how: str) -> None:
+    """As an eager model's copy does, wherever that can be copied: a patched method is not pickled by its name."""
+    eager, fused, _, x = pair("resnet18")
+    change, holds = CYCLES[cycle]
+    for model in (eager.eval(), fused.eval()):
+        change(model)
+    try:
+        theirs = COPIES[how](eager)
+    except AttributeError:
+        with pytest.raises(AttributeError, match="its_own_forward"):
+            COPIES[how](fused)
+        return
+    mine = COPIES[how](fused)
+    assert holds(theirs) and holds(mine)
+    assert [type(m) for m in mine.modules()] == [type(m) for m in fused.modules()]
+    with torch.no_grad():
+        torch.testing.assert_close(mine(x), theirs(x), rtol=1e-3, atol=1e-4)
 
 
 def test_state_dicts_load_both_ways() -> None:
@@ -320,7 +385,7 @@ class LeakyConv(nn.Module):
 
 
 def googlenet_block(**options: object) -> nn.Module:
-    block = importlib.import_module("torchvision.models.googlenet").Inception
+    block = googlenet.Inception
     return lively(nn.Sequential(block(16, 8, 6, 10, 3, 5, 7, **options))).eval()
 
 
@@ -368,17 +433,103 @@ def test_a_replaced_module_eps_or_backend_is_seen() -> None:
             block(x)
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_autocast_promotes_a_float32_shortcut_and_leaves_float64_alone(train: bool) -> None:
-    block = lively(fused_cnn.nn.BasicBlock(16, 16)).train(train)
-    plain = copy.deepcopy(block)
-    plain.backend = "reference"
+def padded(*blocks: nn.Module) -> nn.Module:
+    """With a shortcut that is neither the input nor a convolution: it stays in float32 under autocast."""
+    blocks[0].downsample = nn.Sequential(nn.AvgPool2d(1))
+    return nn.Sequential(*blocks)
+
+
+ADDING = {
+    "basic": lambda: torchvision.models.resnet.BasicBlock(16, 16),
+    "bottleneck": lambda: torchvision.models.resnet.Bottleneck(16, 4),
+    "in groups": lambda: torchvision.models.resnet.Bottleneck(16, 4, groups=2),
+    "stage": lambda: nn.Sequential(*(torchvision.models.resnet.BasicBlock(16, 16) for _ in range(2))),
+    "another shortcut": lambda: padded(torchvision.models.resnet.BasicBlock(16, 16)),
+    "timm basic": lambda: timm.models.resnet.BasicBlock(16, 16),
+}
+
+
+@pytest.mark.parametrize("mode", ["eval", "compiled", "eval with gradients", "train"])
+@pytest.mark.parametrize("name", ADDING)
+def test_under_autocast_a_sum_has_the_convolutions_dtype(name: str, mode: str) -> None:
+    """The foreign blocks write `out += identity`; float64 is left alone."""
+    theirs = lively(ADDING[name]()).train(mode == "train")
+    mine = copy.deepcopy(theirs)
+    assert fuse_(mine).fused
+    call = mine
+    if mode == "compiled":
+        torch._dynamo.reset()
+        call = torch.compile(mine, backend="eager", fullgraph=True)
     x = torch.randn(4, 16, 9, 9, device=DEVICE)
-    for dtype in (torch.float32, torch.float64):
-        with torch.autocast(DEVICE, torch.bfloat16), torch.set_grad_enabled(train):
-            mine, theirs = block.to(dtype)(x.to(dtype)), plain.to(dtype)(x.to(dtype))
-        assert mine.dtype == theirs.dtype
-        torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.05)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        given = torch.float64 if dtype == torch.float64 else torch.float32
+        theirs.to(given), mine.to(given)
+        autocast = torch.bfloat16 if dtype == torch.float64 else dtype
+        with torch.autocast(DEVICE, autocast), torch.set_grad_enabled("gradients" in mode or mode == "train"):
+            actual, expected = call(x.to(given)), theirs(x.to(given))
+        assert actual.dtype == expected.dtype == dtype
+        torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_under_autocast_own_blocks_give_one_dtype_fused_or_not(train: bool) -> None:
+    block = lively(fused_cnn.nn.BasicBlock(16, 16)).train(train)
+    x = torch.randn(4, 16, 9, 9, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16), torch.set_grad_enabled(train):
+        results = block(x), unfuse_(block)(x)
+    assert [y.dtype for y in results] == [torch.bfloat16] * 2
+    torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
+
+
+def projected(inplanes: int, planes: int) -> nn.Module:
+    shortcut = nn.Sequential(nn.Conv2d(inplanes, planes, 1, 2, bias=False), nn.BatchNorm2d(planes))
+    return torchvision.models.resnet.BasicBlock(inplanes, planes, 2, shortcut)
+
+
+LYING: dict[str, Callable[[], nn.Module]] = {
+    **ADDING,
+    "projected": lambda: projected(16, 8),
+    "projected stage": lambda: nn.Sequential(projected(16, 8), torchvision.models.resnet.BasicBlock(8, 8)),
+    "convolution": lambda: googlenet.BasicConv2d(16, 24, kernel_size=3),
+    "pointwise": lambda: googlenet.BasicConv2d(16, 24, kernel_size=1),
+    "of one channel": lambda: googlenet.BasicConv2d(1, 24, kernel_size=3),
+    "pointwise of one channel": lambda: googlenet.BasicConv2d(1, 24, kernel_size=1),
+    "inception": lambda: googlenet.Inception(16, 8, 6, 10, 3, 5, 7),
+    "without norm": lambda: fused_cnn.nn.ConvBNReLU(16, 8, 3, norm=False, bias=True, backend="reference"),
+}
+
+
+@pytest.mark.parametrize("mode", ["eval", "traced", "eval with gradients", "train"])
+@pytest.mark.parametrize("weights", ["channels_last", "one channels_last", "contiguous"])
+@pytest.mark.parametrize("name", LYING)
+def test_a_result_lies_as_eagers_does(name: str, weights: str, mode: str) -> None:
+    """PyTorch's convolution gives channels_last where its input or its weight is."""
+    eager = LYING[name]().to(DEVICE).train(mode == "train")
+    convs = [m for m in eager.modules() if isinstance(m, nn.Conv2d)]
+    for conv in convs if weights == "channels_last" else convs[:1] if weights == "one channels_last" else []:
+        conv.to(memory_format=torch.channels_last)
+    fused = copy.deepcopy(eager)
+    assert fuse_(fused).fused
+    x = torch.randn(2, convs[0].in_channels, 9, 9, device=DEVICE)
+    # An Inception block that is partly channels_last is not followed in training.
+    mixed = name == "inception" and weights == "one channels_last" and mode not in ("eval", "traced")
+    for memory_format in (torch.contiguous_format, torch.channels_last)[mixed:]:
+        given = x.contiguous(memory_format=memory_format)
+        with torch.set_grad_enabled(mode in ("eval with gradients", "train")):
+            mine = make_fx(fused)(given)(given) if mode == "traced" else fused(given)
+            theirs = eager(given)
+        assert mine.stride() == theirs.stride()
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_features_of_contiguous_images_can_be_viewed_as_eagers() -> None:
+    eager, fused, _, x = pair("timm resnet18")
+    with torch.no_grad():
+        rows = [
+            m.eval().forward_features(x.contiguous()).permute(0, 2, 3, 1).view(-1, m.num_features)
+            for m in (fused, eager)
+        ]
+    torch.testing.assert_close(*rows, rtol=1e-3, atol=1e-4)
 
 
 def test_pools_keep_taking_what_pytorch_takes_and_backward_hooks_fire() -> None:
@@ -405,6 +556,93 @@ def test_filter_strict_and_bad_backends() -> None:
         fuse_(model, backend="cudnn")
     text = str(report)
     assert "2 fused" in text and "layer1.0" in text and "left out by filter_fn" in text
+
+
+MADE_BY_TYPE = {
+    "block": ("resnet18", lambda m: type(m.layer1[0])(64, 64)),
+    "block with options": ("resnet50", lambda m: type(m.layer1[1])(64, 16, norm_layer=nn.BatchNorm2d, dilation=2)),
+    "timm block": ("timm resnet18", lambda m: type(m.layer1[0])(64, 64, act_layer=nn.ReLU)),
+    "projected": ("resnet18", lambda m: (setattr(m, "inplanes", 64), m._make_layer(type(m.layer2[0]), 32, 2, 2))[1]),
+    "convolution": ("googlenet", lambda m: type(m.conv1)(64, 8, kernel_size=1)),
+    "inception": ("googlenet", lambda m: type(m.inception3a)(64, 8, 4, 8, 4, 8, 8)),
+    "pool": ("googlenet", lambda m: type(m.maxpool1)(3, stride=2, ceil_mode=True)),
+    "stage": ("resnet18", lambda m: type(m.layer1)(*m.layer1)),
+    "half a stage": ("resnet18", lambda m: m.layer1[:1]),
+}
+
+
+@pytest.mark.parametrize("kind", MADE_BY_TYPE)
+def test_a_fused_blocks_class_makes_blocks_as_the_foreign_one_does(kind: str) -> None:
+    name, make = MADE_BY_TYPE[kind]
+    eager, fused, _, _ = pair(name)
+    theirs, mine = (lively(make(model)).eval() for model in (eager, fused))
+    mine.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 64, 9, 9, device=DEVICE)
+    with torch.no_grad():
+        expected = theirs(x)
+        torch.testing.assert_close(mine(x), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(copy.deepcopy(mine)(x), expected, rtol=1e-3, atol=1e-4)
+        assert torch.equal(unfuse_(mine)(x), expected) and type(mine) is type(theirs)
+
+
+def test_a_fused_networks_class_makes_networks_as_the_foreign_one_does() -> None:
+    eager, fused, _, x = pair("resnet18")
+    theirs, mine = (lively(type(m)(type(m.layer1[0]), [1, 1, 1, 1], num_classes=7)).eval() for m in (eager, fused))
+    mine.load_state_dict(theirs.state_dict())
+    assert inspect.signature(type(fused)) == inspect.signature(type(eager))
+    with torch.no_grad():
+        torch.testing.assert_close(mine(x), theirs(x), rtol=1e-3, atol=1e-4)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'planes'"):
+        type(fused.layer1[0])(64)
+
+
+@pytest.mark.parametrize("part, keyword", [("layer1", "input"), ("maxpool", "input"), ("layer1.0", "x")])
+def test_the_input_is_taken_by_the_name_that_the_foreign_block_gives_it(part: str, keyword: str) -> None:
+    eager, fused, _, _ = pair("resnet18")
+    theirs, mine = (model.eval().get_submodule(part) for model in (eager, fused))
+    x = torch.randn(2, 64, 9, 9, device=DEVICE)
+    with torch.no_grad():
+        torch.testing.assert_close(mine(**{keyword: x}), theirs(**{keyword: x}), rtol=1e-3, atol=1e-4)
+    for module in (mine, theirs):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'picture'"):
+            module(picture=x)
+
+
+@pytest.mark.parametrize("function", [fuse_, unfuse_, fused_cnn.refresh])
+@pytest.mark.parametrize(
+    "model, got",
+    [
+        ("resnet18", "a str"),
+        (None, "a NoneType"),
+        ([nn.ReLU()], "a list"),
+        (torch.ones(1), "a Tensor"),
+        (torchvision.models.ResNet, "the class ResNet"),
+    ],
+    ids=["str", "None", "list", "Tensor", "class"],
+)
+def test_what_is_not_a_module_is_refused(function: Callable[[object], object], model: object, got: str) -> None:
+    with pytest.raises(TypeError, match=f"^{function.__name__}: model must be an nn.Module, got {got}$"):
+        function(model)
+
+
+def test_a_filter_that_cannot_be_called_is_refused_before_anything_changes() -> None:
+    model = tv("resnet18")
+    kinds = [type(m) for m in model.modules()]
+    with pytest.raises(TypeError, match="filter_fn must be a function of a block's name and module, got 3"):
+        fuse_(model, filter_fn=3)  # type: ignore[arg-type]
+    assert [type(m) for m in model.modules()] == kinds
+
+
+@pytest.mark.parametrize(
+    "use",
+    [list, len, lambda report: report[0], lambda report: report(1)],
+    ids=["iterated", "counted", "indexed", "called"],
+)
+def test_a_report_that_is_taken_for_the_model_says_so(use: Callable[[FusionReport], object]) -> None:
+    report = fuse_(nn.Linear(3, 3))
+    with pytest.raises(TypeError, match="fuse_ changes the model in place and returns a report"):
+        use(report)
+    assert report and report == copy.deepcopy(report)
 
 
 def test_fusing_twice_changes_nothing() -> None:

@@ -166,6 +166,19 @@ def test_momentum_none_and_untracked_statistics_are_batch_norms_own() -> None:
             torch.testing.assert_close(fused.bn.state_dict()[key], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "block, expected",
+    [
+        (ConvBNReLU(16, 8, 3), r"x has shape \(1, 4, 9, 9\), but the weight takes 16 input channels"),
+        (BasicBlock(16, 16), "a convolution of 16 channels meets an input of 4"),
+    ],
+    ids=["convolution", "block"],
+)
+def test_the_channels_that_an_input_should_have_are_named(block: nn.Module, expected: str) -> None:
+    with torch.no_grad(), pytest.raises(RuntimeError, match=expected):
+        block.eval()(torch.randn(1, 4, 9, 9))
+
+
 def test_basic_block_refuses_what_it_does_not_have() -> None:
     with pytest.raises(ValueError, match="BasicBlock takes groups=1, base_width=64 and dilation=1, got 2"):
         BasicBlock(8, 8, groups=2)

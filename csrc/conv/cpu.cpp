@@ -27,8 +27,10 @@ Tensor conv_bias_relu_packed_fwd(const Tensor& x, const Tensor& packed, Ints wei
   const char* op = "conv_bias_relu_packed_fwd";
   check_4d(op, "x", x);
   const DType dtype = engine_dtype(op, x);
-  FUSED_CNN_CHECK(weight_shape.size() == 4 && weight_shape[1] == x.size(1) && weight_shape[0] >= 1, op,
-                  ": x has shape ", shape_of(x), ", which does not fit the weight's input channels");
+  FUSED_CNN_CHECK(weight_shape.size() == 4 && weight_shape[0] >= 1, op,
+                  ": the weight's shape must be four numbers, and of at least 1 output channel");
+  FUSED_CNN_CHECK(weight_shape[1] == x.size(1), op, ": x has shape ", shape_of(x), ", but the weight takes ",
+                  weight_shape[1], " input channels");
   const Ints kernel{weight_shape[2], weight_shape[3]};
   const ConvParams params{stride, padding, dilation, /*groups=*/1};
   check_geometry(op, x.size(2), x.size(3), kernel, params);

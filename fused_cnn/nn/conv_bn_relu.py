@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._layout import asks_for_channels_last, in_channels_last
 from ..ops import conv_bias_relu
 from ..ops._conv import IntPair, autocast, on_16_bytes
 from .fold import FoldedPair, Pair, conv_problem, geometry, norm_problem
@@ -88,4 +89,5 @@ class ConvBNReLU(FusedBlock):
         if self.norm is not None:
             return self.bn_act(self.conv(on_16_bytes(x)), self.norm, relu=self.relu)
         x, weight, bias = autocast(x, self.conv.weight, self.conv.bias)
+        x = in_channels_last(x) if asks_for_channels_last(weight) else x
         return conv_bias_relu(x, weight, bias, **geometry(self.conv), relu=self.relu, backend=self.backend)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .._layout import asks_for_channels_last, in_channels_last
 from ..ops import FoldedConv, PackedConv, PackedInception, conv_bias_relu, pack_conv, pack_inception
 from ..ops._conv import autocast
 from .snapshot import COMPUTING, SHARDED, call_problem, hooks
@@ -182,19 +182,23 @@ class FoldedPair(NamedTuple):
     weight: Tensor | PackedConv
     bias: Tensor | None
     geometry: dict[str, Any]
+    x_channels_last: bool  # whether x is to be, so that the result is
+    y_channels_last: bool  # whether the result is to be: an x of one channel lies both ways
 
     @classmethod
     def of(cls, conv: nn.Conv2d, bn: Norm, like: Tensor, backend: str | None) -> FoldedPair:
         """For inputs of `like`'s dtype and device."""
         weight, bias, stride, _, dilation, groups = fold(conv, bn)
         how: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups, "backend": backend}
-        return cls(*pack_conv(weight, bias, like=like, **how), geometry(conv))
+        asks, has_one = asks_for_channels_last(conv.weight), conv.in_channels == 1
+        packed = pack_conv(weight, bias, like=like, **how)
+        return cls(*packed, geometry(conv), asks and not has_one, asks and has_one)
 
     def run(self, x: Tensor, residual: Tensor | None = None, *, relu: bool, backend: str | None) -> Tensor:
-        """relu(bn(conv(x)) + residual)."""
+        """relu(bn(conv(x)) + residual), in the convolution's dtype."""
         x = autocast(x)[0]
-        conv = partial(conv_bias_relu, x, self.weight, self.bias, **self.geometry, backend=backend)
-        if residual is None or residual.dtype == x.dtype:
-            return conv(residual=residual, relu=relu)
-        y = conv(relu=False) + residual  # PyTorch promotes the sum
-        return torch.relu(y) if relu else y
+        residual = None if residual is None else residual.to(x.dtype)
+        if self.x_channels_last:
+            x = in_channels_last(x)
+        y = conv_bias_relu(x, self.weight, self.bias, residual, **self.geometry, relu=relu, backend=backend)
+        return in_channels_last(y) if self.y_channels_last else y

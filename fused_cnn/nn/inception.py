@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._layout import asks_for_channels_last, in_channels_last
 from ..ops import BatchNormArgs, bn_relu_concat, concat_bias_relu, inception
 from ..ops._conv import autocast, on_16_bytes, packable, pair
 from .cache import Form, Kind
@@ -99,19 +100,27 @@ class Inception(FusedBlock):
             (layer.conv, layer.norm) for branch in self.branches() for layer in branch if isinstance(layer, ConvBNReLU)
         ]
 
-    def fold(self, x: Tensor) -> FoldedInception:
+    def fold(self, x: Tensor) -> tuple[FoldedInception, bool]:
         folded = [fold(*pair)[:2] for pair in self.pairs()]
-        return FoldedInception.of(folded, autocast(x)[0], self.backend)
+        return FoldedInception.of(folded, autocast(x)[0], self.backend), self._gives_channels_last()
 
-    def run_folded(self, x: Tensor, folded: FoldedInception) -> Tensor:
-        return inception(autocast(x)[0], *folded, backend=self.backend)
+    def run_folded(self, x: Tensor, folded: tuple[FoldedInception, bool]) -> Tensor:
+        weights, channels_last = folded
+        (x,) = autocast(x)
+        return inception(in_channels_last(x) if channels_last else x, *weights, backend=self.backend)
 
     def run_traced(self, x: Tensor) -> Tensor:
         if not self.has("one op"):
             return self.run_unfolded(x)
-        if packable(autocast(x)[0], "inception_fwd", self.backend):
-            return traced_inception(autocast(x)[0], self.pairs())
+        (like,) = autocast(x)
+        if packable(like, "inception_fwd", self.backend):
+            return traced_inception(in_channels_last(like) if self._gives_channels_last() else like, self.pairs())
         return self.run_folded(x, self.fold(x[:0]))
+
+    def _gives_channels_last(self) -> bool:
+        """Whether the result is channels_last however x lies: a concatenation is where all the branches are."""
+        branches = [[layer.conv.weight for layer in b if isinstance(layer, ConvBNReLU)] for b in self.branches()]
+        return all(any(map(asks_for_channels_last, weights)) for weights in branches)
 
     def _form(self, kind: Kind, x: Tensor) -> Form | None:
         return super()._form(kind, x) if self.has("one op") else None
@@ -164,7 +173,7 @@ def _is_one_op(branches: list[list[Any]]) -> bool:
     pointwise = [layer.conv for layer in (conv1, reduce3, reduce5, proj)]
     return (
         isinstance(pool, MaxPool2d)
-        and block_problem(pool) is None
+        and block_problem(pool, MaxPool2d.forward) is None
         and pool.structure_problem() is None
         and [pair(n) for n in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)] == [(3, 3), *[(1, 1)] * 3]
         and all(conv.kernel_size == (1, 1) for conv in pointwise)

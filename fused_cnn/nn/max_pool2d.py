@@ -46,8 +46,11 @@ class MaxPool2d(FusedBlock):
         self.kernel_size, self.stride = kernel_size, kernel_size if stride is None else stride
         self.padding, self.dilation, self.ceil_mode, self.backend = padding, dilation, ceil_mode, backend
 
-    def plain_forward(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(x, *self.window())
+    def forward(self, input: Tensor) -> Tensor:  # as nn.MaxPool2d names it
+        return super().forward(input)
+
+    def plain_forward(self, input: Tensor) -> Tensor:
+        return F.max_pool2d(input, *self.window())
 
     def window(self) -> tuple[Any, ...]:
         """kernel_size, stride, padding, dilation and ceil_mode."""

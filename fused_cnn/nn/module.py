@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .._candidates import transforms_active
-from ..ops import BatchNormArgs, bn_add_relu, bn_relu, bn_relu_conv
+from ..ops import BatchNormArgs, bn_relu, bn_relu_conv
 from ..ops._conv import autocast_dtype, on_16_bytes
 from .cache import Form, Kind, Owner, detect_stale_weights
 from .fold import Pair, can_be_constant, can_fold, geometry, is_own, pair_settings, sources_of, wants_gradient
@@ -334,15 +334,9 @@ class FusedModule(nn.Module):
 
     # What the blocks are made of.
 
-    def bn_act(self, y: Tensor, bn: nn.BatchNorm2d, *, relu: bool = True, residual: Tensor | None = None) -> Tensor:
-        """relu(bn(y) + residual) of a convolution's raw output y."""
-        args = BatchNormArgs.of(bn)
-        if residual is None:
-            return bn_relu(y, args, relu=relu, backend=self.backend)
-        if relu and residual.dtype == y.dtype:
-            return bn_add_relu(y, args, residual, backend=self.backend)
-        y = bn_relu(y, args, relu=False, backend=self.backend) + residual  # PyTorch promotes the sum
-        return torch.relu(y) if relu else y
+    def bn_act(self, y: Tensor, bn: nn.BatchNorm2d, *, relu: bool = True) -> Tensor:
+        """relu(bn(y)) of a convolution's raw output y."""
+        return bn_relu(y, BatchNormArgs.of(bn), relu=relu, backend=self.backend)
 
     def conv_chain(self, pairs: Sequence[Pair], x: Tensor) -> Tensor:
         """conv_n(relu(bn_(n-1)(... conv_1(x)))), for training; what lies between is not saved for backward."""
@@ -376,10 +370,10 @@ class FusedBlock(FusedModule):
         return self.plain_forward(*args, **kwargs)
 
 
-def block_problem(block: nn.Module) -> str | None:
-    """Why a fused block cannot be computed by the one that it is a part of."""
+def block_problem(block: nn.Module, forward: Callable[..., Any] = FusedBlock.forward) -> str | None:
+    """Why a fused block, whose class's own forward is this, cannot be computed by the one that it is a part of."""
     kind = type(block)
-    if kind.forward is not FusedBlock.forward or "forward" in vars(block):
+    if kind.forward is not forward or "forward" in vars(block):
         return f"({kind.__name__}) has a forward of its own"
     return call_problem(kind) or ("has hooks" if any(hooks(block)) else None)
 

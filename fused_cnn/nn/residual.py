@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from .._layout import asks_for_channels_last, in_channels_last
 from ..ops import BatchNormArgs, PackedResidualStage, bn_add_relu, pack_residual_block, residual_stage
 from ..ops._conv import autocast, on_16_bytes, packable
 from .cache import Form, Kind
@@ -15,10 +16,24 @@ from .module import FusedBlock, Replaced, block_problem, is_traced
 from .traced import traced_conv, traced_stage
 
 
-class FoldedStage(NamedTuple):
-    """The blocks' weights as one op takes them, and the blocks' own forms, of which it is made."""
+class OneOp(NamedTuple):
+    """The weights of one block or more as one op takes them, and whether its result is channels_last however x lies."""
 
     stage: PackedResidualStage
+    channels_last: bool
+
+    def then(self, block: OneOp) -> OneOp:
+        return OneOp(self.stage.then(block.stage), self.channels_last or block.channels_last)
+
+    def run(self, x: Tensor) -> Tensor:
+        (x,) = autocast(x)
+        return residual_stage(in_channels_last(x) if self.channels_last else x, self.stage)
+
+
+class FoldedStage(NamedTuple):
+    """What runs all blocks, and the blocks' own forms, of which it is made."""
+
+    op: OneOp
     forms: list[Form]
 
 
@@ -69,9 +84,8 @@ class ResidualBlock(FusedBlock):
         for i, (conv, bn) in enumerate(self.convs()):
             assert bn is not None
             y = bn(conv(relu(y) if i else y))
-        if self.residual:
-            y = y + (x if self.downsample is None else self.downsample(x))
-        return relu(y)
+        shortcut = self._shortcut(x)
+        return relu(y if shortcut is None else y + shortcut.to(y.dtype))  # as where the sum is written in place
 
     def problem(self) -> str | None:
         for name in self.absent:
@@ -127,30 +141,33 @@ class ResidualBlock(FusedBlock):
 
     def is_one_op(self, x: Tensor) -> bool:
         """Whether the native op takes the whole block, with inputs such as x."""
-        (like,) = autocast(x)
-        adds_x = self.residual and not self.has("projection")
+        adds_another = self.residual and self.downsample is not None and not self.has("projection")
         return (
-            packable(like, "conv_bias_relu_fwd", self.backend)
+            not adds_another
+            and packable(autocast(x)[0], "conv_bias_relu_fwd", self.backend)
             and all(conv.groups == 1 for conv, _ in self.pairs())
-            and not (adds_x and (self.downsample is not None or like.dtype != x.dtype))  # PyTorch promotes the sum
         )
 
-    def fold(self, x: Tensor) -> PackedResidualStage | FoldedBlock:
+    def gives_channels_last(self) -> bool:
+        """Whether the result is channels_last however x lies; the sum is where the convolutions before it are."""
+        return any(asks_for_channels_last(conv.weight) for conv, _ in self.convs())
+
+    def fold(self, x: Tensor) -> OneOp | FoldedBlock:
         (like,), convs, projection = autocast(x), self.convs(), self.projection()
         if self.is_one_op(x):
             projected = None if projection is None else fold(*projection)
             how: Any = {"shortcut": self.residual, "like": like, "backend": self.backend}
             packed = pack_residual_block([fold(*pair) for pair in convs], projected, **how)
             assert packed is not None
-            return packed
+            return OneOp(packed, self.gives_channels_last())
         return FoldedBlock(
             [FoldedPair.of(*pair, like, self.backend) for pair in convs],
             None if projection is None else FoldedPair.of(*projection, like, self.backend),
         )
 
-    def run_folded(self, x: Tensor, folded: PackedResidualStage | FoldedBlock) -> Tensor:
-        if isinstance(folded, PackedResidualStage):
-            return residual_stage(autocast(x)[0], folded)
+    def run_folded(self, x: Tensor, folded: OneOp | FoldedBlock) -> Tensor:
+        if isinstance(folded, OneOp):
+            return folded.run(x)
         convs, projection = folded
         y = x
         for conv in convs[:-1]:
@@ -161,7 +178,9 @@ class ResidualBlock(FusedBlock):
     def run_traced(self, x: Tensor) -> Tensor:
         convs, projection = self.convs(), self.projection()
         if self.is_one_op(x):
-            return traced_stage(autocast(x)[0], [convs], projection, shortcut=self.residual)
+            (x,) = autocast(x)
+            x = in_channels_last(x) if self.gives_channels_last() else x
+            return traced_stage(x, [convs], projection, shortcut=self.residual)
         y = x
         for conv, bn in convs[:-1]:
             y = traced_conv(y, conv, bn, relu=True, backend=self.backend)
@@ -175,11 +194,15 @@ class ResidualBlock(FusedBlock):
         convs, projection = self.convs(), self.projection()
         y, last = self.conv_chain(convs, x), convs[-1][1]
         assert last is not None
-        if projection is None:
-            return self.bn_act(y, last, residual=self._shortcut(x))
-        conv, bn = projection  # both BatchNorms in the pass that adds
-        assert bn is not None
-        return bn_add_relu(y, BatchNormArgs.of(last), conv(on_16_bytes(x)), BatchNormArgs.of(bn), backend=self.backend)
+        if projection is not None:
+            conv, bn = projection  # both BatchNorms in the pass that adds
+            assert bn is not None
+            shortcut, args = conv(on_16_bytes(x)), BatchNormArgs.of(bn)
+            return bn_add_relu(y, BatchNormArgs.of(last), shortcut, args, backend=self.backend)
+        shortcut = self._shortcut(x)
+        if shortcut is None:
+            return self.bn_act(y, last)
+        return bn_add_relu(y, BatchNormArgs.of(last), shortcut.to(y.dtype), backend=self.backend)
 
     def _shortcut(self, x: Tensor) -> Tensor | None:
         """What is added where there is no projection: x, what else `downsample` makes of it, or nothing."""
@@ -258,14 +281,16 @@ class ResidualStage(FusedBlock, nn.Sequential):
         super().__init__(*blocks)
         self.backend = backend
 
-    def plain_forward(self, x: Tensor) -> Tensor:
-        return nn.Sequential.forward(self, x)
+    def plain_forward(self, input: Tensor) -> Tensor:
+        return nn.Sequential.forward(self, input)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or not x.is_cpu:
-            return self.plain_forward(x)  # on a GPU the blocks have nothing to gain from each other
-        known = None if is_traced(x) else self._owner.known
-        return super().forward(x) if known is None or not wants_gradient(x, known.tensors) else self.plain_forward(x)
+    def forward(self, input: Tensor) -> Tensor:  # as nn.Sequential names it
+        if not isinstance(input, Tensor) or not input.is_cpu:
+            return self.plain_forward(input)  # on a GPU the blocks have nothing to gain from each other
+        known = None if is_traced(input) else self._owner.known
+        if known is not None and wants_gradient(input, known.tensors):
+            return self.plain_forward(input)
+        return super().forward(input)
 
     def problem(self) -> str | None:
         for i, (name, block) in enumerate(self._modules.items()):
@@ -298,14 +323,14 @@ class ResidualStage(FusedBlock, nn.Sequential):
         forms = []
         for block in self._blocks():  # a block that occurs twice runs twice
             form = block.ready(x)
-            if form is None or not isinstance(form.value, PackedResidualStage):
+            if form is None or not isinstance(form.value, OneOp):
                 return None
             forms.append(form)
         return forms
 
     def fold(self, x: Tensor) -> FoldedStage | None:
         forms = self._ready_forms(x)
-        return None if forms is None else FoldedStage(reduce(PackedResidualStage.then, [f.value for f in forms]), forms)
+        return None if forms is None else FoldedStage(reduce(OneOp.then, [f.value for f in forms]), forms)
 
     def check(self, form: Form, x: Tensor) -> None:
         for block, part in zip(self._blocks(), form.value.forms, strict=True):
@@ -314,15 +339,16 @@ class ResidualStage(FusedBlock, nn.Sequential):
     def run_folded(self, x: Tensor, folded: FoldedStage) -> Tensor:
         for form in folded.forms:
             form.uses += 1
-        return residual_stage(autocast(x)[0], folded.stage)
+        return folded.op.run(x)
 
     def run_traced(self, x: Tensor) -> Tensor:
         blocks, backend = self._blocks(), self.backend
         first = blocks[0]
         if not all(b.is_one_op(x) and b.backend == backend for b in blocks):
             return self.plain_forward(x)
-        pairs = [block.convs() for block in blocks]
-        return traced_stage(autocast(x)[0], pairs, first.projection(), shortcut=first.residual)
+        (x,) = autocast(x)
+        x = in_channels_last(x) if any(block.gives_channels_last() for block in blocks) else x
+        return traced_stage(x, [b.convs() for b in blocks], first.projection(), shortcut=first.residual)
 
     def run_unfolded(self, x: Tensor) -> Tensor:
         return self.plain_forward(x)

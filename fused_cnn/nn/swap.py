@@ -5,6 +5,7 @@ The object stays what it is to everybody who holds it, with its attributes, buff
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any, TypeVar
 
 from torch import nn
@@ -15,27 +16,37 @@ from .module import FusedBlock, FusedModule
 Self = TypeVar("Self", bound=FusedModule)
 
 
-def _restore_swapped(mixin: type[FusedModule], base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
-    module = nn.Module.__new__(swapped_class(mixin, base))
-    module.__setstate__(state)
-    return module
+def _new_swapped(mixin: type[FusedModule], base: type[nn.Module]) -> nn.Module:
+    return nn.Module.__new__(swapped_class(mixin, base))
 
 
 _classes: dict[tuple[type, type], type[FusedModule]] = {}
 
 
 def swapped_class(mixin: type[FusedModule], base: type[nn.Module]) -> type[FusedModule]:
-    """The class that fuse_ gives an instance of `base`: `base` with the mixin's forward. It pickles by its parents."""
+    """The class that fuse_ gives an instance of `base`: `base` with the mixin's forward. It is made by `base`'s
+    constructor, and pickles by its parents."""
     if (mixin, base) in _classes:
         return _classes[mixin, base]
 
     def reduce(self: FusedModule, protocol: int) -> tuple[Any, ...]:
-        return _restore_swapped, (mixin, base, self.__getstate__())
+        # The state may refer to the object, so it is none of the arguments that the object is made of.
+        return _new_swapped, (mixin, base), self.__getstate__()
+
+    @wraps(base.__init__)
+    def init(self: FusedModule, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, *args, **kwargs)
+        self.backend, self._owner = None, Owner()
 
     def plain_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return base.forward(self, *args, **kwargs)
 
-    body: dict[str, Any] = {"__reduce_ex__": reduce, "__module__": base.__module__, "_swapped_from": base}
+    body: dict[str, Any] = {
+        "__init__": init,
+        "__reduce_ex__": reduce,
+        "__module__": base.__module__,
+        "_swapped_from": base,
+    }
     if issubclass(mixin, FusedBlock):
         body["plain_forward"] = plain_forward
     made = type(f"Fused{base.__name__}", (mixin, base), body)

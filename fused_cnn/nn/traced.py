@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._layout import empty_nchw, result_format
+from .._layout import asks_for_channels_last, empty_nchw, in_channels_last, result_format
 from .._library import define_in_python
 from ..ops import FoldedConv, conv_bias_relu, inception, pack_conv, pack_residual_block, residual_stage
 from ..ops._conv import autocast, empty_result, packable, pair
@@ -192,15 +192,14 @@ def traced_conv(
 ) -> Tensor:
     """relu(bn(conv(x)) + residual); folded in the graph itself where weights need no packing."""
     (x,) = autocast(x)
-    if (
-        conv.groups != 1
-        or not packable(x, "conv_bias_relu_fwd", backend)
-        or (residual is not None and residual.dtype != x.dtype)
-    ):
+    residual = None if residual is None else residual.to(x.dtype)
+    if conv.groups != 1 or not packable(x, "conv_bias_relu_fwd", backend):
         return FoldedPair.of(conv, norm, x, backend).run(x, residual, relu=relu, backend=backend)
     sources, (eps,) = _sources([(conv, norm)])
     where = (pair(n) for n in _window(conv)[1:])
-    return ops.folded_conv(x, sources, eps, residual, *where, relu)
+    if not asks_for_channels_last(conv.weight):
+        return ops.folded_conv(x, sources, eps, residual, *where, relu)
+    return in_channels_last(ops.folded_conv(in_channels_last(x), sources, eps, residual, *where, relu))
 
 
 def traced_stage(x: Tensor, blocks: Sequence[Sequence[Pair]], projection: Pair | None, *, shortcut: bool) -> Tensor:
