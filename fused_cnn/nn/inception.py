@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._candidates import is_recording
 from ..ops import BatchNormArgs, bn_relu_concat, concat_bias_relu, inception
 from ..ops._conv import autocast, on_16_bytes, packable, pair
 from .cache import Form, Kind
@@ -108,9 +109,9 @@ class Inception(FusedBlock):
 
     def run_traced(self, x: Tensor) -> Tensor:
         if not self.has("one op"):
-            return self.run_unfolded(x)
-        if packable(autocast(x)[0], "inception_fwd", self.backend):
-            return traced_inception(autocast(x)[0], self.pairs())
+            return self.plain_forward(x)  # whose convolutions fold, as they do eagerly
+        if is_recording() or packable(autocast(x)[0], "inception_fwd", self.backend):
+            return traced_inception(autocast(x)[0], self.pairs(), self.backend)
         return self.run_folded(x, self.fold(x[:0]))
 
     def _form(self, kind: Kind, x: Tensor) -> Form | None:
