@@ -78,26 +78,27 @@ def _in_functorch() -> bool:
 _in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-# Quick answers of PyTorch's own; without them the longer way is gone, or nothing is recorded in that way.
+# Quick answers of PyTorch's own. Without the first the longer way is gone; without the others such recordings of ops
+# have no derivative.
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _key_included: Callable[[Any], bool] = getattr(torch._C, "_dispatch_tls_is_dispatch_key_included", lambda key: False)
 _PRE_DISPATCH = getattr(getattr(torch._C, "DispatchKey", None), "PreDispatch", None)
 
 
-def records_calls() -> bool:
-    """Whether make_fx records what is called, above autograd, where no dispatch mode is seen (pre_dispatch=True)."""
+def records_early() -> bool:
+    """Whether make_fx records calls before autograd sees them (pre_dispatch=True), which is no dispatch mode."""
     return _key_included(_PRE_DISPATCH)
 
 
 def is_recording() -> bool:
-    """Whether a graph is recorded that others will run and differentiate, by torch.export or make_fx: in it an op of
-    ours would be a node without a derivative, and gradients would silently be lost."""
-    return torch.compiler.is_exporting() or records_calls() or (_dispatch_modes() > 0 and _is_proxied())
+    """Whether torch.export or make_fx records a graph that others will run and differentiate. In it an autograd
+    function of ours would be the op that it calls, a node without a derivative: gradients would silently be lost."""
+    return torch.compiler.is_exporting() or (_dispatch_modes() > 0 and _is_proxied()) or records_early()
 
 
 def _is_proxied() -> bool:
-    """Whether calls are recorded, by somebody who does not differentiate what he records, as AOTAutograd does in the
-    trace itself. There tensors are functional; in make_fx's they are not."""
+    """Whether make_fx records, and not AOTAutograd, which differentiates what it records at once: in its trace tensors
+    are functional."""
     try:
         modes = torch._C._TorchDispatchModeKey
         of = torch._C._get_dispatch_mode
@@ -106,7 +107,7 @@ def _is_proxied() -> bool:
         return True
 
 
-# As _in_functorch is: what records torch.compile's own trace is not asked about, and an export's is never used again.
+# As usable is: torch.compile's trace is never an export's, and needs no guard on it.
 is_recording._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -82,7 +82,7 @@ def define(schema: str, fake: Callable[..., Any]) -> None:
         _kernels[name, backend] = getattr(getattr(torch.ops, NAMESPACES[backend]), name).default
 
 
-# Without it such ops always run in their differentiable form: right, and slower.
+# Without it the ops of define_in_python always run in their differentiable form: right, and slower.
 _below_autograd: Callable[[], AbstractContextManager[None]] | None = getattr(
     torch._C, "_AutoDispatchBelowAutograd", None
 )
@@ -96,7 +96,8 @@ def define_in_python(
     wants_derivative: Callable[..., bool],
 ) -> None:
     """Declare an op that Python puts together, for every device: a graph's node, no backend's kernel. Where
-    `wants_derivative` of its arguments holds, `differentiable` runs in its place, which autograd takes apart."""
+    `wants_derivative` of its arguments holds, and under vmap, `differentiable` runs in its place: it is of PyTorch's
+    own operators, which have every rule that is asked for."""
     name = schema.partition("(")[0]
     _declare("native", schema, fake)
     op = getattr(getattr(torch.ops, NAMESPACES["native"]), name).default
@@ -109,6 +110,7 @@ def define_in_python(
 
     _libraries["native"].impl(name, function, "CompositeExplicitAutograd")
     _libraries["native"].impl(name, call, "Autograd")
+    _libraries["native"].impl(name, differentiable, "FuncTorchBatched")
 
 
 def define_triton(room: str, *names: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .._candidates import is_recording, records_calls, transforms_active
+from .._candidates import is_recording, records_early, transforms_active
 from ..ops import BatchNormArgs, bn_add_relu, bn_relu, bn_relu_conv
 from ..ops._conv import autocast_dtype, on_16_bytes
 from .cache import Form, Kind, Owner, detect_stale_weights
@@ -232,7 +232,7 @@ class FusedModule(nn.Module):
 
     def understand(self) -> Understanding:
         """Look at what the children are today."""
-        return self._understand(watched_by_all())
+        return self._understand(hooks_on_all() if is_recording() else watched_by_all())  # see _is_plain_in_trace
 
     def _understand(self, watched: str | None) -> Understanding:
         snapshot, problem = self._snapshot(()), watched or self._problem()
@@ -371,7 +371,7 @@ def is_traced(x: Any) -> bool:
     if torch.compiler.is_compiling():
         return True
     if type(x) in _PLAIN and not _dispatch_modes():
-        return records_calls()
+        return records_early()
     if type(x).__name__ in ("FakeTensor", "FunctionalTensor"):
         return True
     try:
