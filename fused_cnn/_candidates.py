@@ -80,9 +80,12 @@ _in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 # Quick answers of PyTorch's own. Without the first the longer way is gone; without the others such recordings of ops
 # have no derivative.
+_is_exporting = torch.compiler.is_exporting  # every op asks at every call
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_key_included: Callable[[Any], bool] = getattr(torch._C, "_dispatch_tls_is_dispatch_key_included", lambda key: False)
 _PRE_DISPATCH = getattr(getattr(torch._C, "DispatchKey", None), "PreDispatch", None)
+_key_included: Callable[[Any], bool] = getattr(
+    torch._C, "_dispatch_tls_is_dispatch_key_included" if _PRE_DISPATCH is not None else "", lambda key: False
+)
 
 
 def records_early() -> bool:
@@ -93,7 +96,7 @@ def records_early() -> bool:
 def is_recording() -> bool:
     """Whether torch.export or make_fx records a graph that others will run and differentiate. In it an autograd
     function of ours would be the op that it calls, a node without a derivative: gradients would silently be lost."""
-    return torch.compiler.is_exporting() or (_dispatch_modes() > 0 and _is_proxied()) or records_early()
+    return _is_exporting() or _key_included(_PRE_DISPATCH) or (_dispatch_modes() > 0 and _is_proxied())
 
 
 def _is_proxied() -> bool:
@@ -107,7 +110,7 @@ def _is_proxied() -> bool:
         return True
 
 
-# As usable is: torch.compile's trace is never an export's, and needs no guard on it.
+# As _in_functorch is. No guard is needed: what an export traces is not run in another trace's place.
 is_recording._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
