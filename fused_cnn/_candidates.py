@@ -78,6 +78,42 @@ def _in_functorch() -> bool:
 _in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+# Quick answers of PyTorch's own. Without the first the longer way is gone; without the others such recordings of ops
+# have no derivative.
+_is_exporting = torch.compiler.is_exporting  # every op asks at every call
+_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_PRE_DISPATCH = getattr(getattr(torch._C, "DispatchKey", None), "PreDispatch", None)
+_key_included: Callable[[Any], bool] = getattr(
+    torch._C, "_dispatch_tls_is_dispatch_key_included" if _PRE_DISPATCH is not None else "", lambda key: False
+)
+
+
+def records_early() -> bool:
+    """Whether make_fx records calls before autograd sees them (pre_dispatch=True), which is no dispatch mode."""
+    return _key_included(_PRE_DISPATCH)
+
+
+def is_recording() -> bool:
+    """Whether torch.export or make_fx records a graph that others will run and differentiate. In it an autograd
+    function of ours would be the op that it calls, a node without a derivative: gradients would silently be lost."""
+    return _is_exporting() or _key_included(_PRE_DISPATCH) or (_dispatch_modes() > 0 and _is_proxied())
+
+
+def _is_proxied() -> bool:
+    """Whether make_fx records, and not AOTAutograd, which differentiates what it records at once: in its trace tensors
+    are functional."""
+    try:
+        modes = torch._C._TorchDispatchModeKey
+        of = torch._C._get_dispatch_mode
+        return of(modes.PROXY) is not None and of(modes.FUNCTIONAL) is None
+    except AttributeError:  # as if it were recorded: right, and slower under a mode of the user's
+        return True
+
+
+# As _in_functorch is. No guard is needed: what an export traces is not run in another trace's place.
+is_recording._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def transforms_active() -> bool:
     """Whether a transform of torch.func or a forward-mode derivative is under way: they take an op apart by its rules,
     which kernels do not have, and without which derivatives would silently be zero."""
@@ -95,10 +131,17 @@ def refuse_transforms(what: str) -> None:
 
 def resolve(op: str, backend: str | None, x: Tensor, *problem: Any) -> str:
     """The backend that runs `op` (a registered name such as "add_relu_fwd") on x's device; under a transform
-    (transforms_active) the reference.
+    (transforms_active) the reference, and in a graph that others will differentiate (is_recording), whatever was asked
+    for.
 
     Raises ValueError for an unknown backend name and BackendUnavailable where an explicit one cannot run.
     """
+    found = resolve_behind_graphs(op, backend, x, *problem)
+    return found if found == "reference" or not is_recording() else "reference"
+
+
+def resolve_behind_graphs(op: str, backend: str | None, x: Tensor, *problem: Any) -> str:
+    """`resolve` for what is not recorded itself, but runs behind a node that has a derivative."""
     if backend is None or backend == "auto":
         return "reference" if transforms_active() else best(op, x.device, x.dtype, *problem)
     if backend not in _backends.BACKENDS:

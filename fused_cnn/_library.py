@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,10 +82,35 @@ def define(schema: str, fake: Callable[..., Any]) -> None:
         _kernels[name, backend] = getattr(getattr(torch.ops, NAMESPACES[backend]), name).default
 
 
-def define_in_python(schema: str, fake: Callable[..., Any], function: Callable[..., Any]) -> None:
-    """Declare an op of native code that Python puts together, for the CPU: a graph's node, no backend's kernel."""
+# Without it the ops of define_in_python always run in their differentiable form: right, and slower.
+_below_autograd: Callable[[], AbstractContextManager[None]] | None = getattr(
+    torch._C, "_AutoDispatchBelowAutograd", None
+)
+
+
+def define_in_python(
+    schema: str,
+    fake: Callable[..., Any],
+    function: Callable[..., Any],
+    differentiable: Callable[..., Any],
+    wants_derivative: Callable[..., bool],
+) -> None:
+    """Declare an op that Python puts together, for every device: a graph's node, no backend's kernel. Where
+    `wants_derivative` of its arguments holds, and under vmap, `differentiable` runs in its place: it is of PyTorch's
+    own operators, which have every rule that is asked for."""
+    name = schema.partition("(")[0]
     _declare("native", schema, fake)
-    _libraries["native"].impl(schema.partition("(")[0], function, "CPU")
+    op = getattr(getattr(torch.ops, NAMESPACES["native"]), name).default
+
+    def call(*args: Any) -> Any:
+        if _below_autograd is None or wants_derivative(*args):
+            return differentiable(*args)
+        with _below_autograd():
+            return op(*args)
+
+    _libraries["native"].impl(name, function, "CompositeExplicitAutograd")
+    _libraries["native"].impl(name, call, "Autograd")
+    _libraries["native"].impl(name, differentiable, "FuncTorchBatched")
 
 
 def define_triton(room: str, *names: str) -> None:

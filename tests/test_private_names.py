@@ -15,10 +15,10 @@ WITHOUT_IT = {
     "torch.ops.mkldnn._convolution_pointwise": "a peer in a benchmark: its column is left out, with the reason",
     "torch.cuda._sleep": "cold timings on a GPU start without the host's head start",
     "_dynamo_marked_constant": "torch.compile traces the first look-up of a backend, and finds later ones in a table",
-    "torch._C": "ops run their kernels under torch.func's transforms and on batches of gradients too, of which "
-    "test_transforms.py and ops/test_second_derivatives.py then tell",
-    "torch._C._TorchDispatchModeKey": "blocks run as in a recorded graph under any dispatch mode",
-    "torch._C._get_dispatch_mode": "blocks run as in a recorded graph under any dispatch mode",
+    "torch._C": "ops run their kernels under torch.func's transforms, on batches of gradients and in make_fx's "
+    "pre_dispatch too, of which test_transforms.py, ops/test_second_derivatives.py and test_tracing.py then tell",
+    "torch._C._TorchDispatchModeKey": "blocks and ops run as in a recorded graph under any dispatch mode",
+    "torch._C._get_dispatch_mode": "blocks and ops run as in a recorded graph under any dispatch mode",
     "torch.overrides._get_current_function_mode_stack": "blocks run unfused under any mode",
     "torch.utils._python_dispatch._get_current_dispatch_mode_stack": "blocks run unfused under any mode",
     "torch._inductor.config": "a peer in a benchmark: its column is left out, with the reason",

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import DEVICE
+from functorch.compile import aot_module
 from test_fuse import lively, logits, tv
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
 from torchvision.models import resnet
 
-from fused_cnn import fuse_, unfuse_
+from fused_cnn import fuse_, ops, unfuse_
 
 NETWORKS = {
     "resnet18": lambda: tv("resnet18"),
@@ -62,6 +63,193 @@ def test_export_holds_blocks_and_no_packing(name: str, strict: bool) -> None:
     torch.export.save(program, saved)
     saved.seek(0)
     close(torch.export.load(saved).module()(x), eager(x))
+
+
+def record(model: nn.Module, x: Tensor, how: str) -> nn.Module:
+    """A graph of the model that others may run and differentiate."""
+    if how.startswith("make_fx"):
+        mode = how.partition(" ")[2] or "real"
+        options = {"pre_dispatch": True} if mode == "pre_dispatch" else {"tracing_mode": mode}
+        return make_fx(model, **options, _allow_non_fake_inputs=True)(x)
+    return torch.export.export(model, (x,), strict=how == "strict export").module()
+
+
+def gradients(model: nn.Module, x: Tensor, named: nn.Module, *, twice: bool = False) -> dict[str, Tensor]:
+    """Of a loss, or of a penalty on its gradient, with respect to the input and `named`'s parameters."""
+    torch.manual_seed(0)  # dropout's
+    x = x.detach().requires_grad_()
+    leaves = {"input": x, **dict(named.named_parameters())}
+    loss = logits(model(x)).square().mean()
+    if twice:
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        loss = grad.square().sum()
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=twice)  # a bias has no second derivative
+    return {name: torch.zeros_like(t) if g is None else g for (name, t), g in zip(leaves.items(), found, strict=True)}
+
+
+def same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-4) -> None:
+    """By name, relative to the largest value: they are of the same operators of PyTorch's, whose float32 sums may be
+    added in another order."""
+    assert actual.keys() == expected.keys()
+    for name, wanted in expected.items():
+        scale = wanted.abs().max().clamp_min(1e-30)
+        torch.testing.assert_close(
+            actual[name] / scale,
+            wanted / scale,
+            rtol=0.0,
+            atol=tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@pytest.mark.parametrize("how", ["export", "strict export", "make_fx"])
+@each_network
+def test_a_recorded_training_step_is_eagers(name: str, how: str) -> None:
+    """Gradients, and the running statistics behind it."""
+    eager, fused, x = twins(name)
+    eager.train(), fused.train()
+    before = copy.deepcopy(fused.state_dict())
+    graph = record(fused, x, how)
+    named = fused if how == "make_fx" else graph
+    named.load_state_dict(before)  # make_fx runs what it records
+    same(gradients(graph, x, named), gradients(eager, x, eager))
+    same(dict(named.named_buffers()), dict(eager.named_buffers()))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("how", ["export", "strict export", "make_fx"])
+@each_network
+def test_a_model_recorded_in_eval_can_be_differentiated(name: str, how: str, grad: bool) -> None:
+    eager, fused, x = twins(name)
+    with torch.set_grad_enabled(grad):
+        graph = record(fused, x, how)
+    named = fused if how == "make_fx" else graph
+    same(gradients(graph, x, named), gradients(eager, x, eager))
+    with torch.no_grad():
+        close(graph(x), eager(x))
+
+
+@pytest.mark.parametrize("how", ["make_fx pre_dispatch", "make_fx fake", "make_fx symbolic"])
+def test_make_fx_keeps_gradients_however_it_records(how: str) -> None:
+    for train in (False, True):
+        eager, fused, x = twins("resnext")
+        eager.train(train), fused.train(train)
+        with torch.set_grad_enabled(train):
+            graph = record(fused, x, how)
+        same(gradients(graph, x, fused), gradients(eager, x, eager))
+
+
+def test_an_exported_model_is_differentiable_twice() -> None:
+    for name in ("resnext", "googlenet"):
+        eager, fused, x = twins(name)
+        with torch.no_grad():
+            graph = record(fused, x, "export")
+        same(gradients(graph, x, graph, twice=True), gradients(eager, x, eager, twice=True), 1e-3)  # longer sums
+
+
+@torch.no_grad()
+def test_an_exported_model_goes_through_torch_func() -> None:
+    eager, fused, x = twins("resnet18")
+    graph, tangent = record(fused, x, "export"), torch.randn_like(x)
+    pushed = [torch.func.jvp(model, (x,), (tangent,))[1] for model in (eager, graph)]
+    same({"jvp": pushed[1]}, {"jvp": pushed[0]})
+
+    def per_image(model: nn.Module) -> dict[str, Tensor]:
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+
+        def loss(weights: dict[str, Tensor], image: Tensor) -> Tensor:
+            return torch.func.functional_call(model, weights, (image[None],)).square().mean()
+
+        return torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+
+    eager, fused, _ = twins("resnet18")
+    graph = torch.export.export(fused, (x[:1],)).module()
+    same(per_image(graph), per_image(eager))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "googlenet"])
+def test_an_exported_model_is_trained_further(name: str) -> None:
+    """Saved, loaded and exported again: as eager is, in eval form, and what it folds is of today's weights."""
+    eager, fused, x = twins(name)
+    with torch.no_grad():
+        saved = io.BytesIO()
+        torch.export.save(torch.export.export(fused, (x,)), saved)
+        saved.seek(0)
+        program = torch.export.load(saved).module()
+        program = torch.export.export(program, (x,)).module()
+    before = {name: p.detach().clone() for name, p in eager.named_parameters()}
+    for _ in range(2):
+        for model in (eager, program):
+            optimizer = torch.optim.SGD(model.parameters(), 1e-2, fused=True)
+            logits(model(x)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        learned = [{k: p.detach() - before[k] for k, p in m.named_parameters()} for m in (program, eager)]
+        same(*learned, 1e-2)  # a difference of numbers that are much larger
+        with torch.no_grad():
+            close(program(x), eager(x))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("how", ["export", "strict export"])
+def test_a_recorded_graph_holds_folded_blocks_and_nothing_without_a_derivative(how: str, grad: bool) -> None:
+    def ours(graph: nn.Module) -> dict[str, int]:
+        assert nodes(graph, "") == nodes(graph, "folded_")
+        return {kind: nodes(graph, f"folded_{kind}") for kind in ("conv", "stage", "inception")}
+
+    with torch.set_grad_enabled(grad):
+        if DEVICE == "cpu":
+            assert ours(record(*twins("resnet18")[1:], how)) == {"conv": 1, "stage": 4, "inception": 0}
+        assert ours(record(*twins("resnext")[1:], how)) == {"conv": 1 + 4 * 4, "stage": 0, "inception": 0}
+        assert ours(record(*twins("googlenet")[1:], how)) == {"conv": 3, "stage": 0, "inception": 9}
+
+
+def test_a_recording_in_half_precision_can_be_differentiated() -> None:
+    eager, fused, x = twins("resnext")
+    with torch.autocast(DEVICE, torch.bfloat16):  # which PyTorch's own exports want around their runs, too
+        with torch.no_grad():
+            graph = record(fused, x, "export")
+        # A sum of bfloat16 that is rounded the other way is a 256th off, and layers add up.
+        same(gradients(graph, x, graph), gradients(eager, x, eager), 5e-2)
+
+
+OPS = {
+    "add_relu": lambda x, backend: ops.add_relu(x, 2 * x, backend=backend),
+    "conv_bias_relu": lambda x, backend: ops.conv_bias_relu(x, torch.ones(4, 8, 3, 3).to(x), backend=backend),
+    "max_pool2d": lambda x, backend: ops.max_pool2d(x, 2, backend=backend),
+    "bn_relu": lambda x, backend: ops.bn_relu(x, ops.BatchNormArgs(None, None, None, None, True), backend=backend),
+    "concat_bias_relu": lambda x, backend: ops.concat_bias_relu([x, 2 * x], torch.ones(16).to(x), backend=backend),
+}
+
+
+@pytest.mark.parametrize("backend", [None, "native"])
+@pytest.mark.parametrize("name", OPS)
+def test_ops_in_a_recording_keep_their_derivative(name: str, backend: str | None) -> None:
+    if DEVICE == "cuda" and name == "max_pool2d":
+        backend = None  # native has none there
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return OPS[name](x, backend)
+
+    x = torch.randn(2, 8, 6, 6, device=DEVICE)
+    expected = gradients(lambda x: OPS[name](x, "reference"), x, nn.Identity())
+    for how in ("export", "strict export", "make_fx", "make_fx pre_dispatch"):
+        same(gradients(record(Model(), x, how), x, nn.Identity()), expected)
+
+
+def test_a_trace_that_is_differentiated_as_it_is_made_holds_fused_ops() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    eager, fused, x = twins("resnext")
+    eager.train(), fused.train()
+    compiled = aot_module(fused, fw_compiler=keep)
+    close(compiled(x), eager(x))
+    assert nodes(graphs[0], "bn_relu_concat_fwd") > 0
 
 
 @each_network

@@ -124,11 +124,6 @@ def wants_gradient(x: Tensor, tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
 
 
-def can_fold(x: Tensor, pairs: Sequence[Pair]) -> bool:
-    """Whether BatchNorm uses running statistics in all the pairs, and no gradient is asked for."""
-    return all(map(has_running_statistics, pairs)) and not wants_gradient(x, list(sources_of(pairs)))
-
-
 def fold(conv: nn.Conv2d, bn: Norm) -> FoldedConv:
     """The one convolution that equals `bn(conv(x))` in eval, in float32 (float64 for float64)."""
     weight, bias = fold_tensors(tensors_of(conv, bn), 0.0 if bn is None else bn.eps)

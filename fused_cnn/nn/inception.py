@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._candidates import is_recording
 from .._layout import asks_for_channels_last, in_channels_last
 from ..ops import BatchNormArgs, bn_relu_concat, concat_bias_relu, inception
 from ..ops._conv import autocast, on_16_bytes, packable, pair
@@ -111,10 +112,11 @@ class Inception(FusedBlock):
 
     def run_traced(self, x: Tensor) -> Tensor:
         if not self.has("one op"):
-            return self.run_unfolded(x)
+            return self.plain_forward(x)  # whose convolutions fold, as they do eagerly
         (like,) = autocast(x)
-        if packable(like, "inception_fwd", self.backend):
-            return traced_inception(in_channels_last(like) if self._gives_channels_last() else like, self.pairs())
+        if is_recording() or packable(like, "inception_fwd", self.backend):
+            like = in_channels_last(like) if self._gives_channels_last() else like
+            return traced_inception(like, self.pairs(), self.backend)
         return self.run_folded(x, self.fold(x[:0]))
 
     def _gives_channels_last(self) -> bool:

@@ -22,11 +22,20 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .._candidates import transforms_active
+from .._candidates import is_recording, records_early, transforms_active
 from ..ops import BatchNormArgs, bn_relu, bn_relu_conv
 from ..ops._conv import autocast_dtype, on_16_bytes
 from .cache import Form, Kind, Owner, detect_stale_weights
-from .fold import Pair, can_be_constant, can_fold, geometry, is_own, pair_settings, sources_of, wants_gradient
+from .fold import (
+    Pair,
+    can_be_constant,
+    geometry,
+    has_running_statistics,
+    is_own,
+    pair_settings,
+    sources_of,
+    wants_gradient,
+)
 from .snapshot import CALLS, COMPUTING, Method, Snapshot, call_problem, hooks, replaced_for_all, watched_by_all
 
 with contextlib.suppress(ImportError):
@@ -256,7 +265,7 @@ class FusedModule(nn.Module):
 
     def understand(self) -> Understanding:
         """Look at what the children are today."""
-        return self._understand(watched_by_all())
+        return self._understand(replaced_for_all() if is_recording() else watched_by_all())  # see _is_plain_in_trace
 
     def _understand(self, watched: str | None) -> Understanding:
         owner, snapshot, problem = self._own(), self._snapshot(()), watched or self._problem()
@@ -294,7 +303,10 @@ class FusedModule(nn.Module):
             _guard_on(module)
         pairs = self.pairs()
         self._check_dtype(x, pairs)
-        return self.run_traced(x) if can_fold(x, pairs) else self.run_unfolded(x)
+        folds = all(map(has_running_statistics, pairs))
+        if is_recording():  # which holds what has a derivative alone
+            return self.run_traced(x) if folds else plain(x)
+        return self.run_traced(x) if folds and not wants_gradient(x, list(sources_of(pairs))) else self.run_unfolded(x)
 
     def _is_plain_in_trace(self) -> bool:
         """Asked once a trace, on the real module: the compiler need not follow."""
@@ -401,7 +413,7 @@ def is_traced(x: Any) -> bool:
     if torch.compiler.is_compiling():
         return True
     if type(x) in _PLAIN and not _dispatch_modes():
-        return False
+        return records_early()
     if type(x).__name__ in ("FakeTensor", "FunctionalTensor"):
         return True
     try:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._candidates import resolve, transforms_active
+from .._candidates import resolve_behind_graphs, transforms_active
 from .._checks import check_nchw, check_same, check_vector
 from .._layout import empty_nchw
 
@@ -66,7 +66,7 @@ def on_16_bytes(t: Tensor) -> Tensor:
 
 def packable(like: Tensor, op: str, backend: str | None) -> bool:
     """Whether calls on inputs such as `like` will run on the native CPU convolution, whose weights are packed once."""
-    if like.device.type != "cpu" or resolve(op, backend, like) != "native":
+    if like.device.type != "cpu" or resolve_behind_graphs(op, backend, like) != "native":
         return False
     return like.dtype in (torch.float32, torch.bfloat16)
 
