@@ -80,8 +80,9 @@ def fuse_(
     replaced, a hook, a forward of its own), they run as they are.
 
     In eval without gradients weights are folded once and kept. A changed weight is seen at the next call, whoever
-    changed it, as long as PyTorch's version counters or an optimizer's step tell; for changes past them (through
-    `.data`, a view of NumPy or DLPack, another process, a collective) there is `refresh`.
+    changed it, as long as PyTorch's version counters or an optimizer's step tell, or on a CPU the first eight bytes of
+    its memory; for changes past them (through `.data`, a view of NumPy or DLPack, another process, a collective) there
+    is `refresh`.
 
     Args:
         model: a torchvision or timm model, one that contains their blocks, such a block, or fused_cnn's own models made
@@ -220,9 +221,11 @@ def refresh(model: nn.Module) -> nn.Module:
     """Have the folded weights of `model` made again, after a change that PyTorch does not see.
 
     Optimizers, load_state_dict, `.to()` and every in-place operation of PyTorch's are seen without it. Call it behind a
-    collective or a copy into `p.data`, a write through a view of NumPy, DLPack or an untyped storage, and behind a
-    change that another process made in shared memory. `detect_stale_weights` finds where a call is missing. Weights
-    that a CUDA graph reads are made again in their place, so that its replays see them.
+    collective or a copy into `p.data` (and a second `vector_to_parameters` of one vector, which is one), behind
+    F.batch_norm in training with a module's statistics, a write through a view of NumPy, DLPack or an untyped storage,
+    and a change that another process made in shared memory. On a CPU most of these are seen without it, too: those that
+    change the first eight bytes of a tensor. `detect_stale_weights` finds where a call is missing. Weights that a CUDA
+    graph reads are made again in their place, so that its replays see them.
 
     Args:
         model: anything with fused blocks in it, also a module that torch.compile or torch.export made of one.
