@@ -158,6 +158,7 @@ def test_deepcopy_pickle_and_save_keep_a_fused_model_working(name: str) -> None:
             "torch.save": torch.load(io.BytesIO(buffer.getvalue()), weights_only=False),
         }
         for how, other in copies.items():
+            other(x)  # unfused, as a copy's first call is
             assert torch.equal(logits(other(x)), expected), how
             next(other.parameters()).add_(0.1)
             assert not torch.equal(logits(other(x)), expected), f"{how}: the copy's own weights are not read"
@@ -428,6 +429,7 @@ def test_a_replaced_module_eps_or_backend_is_seen() -> None:
         check()
         block.conv = nn.Conv2d(16, 8, 3).to(DEVICE)
         check()
+        block = fused_cnn.nn.ConvBNReLU(16, 8, 3).eval()
         block.backend = "none"
         with pytest.raises(ValueError, match="backend must be one of"):
             block(x)

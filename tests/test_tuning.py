@@ -47,6 +47,8 @@ def ops_of(work: Any) -> set[str]:
     called = set()
 
     class Watch(TorchDispatchMode):
+        sees_fused_ops = True
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             called.add(func.name())
             return func(*args, **(kwargs or {}))

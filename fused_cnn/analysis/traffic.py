@@ -70,6 +70,8 @@ class Counts(OpCounts):
 class Counter(TorchDispatchMode):
     """Counts what runs under it."""
 
+    sees_fused_ops = True  # blocks run fused under it
+
     def __init__(self) -> None:
         super().__init__()
         self.counts = Counts()

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -50,15 +51,25 @@ def _storage(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
 
 
+def _counter(t: Tensor) -> Tensor:
+    """A tensor that shares t's version counter, and neither its memory nor its object: weak references to a tensor would
+    forbid PyTorch to swap it."""
+    counter = t.detach()
+    counter.data = counter.new_empty(0)
+    return counter
+
+
 class Form:
     """A block's weights as its fused op wants them, for one kind of input. `value` is None until it is made."""
 
     def __init__(self, kind: Kind, key: Any, sources: Sequence[Tensor]) -> None:
         self.kind, self.device, self.key = kind, kind[2], key
         self.snapshot: Snapshot | None = None
-        self.sources = [(weakref.ref(t), t._version) for t in sources]
-        self.memory: list[Tensor] = []  # of the sources of a form that is made, so that nothing new gets its address
+        self.first = id(sources[0])
+        self.counters = [(_counter(t), t._version) for t in sources]
+        self.owners = [StorageWeakRef(t.untyped_storage()) for t in sources]
         self.storages = frozenset(map(_storage, sources))
+        self.memory: list[Tensor] = []  # the sources' while the form is the block's: nothing new gets its address
         self.value: Any = None
         self.uses = 0  # on its own sources
         self.misses = 0  # of a form that is not made: calls on others
@@ -70,12 +81,15 @@ class Form:
 
     def is_alive(self) -> bool:
         """Whether its sources are there, and what they were, though perhaps no longer the block's."""
-        found = ((source(), version) for source, version in self.sources)
-        return not self.stale and all(t is not None and t._version == version for t, version in found)
+        return (
+            not self.stale
+            and all(counter._version == version for counter, version in self.counters)
+            and not any(owner.expired() for owner in self.owners)
+        )
 
     def note(self, first: Tensor | None) -> None:
         """A call that ran without it, on weights of which this is the first."""
-        if first is self.sources[0][0]():
+        if id(first) == self.first:
             self.uses += 1
         else:
             self.misses += 1
@@ -164,8 +178,9 @@ class Owner:
             is_due = form.uses >= self.patience or captured is not None
             if snapshot is not None and (form.value is not None or is_due):
                 form.snapshot = snapshot()  # first: a change while the form is made is seen at the next call
-            if form.value is None and is_due:
+            if form.value is not None or is_due:
                 form.memory = [t.detach() for t in sources]
+            if form.value is None and is_due:
                 form.fill(make(), captured)
             self._replace((form, *(f for f in self.forms if f is not form))[:KEPT])
             return form
@@ -194,7 +209,7 @@ class Owner:
             if form is found:
                 continue
             if form.snapshot is not None and module is not None and not form.snapshot.holds(module):
-                form.snapshot = None  # it would keep old children
+                form.snapshot, form.memory = None, []  # they would keep what the block was
             if not form.is_alive() and not (form.captured and kind is None):
                 if form.captured and form.kind == kind:
                     captured = form

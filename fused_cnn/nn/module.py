@@ -45,8 +45,9 @@ with contextlib.suppress(ImportError):
 Self = TypeVar("Self", bound="FusedModule")
 Replaced = Mapping[str, frozenset[str]]  # methods of a foreign class, and the names that they may use
 _PLAIN, _STRIDED = (Tensor, nn.Parameter), torch.strided
-# Modes under which blocks run fused: those that know this package's ops, or change nothing that is computed.
-_KNOWN_MODES = ("torch.utils.flop_counter", "torch.utils._device", "fused_cnn.analysis.traffic")
+# PyTorch's modes under which blocks run fused: they know this package's ops, or change nothing that is computed. Others
+# say so of themselves, by an attribute `sees_fused_ops`.
+_KNOWN_MODES = ("torch.utils.flop_counter", "torch.utils._device")
 # Quick answers of PyTorch's own; without them the longer way is gone.
 _any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
@@ -405,7 +406,7 @@ def is_under_mode() -> bool:
         modes = [*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()]
     except NameError:
         return True
-    return any(type(mode).__module__ not in _KNOWN_MODES for mode in modes)
+    return not all(type(m).__module__ in _KNOWN_MODES or getattr(m, "sees_fused_ops", False) for m in modes)
 
 
 def is_traced(x: Any) -> bool:

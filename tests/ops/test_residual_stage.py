@@ -200,6 +200,8 @@ def blocks_run(module: torch.nn.Module, x: Tensor) -> list[int]:
     kernel = _library.kernel("residual_stage_packed_fwd", "native")
 
     class Listen(TorchDispatchMode):
+        sees_fused_ops = True
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             if func is kernel:
                 found.append(len(args[3]))
