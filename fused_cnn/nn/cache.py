@@ -52,8 +52,8 @@ def _storage(t: Tensor) -> int:
 
 
 def _counter(t: Tensor) -> Tensor:
-    """A tensor that shares t's version counter, and neither its memory nor its object: weak references to a tensor would
-    forbid PyTorch to swap it."""
+    """A tensor that shares t's version counter, and not its memory. A weak reference to t would tell as much, but
+    PyTorch does not swap tensors that have one."""
     counter = t.detach()
     counter.data = counter.new_empty(0)
     return counter
