@@ -101,6 +101,10 @@ class FusedModule(nn.Module):
         """The modules whose forward the fused form computes itself."""
         return list(self.modules())[1:]
 
+    def regarded(self) -> list[nn.Module]:
+        """The modules on which it depends how this runs: those skipped, and what `features` would have it skip."""
+        return self.skipped()
+
     def pairs(self) -> list[Pair]:
         """The convolutions, with the BatchNorm behind each or None, that `fold` makes its form of."""
         raise NotImplementedError
@@ -227,11 +231,11 @@ class FusedModule(nn.Module):
                 )
 
     def _snapshot(self, tensors: Sequence[Tensor]) -> Snapshot:
-        return Snapshot(self, self.skipped(), self._methods(), tensors)
+        return Snapshot(self, self.regarded(), self._methods(), tensors)
 
     def _methods(self) -> Iterator[Method]:
         """The methods that must stay what they are: those of the skipped modules' classes, and of the foreign ones."""
-        modules = (self, *self.skipped())
+        modules = (self, *self.regarded())
         for kind in {type(m) for m in modules[1:]}:
             yield from ((kind, name) for name in (*COMPUTING, *CALLS) if hasattr(kind, name))
         for kind in {type(m) for m in modules if isinstance(m, FusedModule)}:

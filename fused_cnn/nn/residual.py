@@ -123,6 +123,12 @@ class ResidualBlock(FusedBlock):
             found += [downsample, *downsample]
         return [m for m in found if m is not None]
 
+    def regarded(self) -> list[nn.Module]:
+        downsample, found = self.downsample, self.skipped()
+        if isinstance(downsample, nn.Module) and not self._has("projection"):
+            found += downsample.modules()
+        return found
+
     def convs(self) -> list[Pair]:
         """conv1 and bn1, conv2 and bn2, ..."""
         children: Any = self._modules
