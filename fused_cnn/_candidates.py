@@ -81,7 +81,7 @@ _in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 # Quick answers of PyTorch's own. Without the first the longer way is gone; without the others such recordings of ops
 # have no derivative.
 _is_exporting = torch.compiler.is_exporting  # every op asks at every call
-_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _PRE_DISPATCH = getattr(getattr(torch._C, "DispatchKey", None), "PreDispatch", None)
 _key_included: Callable[[Any], bool] = getattr(
     torch._C, "_dispatch_tls_is_dispatch_key_included" if _PRE_DISPATCH is not None else "", lambda key: False
@@ -96,7 +96,7 @@ def records_early() -> bool:
 def is_recording() -> bool:
     """Whether torch.export or make_fx records a graph that others will run and differentiate. In it an autograd
     function of ours would be the op that it calls, a node without a derivative: gradients would silently be lost."""
-    return _is_exporting() or _key_included(_PRE_DISPATCH) or (_dispatch_modes() > 0 and _is_proxied())
+    return _is_exporting() or _key_included(_PRE_DISPATCH) or (dispatch_modes() > 0 and _is_proxied())
 
 
 def _is_proxied() -> bool:

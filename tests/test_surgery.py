@@ -3,6 +3,7 @@ calls replaced for everybody, modes, parts of another kind, dictionaries copied.
 weights are folded already, and to its eager twin."""
 
 import copy
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
@@ -239,8 +240,6 @@ def test_a_clone_by_dictionaries_has_weights_of_its_own() -> None:
 @torch.no_grad()
 def test_a_replaced_convolution_is_freed() -> None:
     """With its weights, and what was folded of them."""
-    import weakref
-
     _, fused, x = twins()
     with torch.autocast(x.device.type, torch.bfloat16):
         fused(x)

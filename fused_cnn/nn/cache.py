@@ -137,13 +137,11 @@ class Form:
 class Owner:
     """A block's forms. Reading is free of locks: `forms` is replaced as a whole."""
 
-    def __init__(self, module: nn.Module | None = None) -> None:
-        self.module = None if module is None else weakref.ref(module)
+    def __init__(self) -> None:
+        self.module: weakref.ref[nn.Module] | None = None  # whose it is, once that has looked at itself
         self.forms: tuple[Form, ...] = ()
         self.known: Any = None  # what the block is, as it understood itself (module.py)
-        self.other: Any = (
-            None  # and what it was before, of the same tensors: who trains and evaluates in turn comes back
-        )
+        self.other: Any = None  # what it was before, of the same tensors: training and evaluation take turns
         self.patience = 0  # calls on unchanged weights before a form is made
         self.pinned: list[Any] = []  # what graphs read of forms that are gone
 
@@ -175,13 +173,12 @@ class Owner:
             captured = self._retire(kind, found)
             form = found or self._new(kind, key, sources)
             form.misses = 0
-            is_due = form.uses >= self.patience or captured is not None
-            if snapshot is not None and (form.value is not None or is_due):
-                form.snapshot = snapshot()  # first: a change while the form is made is seen at the next call
-            if form.value is not None or is_due:
+            if form.value is not None or form.uses >= self.patience or captured is not None:
+                if snapshot is not None:
+                    form.snapshot = snapshot()  # first: a change while the form is made is seen at the next call
                 form.memory = [t.detach() for t in sources]
-            if form.value is None and is_due:
-                form.fill(make(), captured)
+                if form.value is None:
+                    form.fill(make(), captured)
             self._replace((form, *(f for f in self.forms if f is not form))[:KEPT])
             return form
 
@@ -213,9 +210,12 @@ class Owner:
             if not form.is_alive() and not (form.captured and kind is None):
                 if form.captured and form.kind == kind:
                     captured = form
-                self._learn(form)
-                self._replace(tuple(f for f in self.forms if f is not form))
+                self._drop(form)
         return captured
+
+    def _drop(self, form: Form) -> None:
+        self._learn(form)
+        self._replace(tuple(f for f in self.forms if f is not form))
 
     def _replace(self, forms: tuple[Form, ...]) -> None:
         self.pinned += [f.value for f in self.forms if f.captured and f not in forms]
@@ -226,8 +226,7 @@ class Owner:
         with _lock:
             for form in self.forms:
                 if form.snapshot is None or not form.snapshot.holds(module):
-                    self._learn(form)
-                    self._replace(tuple(f for f in self.forms if f is not form))
+                    self._drop(form)
             if self.known is not None and not self.known.snapshot.holds(module):
                 self.known = self.other = None
 

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .._candidates import is_recording, records_early, transforms_active
+from .._candidates import dispatch_modes, is_recording, records_early, transforms_active
 from ..ops import BatchNormArgs, bn_relu, bn_relu_conv
 from ..ops._conv import autocast_dtype, on_16_bytes
 from .cache import Form, Kind, Owner, detect_stale_weights
@@ -50,7 +50,6 @@ _PLAIN, _STRIDED = (Tensor, nn.Parameter), torch.strided
 _KNOWN_MODES = ("torch.utils.flop_counter", "torch.utils._device")
 # Quick answers of PyTorch's own; without them the longer way is gone.
 _any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
 
 
@@ -75,11 +74,8 @@ class FusedModule(nn.Module):
 
     backend: str | None = None
     replaces: ClassVar[Replaced] = {}
-    reads: ClassVar[tuple[str, ...]] = (
-        "forward",
-        "backend",
-        "_modules",
-    )  # what decides how it runs, of its own attributes
+    # What decides how it runs, of its own attributes.
+    reads: ClassVar[tuple[str, ...]] = ("forward", "backend", "_modules")
     _swapped_from: ClassVar[type[nn.Module] | None] = None
     _owner: Owner
 
@@ -262,10 +258,9 @@ class FusedModule(nn.Module):
     def _own(self) -> Owner:
         """The owner of this very block's forms: a copy of a block's dictionary still has the other's."""
         owner = self._owner
-        if owner.module is None:
-            owner.module = weakref.ref(self)
-        elif owner.module() is not self:
-            self._owner = owner = Owner(self)
+        if owner.module is not None and owner.module() is not self:
+            self._owner = owner = Owner()
+        owner.module = owner.module or weakref.ref(self)
         return owner
 
     def understand(self) -> Understanding:
@@ -399,7 +394,7 @@ def kind_of(x: Tensor) -> Kind | None:
     """What folded weights depend on in an input; None for inputs and moments that the fused ops are not for."""
     if type(x) not in _PLAIN or x.dim() != 4 or x.layout is not _STRIDED or transforms_active():
         return None
-    if not (x.is_cpu or x.is_cuda) or ((_dispatch_modes() or _function_modes()) and is_under_mode()):
+    if not (x.is_cpu or x.is_cuda) or ((dispatch_modes() or _function_modes()) and is_under_mode()):
         return None
     return (autocast_dtype(x) if _any_autocast() else None, x.dtype, x.device)
 
@@ -417,7 +412,7 @@ def is_traced(x: Any) -> bool:
     """Whether a call is recorded, or computes shapes alone, so that nothing of it may be kept."""
     if torch.compiler.is_compiling():
         return True
-    if type(x) in _PLAIN and not _dispatch_modes():
+    if type(x) in _PLAIN and not dispatch_modes():
         return records_early()
     if type(x).__name__ in ("FakeTensor", "FunctionalTensor"):
         return True

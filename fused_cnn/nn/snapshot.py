@@ -46,7 +46,7 @@ _READS: dict[type, tuple[str, ...]] = {
 
 def hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
     """The tables of what is called when this very module runs."""
-    return (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return tuple(getattr(module, name) for name in _HOOKS)
 
 
 def _hooks_on_all() -> list[dict[int, Any]]:
@@ -63,8 +63,9 @@ def replaced_for_all() -> str | None:
 
 def watched_by_all() -> str | None:
     """Why no module's forward may be skipped today; None where nobody watches them all."""
-    if replaced_for_all():
-        return replaced_for_all()
+    problem = replaced_for_all()
+    if problem:
+        return problem
     changed = [name for name, function in _CALLS.items() if getattr(nn.Module, name) is not function]
     return f"nn.Module.{changed[0]} was replaced" if changed else None
 
