@@ -295,7 +295,10 @@ class Build(build_ext):
             ),
         ]
         # CUTLASS's assertions in device code are calls, beside which wgmma instructions run one after the other.
-        products = ["-isystem", str(cutlass[0]), "-DNDEBUG"] if cutlass else []
+        products = []
+        if cutlass:
+            source = cutlass[0].parent
+            products = ["-isystem", str(cutlass[0]), "-isystem", str(source / "tools/util/include"), "-DNDEBUG"]
         jobs = [
             (
                 str(path.relative_to(ROOT)),

@@ -177,36 +177,48 @@ def conv_work(
     return found[0], found[1]
 
 
-GemmProblem = tuple[int, int, int, int, int]  # device, dtype (csrc/shared/dtype.h), m, n, k
-RECORDED = 64  # more products than one op launches
-_Problems = ctypes.c_int64 * 5 * RECORDED
+# What a convolution on a GPU's tensor cores is asked for (csrc/cuda/gemm/gemm.h, Problem): device, dtype, m, n, k,
+# residual, slices, kernel height and width, stride.
+Problem = tuple[int, ...]
+Tile = tuple[int, int, int, int]  # kind (1x1 product, convolution, the library's), m, n, k
+RECORDED = 64  # more problems than one op has
 
 
-def gemm_tiles(library: ctypes.CDLL) -> list[tuple[int, int, int]]:
-    """The tiles (m, n, k) of the CUDA library's forward product (csrc/cuda/gemm/gemm.h), in their order."""
-    sizes = (ctypes.c_int * 3 * 64)()
-    count = library.fused_cnn_gemm_tiles(sizes, len(sizes))
-    return [(m, n, k) for m, n, k in sizes[:count]]
+def _int64s(values: Sequence[int]) -> Any:
+    return (ctypes.c_int64 * len(values))(*values)
 
 
-def choose_gemm_tile(library: ctypes.CDLL, problem: GemmProblem, tile: int) -> None:
-    """Run the forward product of this problem with the tile of this index from now on; -1: with the one by rule."""
-    library.fused_cnn_choose_gemm_tile.restype = ctypes.c_bool
-    if not library.fused_cnn_choose_gemm_tile((ctypes.c_int64 * 5)(*problem), tile):
-        raise ValueError(f"there is no tile {tile}")
+def _major(problem: Problem) -> int:
+    return torch.cuda.get_device_capability(problem[0])[0] if torch.cuda.is_available() else 8
 
 
-def gemms_of(library: ctypes.CDLL, work: Callable[[], object]) -> list[GemmProblem]:
-    """The problems of the forward products that a piece of work launches, each once."""
-    record = library.fused_cnn_record_gemms
-    record.restype, record.argtypes = ctypes.c_int64, [ctypes.c_bool, _Problems, ctypes.c_int64]
-    found = _Problems()
+def tiles_of(library: ctypes.CDLL, problem: Problem) -> list[Tile]:
+    """The tiles of the CUDA library that may run a problem, in the order in which a rule picks one."""
+    found = (ctypes.c_int * 4 * 64)()
+    count = library.fused_cnn_tiles(_int64s(problem), _major(problem), found, len(found))
+    return [(kind, m, n, k) for kind, m, n, k in found[:count]]
+
+
+def choose_tile(library: ctypes.CDLL, problem: Problem, tile: Tile | None) -> None:
+    """Run this problem with that tile from now on; None: with the one by rule."""
+    library.fused_cnn_choose_tile.restype = ctypes.c_bool
+    chosen = None if tile is None else (ctypes.c_int * 4)(*tile)
+    if not library.fused_cnn_choose_tile(_int64s(problem), _major(problem), chosen):
+        raise ValueError(f"no tile {tile} may run {problem}")
+
+
+def problems_of(library: ctypes.CDLL, work: Callable[[], object]) -> list[Problem]:
+    """The problems that a piece of work has, each once."""
+    size = library.fused_cnn_problem_values()
+    record = library.fused_cnn_record_problems
+    found = (ctypes.c_int64 * size * RECORDED)()
+    record.restype, record.argtypes = ctypes.c_int64, [ctypes.c_bool, type(found), ctypes.c_int64]
     record(True, found, 0)
     try:
         work()
     finally:
         count = min(record(False, found, RECORDED), RECORDED)
-    return list(dict.fromkeys((d, t, m, n, k) for d, t, m, n, k in found[:count]))
+    return list(dict.fromkeys(tuple(problem) for problem in found[:count]))
 
 
 cpu.load()

@@ -33,7 +33,8 @@ from ._backends import BACKENDS, driver_version
 from ._sources import PACKAGE, digest
 
 VERSION = 1
-GEMM = "gemm"  # the kernel by which the CUDA library's forward product goes in `tiles`; its key is dtype, m, n, k
+# The name by which the CUDA library's convolutions go in `tiles`; the key is a problem (_library.py) without its device.
+GEMM = "gemm"
 Key = tuple[Any, ...]
 
 
@@ -189,10 +190,9 @@ def _load(device: torch.device) -> Table:
         found.update(load(cache_file(device), facts(device)))
     products = {tuple(problem): entry["best"] for (kernel, *problem), entry in found.tiles.items() if kernel == GEMM}
     if products and _library.cuda.loaded is not None:
-        tiles = [list(tile) for tile in _library.gemm_tiles(_library.cuda.loaded)]
         for problem, best in products.items():
-            if best in tiles:
-                _library.choose_gemm_tile(_library.cuda.loaded, (device.index or 0, *problem), tiles.index(best))
+            with contextlib.suppress(ValueError):  # a tile that this build does not have
+                _library.choose_tile(_library.cuda.loaded, (device.index or 0, *problem), tuple(best))
     _tables[device] = found
     kinds = {d.type for d in _tables}
     asks = (

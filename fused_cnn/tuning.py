@@ -83,30 +83,30 @@ def _measure(call: _Call, backends: Sequence[str], device: torch.device) -> None
     works["reference"]()  # where PyTorch's own path fails, the call itself is at fault
     if "native" in works and device.type == "cuda" and _library.cuda.loaded is not None:
         with contextlib.suppress(Exception):  # what does not run is no candidate, which _seconds finds, too
-            measure_gemm_tiles(works["native"], device, _library.cuda.loaded, measuring.table)
+            measure_tiles(works["native"], device, _library.cuda.loaded, measuring.table)
     timed = _seconds(works, device)
     measuring.table.choices[call.key] = {"best": min(timed, key=timed.__getitem__), "seconds": timed}
 
 
-def measure_gemm_tiles(work: Callable[[], object], device: torch.device, library: ctypes.CDLL, table: Table) -> None:
-    """Time `work` with each tile of each forward product that it launches, keep the fastest, and leave it chosen."""
-    tiles = _library.gemm_tiles(library)
-    for problem in _library.gemms_of(library, work):
+def measure_tiles(work: Callable[[], object], device: torch.device, library: ctypes.CDLL, table: Table) -> None:
+    """Time `work` with each tile of each problem that it has, keep the fastest, and leave it chosen."""
+    for problem in _library.problems_of(library, work):
         key = (_tables.GEMM, *problem[1:])
         if key in table.tiles:
             continue
 
-        def with_tile(i: int, problem: _library.GemmProblem = problem) -> object:
-            _library.choose_gemm_tile(library, problem, i)
+        def with_tile(tile: _library.Tile, problem: _library.Problem = problem) -> object:
+            _library.choose_tile(library, problem, tile)
             return work()
 
-        best = -1  # of what is interrupted
+        best = None  # of what is interrupted
         try:
-            timed = _seconds({i: functools.partial(with_tile, i) for i in range(len(tiles))}, device)
+            tiles = _library.tiles_of(library, problem)
+            timed = _seconds({tile: functools.partial(with_tile, tile) for tile in tiles}, device)
             best = min(timed, key=timed.__getitem__)
         finally:
-            _library.choose_gemm_tile(library, problem, best)
-        table.tiles[key] = {"best": list(tiles[best]), "seconds": {str(tiles[i]): s for i, s in timed.items()}}
+            _library.choose_tile(library, problem, best)
+        table.tiles[key] = {"best": list(best), "seconds": {str(tile): s for tile, s in timed.items()}}
 
 
 def _calls_of(model: Callable[..., Any], example: Sequence[Tensor], train: bool) -> list[_Call]:

@@ -34,6 +34,7 @@ ROOMS = {  # and their ops
     "concat": ("concat_bias_relu",),
     "conv": ("add_relu", "conv1x1_bias_relu", "conv_bias_relu"),
     "inception": ("inception",),
+    "max_pool": ("max_pool2d",),
 }
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-w"]
 STABLE = ["-x", "c++", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA", "-DFUSED_CNN_GEMM_SM80=1"]

@@ -1,46 +1,32 @@
-// fused_cnn::conv_bias_relu_fwd and _bwd on CUDA. A 1x1 convolution is a product of our own (cuda/gemm/pointwise.cuh),
-// its weight's gradient a split-K product; others are cuDNN's convolution and gradients, with one pass for bias,
-// residual and ReLU, and one for ReLU's mask and the bias's gradient.
+// fused_cnn::conv_bias_relu_fwd and _bwd on CUDA. Forward is a product of our own where there is one
+// (cuda/gemm/convolve.cuh), and so are a 1x1 convolution's gradients, its weight's split along K; other gradients are
+// cuDNN's, behind one pass for ReLU's mask and the bias's gradient.
 #include "conv/backward.h"
-#include "cuda/gemm/pointwise.cuh"
+#include "cuda/gemm/convolve.cuh"
 
 namespace fused_cnn {
 namespace {
-
-bool is_pointwise(const Tensor& weight, const ConvParams& params) {
-  return weight.size(2) == 1 && weight.size(3) == 1 && params.groups == 1 && params.padding == Ints{0, 0};
-}
-
-// The pixels that a strided 1x1 convolution reads, as a view.
-Tensor strided_slice(const Tensor& x, const Ints& stride) {
-  const std::optional<int64_t> whole;
-  Tensor view = x;
-  for (int64_t axis = 0; axis < 2; ++axis) {
-    if (stride[axis] == 1) continue;
-    const auto found = call_operator("aten::slice", "Tensor", view, axis + 2, whole, whole, stride[axis]);
-    view = torch::stable::detail::to<Tensor>(found[0]);
-  }
-  return view;
-}
 
 Tensor conv_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                           std::optional<Tensor> residual, Ints stride, Ints padding, Ints dilation, int64_t groups,
                           bool relu) {
   const ConvParams params{stride, padding, dilation, groups};
   check_conv("conv_bias_relu_fwd", x, weight, bias, residual, params);
-  const int64_t channels = weight.size(0);
-  const RowView added = rows_of(residual);
+  const Ints kernel{weight.size(2), weight.size(3)};
+  const std::array<int64_t, 2> size{conv_out_size(x.size(2), kernel, params, 0),
+                                    conv_out_size(x.size(3), kernel, params, 1)};
   if (bias) bias = torch::stable::contiguous(*bias);
-  if (is_pointwise(weight, params)) {
-    const Tensor read = strided_slice(x, stride);
-    const RowResult out(read, channels, result_format(x));
-    pointwise(read, rows_of(read), torch::stable::contiguous(weight), bias, added, relu,
-              {{out, static_cast<int>(channels)}});
-    return out.finish();
+  const Tile* tile = tile_of(x, weight, params, residual.has_value(), relu, size, /*own=*/true);
+  const MemoryFormat format = result_format(x);
+  if (tile && tile->kind == TileKind::library_fused) {
+    return dense(library_fused(x, weight, bias, params), format);
   }
-  const Tensor y = aten_convolution(x, weight, std::nullopt, params);
-  const RowResult out(y, channels, result_format(x));
-  finish_convolution(y, bias, added, relu, {{out, static_cast<int>(channels)}});
+  const bool alone = !bias && !residual && !relu;
+  if (alone && (!tile || tile->kind == TileKind::library)) {
+    return dense(aten_convolution(x, weight, std::nullopt, params), format);
+  }
+  const RowResult out(x, weight.size(0), size[0], size[1], format);
+  convolve(x, weight, bias, rows_of(residual), params, relu, size, {out, static_cast<int>(weight.size(0))}, tile);
   return out.finish();
 }
 
@@ -86,6 +72,7 @@ Tensor pointwise_wgrad(const RowView& any_grad, const RowView& any_in, const Ten
     if (parts == 0 || length == 0) return;
     const auto from = [&](const RowView& view) { return Rows{view.at<uint16_t>(part * size), view.pitch}; };
     Gemm gemm{.kind = GemmKind::wgrad,
+              .tile = nullptr,
               .dtype = dtype,
               .a = from(grad),
               .b = from(in),
@@ -117,7 +104,7 @@ Tensor pointwise_dgrad(const RowView& grad, const Tensor& x, const Tensor& read,
                        const Ints& stride) {
   const RowResult at_read(read, x.size(1), MemoryFormat::ChannelsLast);
   if (weight.size(0) > 0) {
-    pointwise(grad.tensor, grad, torch::stable::contiguous(torch::stable::transpose(weight, 0, 1)), std::nullopt,
+    pointwise(grad.tensor, grad, {torch::stable::contiguous(torch::stable::transpose(weight, 0, 1))}, /*biases=*/{},
               /*residual=*/{}, /*relu=*/false, {{at_read, static_cast<int>(x.size(1))}});
   } else {
     Tensor zero = at_read.tensor;

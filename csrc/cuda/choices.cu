@@ -1,75 +1,102 @@
-// Which tile a forward product runs with: the one that the device's table has for its shape, else the first in the
-// order of kGemmTiles whose predicate holds. Python hands the table's entries over, and asks which products a call
-// consists of when it measures them (fused_cnn/tuning.py), through C functions.
+// Which tile a problem runs with: the one that the device's table has for it, else the first in the architecture's order
+// whose predicate holds. Python hands the table's entries over, and asks which problems a call consists of when it
+// measures them (fused_cnn/tuning.py), through C functions. There a problem is the values of Problem in order, a tile
+// {kind, m, n, k}.
 #include <algorithm>
-#include <array>
 #include <map>
 #include <mutex>
 #include <utility>
 #include <vector>
-#include "cuda/gemm/gemm.h"
+#include "cuda/gemm/tiles.h"
 
 #define FUSED_CNN_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace fused_cnn {
 namespace {
 
-using Problem = std::array<int64_t, 5>;  // device, dtype, m, n, k
+constexpr int kProblemValues = sizeof(Problem) / sizeof(int64_t);
 
 std::mutex mutex;  // for all that follows
-std::map<Problem, int> chosen;
+std::map<Problem, const Tile*> chosen;
 bool recording = false;
 std::vector<Problem> recorded;
 
+Problem problem_of(const int64_t* values) {
+  Problem problem;
+  std::copy_n(values, kProblemValues, &problem.device);
+  return problem;
+}
+
+std::vector<const Tile*> suitable(const Problem& problem, int major) {
+  std::vector<const Tile*> found;
+  const TensorCores* cores = tensor_cores(major);
+  if (!cores) return found;
+  for (const Tile& tile : cores->tiles) {
+    if (tile.suits(problem)) found.push_back(&tile);
+  }
+  return found;
+}
+
 }  // namespace
 
-int gemm_tile(const Gemm& gemm, int device, int multiprocessors) {
-  const Problem problem{device, static_cast<int64_t>(gemm.dtype), gemm.m, gemm.n, gemm.k};
+const Tile& tile_for(const Problem& problem, std::span<const Tile> candidates, int multiprocessors) {
   const std::lock_guard lock(mutex);
   if (recording) recorded.push_back(problem);
-  if (const auto found = chosen.find(problem); found != chosen.end()) return found->second;
-  int i = 0;
-  while (i + 1 < kGemmTileCount && !kGemmTiles[i].when(gemm, multiprocessors)) ++i;
-  return i;
+  if (const auto found = chosen.find(problem); found != chosen.end()) return *found->second;
+  return *std::find_if(candidates.begin(), std::prev(candidates.end()), [&](const Tile& tile) {
+    return tile.suits(problem) && tile.when(problem, multiprocessors);
+  });
 }
 
 }  // namespace fused_cnn
 
 using namespace fused_cnn;
 
-// Fills (m, n, k) of each tile, as many as `capacity` allows; returns how many there are.
-FUSED_CNN_EXPORT int fused_cnn_gemm_tiles(int sizes[][3], int capacity) {
-  for (int i = 0; i < std::min(capacity, kGemmTileCount); ++i) {
-    const GemmTile& tile = kGemmTiles[i];
-    sizes[i][0] = tile.m;
-    sizes[i][1] = tile.n;
-    sizes[i][2] = tile.k;
-  }
-  return kGemmTileCount;
+// How many values a problem has, and, of at most `capacity` of them, the tiles that may run it on a GPU of compute
+// capability major.x; returns how many there are.
+FUSED_CNN_EXPORT int fused_cnn_problem_values() {
+  return kProblemValues;
 }
 
-// The product of this problem (device, dtype, m, n, k) runs with this tile from now on, or by the predicates' order
-// again where it is -1; false where there is no such tile.
-FUSED_CNN_EXPORT bool fused_cnn_choose_gemm_tile(const int64_t problem[5], int tile) {
-  if (tile < -1 || tile >= kGemmTileCount) return false;
-  Problem key;
-  std::copy_n(problem, key.size(), key.begin());
+FUSED_CNN_EXPORT int fused_cnn_tiles(const int64_t* problem, int major, int tiles[][4], int capacity) {
+  const std::vector<const Tile*> found = suitable(problem_of(problem), major);
+  for (int i = 0; i < std::min<int>(capacity, found.size()); ++i) {
+    tiles[i][0] = static_cast<int>(found[i]->kind);
+    tiles[i][1] = found[i]->m;
+    tiles[i][2] = found[i]->n;
+    tiles[i][3] = found[i]->k;
+  }
+  return static_cast<int>(found.size());
+}
+
+// This problem runs with this tile from now on, or, where that is null, by the predicates' order again; false where no
+// such tile may run it.
+FUSED_CNN_EXPORT bool fused_cnn_choose_tile(const int64_t* values, int major, const int* tile) {
+  const Problem problem = problem_of(values);
   const std::lock_guard lock(mutex);
-  if (tile == -1) {
-    chosen.erase(key);
-  } else {
-    chosen[key] = tile;
+  if (!tile) {
+    chosen.erase(problem);
+    return true;
   }
-  return true;
+  for (const Tile* candidate : suitable(problem, major)) {
+    if (static_cast<int>(candidate->kind) == tile[0] && candidate->m == tile[1] && candidate->n == tile[2] &&
+        candidate->k == tile[3]) {
+      chosen[problem] = candidate;
+      return true;
+    }
+  }
+  return false;
 }
 
-// Begins to record the problems of forward products, or (on = false) ends it, fills as many as `capacity` allows and
-// returns how many there were.
-FUSED_CNN_EXPORT int64_t fused_cnn_record_gemms(bool on, int64_t problems[][5], int64_t capacity) {
+// Begins to record problems, or (on = false) ends it, fills as many as `capacity` allows and returns how many there
+// were.
+FUSED_CNN_EXPORT int64_t fused_cnn_record_problems(bool on, int64_t* values, int64_t capacity) {
   const std::lock_guard lock(mutex);
   recording = on;
   const std::vector<Problem> found = std::exchange(recorded, {});
   const int64_t count = static_cast<int64_t>(found.size());
-  for (int64_t i = 0; i < std::min(capacity, count); ++i) std::copy_n(found[i].begin(), found[i].size(), problems[i]);
+  for (int64_t i = 0; i < std::min(capacity, count); ++i) {
+    std::copy_n(&found[i].device, kProblemValues, values + i * kProblemValues);
+  }
   return count;
 }

@@ -1,16 +1,12 @@
 // fused_cnn::inception_fwd on CUDA: a whole Inception block, BatchNorm folded. The three 1x1 convolutions of x are one
 // product with three destinations, branch 1's slice of the output and the two reductions; the pool's projection writes
-// into its slice too. The k x k convolutions are cuDNN's, and one pass brings each, with bias and ReLU, into its slice.
-#include "cuda/gemm/pointwise.cuh"
+// into its slice too, and so do the k x k convolutions (cuda/gemm/convolve.cuh).
+#include "cuda/gemm/convolve.cuh"
+#include "cuda/max_pool.cuh"
 #include "inception/checks.h"
 
 namespace fused_cnn {
 namespace {
-
-Tensor concatenated(const std::vector<Tensor>& tensors) {
-  const auto found = call_operator("aten::cat", "", tensors, /*dim=*/int64_t{0});
-  return dense(torch::stable::detail::to<Tensor>(found[0]), MemoryFormat::Contiguous);
-}
 
 Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
   const char* op = "inception_fwd";
@@ -30,21 +26,24 @@ Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<T
 
   const Tensor reduced3 = empty_result(x, channels(kReduce3), x.size(2), x.size(3));
   const Tensor reduced5 = empty_result(x, channels(kReduce5), x.size(2), x.size(3));
-  pointwise(x, rows_of(x), concatenated({weights[kBranch1], weights[kReduce3], weights[kReduce5]}),
-            concatenated({biases[kBranch1], biases[kReduce3], biases[kReduce5]}), /*residual=*/{}, /*relu=*/true,
+  pointwise(x, rows_of(x), {weights[kBranch1], weights[kReduce3], weights[kReduce5]},
+            {biases[kBranch1], biases[kReduce3], biases[kReduce5]}, /*residual=*/{}, /*relu=*/true,
             {next_branch(kBranch1), slice(rows_of(reduced3), kReduce3), slice(rows_of(reduced5), kReduce5)});
 
-  const auto convolve = [&](const Tensor& from, int i) {
-    finish_convolution(aten_convolution(from, weights[i], std::nullopt, same_padding(weights[i].size(2))),
-                       torch::stable::contiguous(biases[i]), /*residual=*/{}, /*relu=*/true, {next_branch(i)});
+  const auto branch = [&](const Tensor& from, int i) {
+    const ConvParams params = same_padding(weights[i].size(2));
+    const std::array<int64_t, 2> size{x.size(2), x.size(3)};
+    const Tile* tile = tile_of(from, weights[i], params, /*residual=*/false, /*relu=*/true, size, /*own=*/false);
+    convolve(from, weights[i], torch::stable::contiguous(biases[i]), /*residual=*/{}, params, /*relu=*/true, size,
+             next_branch(i), tile);
   };
-  convolve(reduced3, kConv3);
-  convolve(reduced5, kConv5);
+  branch(reduced3, kConv3);
+  branch(reduced5, kConv5);
 
-  const Tensor pooled = aten_max_pool2d(x, /*kernel=*/{3, 3}, /*stride=*/{1, 1}, /*padding=*/{1, 1},
-                                        /*dilation=*/{1, 1}, /*ceil_mode=*/false);
-  pointwise(pooled, rows_of(pooled), dense(weights[kPoolProj], MemoryFormat::Contiguous),
-            torch::stable::contiguous(biases[kPoolProj]), /*residual=*/{}, /*relu=*/true, {next_branch(kPoolProj)});
+  const Tensor pooled = empty_result(x, x.size(1), x.size(2), x.size(3));
+  max_pool(x, rows_of(x), pooled, {.kernel = {3, 3}, .stride = {1, 1}, .padding = {1, 1}, .dilation = {1, 1}});
+  pointwise(pooled, rows_of(pooled), {weights[kPoolProj]}, {torch::stable::contiguous(biases[kPoolProj])},
+            /*residual=*/{}, /*relu=*/true, {next_branch(kPoolProj)});
   return out.finish();
 }
 

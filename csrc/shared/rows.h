@@ -51,20 +51,21 @@ inline Tensor empty_result(const Tensor& like, int64_t channels, int64_t height,
 Tensor empty_result(const Tensor& like, int64_t channels, int64_t height, int64_t width);  // cpu/memory.cpp
 #endif
 
-// An uninitialised result, (N, channels, H, W) as `like`, written in rows; finish() gives it the layout that
-// callers see.
+// An uninitialised result, (N, channels, H, W) as `like` or of another size, written in rows; finish() gives it the
+// layout that callers see.
 struct RowResult : RowView {
   MemoryFormat format;
   bool in_place;
 
   RowResult(const Tensor& like, int64_t channels, MemoryFormat format)
+      : RowResult(like, channels, like.size(2), like.size(3), format) {}
+  RowResult(const Tensor& like, int64_t channels, int64_t height, int64_t width, MemoryFormat format)
       : format(format),
         // With one channel or one pixel both layouts are the same bytes; the strides must still be the
         // format's own.
-        in_place(format == MemoryFormat::ChannelsLast || channels == 1 || like.size(2) * like.size(3) == 1) {
-    tensor = in_place && format == MemoryFormat::Contiguous
-                 ? empty_nchw(like, channels, like.size(2), like.size(3), format)
-                 : empty_result(like, channels, like.size(2), like.size(3));
+        in_place(format == MemoryFormat::ChannelsLast || channels == 1 || height * width == 1) {
+    tensor = in_place && format == MemoryFormat::Contiguous ? empty_nchw(like, channels, height, width, format)
+                                                            : empty_result(like, channels, height, width);
     data = tensor.data_ptr();
     pitch = channels;
   }

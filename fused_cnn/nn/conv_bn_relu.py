@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .._layout import asks_for_channels_last, in_channels_last
 from ..ops import conv_bias_relu
 from ..ops._conv import IntPair, autocast, on_16_bytes
-from .fold import FoldedPair, Pair, conv_problem, geometry, norm_problem
+from .fold import FoldedPair, Pair, conv_problem, fold, geometry, norm_problem
 from .module import FusedBlock
 from .traced import traced_conv
 
@@ -77,7 +77,7 @@ class ConvBNReLU(FusedBlock):
         return self.backend, self.relu
 
     def fold(self, x: Tensor) -> FoldedPair:
-        return FoldedPair.of(self.conv, self.norm, autocast(x)[0], self.backend)
+        return FoldedPair.of(self.conv, fold(self.conv, self.norm), autocast(x)[0], self.backend)
 
     def run_folded(self, x: Tensor, folded: FoldedPair) -> Tensor:
         return folded.run(x, relu=self.relu, backend=self.backend)

@@ -153,6 +153,11 @@ def fold_tensors(sources: Sources, eps: float) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
+def sum_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Of two biases."""
+    return b if a is None else a if b is None else a + b
+
+
 def geometry(conv: nn.Conv2d) -> dict[str, Any]:
     """conv2d's keyword arguments."""
     return {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
@@ -181,9 +186,9 @@ class FoldedPair(NamedTuple):
     y_channels_last: bool  # whether the result is to be: an x of one channel lies both ways
 
     @classmethod
-    def of(cls, conv: nn.Conv2d, bn: Norm, like: Tensor, backend: str | None) -> FoldedPair:
+    def of(cls, conv: nn.Conv2d, folded: FoldedConv, like: Tensor, backend: str | None) -> FoldedPair:
         """For inputs of `like`'s dtype and device."""
-        weight, bias, stride, _, dilation, groups = fold(conv, bn)
+        weight, bias, stride, _, dilation, groups = folded
         how: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups, "backend": backend}
         asks, has_one = asks_for_channels_last(conv.weight), conv.in_channels == 1
         packed = pack_conv(weight, bias, like=like, **how)

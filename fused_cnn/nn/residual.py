@@ -11,7 +11,7 @@ from .._layout import asks_for_channels_last, in_channels_last
 from ..ops import BatchNormArgs, PackedResidualStage, bn_add_relu, pack_residual_block, residual_stage
 from ..ops._conv import autocast, on_16_bytes, packable
 from .cache import Form, Kind
-from .fold import FoldedPair, Pair, fold, pair_problem, skip_problem, wants_gradient
+from .fold import FoldedPair, Pair, fold, pair_problem, skip_problem, sum_of, wants_gradient
 from .module import FusedBlock, Replaced, block_problem, is_traced
 from .traced import traced_conv, traced_stage
 
@@ -166,10 +166,16 @@ class ResidualBlock(FusedBlock):
             packed = pack_residual_block([fold(*pair) for pair in convs], projected, **how)
             assert packed is not None
             return OneOp(packed, self.gives_channels_last())
-        return FoldedBlock(
-            [FoldedPair.of(*pair, like, self.backend) for pair in convs],
-            None if projection is None else FoldedPair.of(*projection, like, self.backend),
-        )
+        folded = [fold(*pair) for pair in convs]
+        if projection is None:
+            projected = None
+        else:
+            # Its bias is added with the last convolution's: what is left needs no pass behind it.
+            shortcut = fold(*projection)
+            folded[-1] = folded[-1]._replace(bias=sum_of(folded[-1].bias, shortcut.bias))
+            projected = FoldedPair.of(projection[0], shortcut._replace(bias=None), like, self.backend)
+        pairs = zip(convs, folded, strict=True)
+        return FoldedBlock([FoldedPair.of(conv, one, like, self.backend) for (conv, _), one in pairs], projected)
 
     def run_folded(self, x: Tensor, folded: OneOp | FoldedBlock) -> Tensor:
         if isinstance(folded, OneOp):

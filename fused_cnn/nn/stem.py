@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..ops._conv import autocast, on_16_bytes
-from .fold import FoldedPair, Pair, pair_problem, skip_problem
+from .fold import FoldedPair, Pair, fold, pair_problem, skip_problem
 from .module import FusedModule
 from .traced import traced_conv
 
@@ -35,7 +35,7 @@ class StemmedNetwork(FusedModule):
         return [(self.conv1, self.bn1)]
 
     def fold(self, x: Tensor) -> FoldedPair:
-        return FoldedPair.of(self.conv1, self.bn1, autocast(x)[0], self.backend)
+        return FoldedPair.of(self.conv1, fold(self.conv1, self.bn1), autocast(x)[0], self.backend)
 
     def run_folded(self, x: Tensor, folded: FoldedPair) -> Tensor:
         return self.behind_stem(folded.run(x, relu=True, backend=self.backend))

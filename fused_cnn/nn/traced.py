@@ -34,7 +34,7 @@ from ..ops._flops import conv_flops, flop_formula
 from ..ops.conv.stage import GEOMETRY, fake_stage, stage_flops
 from ..ops.inception.op import OUTPUTS, same_size_flops
 from .cache import Owner, detect_stale_weights
-from .fold import FoldedInception, FoldedPair, Norm, Pair, Sources, fold_tensors, tensors_of
+from .fold import FoldedInception, FoldedPair, Norm, Pair, Sources, fold, fold_tensors, tensors_of
 
 SIX = 6  # sources of a convolution
 _owners = WeakTensorKeyDictionary()  # by the first convolution's weight, with which they go
@@ -270,7 +270,7 @@ def traced_conv(
     residual = None if residual is None else residual.to(x.dtype)
     packs = conv.groups == 1 and packable(x, "conv_bias_relu_fwd", backend)
     if not packs and not is_recording():
-        return FoldedPair.of(conv, norm, x, backend).run(x, residual, relu=relu, backend=backend)
+        return FoldedPair.of(conv, fold(conv, norm), x, backend).run(x, residual, relu=relu, backend=backend)
     sources, (eps,) = _sources([(conv, norm)])
     where = (*(pair(n) for n in _window(conv)[1:]), conv.groups, relu, backend)
     if not asks_for_channels_last(conv.weight):

@@ -5,7 +5,9 @@
 #include <cutlass/device_kernel.h>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 #include <cutlass/half.h>
+#include <algorithm>
 #include <cstring>
+#include <initializer_list>
 #include <type_traits>
 #include "cuda/gemm/epilogue.cuh"
 
@@ -84,30 +86,22 @@ class SliceEpilogue {
   Params params_;
 };
 
-// Operands lie along k (kAlongK), or along m and n.
-template <class Kernel, bool kAlongK>
-cudaError_t launch_cutlass(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
-  using Element = typename Kernel::ElementA;
-  constexpr int kPitched = kAlongK ? 0 : 1;
-  typename Kernel::Arguments arguments{};
-  arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
-  arguments.problem_shape = {gemm.m, gemm.n, gemm.k, gemm.batch};
-  arguments.mainloop.ptr_A = static_cast<const Element*>(gemm.a.data);
-  cute::get<kPitched>(arguments.mainloop.dA) = gemm.a.pitch;
-  cute::get<2>(arguments.mainloop.dA) = gemm.a_batch_stride;
-  arguments.mainloop.ptr_B = static_cast<const Element*>(gemm.b.data);
-  cute::get<kPitched>(arguments.mainloop.dB) = gemm.b.pitch;
-  cute::get<2>(arguments.mainloop.dB) = gemm.b_batch_stride;
-  arguments.epilogue = gemm.epilogue;
-  arguments.hw_info.sm_count = multiprocessors;
-  const auto parameters = Kernel::to_underlying_arguments(arguments, nullptr);
-  // CUTLASS leaves a descriptor empty that the driver refuses.
+// CUTLASS leaves a descriptor empty that the driver refuses.
+inline bool refused(std::initializer_list<const cute::TmaDescriptor*> made) {
+  constexpr cute::TmaDescriptor empty{};
+  return std::any_of(made.begin(), made.end(), [&](auto* d) { return std::memcmp(d, &empty, sizeof empty) == 0; });
+}
+
+template <class Kernel>
+cudaError_t launch_kernel(const typename Kernel::Params& parameters, cudaStream_t stream) {
   if constexpr (requires { parameters.mainloop.tma_load_a; }) {
-    constexpr cute::TmaDescriptor empty{};
-    for (const auto* made :
-         {parameters.mainloop.tma_load_a.get_tma_descriptor(), parameters.mainloop.tma_load_b.get_tma_descriptor()}) {
-      if (std::memcmp(made, &empty, sizeof empty) == 0) return cudaErrorInvalidValue;
+    if (refused({parameters.mainloop.tma_load_a.get_tma_descriptor(),
+                 parameters.mainloop.tma_load_b.get_tma_descriptor()})) {
+      return cudaErrorInvalidValue;
     }
+  }
+  if constexpr (requires { parameters.epilogue.tma_refused(); }) {
+    if (parameters.epilogue.tma_refused()) return cudaErrorInvalidValue;
   }
   const auto kernel = cutlass::device_kernel<Kernel>;
   if (Kernel::SharedStorageSize >= 48 << 10) {
@@ -123,21 +117,24 @@ cudaError_t launch_cutlass(const Gemm& gemm, int multiprocessors, cudaStream_t s
   return cudaLaunchKernelEx(&config, kernel, parameters);
 }
 
-// Launches Config<T, Out, kAlongK, m, n, k>::Kernel with the tile that the product asks for: of the result's rows and
-// columns, and of k.
-template <typename T, template <typename, typename, bool, int, int, int> class Config, int kTile = 0>
-cudaError_t run_gemm(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
-  if (gemm.kind == GemmKind::wgrad) {
-    return launch_cutlass<typename Config<T, float, false, 128, 128, 64>::Kernel, false>(gemm, multiprocessors, stream);
-  }
-  if constexpr (kTile < kGemmTileCount) {
-    constexpr GemmTile tile = kGemmTiles[kTile];
-    using Kernel = typename Config<T, T, true, tile.m, tile.n, tile.k>::Kernel;
-    return gemm.tile == kTile ? launch_cutlass<Kernel, true>(gemm, multiprocessors, stream)
-                              : run_gemm<T, Config, kTile + 1>(gemm, multiprocessors, stream);
-  } else {
-    return cudaErrorInvalidValue;
-  }
+// Operands lie along k (kAlongK), or along m and n; `columns` are the product's, which may be more than the results'.
+template <class Kernel, bool kAlongK>
+cudaError_t launch_product(const Gemm& gemm, int columns, const typename Kernel::EpilogueArguments& epilogue,
+                           int multiprocessors, cudaStream_t stream) {
+  using Element = typename Kernel::ElementA;
+  constexpr int kPitched = kAlongK ? 0 : 1;
+  typename Kernel::Arguments arguments{};
+  arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
+  arguments.problem_shape = {gemm.m, columns, gemm.k, gemm.batch};
+  arguments.mainloop.ptr_A = static_cast<const Element*>(gemm.a.data);
+  cute::get<kPitched>(arguments.mainloop.dA) = gemm.a.pitch;
+  cute::get<2>(arguments.mainloop.dA) = gemm.a_batch_stride;
+  arguments.mainloop.ptr_B = static_cast<const Element*>(gemm.b.data);
+  cute::get<kPitched>(arguments.mainloop.dB) = gemm.b.pitch;
+  cute::get<2>(arguments.mainloop.dB) = gemm.b_batch_stride;
+  arguments.epilogue = epilogue;
+  arguments.hw_info.sm_count = multiprocessors;
+  return launch_kernel<Kernel>(Kernel::to_underlying_arguments(arguments, nullptr), stream);
 }
 
 }  // namespace fused_cnn

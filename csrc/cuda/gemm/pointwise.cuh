@@ -4,7 +4,7 @@
 #pragma once
 #include <climits>
 #include "cuda/bias_residual_relu.cuh"
-#include "cuda/gemm/gemm.h"
+#include "cuda/gemm/tiles.h"
 #include "shared/aten_conv.h"
 
 namespace fused_cnn {
@@ -12,6 +12,11 @@ namespace fused_cnn {
 inline bool gemm_supports(DType dtype, int64_t rows, int64_t inputs, int64_t outputs) {
   return (dtype == DType::f16 || dtype == DType::bf16) && rows > 0 && inputs > 0 && outputs > 0 && inputs % 8 == 0 &&
          outputs % 8 == 0 && std::max({rows, inputs, outputs}) <= INT_MAX - 128;
+}
+
+inline Tensor concatenated(const std::vector<Tensor>& tensors) {
+  const auto found = call_operator("aten::cat", "", tensors, /*dim=*/int64_t{0});
+  return dense(torch::stable::detail::to<Tensor>(found[0]), MemoryFormat::Contiguous);
 }
 
 // A contiguous tensor, copied where it does not lie on 16 bytes.
@@ -36,35 +41,34 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
-// The kernels of this build for the device of a launch; null where it has none.
+// The kernels of this build for a device; false where it has none.
 struct GemmKernels {
-  cudaError_t (*f16)(const Gemm&, int, cudaStream_t) = nullptr;
-  cudaError_t (*bf16)(const Gemm&, int, cudaStream_t) = nullptr;
-  int multiprocessors;
+  const TensorCores* cores;
+  int device, multiprocessors;
 
-  explicit GemmKernels(int device) : multiprocessors(device_attribute(cudaDevAttrMultiProcessorCount, device)) {
-    const int major = device_attribute(cudaDevAttrComputeCapabilityMajor, device);
-#if FUSED_CNN_GEMM_SM80
-    if (major >= 8) {
-      f16 = gemm_sm80_f16;
-      bf16 = gemm_sm80_bf16;
-    }
-#endif
-#if FUSED_CNN_GEMM_SM90A
-    if (major == 9) {
-      f16 = gemm_sm90a_f16;
-      bf16 = gemm_sm90a_bf16;
-    }
-#endif
+  explicit GemmKernels(int device)
+      : cores(tensor_cores(device_attribute(cudaDevAttrComputeCapabilityMajor, device))),
+        device(device),
+        multiprocessors(device_attribute(cudaDevAttrMultiProcessorCount, device)) {}
+  explicit operator bool() const { return cores != nullptr; }
+
+  const Tile& tile_for(const Problem& problem) const {
+    return fused_cnn::tile_for(problem, cores->tiles, multiprocessors);
   }
-  explicit operator bool() const { return f16 != nullptr; }
-
   void run(const Launch& launch, const Gemm& gemm) const {
-    const auto kernel = gemm.dtype == DType::f16 ? f16 : bf16;
-    const cudaError_t error = kernel(gemm, multiprocessors, launch.stream());
+    check(cores->product(gemm, multiprocessors, launch.stream()), "product of ", gemm.m, " x ", gemm.k, " and ", gemm.k,
+          " x ", gemm.n);
+  }
+  void run(const Launch& launch, const Convolution& conv) const {
+    check(cores->convolution(conv, launch.stream()), "convolution of ", conv.images, " x ", conv.size[0], " x ",
+          conv.size[1], " pixels of ", conv.inputs, " channels");
+  }
+
+ private:
+  template <typename... Words>
+  static void check(cudaError_t error, const Words&... what) {
     if (error != cudaSuccess) cudaGetLastError();  // or this library's next check would report it once more
-    FUSED_CNN_CHECK(error == cudaSuccess, "product of ", gemm.m, " x ", gemm.k, " and ", gemm.k, " x ", gemm.n,
-                    ": launch failed: ", cudaGetErrorString(error));
+    FUSED_CNN_CHECK(error == cudaSuccess, what..., ": launch failed: ", cudaGetErrorString(error));
   }
 };
 
@@ -86,38 +90,76 @@ inline void finish_convolution(const Tensor& convolution, const std::optional<Te
   bias_residual_relu</*kWideBias=*/false>(convolution, branches, relu, row_count(convolution));
 }
 
-// relu(x weight^T + bias + residual), its columns into the slices in order. x has (N, C, H, W), `in` its rows; weight
-// is (out, C, 1, 1) and bias (out,), both contiguous and of x's type.
-inline void pointwise(const Tensor& x, const RowView& in, const Tensor& weight, const std::optional<Tensor>& bias,
-                      const RowView& residual, bool relu, const std::vector<GemmSlice>& slices) {
+// (out, in, 1, 1) tensors one below the other, each from a multiple of `step` rows on; what lies between is not
+// initialised, and no result depends on it.
+inline Tensor stacked(const std::vector<Tensor>& weights, int64_t step) {
+  if (weights.size() == 1) return dense(weights[0], MemoryFormat::Contiguous);
+  std::vector<Tensor> parts;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor& weight = weights[i];
+    parts.push_back(weight);
+    const int64_t size[] = {ceil_div(weight.size(0), step) * step - weight.size(0), weight.size(1), 1, 1};
+    if (size[0] == 0 || i + 1 == weights.size()) continue;
+    parts.push_back(
+        torch::stable::empty(size, weight.scalar_type(), torch::headeronly::Layout::Strided, weight.device()));
+  }
+  return concatenated(parts);
+}
+
+// relu(x weights^T + biases + residual), its columns into the slices in order. x has (N, C, H, W), `in` its rows; there
+// is a weight (out, C, 1, 1) and a bias (out,), or no bias at all, for each slice, contiguous and of x's type. The
+// tile is the one that the caller found for it, or of its own problem.
+inline void pointwise(const Tensor& x, const RowView& in, const std::vector<Tensor>& weights,
+                      const std::vector<Tensor>& biases, const RowView& residual, bool relu,
+                      const std::vector<GemmSlice>& slices, const Tile* found = nullptr) {
   const DType dtype = dtype_of("pointwise", "x", x);
-  const int64_t rows = row_count(x), inputs = x.size(1), outputs = weight.size(0);
+  const int64_t rows = row_count(x), inputs = x.size(1);
+  int64_t outputs = 0;
+  for (const GemmSlice& s : slices) outputs += s.columns;
   if (rows == 0 || outputs == 0) return;
+  std::optional<Tensor> bias;
+  if (!biases.empty()) bias = biases.size() == 1 ? biases[0] : concatenated(biases);
   bool supported = gemm_supports(dtype, rows, inputs, outputs) && slices.size() <= kGemmSlices;
   for (const GemmSlice& s : slices) supported &= aligned16(s.rows, x.element_size()) && s.columns % 8 == 0;
   const int device = x.get_device_index();
   if (supported) {
     if (const GemmKernels kernels(device); kernels) {
-      const RowView a = on_16_bytes(in), addend = residual.data ? on_16_bytes(residual) : residual;
-      const Tensor b = on_16_bytes(weight), vector = bias ? on_16_bytes(*bias) : Tensor();
-      Gemm gemm{.kind = GemmKind::forward,
-                .dtype = dtype,
-                .a = a,
-                .b = {b.data_ptr(), inputs},
-                .m = static_cast<int>(rows),
-                .n = static_cast<int>(outputs),
-                .k = static_cast<int>(inputs),
-                .batch = 1,
-                .epilogue = {.bias = bias ? vector.data_ptr() : nullptr,
-                             .residual = addend,
-                             .relu = relu,
-                             .slices = static_cast<int>(slices.size())}};
-      std::copy(slices.begin(), slices.end(), gemm.epilogue.slice);
-      gemm.tile = gemm_tile(gemm, device, kernels.multiprocessors);
-      return kernels.run(Launch(x), gemm);
+      const Problem problem{.device = device,
+                            .dtype = static_cast<int64_t>(dtype),
+                            .m = rows,
+                            .n = outputs,
+                            .k = inputs,
+                            .residual = residual.data != nullptr,
+                            .slices = static_cast<int64_t>(slices.size()),
+                            .kernel_height = 1,
+                            .kernel_width = 1,
+                            .stride = 1,
+                            .under_relu = 0};
+      const Tile& tile = found ? *found : kernels.tile_for(problem);
+      if (tile.kind == TileKind::product) {
+        const RowView a = on_16_bytes(in), addend = residual.data ? on_16_bytes(residual) : residual;
+        const Tensor b = on_16_bytes(stacked(weights, kernels.cores->whole_tiles ? tile.n : 1));
+        const Tensor vector = bias ? on_16_bytes(*bias) : Tensor();
+        Gemm gemm{.kind = GemmKind::forward,
+                  .tile = &tile,
+                  .dtype = dtype,
+                  .a = a,
+                  .b = {b.data_ptr(), inputs},
+                  .m = static_cast<int>(rows),
+                  .n = static_cast<int>(outputs),
+                  .k = static_cast<int>(inputs),
+                  .batch = 1,
+                  .epilogue = {.bias = bias ? vector.data_ptr() : nullptr,
+                               .residual = addend,
+                               .relu = relu,
+                               .slices = static_cast<int>(slices.size())}};
+        std::copy(slices.begin(), slices.end(), gemm.epilogue.slice);
+        return kernels.run(Launch(x), gemm);
+      }
     }
   }
-  finish_convolution(aten_convolution(x, weight, std::nullopt, same_padding(1)), bias, residual, relu, slices);
+  finish_convolution(aten_convolution(x, stacked(weights, 1), std::nullopt, same_padding(1)), bias, residual, relu,
+                     slices);
 }
 
 }  // namespace fused_cnn

@@ -4,6 +4,8 @@
 #include <cute/tensor.hpp>
 #include <cutlass/gemm/collective/collective_mma.hpp>
 #include "cuda/gemm/cutlass.cuh"
+#include "cuda/gemm/instances.h"
+#include "cuda/gemm/tiles.h"
 
 namespace fused_cnn {
 
@@ -44,5 +46,22 @@ struct Sm80Gemm {
       cute::identity, typename Operand::Gmem, typename Operand::Smem, typename Operand::Read, cute::identity>;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, SliceEpilogue<T, Out>>;
 };
+
+template <typename T, size_t kPlace = 0>
+cudaError_t run_sm80(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
+  if (gemm.kind == GemmKind::wgrad) {
+    return launch_product<typename Sm80Gemm<T, float, false, 128, 128, 64>::Kernel, false>(gemm, gemm.n, gemm.epilogue,
+                                                                                           multiprocessors, stream);
+  }
+  constexpr Tile tile = kSm80Tiles[kPlace];
+  if constexpr (tile.kind == TileKind::product) {
+    using Kernel = typename Sm80Gemm<T, T, true, tile.m, tile.n, tile.k>::Kernel;
+    return gemm.tile == &kSm80Tiles[kPlace]
+               ? launch_product<Kernel, true>(gemm, gemm.n, gemm.epilogue, multiprocessors, stream)
+               : run_sm80<T, kPlace + 1>(gemm, multiprocessors, stream);
+  } else {
+    return cudaErrorInvalidValue;
+  }
+}
 
 }  // namespace fused_cnn

@@ -1,8 +1,8 @@
 """max_pool2d without indices: forward reads x once and writes the result; PyTorch also writes an int64 index an
 element.
 
-Backward searches each window of x again (native float16 and float64: by PyTorch's pool), so that no indices are
-saved in between.
+Backward searches each window of x again (native float16 and float64 on a CPU: by PyTorch's pool; on a GPU it is
+Triton's), so that no indices are saved in between.
 """
 
 from typing import Any
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._candidates import NATIVE, REFERENCE, Candidate, Measurement, offer, resolve, tunable
+from ..._candidates import NATIVE, REFERENCE, Candidate, Measurement, best, offer, resolve, tunable
 from ..._checks import check_nchw
 from ..._layout import empty_nchw
-from ..._library import define, define_triton, kernel
+from ..._library import define, define_triton, has_kernel, kernel
 from .._autograd import kernel_or, needs_grad, on_a_backend
 from .._conv import IntPair, out_sides, pair
 from . import reference
@@ -56,6 +56,8 @@ class _MaxPool2d(torch.autograd.Function):
     @on_a_backend
     def backward(ctx: Any, backend: str, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
+        if not has_kernel("max_pool2d_bwd", backend, x.device.type):
+            backend = best("max_pool2d_bwd", x.device, x.dtype)
         taps = ctx.window[0][0] * ctx.window[0][1]  # Triton keeps an index as one byte
         if not (taps <= 255 if backend == "triton" else x.dtype in (torch.float32, torch.bfloat16)):
             backend = "reference"

@@ -1,0 +1,19 @@
+// The kernels that are compiled, one to a file of this folder: an instance takes nvcc a minute.
+#pragma once
+#include "cuda/gemm/gemm.h"
+
+namespace fused_cnn {
+
+template <typename T>
+cudaError_t sm80_product(const Gemm& gemm, int multiprocessors, cudaStream_t stream);
+
+template <typename T, int kRows, int kColumns>
+cudaError_t sm90a_product(const Gemm& gemm, int multiprocessors, cudaStream_t stream);
+
+template <typename T, int kRows, int kColumns>
+cudaError_t sm90a_convolution(const Convolution& conv, cudaStream_t stream);
+
+template <typename T>
+cudaError_t sm90a_wgrad(const Gemm& gemm, int multiprocessors, cudaStream_t stream);
+
+}  // namespace fused_cnn

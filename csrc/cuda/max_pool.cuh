@@ -1,0 +1,176 @@
+// Max pooling over rows of channels, without indices: out = max over each window, padding -inf, NaN wins.
+#pragma once
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+#include <algorithm>
+#include <array>
+#include <limits>
+#include "cuda/launch.cuh"
+#include "cuda/vector.cuh"
+#include "shared/rows.h"
+
+namespace fused_cnn {
+
+struct PoolWindow {
+  std::array<int, 2> kernel, stride, padding, dilation;
+};
+
+constexpr int kPoolThreads = 256;
+constexpr int kPoolRun = 4;  // results beside each other in a thread, whose windows share what is loaded
+
+// The largest of 8 channels' values so far; NaN is larger than all.
+template <typename T>
+struct Maxima {
+  compute_t<T> best[kVec];
+
+  __device__ Maxima() {
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) best[j] = -std::numeric_limits<compute_t<T>>::infinity();
+  }
+  __device__ void take(const Vec8<T>& value) {
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      const compute_t<T> v = to_compute(value.v[j]);
+      best[j] = v > best[j] || v != v ? v : best[j];
+    }
+  }
+  __device__ Vec8<T> result() const {
+    Vec8<T> vec;
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) from_compute(best[j], &vec.v[j]);
+    return vec;
+  }
+};
+
+#ifdef __CUDACC__
+// Two channels by one instruction.
+template <typename T, typename Pair>
+struct PairedMaxima {
+  Pair best[kVec / 2];
+
+  __device__ explicit PairedMaxima(Pair lowest) {
+#pragma unroll
+    for (int j = 0; j < kVec / 2; ++j) best[j] = lowest;
+  }
+  __device__ void take(const Vec8<T>& value) {
+    Pair pairs[kVec / 2];
+    memcpy(pairs, &value, sizeof(value));
+#pragma unroll
+    for (int j = 0; j < kVec / 2; ++j) best[j] = __hmax2_nan(best[j], pairs[j]);
+  }
+  __device__ Vec8<T> result() const {
+    Vec8<T> vec;
+    memcpy(&vec, best, sizeof(vec));
+    return vec;
+  }
+};
+
+template <>
+struct Maxima<bf16_t> : PairedMaxima<bf16_t, __nv_bfloat162> {
+  __device__ Maxima() : PairedMaxima(__float2bfloat162_rn(-std::numeric_limits<float>::infinity())) {}
+};
+template <>
+struct Maxima<f16_t> : PairedMaxima<f16_t, __half2> {
+  __device__ Maxima() : PairedMaxima(__float2half2_rn(-std::numeric_limits<float>::infinity())) {}
+};
+#endif
+
+struct PoolShape {
+  int images, channels, height, width, out_height, out_width;
+};
+
+// A thread takes a run of results of one row and 8 channels: neighbouring threads neighbouring channels, so that a warp
+// moves whole lines. kKernel and kStride are the window's, both ways, without dilation; 0: any. x is read from memory
+// once, its overlaps from the caches; the copy's bandwidth is the limit.
+template <typename T, bool kAligned, int kKernel, int kStride>
+__global__ void __launch_bounds__(kPoolThreads)
+    max_pool_kernel(Rows x, Rows out, PoolShape shape, PoolWindow window, int64_t threads) {
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kPoolThreads + threadIdx.x;
+  if (thread >= threads) return;
+  const int vecs = ceil_div(shape.channels, kVec), runs = ceil_div(shape.out_width, kPoolRun);
+  int64_t rest = thread / vecs;
+  const int channel = static_cast<int>(thread - rest * vecs) * kVec, left_over = shape.channels - channel;
+  const int n = left_over < kVec ? left_over : kVec;
+  const int first = static_cast<int>(rest % runs) * kPoolRun;
+  rest /= runs;
+  const int y = static_cast<int>(rest % shape.out_height);
+  const int64_t image = rest / shape.out_height;
+  const int kernel_h = kKernel ? kKernel : window.kernel[0], kernel_w = kKernel ? kKernel : window.kernel[1];
+  const int stride_h = kStride ? kStride : window.stride[0], stride_w = kStride ? kStride : window.stride[1];
+  const int dilation_h = kKernel ? 1 : window.dilation[0], dilation_w = kKernel ? 1 : window.dilation[1];
+  const int64_t top = int64_t{y} * stride_h - window.padding[0], left = int64_t{first} * stride_w - window.padding[1];
+
+  Maxima<T> best[kPoolRun];
+  const Vec8<T> lowest = Maxima<T>().result();
+#pragma unroll
+  for (int i = 0; i < kernel_h; ++i) {
+    const int64_t in_y = top + int64_t{i} * dilation_h;
+    if (in_y < 0 || in_y >= shape.height) continue;
+    const int64_t row = (image * shape.height + in_y) * shape.width;
+    const auto load = [&](int64_t in_x) {
+      return load_vec8<kAligned>(x.at<const T>(row + in_x) + channel, n);
+    };
+    if constexpr (kKernel > 0) {
+      constexpr int kSpan = (kPoolRun - 1) * kStride + kKernel;
+      Vec8<T> values[kSpan];  // all on their way before the first is used
+#pragma unroll
+      for (int c = 0; c < kSpan; ++c) {
+        values[c] = lowest;
+        if (left + c >= 0 && left + c < shape.width) values[c] = load(left + c);
+      }
+#pragma unroll
+      for (int c = 0; c < kSpan; ++c) {
+#pragma unroll
+        for (int r = 0; r < kPoolRun; ++r) {
+          if (r * kStride <= c && c < r * kStride + kKernel) best[r].take(values[c]);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < kPoolRun; ++r) {
+        for (int c = 0; c < kernel_w; ++c) {
+          const int64_t in_x = left + int64_t{r} * stride_w + int64_t{c} * dilation_w;
+          if (in_x >= 0 && in_x < shape.width) best[r].take(load(in_x));
+        }
+      }
+    }
+  }
+  const int64_t at = (image * shape.out_height + y) * shape.out_width + first;
+#pragma unroll
+  for (int r = 0; r < kPoolRun; ++r) {
+    if (first + r >= shape.out_width) break;
+    store_vec8<kAligned>(out.at<T>(at + r) + channel, best[r].result(), n);
+  }
+}
+
+// x's rows pooled into out's, (N, C, H', W').
+inline void max_pool(const Tensor& x, const RowView& in, const Tensor& out, const PoolWindow& window) {
+  const DType dtype = dtype_of("max_pool2d", "x", x);
+  const auto size = [](int64_t value) { return static_cast<int>(value); };
+  const PoolShape shape{size(x.size(0)), size(x.size(1)),   size(x.size(2)),
+                        size(x.size(3)), size(out.size(2)), size(out.size(3))};
+  const RowView to = rows_of(out);
+  const int64_t threads = x.size(0) * out.size(2) * ceil_div<int64_t>(out.size(3), kPoolRun) *
+                          ceil_div<int64_t>(x.size(1), kVec);
+  const Launch launch(x);
+  const bool aligned = x.size(1) % kVec == 0 && aligned16(in, x.element_size()) && aligned16(to, x.element_size());
+  const auto window_is = [&](int kernel, int stride) {
+    return window.kernel == std::array{kernel, kernel} && window.stride == std::array{stride, stride} &&
+           window.dilation == std::array{1, 1};
+  };
+  with_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto run = [&](auto kernel) {
+      launch.run("max_pool_kernel", kernel, ceil_div<int64_t>(threads, kPoolThreads), 1, kPoolThreads, Rows(in),
+                 Rows(to), shape, window, threads);
+    };
+    if (!aligned) return run(max_pool_kernel<T, false, 0, 0>);
+    if (window_is(3, 1)) return run(max_pool_kernel<T, true, 3, 1>);
+    if (window_is(3, 2)) return run(max_pool_kernel<T, true, 3, 2>);
+    run(max_pool_kernel<T, true, 0, 0>);
+  });
+}
+
+}  // namespace fused_cnn

@@ -1,0 +1,87 @@
+// Which of the compiled kernels (gemm/instances.h) runs a problem with its tile, by architecture.
+#include <utility>
+#include "cuda/gemm/instances.h"
+#include "cuda/gemm/tiles.h"
+
+namespace fused_cnn {
+namespace {
+
+// body(T{}) for the types that tensor cores take here.
+template <typename Body>
+cudaError_t with_16_bits(DType dtype, const Body& body) {
+  return dtype == DType::f16 ? body(f16_t{}) : body(bf16_t{});
+}
+
+#if FUSED_CNN_GEMM_SM80
+constexpr TensorCores kSm80{
+    .tiles = kSm80Tiles,
+    .whole_tiles = false,
+    .product =
+        [](const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
+          return with_16_bits(
+              gemm.dtype, [&](auto element) { return sm80_product<decltype(element)>(gemm, multiprocessors, stream); });
+        },
+    .convolution = nullptr,
+};
+#endif
+
+#if FUSED_CNN_GEMM_SM90A
+constexpr auto kIndices = std::make_index_sequence<std::size(kSm90aTiles)>();
+
+// run(constant of the tile's place) for the tile that was asked for, if it is a product's or, if not kProduct, a
+// convolution's.
+template <bool kProduct, typename Run, size_t... kAt>
+cudaError_t with_tile(const Tile* wanted, const Run& run, std::index_sequence<kAt...>) {
+  cudaError_t error = cudaErrorInvalidValue;
+  const auto try_one = [&](auto place) {
+    constexpr TileKind kind = kSm90aTiles[place].kind;
+    if constexpr (kSm90aTiles[place].m > 0 && (kind == TileKind::product) == kProduct) {
+      if (wanted == &kSm90aTiles[place]) error = run(place);
+    }
+  };
+  (try_one(std::integral_constant<size_t, kAt>()), ...);
+  return error;
+}
+
+constexpr TensorCores kSm90a{
+    .tiles = kSm90aTiles,
+    .whole_tiles = true,
+    .product =
+        [](const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
+          return with_16_bits(gemm.dtype, [&](auto element) {
+            using T = decltype(element);
+            if (gemm.kind == GemmKind::wgrad) return sm90a_wgrad<T>(gemm, multiprocessors, stream);
+            const auto run = [&](auto place) {
+              constexpr Tile tile = kSm90aTiles[place];
+              return sm90a_product<T, tile.m, tile.n>(gemm, multiprocessors, stream);
+            };
+            return with_tile<true>(gemm.tile, run, kIndices);
+          });
+        },
+    .convolution =
+        [](const Convolution& conv, cudaStream_t stream) {
+          return with_16_bits(conv.dtype, [&](auto element) {
+            using T = decltype(element);
+            const auto run = [&](auto place) {
+              constexpr Tile tile = kSm90aTiles[place];
+              return sm90a_convolution<T, tile.m, tile.n>(conv, stream);
+            };
+            return with_tile<false>(conv.tile, run, kIndices);
+          });
+        },
+};
+#endif
+
+}  // namespace
+
+const TensorCores* tensor_cores(int major) {
+#if FUSED_CNN_GEMM_SM90A
+  if (major == 9) return &kSm90a;
+#endif
+#if FUSED_CNN_GEMM_SM80
+  if (major >= 8) return &kSm80;
+#endif
+  return nullptr;
+}
+
+}  // namespace fused_cnn
