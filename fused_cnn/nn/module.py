@@ -13,7 +13,6 @@ stays what it is to everybody who holds it, with its attributes, buffers and hoo
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -22,10 +21,11 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .._candidates import dispatch_modes, is_recording, records_early, transforms_active
+from .._candidates import is_recording, transforms_active
 from ..ops import BatchNormArgs, bn_relu, bn_relu_conv
 from ..ops._conv import autocast_dtype, on_16_bytes
 from .cache import Form, Kind, Owner, detect_stale_weights
+from .calls import is_traced, kind_of
 from .fold import (
     Pair,
     can_be_constant,
@@ -38,19 +38,8 @@ from .fold import (
 )
 from .snapshot import CALLS, COMPUTING, Method, Snapshot, call_problem, hooks, replaced_for_all, watched_by_all
 
-with contextlib.suppress(ImportError):
-    from torch.overrides import _get_current_function_mode_stack
-    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-
 Self = TypeVar("Self", bound="FusedModule")
 Replaced = Mapping[str, frozenset[str]]  # methods of a foreign class, and the names that they may use
-_PLAIN, _STRIDED = (Tensor, nn.Parameter), torch.strided
-# PyTorch's modes under which blocks run fused: they know this package's ops, or change nothing that is computed. Others
-# say so of themselves, by an attribute `sees_fused_ops`.
-_KNOWN_MODES = ("torch.utils.flop_counter", "torch.utils._device")
-# Quick answers of PyTorch's own; without them the longer way is gone.
-_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
 
 
 class Understanding(NamedTuple):
@@ -388,39 +377,6 @@ def block_problem(block: nn.Module, forward: Callable[..., Any] = FusedBlock.for
     if kind.forward is not forward or "forward" in vars(block):
         return f"({kind.__name__}) has a forward of its own"
     return call_problem(kind) or ("has hooks" if any(hooks(block)) else None)
-
-
-def kind_of(x: Tensor) -> Kind | None:
-    """What folded weights depend on in an input; None for inputs and moments that the fused ops are not for."""
-    if type(x) not in _PLAIN or x.dim() != 4 or x.layout is not _STRIDED or transforms_active():
-        return None
-    if not (x.is_cpu or x.is_cuda) or ((dispatch_modes() or _function_modes()) and is_under_mode()):
-        return None
-    return (autocast_dtype(x) if _any_autocast() else None, x.dtype, x.device)
-
-
-def is_under_mode() -> bool:
-    """Whether a mode of the user's wants to see PyTorch's own operators, or may change what they do."""
-    try:
-        modes = [*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()]
-    except NameError:
-        return True
-    return not all(type(m).__module__ in _KNOWN_MODES or getattr(m, "sees_fused_ops", False) for m in modes)
-
-
-def is_traced(x: Any) -> bool:
-    """Whether a call is recorded, or computes shapes alone, so that nothing of it may be kept."""
-    if torch.compiler.is_compiling():
-        return True
-    if type(x) in _PLAIN and not dispatch_modes():
-        return records_early()
-    if type(x).__name__ in ("FakeTensor", "FunctionalTensor"):
-        return True
-    try:
-        modes = torch._C._TorchDispatchModeKey
-        return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY))
-    except AttributeError:  # as if it were recorded: right, and slower under a mode of the user's
-        return True
 
 
 def _guard_on(module: nn.Module) -> None:

@@ -11,8 +11,9 @@ from .._layout import asks_for_channels_last, in_channels_last
 from ..ops import BatchNormArgs, PackedResidualStage, bn_add_relu, pack_residual_block, residual_stage
 from ..ops._conv import autocast, on_16_bytes, packable
 from .cache import Form, Kind
+from .calls import is_traced
 from .fold import FoldedPair, Pair, fold, pair_problem, skip_problem, wants_gradient
-from .module import FusedBlock, Replaced, block_problem, is_traced
+from .module import FusedBlock, Replaced, block_problem
 from .traced import traced_conv, traced_stage
 
 
