@@ -957,6 +957,20 @@ def test_a_change_that_pytorch_does_not_see_is_found_and_right_behind_refresh(na
         assert_close([fused(images()), fused(images())], [eager(images())] * 2)
 
 
+@each_moment_and_mode
+@pytest.mark.parametrize(
+    ("name", "part", "attribute"),
+    [(name, "block", "residual") for name in ("torchvision", "timm", "bottleneck")] + [("inception", "unit", "relu")],
+)
+def test_attributes_that_only_own_blocks_read_change_nothing(
+    name: str, part: str, attribute: str, when: str, train: bool
+) -> None:
+    def change(model: nn.Module, log: Log) -> Undo:
+        return set_until_undone(part_of(model, name, part), attribute, False)
+
+    assert_told_alike(name, change, when, train=train, shows=False)
+
+
 @each_moment
 @each_model
 def test_what_users_hang_on_a_block_stays(name: str, when: str) -> None:

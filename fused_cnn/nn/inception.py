@@ -160,7 +160,7 @@ def _branch_problem(layers: list[Any]) -> str | None:
         elif not isinstance(layer, ConvBNReLU):
             problem = f"is {type(layer).__name__}, not ConvBNReLU"
         else:
-            problem = block_problem(layer) or layer.known().problem or (None if layer.relu else "has no ReLU")
+            problem = block_problem(layer) or layer.known().problem or (None if layer.ends_in_relu() else "has no ReLU")
         if problem:
             return f"layer {i} {problem}"
     return None
