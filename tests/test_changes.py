@@ -957,6 +957,36 @@ def test_a_change_that_pytorch_does_not_see_is_found_and_right_behind_refresh(na
         assert_close([fused(images()), fused(images())], [eager(images())] * 2)
 
 
+@pytest.mark.parametrize("moves", [False, True])
+@each_model
+def test_backward_hooks_behind_folding_see_every_gradient(name: str, moves: bool) -> None:
+    """Folded weights, which run without gradients alone, do not look at them."""
+
+    def tell(fuses: bool) -> tuple[list[Tensor], Log, dict[str, Tensor]]:
+        model, log = new(name), Log()
+        without_in_place(model)
+        if fuses:
+            fuse_(model)
+        outs: list[Tensor] = []
+        for turn in range(8):
+            if turn == 2:
+                observing_backward(part_of(model, name, "conv"), log)
+                if moves:
+                    model.to(DEVICE)
+            with torch.set_grad_enabled(turn % 2 == 1):  # of parameters: the images want none
+                out = model(images())
+            if turn % 2 == 1:
+                out.square().mean().backward()
+            outs.append(out.detach())
+        return outs, log, {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+
+    (theirs, expected, grads), (mine, seen, ours) = tell(False), tell(True)
+    assert_close(mine, theirs)
+    assert len(expected) == 6 and [label for label, _ in seen] == [label for label, _ in expected]
+    assert_close([v for _, v in seen], [v for _, v in expected], GRADIENTS_CLOSE)
+    assert_gradients_close(ours, grads)
+
+
 @each_moment_and_mode
 @pytest.mark.parametrize(
     ("name", "part", "attribute"),

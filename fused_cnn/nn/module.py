@@ -135,7 +135,8 @@ class FusedModule(nn.Module):
         if kind is None:
             return plain(x)
         owner, known = self._owner, self._owner.known
-        if known is None or not wants_gradient(x, known.tensors):
+        # A problem may be a backward hook, which forms do not look at; and then nobody knows the tensors.
+        if known is not None and known.problem is None and not wants_gradient(x, known.tensors):
             form = owner.find(self, kind)
             if form is not None and form.value is not None:
                 return self._run_form(x, form)
@@ -191,7 +192,9 @@ class FusedModule(nn.Module):
         if x.is_cuda and torch.cuda.is_current_stream_capturing():  # what is made in a capture is not there yet
             return None
         settings = (self.settings(), [pair_settings(*pair) for pair in pairs])
-        return self._owner.obtain(kind, sources, settings, lambda: self._fold(x), lambda: self._snapshot(sources))
+        return self._owner.obtain(
+            kind, sources, settings, lambda: self._fold(x), lambda: self._snapshot(sources, gradients=False)
+        )
 
     def _fold(self, x: Tensor) -> Any:
         with torch.no_grad():
@@ -215,8 +218,8 @@ class FusedModule(nn.Module):
                     "they must agree (convert the one or the other, or use torch.autocast)"
                 )
 
-    def _snapshot(self, tensors: Sequence[Tensor]) -> Snapshot:
-        return Snapshot(self, self.regarded(), self._methods(), tensors)
+    def _snapshot(self, tensors: Sequence[Tensor] = (), *, gradients: bool = True) -> Snapshot:
+        return Snapshot(self, self.regarded(), self._methods(), tensors, gradients=gradients)
 
     def _methods(self) -> Iterator[Method]:
         """The methods that must stay what they are: those of the skipped modules' classes, and of the foreign ones."""
@@ -257,7 +260,7 @@ class FusedModule(nn.Module):
         return self._understand(replaced_for_all() if is_recording() else watched_by_all())  # see _is_plain_in_trace
 
     def _understand(self, watched: str | None) -> Understanding:
-        owner, snapshot, problem = self._own(), self._snapshot(()), watched or self._problem()
+        owner, snapshot, problem = self._own(), self._snapshot(), watched or self._problem()
         before = owner.known
         if problem is None:
             # `pairs` asks what this has; to other threads, which may read it meanwhile, it has a problem.
