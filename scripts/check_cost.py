@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fused_cnn import fuse_, models
 from fused_cnn.nn import FusedModule, Inception, MaxPool2d, ResidualStage
-from fused_cnn.nn.module import kind_of
+from fused_cnn.nn.calls import kind_of
 from fused_cnn.nn.residual import ResidualBlock
 
 NETWORKS = ("resnet18", "resnet50", "googlenet")

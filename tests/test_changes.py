@@ -918,64 +918,87 @@ def test_conversions_keep_a_model_right(name: str, way: str, when: str) -> None:
     assert_close(outs[0], outs[1], bound)
 
 
-def data_write(model: nn.Module) -> None:
-    conv_weight(model).data[1:].mul_(1.5)
-
-
-def numpy_write(model: nn.Module) -> None:
-    conv_weight(model).detach().cpu().numpy()[1:] *= 1.5
-
-
-def dlpack_write(model: nn.Module) -> None:
-    torch.from_dlpack(conv_weight(model).detach())[1:].mul_(1.5)
-
-
-def storage_write(model: nn.Module) -> None:
-    w = conv_weight(model).detach()
-    torch.empty(0, dtype=w.dtype).set_(w.untyped_storage(), 0, (w.numel(),))[w[0].numel() :].mul_(1.5)
+def storage_write(weight: Tensor) -> None:
+    values = torch.empty(0, dtype=weight.dtype).set_(weight.untyped_storage(), 0, (weight.numel(),))
+    values[weight[0].numel() :].mul_(1.5)
 
 
 # The first values stay: on a CPU a glance at them shows most of such changes (test_folded.py).
-UNSEEN: dict[str, Callable[[nn.Module], None]] = {
-    ".data.mul_": data_write,
-    "numpy": numpy_write,
-    "dlpack": dlpack_write,
+UNSEEN: dict[str, Callable[[Tensor], object]] = {
+    ".data.mul_": lambda weight: weight.data[1:].mul_(1.5),
+    "numpy": lambda weight: weight.numpy()[1:].__imul__(1.5),
+    "dlpack": lambda weight: torch.from_dlpack(weight)[1:].mul_(1.5),
     "untyped_storage": storage_write,
 }
 
 
-def after_an_unseen_change(name: str, way: str) -> tuple[nn.Module, nn.Module]:
-    """An eager and a fused model, of which the latter has folded weights that are no longer right."""
+@pytest.mark.parametrize("way", UNSEEN)
+@each_model
+@torch.no_grad()
+def test_a_change_that_pytorch_does_not_see_is_found_and_right_behind_refresh(name: str, way: str) -> None:
     if DEVICE != "cpu" and way in ("numpy", "untyped_storage"):
         pytest.skip("writes to this machine's memory")
     eager, fused = new(name), new(name)
     fuse_(fused)
-    with torch.no_grad():
-        for _ in range(2):
-            before = fused(images())
-        for model in (eager, fused):
-            UNSEEN[way](model)
-        assert torch.equal(fused(images()), before), "it was seen: say so in fuse_'s description"
-    return eager, fused
-
-
-@pytest.mark.parametrize("way", UNSEEN)
-@each_model
-def test_a_change_that_pytorch_does_not_see_is_right_behind_refresh(name: str, way: str) -> None:
-    eager, fused = after_an_unseen_change(name, way)
-    with torch.no_grad():
-        assert distance(fused(images()), eager(images())) > 10 * CLOSE
-        refresh(fused)
-        with fused_cnn.detect_stale_weights():
-            assert_close([fused(images()), fused(images())], [eager(images())] * 2)
-
-
-@pytest.mark.parametrize("way", UNSEEN)
-@each_model
-def test_a_missing_refresh_is_found(name: str, way: str) -> None:
-    _, fused = after_an_unseen_change(name, way)
-    with torch.no_grad(), fused_cnn.detect_stale_weights(), pytest.raises(fused_cnn.StaleWeightsError):
+    for _ in range(2):
+        before = fused(images())
+    for model in (eager, fused):
+        for key, module in model.named_modules():
+            in_a_block = "." in key or key == PARTS[name].get("stem conv")
+            if isinstance(module, nn.Conv2d) and in_a_block:
+                UNSEEN[way](module.weight.detach())
+    assert torch.equal(fused(images()), before), "it was seen: say so in fuse_'s description"
+    assert distance(before, eager(images())) > 10 * CLOSE
+    message = r"call fused_cnn.refresh\(model\)"
+    with fused_cnn.detect_stale_weights(), pytest.raises(fused_cnn.StaleWeightsError, match=message):
         fused(images())
+    assert refresh(fused) is fused
+    with fused_cnn.detect_stale_weights():
+        assert_close([fused(images()), fused(images())], [eager(images())] * 2)
+
+
+@pytest.mark.parametrize("moves", [False, True])
+@each_model
+def test_backward_hooks_behind_folding_see_every_gradient(name: str, moves: bool) -> None:
+    """Folded weights, which run without gradients alone, do not look at them."""
+
+    def tell(fuses: bool) -> tuple[list[Tensor], Log, dict[str, Tensor]]:
+        model, log = new(name), Log()
+        without_in_place(model)
+        if fuses:
+            fuse_(model)
+        outs: list[Tensor] = []
+        for turn in range(8):
+            if turn == 2:
+                observing_backward(part_of(model, name, "conv"), log)
+                if moves:
+                    model.to(DEVICE)
+            with torch.set_grad_enabled(turn % 2 == 1):  # of parameters: the images want none
+                out = model(images())
+            if turn % 2 == 1:
+                out.square().mean().backward()
+            outs.append(out.detach())
+        return outs, log, {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+
+    (theirs, expected, grads), (mine, seen, ours) = tell(False), tell(True)
+    assert_close(mine, theirs)
+    assert len(expected) == 6 and [label for label, _ in seen] == [label for label, _ in expected]
+    assert_close([v for _, v in seen], [v for _, v in expected], GRADIENTS_CLOSE)
+    assert_gradients_close(ours, grads)
+
+
+@each_moment_and_mode
+@pytest.mark.parametrize(
+    ("name", "part", "attribute"),
+    [(name, "block", "residual") for name in ("torchvision", "timm", "bottleneck")] + [("inception", "unit", "relu")],
+)
+def test_attributes_that_only_own_blocks_read_change_nothing(
+    name: str, part: str, attribute: str, when: str, train: bool
+) -> None:
+    def change(model: nn.Module, log: Log) -> Undo:
+        return set_until_undone(part_of(model, name, part), attribute, False)
+
+    assert_told_alike(name, change, when, train=train, shows=False)
 
 
 @each_moment

@@ -497,25 +497,33 @@ LYING: dict[str, Callable[[], nn.Module]] = {
     "of one channel": lambda: googlenet.BasicConv2d(1, 24, kernel_size=3),
     "pointwise of one channel": lambda: googlenet.BasicConv2d(1, 24, kernel_size=1),
     "inception": lambda: googlenet.Inception(16, 8, 6, 10, 3, 5, 7),
+    "inception without norm": lambda: fused_cnn.nn.Inception(
+        16, 8, 6, 10, 3, 5, 7, norm=False, bias=True, backend="reference"
+    ),
     "without norm": lambda: fused_cnn.nn.ConvBNReLU(16, 8, 3, norm=False, bias=True, backend="reference"),
+}
+WEIGHTS: dict[str, slice] = {
+    "channels_last": slice(None),
+    "one channels_last": slice(1),
+    "all but one channels_last": slice(1, None),
+    "contiguous": slice(0),
 }
 
 
 @pytest.mark.parametrize("mode", ["eval", "traced", "eval with gradients", "train"])
-@pytest.mark.parametrize("weights", ["channels_last", "one channels_last", "contiguous"])
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("name", LYING)
 def test_a_result_lies_as_eagers_does(name: str, weights: str, mode: str) -> None:
-    """PyTorch's convolution gives channels_last where its input or its weight is."""
+    """PyTorch's convolution gives channels_last where its input or its weight is, and a concatenation is where all
+    branches are."""
     eager = LYING[name]().to(DEVICE).train(mode == "train")
     convs = [m for m in eager.modules() if isinstance(m, nn.Conv2d)]
-    for conv in convs if weights == "channels_last" else convs[:1] if weights == "one channels_last" else []:
+    for conv in convs[WEIGHTS[weights]]:
         conv.to(memory_format=torch.channels_last)
     fused = copy.deepcopy(eager)
     assert fuse_(fused).fused
     x = torch.randn(2, convs[0].in_channels, 9, 9, device=DEVICE)
-    # An Inception block that is partly channels_last is not followed in training.
-    mixed = name == "inception" and weights == "one channels_last" and mode not in ("eval", "traced")
-    for memory_format in (torch.contiguous_format, torch.channels_last)[mixed:]:
+    for memory_format in (torch.contiguous_format, torch.channels_last):
         given = x.contiguous(memory_format=memory_format)
         with torch.set_grad_enabled(mode in ("eval with gradients", "train")):
             mine = make_fx(fused)(given)(given) if mode == "traced" else fused(given)

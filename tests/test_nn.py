@@ -171,12 +171,20 @@ def test_momentum_none_and_untracked_statistics_are_batch_norms_own() -> None:
     [
         (ConvBNReLU(16, 8, 3), r"x has shape \(1, 4, 9, 9\), but the weight takes 16 input channels"),
         (BasicBlock(16, 16), "a convolution of 16 channels meets an input of 4"),
+        (Inception(16, 8, 8, 8, 8, 8, 8), r"x has shape \(1, 4, 9, 9\), but the weights take 16 input channels"),
+        # Which pads to as many bytes.
+        (Inception(3, 8, 8, 8, 8, 8, 8), r"x has shape \(1, 4, 9, 9\), but the weights take 3 input channels"),
     ],
-    ids=["convolution", "block"],
+    ids=["convolution", "block", "inception", "inception of three"],
 )
-def test_the_channels_that_an_input_should_have_are_named(block: nn.Module, expected: str) -> None:
-    with torch.no_grad(), pytest.raises(RuntimeError, match=expected):
-        block.eval()(torch.randn(1, 4, 9, 9))
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_channels_that_an_input_should_have_are_named(block: nn.Module, expected: str, autocast: bool) -> None:
+    eager, x = unfuse_(copy.deepcopy(block).eval()), torch.randn(1, 4, 9, 9)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with pytest.raises(RuntimeError):
+            eager(x)
+        with pytest.raises(RuntimeError, match=expected):
+            block.eval()(x)
 
 
 def test_basic_block_refuses_what_it_does_not_have() -> None:

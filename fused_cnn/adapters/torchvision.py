@@ -14,6 +14,7 @@ from ._common import STAGES, ResNetTrunk
 class BasicConv2d(fused.ConvBNReLU):
     """GoogLeNet's and Inception v3's BasicConv2d fused."""
 
+    reads = fused.FusedModule.reads
     replaces: ClassVar[Replaced] = {"forward": frozenset(("conv", "bn", "F", "relu"))}
 
 

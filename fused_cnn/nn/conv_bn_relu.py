@@ -58,6 +58,10 @@ class ConvBNReLU(FusedBlock):
         """The BatchNorm, or None."""
         return self._modules.get("bn")  # type: ignore[return-value]
 
+    def ends_in_relu(self) -> bool:
+        """Whether there is one: a foreign block has it always, whatever else its owner calls `relu`."""
+        return self._swapped_from is not None or self.relu
+
     def plain_forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
         if self.norm is not None:
@@ -74,20 +78,20 @@ class ConvBNReLU(FusedBlock):
         return [(self.conv, self.norm)]
 
     def settings(self) -> Any:
-        return self.backend, self.relu
+        return self.backend, self.ends_in_relu()
 
     def fold(self, x: Tensor) -> FoldedPair:
         return FoldedPair.of(self.conv, fold(self.conv, self.norm), autocast(x)[0], self.backend)
 
     def run_folded(self, x: Tensor, folded: FoldedPair) -> Tensor:
-        return folded.run(x, relu=self.relu, backend=self.backend)
+        return folded.run(x, relu=self.ends_in_relu(), backend=self.backend)
 
     def run_traced(self, x: Tensor) -> Tensor:
-        return traced_conv(x, self.conv, self.norm, relu=self.relu, backend=self.backend)
+        return traced_conv(x, self.conv, self.norm, relu=self.ends_in_relu(), backend=self.backend)
 
     def run_unfolded(self, x: Tensor) -> Tensor:
         if self.norm is not None:
-            return self.bn_act(self.conv(on_16_bytes(x)), self.norm, relu=self.relu)
+            return self.bn_act(self.conv(on_16_bytes(x)), self.norm, relu=self.ends_in_relu())
         x, weight, bias = autocast(x, self.conv.weight, self.conv.bias)
         x = in_channels_last(x) if asks_for_channels_last(weight) else x
-        return conv_bias_relu(x, weight, bias, **geometry(self.conv), relu=self.relu, backend=self.backend)
+        return conv_bias_relu(x, weight, bias, **geometry(self.conv), relu=self.ends_in_relu(), backend=self.backend)

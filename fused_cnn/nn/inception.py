@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._candidates import is_recording
-from .._layout import asks_for_channels_last, in_channels_last
+from .._layout import asks_for_channels_last, in_channels_last, result_format
 from ..ops import BatchNormArgs, bn_relu_concat, concat_bias_relu, inception
 from ..ops._conv import autocast, on_16_bytes, packable, pair
 from .cache import Form, Kind
@@ -137,11 +137,11 @@ class Inception(FusedBlock):
                 y = on_16_bytes(autocast(_run(before, x))[0])
                 raw.append(F.conv2d(y, last.conv.weight.to(y.dtype), **geometry(last.conv)))
             bias = torch.cat([last.conv.bias for last in lasts])
-            return concat_bias_relu(_same_size(raw), bias.to(raw[0].dtype), backend=self.backend)
+            return concat_bias_relu(_to_concatenate(raw), bias.to(raw[0].dtype), backend=self.backend)
         for branch in branches:
             convs = [(layer.conv, layer.bn) for layer in branch if isinstance(layer, ConvBNReLU)]
             raw.append(self.conv_chain(convs, _run(branch[: -len(convs)], x)))  # behind the pool, where there is one
-        return bn_relu_concat(_same_size(raw), [BatchNormArgs.of(last.bn) for last in lasts], backend=self.backend)
+        return bn_relu_concat(_to_concatenate(raw), [BatchNormArgs.of(last.bn) for last in lasts], backend=self.backend)
 
 
 def _layers(branch: nn.Module | None) -> list[Any]:
@@ -160,7 +160,7 @@ def _branch_problem(layers: list[Any]) -> str | None:
         elif not isinstance(layer, ConvBNReLU):
             problem = f"is {type(layer).__name__}, not ConvBNReLU"
         else:
-            problem = block_problem(layer) or layer.known().problem or (None if layer.relu else "has no ReLU")
+            problem = block_problem(layer) or layer.known().problem or (None if layer.ends_in_relu() else "has no ReLU")
         if problem:
             return f"layer {i} {problem}"
     return None
@@ -193,6 +193,12 @@ def _run(layers: list[Any], x: Tensor) -> Tensor:
     for layer in layers:
         x = layer(x)
     return x
+
+
+def _to_concatenate(branches: list[Tensor]) -> list[Tensor]:
+    """The branches, of which the first, by which the fused ops go, lies as torch.cat lays the concatenation."""
+    first, *others = _same_size(branches)
+    return branches if all(result_format(y) is torch.channels_last for y in others) else [first.contiguous(), *others]
 
 
 def _same_size(branches: list[Tensor]) -> list[Tensor]:

@@ -13,8 +13,9 @@ from .._candidates import transforms_active
 from .._library import has_kernel
 from ..ops import max_pool2d
 from ..ops._conv import IntPair
+from .calls import is_traced, kind_of
 from .fold import Pair
-from .module import FusedBlock, is_traced, kind_of
+from .module import FusedBlock
 
 WINDOW = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
 

@@ -13,7 +13,6 @@ stays what it is to everybody who holds it, with its attributes, buffers and hoo
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -22,10 +21,11 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .._candidates import dispatch_modes, is_recording, records_early, transforms_active
+from .._candidates import is_recording, transforms_active
 from ..ops import BatchNormArgs, bn_relu, bn_relu_conv
 from ..ops._conv import autocast_dtype, on_16_bytes
 from .cache import Form, Kind, Owner, detect_stale_weights
+from .calls import is_traced, kind_of
 from .fold import (
     Pair,
     can_be_constant,
@@ -38,19 +38,8 @@ from .fold import (
 )
 from .snapshot import CALLS, COMPUTING, Method, Snapshot, call_problem, hooks, replaced_for_all, watched_by_all
 
-with contextlib.suppress(ImportError):
-    from torch.overrides import _get_current_function_mode_stack
-    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-
 Self = TypeVar("Self", bound="FusedModule")
 Replaced = Mapping[str, frozenset[str]]  # methods of a foreign class, and the names that they may use
-_PLAIN, _STRIDED = (Tensor, nn.Parameter), torch.strided
-# PyTorch's modes under which blocks run fused: they know this package's ops, or change nothing that is computed. Others
-# say so of themselves, by an attribute `sees_fused_ops`.
-_KNOWN_MODES = ("torch.utils.flop_counter", "torch.utils._device")
-# Quick answers of PyTorch's own; without them the longer way is gone.
-_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
 
 
 class Understanding(NamedTuple):
@@ -146,7 +135,8 @@ class FusedModule(nn.Module):
         if kind is None:
             return plain(x)
         owner, known = self._owner, self._owner.known
-        if known is None or not wants_gradient(x, known.tensors):
+        # A problem may be a backward hook, which forms do not look at; and then nobody knows the tensors.
+        if known is not None and known.problem is None and not wants_gradient(x, known.tensors):
             form = owner.find(self, kind)
             if form is not None and form.value is not None:
                 return self._run_form(x, form)
@@ -202,7 +192,9 @@ class FusedModule(nn.Module):
         if x.is_cuda and torch.cuda.is_current_stream_capturing():  # what is made in a capture is not there yet
             return None
         settings = (self.settings(), [pair_settings(*pair) for pair in pairs])
-        return self._owner.obtain(kind, sources, settings, lambda: self._fold(x), lambda: self._snapshot(sources))
+        return self._owner.obtain(
+            kind, sources, settings, lambda: self._fold(x), lambda: self._snapshot(sources, gradients=False)
+        )
 
     def _fold(self, x: Tensor) -> Any:
         with torch.no_grad():
@@ -226,8 +218,8 @@ class FusedModule(nn.Module):
                     "they must agree (convert the one or the other, or use torch.autocast)"
                 )
 
-    def _snapshot(self, tensors: Sequence[Tensor]) -> Snapshot:
-        return Snapshot(self, self.regarded(), self._methods(), tensors)
+    def _snapshot(self, tensors: Sequence[Tensor] = (), *, gradients: bool = True) -> Snapshot:
+        return Snapshot(self, self.regarded(), self._methods(), tensors, gradients=gradients)
 
     def _methods(self) -> Iterator[Method]:
         """The methods that must stay what they are: those of the skipped modules' classes, and of the foreign ones."""
@@ -268,7 +260,7 @@ class FusedModule(nn.Module):
         return self._understand(replaced_for_all() if is_recording() else watched_by_all())  # see _is_plain_in_trace
 
     def _understand(self, watched: str | None) -> Understanding:
-        owner, snapshot, problem = self._own(), self._snapshot(()), watched or self._problem()
+        owner, snapshot, problem = self._own(), self._snapshot(), watched or self._problem()
         before = owner.known
         if problem is None:
             # `pairs` asks what this has; to other threads, which may read it meanwhile, it has a problem.
@@ -388,39 +380,6 @@ def block_problem(block: nn.Module, forward: Callable[..., Any] = FusedBlock.for
     if kind.forward is not forward or "forward" in vars(block):
         return f"({kind.__name__}) has a forward of its own"
     return call_problem(kind) or ("has hooks" if any(hooks(block)) else None)
-
-
-def kind_of(x: Tensor) -> Kind | None:
-    """What folded weights depend on in an input; None for inputs and moments that the fused ops are not for."""
-    if type(x) not in _PLAIN or x.dim() != 4 or x.layout is not _STRIDED or transforms_active():
-        return None
-    if not (x.is_cpu or x.is_cuda) or ((dispatch_modes() or _function_modes()) and is_under_mode()):
-        return None
-    return (autocast_dtype(x) if _any_autocast() else None, x.dtype, x.device)
-
-
-def is_under_mode() -> bool:
-    """Whether a mode of the user's wants to see PyTorch's own operators, or may change what they do."""
-    try:
-        modes = [*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()]
-    except NameError:
-        return True
-    return not all(type(m).__module__ in _KNOWN_MODES or getattr(m, "sees_fused_ops", False) for m in modes)
-
-
-def is_traced(x: Any) -> bool:
-    """Whether a call is recorded, or computes shapes alone, so that nothing of it may be kept."""
-    if torch.compiler.is_compiling():
-        return True
-    if type(x) in _PLAIN and not dispatch_modes():
-        return records_early()
-    if type(x).__name__ in ("FakeTensor", "FunctionalTensor"):
-        return True
-    try:
-        modes = torch._C._TorchDispatchModeKey
-        return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY))
-    except AttributeError:  # as if it were recorded: right, and slower under a mode of the user's
-        return True
 
 
 def _guard_on(module: nn.Module) -> None:

@@ -11,8 +11,9 @@ from .._layout import asks_for_channels_last, in_channels_last
 from ..ops import BatchNormArgs, PackedResidualStage, bn_add_relu, pack_residual_block, residual_stage
 from ..ops._conv import autocast, on_16_bytes, packable
 from .cache import Form, Kind
+from .calls import is_traced
 from .fold import FoldedPair, Pair, fold, pair_problem, skip_problem, sum_of, wants_gradient
-from .module import FusedBlock, Replaced, block_problem, is_traced
+from .module import FusedBlock, Replaced, block_problem
 from .traced import traced_conv, traced_stage
 
 
@@ -55,7 +56,7 @@ class ResidualBlock(FusedBlock):
     acts: ClassVar[tuple[str, ...]] = ("relu",)
     absent: ClassVar[tuple[str, ...]] = ()
     reads = (*FusedBlock.reads, "residual", "downsample")
-    residual: bool = True  # a foreign block's always is
+    residual: bool = True
 
     def __init__(
         self,
@@ -77,6 +78,10 @@ class ResidualBlock(FusedBlock):
 
     def _add_layers(self, inplanes: int, planes: int, stride: int, groups: int, base_width: int, dilation: int) -> None:
         raise NotImplementedError
+
+    def adds_shortcut(self) -> bool:
+        """Whether there is one: a foreign block has it always, whatever else its owner calls `residual`."""
+        return self._swapped_from is not None or self.residual
 
     def plain_forward(self, x: Tensor) -> Tensor:
         y, relu = x, self._modules["relu"]
@@ -111,7 +116,7 @@ class ResidualBlock(FusedBlock):
 
     def features(self) -> tuple[str, ...]:
         downsample: Any = self.downsample
-        if not self.residual or skip_problem(downsample, nn.Sequential) or len(downsample) != 2:
+        if not self.adds_shortcut() or skip_problem(downsample, nn.Sequential) or len(downsample) != 2:
             return ()
         return ("projection",) if pair_problem(downsample[0], downsample[1], ("0", "1")) is None else ()
 
@@ -143,11 +148,11 @@ class ResidualBlock(FusedBlock):
         return self.convs() if projection is None else [*self.convs(), projection]
 
     def settings(self) -> Any:
-        return self.backend, self.residual, self.has("projection"), self.downsample is None
+        return self.backend, self.adds_shortcut(), self.has("projection"), self.downsample is None
 
     def is_one_op(self, x: Tensor) -> bool:
         """Whether the native op takes the whole block, with inputs such as x."""
-        adds_another = self.residual and self.downsample is not None and not self.has("projection")
+        adds_another = self.adds_shortcut() and self.downsample is not None and not self.has("projection")
         return (
             not adds_another
             and packable(autocast(x)[0], "conv_bias_relu_fwd", self.backend)
@@ -162,7 +167,7 @@ class ResidualBlock(FusedBlock):
         (like,), convs, projection = autocast(x), self.convs(), self.projection()
         if self.is_one_op(x):
             projected = None if projection is None else fold(*projection)
-            how: Any = {"shortcut": self.residual, "like": like, "backend": self.backend}
+            how: Any = {"shortcut": self.adds_shortcut(), "like": like, "backend": self.backend}
             packed = pack_residual_block([fold(*pair) for pair in convs], projected, **how)
             assert packed is not None
             return OneOp(packed, self.gives_channels_last())
@@ -192,7 +197,7 @@ class ResidualBlock(FusedBlock):
         if self.is_one_op(x):
             (x,) = autocast(x)
             x = in_channels_last(x) if self.gives_channels_last() else x
-            return traced_stage(x, [convs], projection, shortcut=self.residual)
+            return traced_stage(x, [convs], projection, shortcut=self.adds_shortcut())
         y = x
         for conv, bn in convs[:-1]:
             y = traced_conv(y, conv, bn, relu=True, backend=self.backend)
@@ -218,7 +223,7 @@ class ResidualBlock(FusedBlock):
 
     def _shortcut(self, x: Tensor) -> Tensor | None:
         """What is added where there is no projection: x, what else `downsample` makes of it, or nothing."""
-        if not self.residual:
+        if not self.adds_shortcut():
             return None
         return x if self.downsample is None else self.downsample(x)
 
@@ -311,7 +316,7 @@ class ResidualStage(FusedBlock, nn.Sequential):
             problem = block_problem(block) or block.known().problem
             if problem:
                 return f"{name} {problem}"
-            if i > 0 and (not block.residual or block.has("projection") or block.downsample is not None):
+            if i > 0 and (not block.adds_shortcut() or block.has("projection") or block.downsample is not None):
                 return f"{name} does not add its own input"
             if any(conv.groups != 1 for conv, _ in block.pairs()):
                 return f"{name} has a convolution in groups"
@@ -360,7 +365,7 @@ class ResidualStage(FusedBlock, nn.Sequential):
             return self.plain_forward(x)
         (x,) = autocast(x)
         x = in_channels_last(x) if any(block.gives_channels_last() for block in blocks) else x
-        return traced_stage(x, [b.convs() for b in blocks], first.projection(), shortcut=first.residual)
+        return traced_stage(x, [b.convs() for b in blocks], first.projection(), shortcut=first.adds_shortcut())
 
     def run_unfolded(self, x: Tensor) -> Tensor:
         return self.plain_forward(x)

@@ -29,10 +29,8 @@ _CALLS = {name: getattr(nn.Module, name) for name in CALLS}  # tracers replace t
 # What the forward of the modules that blocks skip calls.
 _FUNCTIONS = {name: getattr(F, name) for name in ("conv2d", "batch_norm", "relu", "max_pool2d")}
 SHARDED = "_is_fsdp_managed_module"  # what fully_shard sets on a module whose parameters it gathers for each call
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# PyTorch's tables of what is called for every module, by the very strings under which it holds them.
-_GLOBAL_HOOKS = tuple(sys.intern(f"_global{name}") for name in _HOOKS)
-_GLOBAL_ENTRIES = [*((vars(nn_module), name) for name in _GLOBAL_HOOKS), *((vars(F), name) for name in _FUNCTIONS)]
+_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_HOOKS = (*_FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
 # What the modules' forward reads of themselves; or what is called in its place, where it is there.
 _READS: dict[type, tuple[str, ...]] = {
     nn.Conv2d: (
@@ -44,13 +42,18 @@ _READS: dict[type, tuple[str, ...]] = {
 }
 
 
-def hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+def hooks(module: nn.Module, names: Sequence[str] = _HOOKS) -> tuple[dict[int, Any], ...]:
     """The tables of what is called when this very module runs."""
-    return tuple(getattr(module, name) for name in _HOOKS)
+    return tuple(getattr(module, name) for name in names)
 
 
-def _hooks_on_all() -> list[dict[int, Any]]:
-    return [getattr(nn_module, name) for name in _GLOBAL_HOOKS]
+def _global(names: Sequence[str]) -> list[str]:
+    """PyTorch's tables of what is called for every module, by the very strings under which it holds them."""
+    return [sys.intern(f"_global{name}") for name in names]
+
+
+def _hooks_on_all(names: Sequence[str] = _HOOKS) -> list[dict[int, Any]]:
+    return [getattr(nn_module, name) for name in _global(names)]
 
 
 def replaced_for_all() -> str | None:
@@ -87,26 +90,36 @@ class Snapshot:
         skipped: the modules whose forward the block computes itself.
         methods: methods, by class and name, that must stay what they are.
         tensors: compared by PyTorch's version counter and by address.
+        gradients: False for what runs without gradients alone, where PyTorch calls no backward hook: none is looked at.
     """
 
     __slots__ = ("_kept", "_positions", "record")
 
     def __init__(
-        self, owner: nn.Module, skipped: Sequence[nn.Module], methods: Iterable[Method], tensors: Sequence[Tensor] = ()
+        self,
+        owner: nn.Module,
+        skipped: Sequence[nn.Module],
+        methods: Iterable[Method],
+        tensors: Sequence[Tensor] = (),
+        *,
+        gradients: bool = True,
     ) -> None:
-        tables: list[dict[Any, Any]] = [*_hooks_on_all(), owner._modules]
-        entries = [*_GLOBAL_ENTRIES, *((vars(m), name) for m in (owner, *skipped) for name in reads_of(m))]
+        names = _HOOKS if gradients else _FORWARD_HOOKS
+        tables: list[dict[Any, Any]] = [*_hooks_on_all(names), owner._modules]
+        entries = [(vars(nn_module), name) for name in _global(names)]
+        entries += [(vars(F), name) for name in _FUNCTIONS]
+        entries += [(vars(m), name) for m in (owner, *skipped) for name in reads_of(m)]
         for module in skipped:
             registries: tuple[dict[str, Any], ...] = (module._modules, module._parameters, module._buffers)
-            tables += [*hooks(module), *(registry for registry in registries if registry)]
-            entries += [(vars(module), name) for name in _HOOKS]
+            tables += [*hooks(module, names), *(registry for registry in registries if registry)]
+            entries += [(vars(module), name) for name in names]
         values = [table.get(name, _ABSENT) for table, name in entries]
         contents = [list(chain.from_iterable(table.items())) for table in tables]
         attributes = [(kind, name, getattr(kind, name)) for kind, name in methods]
         own = vars(owner)
         # Alive, so that nothing new gets the address of what was recorded; but for the owner, which holds this.
         holders = [table for table, _ in entries if table is not own]
-        self._kept = (list(skipped), tables, holders, values, contents, attributes, list(tensors))
+        self._kept = (list(skipped), tables, holders, values, contents, gradients, attributes, list(tensors))
         record = [len(skipped)]
         for m in skipped:
             record += (id(m), id(type(m)))
@@ -128,9 +141,9 @@ class Snapshot:
 
     def _holds(self, owner: nn.Module) -> bool:
         """The same without csrc/unchanged.cpp, for interpreters and PyTorch builds in which it cannot be asked."""
-        skipped, *_, attributes, tensors = self._kept
+        skipped, *_, gradients, attributes, tensors = self._kept
         methods = [(kind, name) for kind, name, _ in attributes]
-        return Snapshot(owner, skipped, methods, tensors).record == self.record
+        return Snapshot(owner, skipped, methods, tensors, gradients=gradients).record == self.record
 
 
 def reads_of(module: nn.Module) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
-"""bn_relu, bn_add_relu and bn_relu_concat: nn.BatchNorm2d's semantics in every mode, what is saved, and what goes
-wrong."""
+"""bn_relu, bn_add_relu, bn_relu_concat and bn_relu_conv: nn.BatchNorm2d's semantics in every mode, what is saved, and
+what goes wrong."""
 
 import copy
 import itertools
@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE
+from conftest import DEVICE, backends
 from torch import Tensor, nn
 
-from fused_cnn import bn_add_relu, bn_relu, bn_relu_concat
+from fused_cnn import bn_add_relu, bn_relu, bn_relu_concat, bn_relu_conv
 from fused_cnn._library import kernel
 from fused_cnn.ops.batch_norm.args import BatchNormArgs
 
@@ -230,6 +230,28 @@ def test_opcheck(shape: tuple[int, int, int, int], channels_last: bool) -> None:
     torch.library.opcheck(kernel("bn_add_relu_fwd", "native"), (x, y, *two, True))
     torch.library.opcheck(kernel("bn_add_relu_bwd", "native"), (y, x, None, mask, *one, [True]))
     torch.library.opcheck(kernel("bn_add_relu_bwd", "native"), (y, x, y, None, *two, [True, False]))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", [None, *backends()])
+def test_under_autocast_the_convolution_alone_is_in_its_dtype(
+    backend: str | None, dtype: torch.dtype, training: bool
+) -> None:
+    """Whatever x's dtype is, and with float32 weights."""
+    theirs, conv = batch_norm(16).train(training), nn.Conv2d(16, 8, 3, padding=1).to(DEVICE)
+    ours, x = copy.deepcopy(theirs), activation(4, 16, 7, 5, dtype=dtype)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        expected = conv(F.relu(theirs(x)))
+        actual = bn_relu_conv(x, of(ours), conv.weight, conv.bias, padding=1, backend=backend)
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    results = [
+        (out, *torch.autograd.grad(out.float().square().sum(), [x, *bn.parameters(), *conv.parameters()]))
+        for out, bn in ((actual, ours), (expected, theirs))
+    ]
+    for mine, true in zip(*results, strict=True):
+        assert mine.dtype == true.dtype
+        assert (mine - true).norm() <= 0.02 * true.norm()  # a few roundings to 8 bits, at other places
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])

@@ -90,6 +90,7 @@ class PackedInception(NamedTuple):
     """The block's weights and biases in the layout that the native CPU kernels read; good on this machine only."""
 
     data: list[Tensor]
+    in_channels: int
     channels: tuple[int, ...]
     kernels: tuple[int, int]
 
@@ -103,7 +104,7 @@ def pack_inception(
     if packable(like, "inception_fwd", backend):
         data = kernel("inception_pack", "native")(weights, biases)
         channels = tuple(w.size(0) for w in weights)
-        return PackedInception(data, channels, (weights[2].size(2), weights[4].size(2))), ()
+        return PackedInception(data, weights[0].size(1), channels, (weights[2].size(2), weights[4].size(2))), ()
     return weights, [b.to(like.dtype) for b in biases]
 
 
@@ -201,11 +202,17 @@ def inception(
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not agree.
+        RuntimeError: x does not fit packed weights.
         BackendUnavailable: an explicit backend cannot run here.
     """
     if isinstance(weights, PackedInception):
         refuse_transforms("inception with packed weights")
-        return kernel("inception_packed_fwd", "native")(x, *weights)
+        data, in_channels, *sizes = weights
+        if x.dim() == 4 and x.size(1) != in_channels:  # the kernel knows padded bytes alone
+            raise RuntimeError(
+                f"inception: x has shape {tuple(x.shape)}, but the weights take {in_channels} input channels"
+            )
+        return kernel("inception_packed_fwd", "native")(x, data, *sizes)
     x, *parameters = autocast(x, *weights, *biases)
     weights, biases = parameters[: len(weights)], parameters[len(weights) :]
     _check(x, weights, biases)
