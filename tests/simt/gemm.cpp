@@ -11,8 +11,8 @@ namespace fused_cnn {
 namespace {
 
 constexpr Tile kTiles[] = {
-    {TileKind::product, 128, 128, 64, tiles::many, ""},
-    {TileKind::product, 64, 64, 64, tiles::is_product, ""},
+    {TileKind::product, 128, 128, 64, kSm80Tiles[0].when, ""},
+    {TileKind::product, 64, 64, 64, tiles::always, ""},
     {TileKind::space_to_depth, 128, 64, 64, tiles::always, ""},
     {TileKind::convolution, 128, 64, 64, tiles::always, ""},
     {TileKind::library, 0, 0, 0, tiles::always, ""},
@@ -24,7 +24,7 @@ int64_t row_of(const Gemm& gemm, int column) {
   int64_t first = 0;
   for (int s = 0; s + 1 < gemm.epilogue.slices && column >= gemm.epilogue.slice[s].columns; ++s) {
     column -= gemm.epilogue.slice[s].columns;
-    first += ceil_div(gemm.epilogue.slice[s].columns, gemm.tile->n) * gemm.tile->n;
+    first += (gemm.epilogue.slice[s].columns + gemm.tile->n - 1) / gemm.tile->n * gemm.tile->n;
   }
   return first + column;
 }
