@@ -21,6 +21,7 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 LAYOUTS = ("channels_last", "offset")
 LARGEST = 1 << 16  # elements of x: a sanitizer makes kernels a hundred times slower
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+torch.backends.cudnn.allow_tf32 = False  # float32's bounds are those of float32
 Call = tuple[str, Callable[[], None]]
 
 
