@@ -32,13 +32,16 @@ def all_cases() -> list[OpCases]:
 @dataclass(frozen=True)
 class Comparison:
     """One tensor's largest error against the truth, eager PyTorch's own, and the bound that `error` must keep: absolute
-    for an op, relative to the largest true value for a network, which states its `difference` from eager, too."""
+    for an op, relative to the largest true value for a network, which states its `difference` from eager, too, and of a
+    training step's tensors how many elements are off by more than rounding: where few are, an activation fell on the
+    other side of ReLU or of a maximum; where all are, something is wrong."""
 
     name: str
     error: float
     eager_error: float
     bound: float
     difference: float | None = None
+    beyond_rounding: str = ""
 
     @property
     def ok(self) -> bool:
