@@ -324,12 +324,13 @@ class Build(build_ext):
 
 
 def fits(built: dict[str, str], facts: dict[str, str]) -> bool:
-    """Whether a library is what this build would make; made by another nvcc, or with CUTLASS where there is none here,
-    it is as good."""
+    """Whether a library is what this build would make; made by another nvcc, for more architectures, or with CUTLASS
+    where there is none here, it is as good."""
     # A driver may be too old for it.
     newer = int(built.get("cuda", "0").split(".")[0]) > int(facts.get("cuda", "99").split(".")[0])
-    same = ["sources", "recipe", "machine", *(name for name in ("cuda_archs", "cutlass") if facts.get(name))]
-    return not newer and all(built.get(name) == facts[name] for name in same)
+    has, wanted = (set(BUILDS["entries"](of.get("cuda_archs", ""))) for of in (built, facts))
+    same = ["sources", "recipe", "machine", *(["cutlass"] if facts.get("cutlass") else [])]
+    return not newer and wanted <= has and all(built.get(name) == facts[name] for name in same)
 
 
 def registered(pattern: str) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAST = 10.0  # seconds: in less a Python that imports torch brings nothing
+LEAST = 20.0  # seconds: in less a Python that imports torch, and another for its first row, bring nothing
 GRACE = 12.0  # between being asked to end and being ended: pytest waits ten seconds for a worker that hangs
 MARGIN = 15.0  # what a benchmark's last row may take beyond the minutes it is given
 TICK = 0.1
@@ -186,7 +186,7 @@ class Runner:
         groups = [list(group) for group in _groups(pieces)]
         try:
             for i, group in enumerate(groups):
-                later = sum(max(p.seconds for p in g) for g in groups[i + 1 :] if not any(p.needed for p in g))
+                later = sum(max(p.seconds for p in g) for g in groups[i + 1 :])
                 longest = max(piece.seconds for piece in group)
                 left = self.deadline - time.monotonic() - GRACE
                 share = max(left * longest / (longest + later), LEAST, longest if any(p.needed for p in group) else 0)

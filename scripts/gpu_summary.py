@@ -35,12 +35,12 @@ def tests(outcomes: Path) -> dict[str, Any]:
 
 def summary(outcomes: Sequence[Outcome], found_tests: Mapping[str, Any], outdir: Path) -> list[str]:
     """The lines; results are read from the folder. Each part has a number of lines that it may have at most."""
-    results = {name: _result(outdir / f"{name}.json") for name in ("inference", "training", "ops", "kernels")}
+    results = {name: _result(outdir / f"{name}.json") for name in ("networks", "ops", "kernels")}
     parts = (
         (18, _pieces(outcomes)),
         (12, _failed_tests(found_tests)),
         (8, [*_rows_without(results), *_left_out(outdir, results)]),
-        (12, _networks([*results["inference"], *results["training"]])),
+        (12, _networks(results["networks"])),
         (16, _kernels(results["kernels"])),
         (4, _host(results["kernels"])),
         (10, _ops(results["ops"])),

@@ -2,7 +2,8 @@
 
 `--smoke`: one real layer of each op, compared with float64, to see in seconds whether anything is broken. Without it:
 all small cases in each dtype and layout, work for `compute-sanitizer --tool memcheck python scripts/small_cases.py`;
-numbers are then the tests' business. On a GPU where there is one, else on the CPU.
+numbers are then the tests' business. `--control`: convolutions and ReLU of PyTorch alone; what a sanitizer reports of
+them is its own mistake. On a GPU where there is one, else on the CPU.
 """
 
 import argparse
@@ -21,6 +22,7 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 LAYOUTS = ("channels_last", "offset")
 LARGEST = 1 << 16  # elements of x: a sanitizer makes kernels a hundred times slower
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+torch.backends.cudnn.allow_tf32 = False  # float32's bounds are those of float32
 Call = tuple[str, Callable[[], None]]
 
 
@@ -45,6 +47,14 @@ def small(ops: list[OpCases], backend: str) -> Iterator[Call]:
                         )
 
 
+def control(*_: object) -> Iterator[Call]:
+    """PyTorch's convolution of each small case that has one, read by its ReLU, whichever op is asked for."""
+    cases = next(cases for cases in all_cases() if cases.name == "conv_bias_relu")
+    for case in cases.cases:
+        if torch.Size(case.shape).numel() <= LARGEST:
+            yield f"torch.relu of torch.conv2d, {case.name}", partial(_convolve, cases, case)
+
+
 def _compare(cases: OpCases, case: Case, dtype: torch.dtype, backend: str) -> None:
     for comparison in compare(cases, case, backend, dtype, device=DEVICE):
         assert comparison.ok, f"{comparison}"
@@ -57,6 +67,11 @@ def _call(cases: OpCases, case: Case, dtype: torch.dtype, layout: str, backend: 
     torch.autograd.grad(out, leaves, torch.ones_like(out))
 
 
+def _convolve(cases: OpCases, case: Case) -> None:
+    (x, weight, *_), kwargs = cases.make(case, Maker(torch.bfloat16, "channels_last", DEVICE, grad=False))
+    torch.relu(torch.conv2d(x, weight, **{k: v for k, v in kwargs.items() if k != "relu"}))
+
+
 def _synchronize() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()  # so that an error is this call's
@@ -66,7 +81,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--backend", choices=("native", "triton"), default="native")
     parser.add_argument("--op", help="this op alone")
-    parser.add_argument("--smoke", action="store_true", help="one real layer of each op, compared with float64")
+    of = parser.add_mutually_exclusive_group()
+    of.add_argument("--smoke", action="store_const", dest="of", const=smoke, help="real layers, with float64")
+    of.add_argument(
+        "--control", action="store_const", dest="of", const=control, help="PyTorch's own convolutions alone"
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="make no call after so long")
     arguments = parser.parse_args()
     backend = arguments.backend
@@ -74,7 +93,7 @@ def main() -> None:
     if not status.on:
         raise SystemExit(f"small_cases: {backend} is off on {DEVICE}: {status.reason}; {status.hint}")
     ops = [c for c in all_cases() if arguments.op in (None, c.name) and _library.has_kernel(c.decides, backend, DEVICE)]
-    calls = list((smoke if arguments.smoke else small)(ops, backend))
+    calls = list((arguments.of or small)(ops, backend))
     end = time.monotonic() + 60 * arguments.minutes
     failed, made = [], 0
     for name, call in calls:

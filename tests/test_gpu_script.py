@@ -31,7 +31,7 @@ import small_cases  # noqa: E402
 from gpu_runner import Outcome, Piece, Runner  # noqa: E402
 
 HANGS = 'trap "" INT; (while :; do echo >>beats; sleep 0.05; done) & sleep 1000'  # and so does what it started
-EVIDENCE = ("tests", "inference", "training", "ops", "kernels")
+EVIDENCE = ("tests", "networks", "ops", "kernels")
 
 
 def started(*arguments: str) -> subprocess.Popen[str]:
@@ -81,7 +81,7 @@ def test_a_dry_run_is_green_small_and_no_evidence(tmp_path: Path) -> None:
     assert said["info"]["versions"]["torch"] == torch.__version__ and said["tests"]["passed"] > 0
     results = {name: json.loads(found[name].read_text())["result"] for name in EVIDENCE if name in found}
     assert {"op": "add_relu", "backend": "native", "dtype": "float32", "passed": True} in results["tests"]["ran"]
-    assert all(results[name]["rows"] for name in ("inference", "ops", "kernels"))
+    assert all(results[name]["rows"] for name in ("networks", "ops", "kernels"))
     assert load_all([found[name] for name in ("summary", *results)]) == []
     (table,) = found.keys() - {"log", "summary", *results}
     assert json.loads(found[table].read_text())["choices"]  # of the tuner
@@ -184,6 +184,35 @@ def test_a_sanitizers_first_error_is_in_the_summary(run: Any, tmp_path: Path) ->
     ]
 
 
+@pytest.mark.parametrize(
+    ("control", "cases", "code", "said"),
+    [
+        (0, 0, 0, "the control was clean"),
+        (0, 9, 9, "the control was clean"),
+        (9, 0, 9, "initcheck is blind for the library's stores"),
+        (1, 0, 1, "initcheck's control did not run"),
+    ],
+)
+def test_what_initcheck_reports_counts_only_where_its_control_is_clean(
+    control: int, cases: int, code: int, said: str
+) -> None:
+    sanitizer = ["bash", "-c", f'[ "$1" = --control ] && exit {control}; echo a report; exit {cases}', "sanitizer"]
+    command = ["bash", "-c", gpu_evidence.UNLESS_BLIND, "initcheck", *sanitizer]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and done.stdout.splitlines()[-1].startswith(said)
+    assert ("a report" in done.stdout) == (control == 0)
+
+
+def test_timings_come_before_the_tests_and_have_their_shares_whole() -> None:
+    pieces, timings = gpu_evidence.chosen("quick", [], None), gpu_evidence.timings()
+    first = pieces.index(timings[0])
+    assert pieces[first : first + len(timings)] == timings and pieces[first + len(timings)].name == "test"
+    assert all(piece.needed and not piece.beside for piece in timings)
+    start = max(piece.seconds for piece in pieces[1:first] if piece.beside)
+    # Behind a build there is something left for the tests even where nothing ends before its time.
+    assert start <= 60 and start + sum(piece.seconds for piece in timings) < 60 * gpu_evidence.MINUTES - 40
+
+
 def test_a_summary_has_80_lines_at_most_and_something_of_everything(tmp_path: Path) -> None:
     row = {
         "model": "resnet50",
@@ -194,7 +223,7 @@ def test_a_summary_has_80_lines_at_most_and_something_of_everything(tmp_path: Pa
     }
     kernels = {"variant": "fused", "ms": 15.5, "busy_ms": 15.4, "launches": 96, "kernels": [["product", 36, 11060.0]]}
     files = {
-        "inference": [
+        "networks": [
             {**row, "absent": {"fused graph": "RuntimeError: no capture"}},
             {**row, "error": "AssertionError: wrong"},
         ]
@@ -218,7 +247,7 @@ def test_a_summary_has_80_lines_at_most_and_something_of_everything(tmp_path: Pa
         "FAILED: piece 0, exit code 1",
         "tests: 7 passed, 100 failed, 0 skipped",
         "FAILED 2x test_0.py::test_it[case]: AssertionError: off",
-        "ABSENT inference, resnet50 256 inference: fused graph: RuntimeError: no capture",
+        "ABSENT networks, resnet50 256 inference: fused graph: RuntimeError: no capture",
         "11.06 ms 36x product",
         "host, resnet50 256 inference fused: 15.50 ms",
         "lines more, in the files",
@@ -306,7 +335,7 @@ def test_the_commands_that_only_a_gpu_runs_exist(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands = typer.main.get_command(fused_cnn.cli.app).commands  # type: ignore[attr-defined]
-    pieces = [*gpu_evidence.preparation(None), *gpu_evidence.correctness(), *gpu_evidence.timings()]
+    pieces = gpu_evidence.chosen("quick", [], None)
     given = [[a.replace("{minutes}", "0") for a in piece.command] for piece in pieces]
     ours = [command[command.index("fused_cnn.cli") + 1 :] for command in given if "fused_cnn.cli" in command]
     assert {name for name, *_ in ours} == {"info", "bench", "profile"}

@@ -18,7 +18,7 @@ from fused_cnn import _library
 from fused_cnn._trees import leaves_of
 from fused_cnn.ops import conv_bias_relu, pack_conv
 from fused_cnn.ops._cases import LAYOUTS, Case, Maker, OpCases
-from fused_cnn.testing import all_cases, compare
+from fused_cnn.testing import FIXED_BOUND, all_cases, compare, judge
 
 ALL_CASES = all_cases()
 
@@ -73,6 +73,26 @@ def test_forward_and_backward_agree_with_float64(
 ) -> None:
     for comparison in compare(op_cases, case, backend, dtype, layout, DEVICE):
         assert comparison.ok, comparison
+
+
+def test_the_fixed_bound_refuses_what_is_worse_than_a_bad_eager_result_and_nothing_that_is_as_good() -> None:
+    """Both may call the same kernel of a library; twice its error is allowed where that is small."""
+    truth, dtype = torch.ones(4, dtype=torch.float64), torch.float32
+    fixed = FIXED_BOUND[dtype]
+    for eager_is_off, is_off, ok in (
+        (0.0, fixed / 2, False),
+        (0.4 * fixed, 0.7 * fixed, True),
+        (0.9 * fixed, 1.1 * fixed, False),
+        (100 * fixed, 99 * fixed, True),
+        (100 * fixed, 100 * fixed, True),
+        (100 * fixed, 101 * fixed, False),
+        (float("inf"), fixed / 2, True),
+        (float("inf"), 2 * fixed, False),
+        (float("inf"), float("inf"), False),
+        (float("nan"), float("nan"), False),
+    ):
+        actual, eager = truth + is_off, truth + eager_is_off
+        assert judge("out", actual, eager, truth, factor=2, rounding=16, dtype=dtype).ok == ok, (eager_is_off, is_off)
 
 
 def smallest(op_cases: OpCases) -> Case:

@@ -165,6 +165,8 @@ def test_results_of_one_device_and_commit_are_one_in_which_the_later_row_counts(
     assert "error" not in found["rows"][2] and set(found["rows"][0]["ratios"]) == set(found["rows"][0]["times"])
     (elsewhere,) = newest([first, {**then, "commit": "another"}])
     assert [r["batch"] for r in elsewhere["rows"]] == [1, 32] and "graph" not in elsewhere["rows"][0]["times"]
+    (twice,) = newest([result("2026-11-25", row(1, eager=4, graph=1), row(1, eager=3, compile=2))])  # of two processes
+    assert [list(r["times"]) for r in twice["rows"]] == [["eager", "graph", "compile"]]
 
 
 def test_a_variant_that_fails_later_is_not_shown_with_its_earlier_time() -> None:

@@ -73,12 +73,13 @@ def network(name: str, images: Tensor) -> nn.Module:
     return model.eval()
 
 
-def make_statistics_real(model: nn.Module, images: Tensor) -> None:
-    """Give every BatchNorm random gamma and beta and the statistics of `images` and noise; centre the last layer."""
+def make_statistics_real(model: nn.Module, images: Tensor, beta: float = 0.0) -> None:
+    """Give every BatchNorm random gamma and beta (around `beta`: the larger, the fewer activations does ReLU bend) and
+    the statistics of `images` and noise; centre the last layer."""
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.weight.uniform_(0.5, 1.5)
-            norm.bias.normal_(0, 0.2)
+            norm.bias.normal_(beta, 0.2)
     few = images[:4]
     both = torch.cat([few, few.flip(3)])
     noise = (scale * torch.randn(1, device=few.device) * torch.randn_like(few) for scale in (0.0, 0.3, 1.0))

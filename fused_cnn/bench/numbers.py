@@ -133,6 +133,12 @@ def top5(a: Tensor, b: Tensor) -> float:
     return both.any(2).double().mean().item()
 
 
+def elements_beyond(bound: float, actual: Tensor, truth: Tensor) -> str:
+    """How many elements are further off than a bound that is relative to the largest true value."""
+    within = (actual.double() - truth).abs() <= bound * truth.abs().max()
+    return f"{within.numel() - int(within.sum())} of {within.numel()}"
+
+
 def compare_training(pair: Pair, images: Tensor, in_float64: bool = True) -> tuple[list[Comparison], list[Comparison]]:
     """Every gradient and running statistic of one training step: in the images' dtype, and with both in float64."""
     truth = step_results(copy.deepcopy(pair.eager).double(), images.double())
@@ -147,7 +153,8 @@ def compare_training(pair: Pair, images: Tensor, in_float64: bool = True) -> tup
     for n, t in truth.items():
         factor, absolute = (GRAD_FACTOR, kink + rounding) if n in gradients else (OUT_FACTOR, rounding)
         bound = bound_of(errors[n], factor, absolute)
-        numbers.append(Comparison(n, relative(fused[n], t), errors[n], bound, relative(fused[n], eager[n])))
+        beyond = elements_beyond(bound_of(errors[n], factor, rounding), fused[n], t)
+        numbers.append(Comparison(n, relative(fused[n], t), errors[n], bound, relative(fused[n], eager[n]), beyond))
     if not in_float64:
         return numbers, []
     wide = step_results(copy.deepcopy(pair.fused).double(), images.double())

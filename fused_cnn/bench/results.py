@@ -59,8 +59,8 @@ def newest(results: Iterable[Result]) -> list[Result]:
     for result in sorted(results, key=lambda r: r["date"]):
         for table, rows in _by_table(result).items():
             before = found.get((table, result["device"]), {})
-            if all(before.get(fact) == result.get(fact) for fact in ("device_name", "commit")):
-                rows = merged(before.get("rows", []), rows)
+            one = all(before.get(fact) == result.get(fact) for fact in ("device_name", "commit"))
+            rows = merged(before.get("rows", []) if one else [], rows)  # a result may have a row twice, too
             found[table, result["device"]] = {**result, "table": table, "rows": rows}
     return list(found.values())
 
