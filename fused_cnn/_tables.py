@@ -33,7 +33,8 @@ from ._backends import BACKENDS, driver_version
 from ._sources import PACKAGE, digest
 
 VERSION = 1
-# The name by which the CUDA library's convolutions go in `tiles`; the key is a problem (_library.py) without its device.
+# The name by which the CUDA library's convolutions go in `tiles`; the key is a problem of _library.py but for its
+# device.
 GEMM = "gemm"
 Key = tuple[Any, ...]
 

@@ -5,6 +5,7 @@ import ctypes
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import simt_backend
@@ -12,8 +13,9 @@ import torch
 from conftest import DEVICE
 
 from fused_cnn import _library, _tables, tuning
-from fused_cnn.ops import add_relu, concat_bias_relu, conv1x1_bias_relu
+from fused_cnn.ops import add_relu, concat_bias_relu, conv1x1_bias_relu, conv_bias_relu
 from fused_cnn.ops._cases import LAYOUTS, Case, OpCases
+from fused_cnn.ops._conv import IntPair
 from fused_cnn.testing import all_cases, compare
 
 pytestmark = [
@@ -71,7 +73,7 @@ def number(file: str, line: str) -> int:
     return int(found)
 
 
-COLUMNS, CONV = "cuda/column_reduction.cuh", "conv/cuda.cu"
+COLUMNS = "cuda/column_reduction.cuh"
 VEC = number("cuda/vector.cuh", "kVec = #;")
 TILE = VEC * number(COLUMNS, "kTileVecs = #;")  # channels of a block
 BRANCHES = number(COLUMNS, "kBranches = #;")  # of a launch
@@ -123,30 +125,6 @@ def test_sums_with_a_residual_over_many_chunks(projection: bool, pixels: int) ->
         assert comparison.ok, comparison
 
 
-LEAST = number(CONV, "kLeast = #;")  # the fewest rows of a chunk of a weight's gradient
-MOST = LEAST * number(CONV, "kBlocks = #,")  # rows above which the chunks of a small weight grow
-
-
-WGRADS = [(LEAST // 2, 64, 40), *((r, 24, 40) for r in (*around(LEAST), 2 * LEAST, 3 * LEAST - 200))]
-
-
-@pytest.mark.parametrize(
-    ("pixels", "channels", "outputs", "dtype"),
-    [(*size, dtype) for size in WGRADS for dtype in (torch.float16, torch.bfloat16)]
-    + [(MOST + 1, 8, 8, torch.bfloat16)],
-)
-def test_weight_gradients_of_whole_and_of_part_filled_chunks_of_rows(
-    pixels: int, channels: int, outputs: int, dtype: torch.dtype
-) -> None:
-    x, grad = (last(torch.randn(1, c, 1, pixels)).to(dtype) for c in (channels, outputs))
-    weight = torch.randn(outputs, channels, 1, 1).to(dtype).requires_grad_()
-    (found,) = torch.autograd.grad(conv1x1_bias_relu(x, weight, relu=False, backend="simt"), weight, grad)
-    exact = torch.einsum("nkhw,nchw->kc", grad.double(), x.double())[:, :, None, None]
-    torch.testing.assert_close(
-        found.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-4 * exact.abs().max().item()
-    )
-
-
 def test_products_take_what_does_not_lie_on_16_bytes() -> None:
     """Slices of channels, and storage that begins between: copied, and the same result."""
     x, weight, bias = (torch.randn(s).half() for s in ((2, 24, 5, 7), (16, 24, 1, 1), (16,)))
@@ -191,13 +169,31 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
         ),
     },
     "inception": {
-        "a slice of the product in the wrong place": ("cuda/gemm/epilogue.cuh", "column -= slice.columns;", "", OUTSIDE)
+        "a slice of the product in the wrong place": (
+            "cuda/gemm/epilogue.cuh",
+            "column -= slice.columns;",
+            "",
+            OUTSIDE,
+        ),
+        "the weights of a slice between tiles": (
+            "cuda/gemm/pointwise.cuh",
+            "kernels.cores->whole_tiles ? tile.n : 1",
+            "1",
+            OUTSIDE,
+        ),
+    },
+    "max_pool2d": {
+        "a column of the window left out": (
+            "cuda/max_pool.cuh",
+            "+ kKernel) best[r]",
+            "+ kKernel - 1) best[r]",
+            "error=",
+        )
     },
     "add_relu": {
         "a rest of the elements left out": ("shared/passes.h", "if (rest > 0)", "if (rest > 63)", "error=inf")
     },
     "conv1x1_bias_relu": {
-        "a rest of the rows left out": ("conv/cuda.cu", "run(whole, 1, rest);", "run(whole, 0, rest);", "error="),
         "pairs of columns in the wrong place": (
             "cuda/gemm/epilogue.cuh",
             "upper ? kept : got",
@@ -211,8 +207,14 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
             "shared/aten_conv.h",
             "% 16 != 0) return",
             "% 1 != 0) return",
-            "aten::convolution: ",
-        )
+            "aten::convolution",
+        ),
+        "pixels of another column in the stem": (
+            "cuda/gemm/space_to_depth.cuh",
+            "x = left + place % 2;",
+            "x = left + place / 2;",
+            "differ",
+        ),
     },
     "bn_add_relu": {
         "a channel of the mask left out": (
@@ -242,10 +244,10 @@ def test_the_table_decides_which_tile_a_product_runs_with(
 
     X, W = (last(torch.randn(shape, dtype=torch.float16)) for shape in ((1, 16, 4, 4), (24, 16, 1, 1)))
     (problem,) = _library.problems_of(library, work)
-    assert problem[2:] == (16, 24, 16, 0, 1, 1, 1, 1)
+    assert problem[2:] == (16, 24, 16, 0, 1, 1, 1, 1, 1)
     large, small, of_library = _library.tiles_of(library, problem)
     assert (large, small, of_library) == ((0, 128, 128, 64), (0, 64, 64, 64), (3, 0, 0, 0))
-    assert _library.tiles_of(library, (*problem[:-1], 2)) == [(1, 128, 64, 64), of_library]
+    assert _library.tiles_of(library, (*problem[:-2], 2, 1)) == [(1, 128, 64, 64), of_library]
     used = ctypes.c_int.in_dll(library, "simt_gemm_tile")
 
     def tile_of(run: Callable[[], object]) -> _library.Tile:
@@ -276,6 +278,42 @@ def test_the_table_decides_which_tile_a_product_runs_with(
     with pytest.raises(KeyboardInterrupt):
         tuning.measure_tiles(work, X.device, library, _tables.Table())
     assert tile_of(work) == small
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "padding", "dilation"),
+    [
+        *((c, k, 2, p, 1) for c in (1, 2, 3, 4) for k, p in ((7, 3), (8, 0), (3, 1), ((7, 2), (3, 0)), (1, 0))),
+        *(
+            (c, k, s, p, 1)
+            for c in (8, 24)
+            for k, s, p in ((3, 1, 1), (3, 2, 1), ((1, 7), 1, (0, 3)), (1, 2, 0), (5, 3, 2))
+        ),
+        (8, 3, 1, 2, 2),
+        (3, 3, 2, 1, 2),  # which the library takes
+        (3, 9, 2, 4, 1),  # as this
+        (8, 1, 1, 1, 1),  # and this
+    ],
+    ids=str,
+)
+def test_convolutions_by_tensor_cores_take_every_geometry(
+    channels: int, kernel: IntPair, stride: int, padding: IntPair, dilation: int
+) -> None:
+    kernel_h, kernel_w = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    images = torch.randn(2, channels, 17, 14, dtype=torch.float16)
+    weight = (
+        torch.randn(16, channels, kernel_h, kernel_w, dtype=torch.float16) / (channels * kernel_h * kernel_w) ** 0.5
+    )
+    bias = torch.randn(16, dtype=torch.float16)
+    how: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+    exact = torch.conv2d(images.double(), weight.double(), bias.double(), **how)
+    residual = torch.randn(exact.shape, dtype=torch.float16)
+    for x in (images, last(images), torch.cat([images, images], 1)[:, :channels]):
+        for added, relu in ((None, True), (residual, True), (last(residual), False)):
+            expected = exact if added is None else exact + added.double()
+            found = conv_bias_relu(x, weight, bias, added, relu=relu, backend="simt", **how).double()
+            # A rounding of the result to float16's eleven bits, and one of the convolution where it is the library's.
+            torch.testing.assert_close(found, expected.relu() if relu else expected, rtol=2e-3, atol=4e-3)
 
 
 def test_add_relu_says_where_it_went_wrong() -> None:

@@ -50,7 +50,6 @@ constexpr TensorCores kSm90a{
         [](const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
           return with_16_bits(gemm.dtype, [&](auto element) {
             using T = decltype(element);
-            if (gemm.kind == GemmKind::wgrad) return sm90a_wgrad<T>(gemm, multiprocessors, stream);
             const auto run = [&](auto place) {
               constexpr Tile tile = kSm90aTiles[place];
               return sm90a_product<T, tile.m, tile.n>(gemm, multiprocessors, stream);

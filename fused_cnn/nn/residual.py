@@ -165,18 +165,16 @@ class ResidualBlock(FusedBlock):
 
     def fold(self, x: Tensor) -> OneOp | FoldedBlock:
         (like,), convs, projection = autocast(x), self.convs(), self.projection()
+        folded = [fold(*pair) for pair in convs]
+        shortcut = None if projection is None else fold(*projection)
         if self.is_one_op(x):
-            projected = None if projection is None else fold(*projection)
             how: Any = {"shortcut": self.adds_shortcut(), "like": like, "backend": self.backend}
-            packed = pack_residual_block([fold(*pair) for pair in convs], projected, **how)
+            packed = pack_residual_block(folded, shortcut, **how)
             assert packed is not None
             return OneOp(packed, self.gives_channels_last())
-        folded = [fold(*pair) for pair in convs]
-        if projection is None:
-            projected = None
-        else:
-            # Its bias is added with the last convolution's: what is left needs no pass behind it.
-            shortcut = fold(*projection)
+        projected = None
+        if projection is not None and shortcut is not None:
+            # Its bias is added with the last convolution's: without one the library's result needs no pass behind it.
             folded[-1] = folded[-1]._replace(bias=sum_of(folded[-1].bias, shortcut.bias))
             projected = FoldedPair.of(projection[0], shortcut._replace(bias=None), like, self.backend)
         pairs = zip(convs, folded, strict=True)

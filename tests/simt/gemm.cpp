@@ -20,7 +20,6 @@ constexpr Tile kTiles[] = {
 
 // Where b has the weights of a column of the result.
 int64_t row_of(const Gemm& gemm, int column) {
-  if (gemm.kind == GemmKind::wgrad) return column;
   int64_t first = 0;
   for (int s = 0; s + 1 < gemm.epilogue.slices && column >= gemm.epilogue.slice[s].columns; ++s) {
     column -= gemm.epilogue.slice[s].columns;
@@ -29,14 +28,11 @@ int64_t row_of(const Gemm& gemm, int column) {
   return first + column;
 }
 
-template <typename T, typename Out>
+template <typename T>
 __global__ void product_kernel(Gemm gemm) {
-  const int64_t batch = blockIdx.z;
   const auto at = [](const Rows& matrix, int64_t row, int64_t column) {
     return to_compute(matrix.at<const T>(row)[column]);
   };
-  const Rows a{gemm.a.at<T>(0) + batch * gemm.a_batch_stride, gemm.a.pitch};
-  const Rows b{gemm.b.at<T>(0) + batch * gemm.b_batch_stride, gemm.b.pitch};
   for (int j = 0; j < 2; ++j) {
     const int64_t row = blockIdx.x * 16 + threadIdx.x / 4 + 8 * j;
     float pairs[4][2] = {};
@@ -47,23 +43,21 @@ __global__ void product_kernel(Gemm gemm) {
         const int64_t column = columns[o] + 2 * (threadIdx.x % 4) + i;
         if (row >= gemm.m || column >= gemm.n) continue;
         for (int k = 0; k < gemm.k; ++k) {
-          pairs[o][i] +=
-              gemm.kind == GemmKind::wgrad ? at(a, k, row) * at(b, k, column) : at(a, row, k) * at(b, row_of(gemm, column), k);
+          pairs[o][i] += at(gemm.a, row, k) * at(gemm.b, row_of(gemm, column), k);
         }
       }
     }
-    epilogue_store<T, Out>(gemm.epilogue, pairs, row, columns, gemm.m, gemm.n, batch);
+    epilogue_store<T>(gemm.epilogue, pairs, row, columns, gemm.m, gemm.n);
   }
 }
 
 template <typename T>
 cudaError_t product(const Gemm& gemm) {
-  if (gemm.tile) simt_gemm_tile = static_cast<int>(gemm.tile - kTiles);
+  simt_gemm_tile = static_cast<int>(gemm.tile - kTiles);
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3((gemm.m + 15) / 16, (gemm.n + 31) / 32, gemm.batch);
+  config.gridDim = dim3((gemm.m + 15) / 16, (gemm.n + 31) / 32);
   config.blockDim = dim3(32);
-  return cudaLaunchKernelEx(&config, gemm.kind == GemmKind::wgrad ? product_kernel<T, float> : product_kernel<T, T>,
-                            gemm);
+  return cudaLaunchKernelEx(&config, product_kernel<T>, gemm);
 }
 
 // One thread a pixel of the result.

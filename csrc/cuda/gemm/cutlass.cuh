@@ -18,7 +18,7 @@ using cutlass_t = std::conditional_t<std::is_same_v<T, bf16_t>, cutlass::bfloat1
 
 // A collective epilogue that hands the accumulators to epilogue_store(). Accumulators are ((2, 2[, groups]), M, N): two
 // columns, two rows eight apart, then groups of 8 columns.
-template <typename T, typename Out>
+template <typename T>
 class SliceEpilogue {
  public:
   using EpilogueSchedule = cutlass::epilogue::NoSmemWarpSpecialized;
@@ -26,7 +26,7 @@ class SliceEpilogue {
   using ElementAccumulator = float;
   using ElementCompute = float;
   using ElementScalar = float;
-  using ElementOutput = std::conditional_t<std::is_same_v<Out, float>, float, cutlass_t<T>>;
+  using ElementOutput = cutlass_t<T>;
   using ElementC = ElementOutput;
   using ElementD = ElementOutput;
   using StrideC = cute::Stride<int64_t, cute::_1, int64_t>;
@@ -75,8 +75,8 @@ class SliceEpilogue {
             pairs[o][1] = accumulators(index(1, j, m, group + o));
             columns[o] = first_column + int(get<1>(place(index(0, j, m, group + o))));
           }
-          epilogue_store<T, Out>(params_, pairs, first_row + get<0>(place(index(0, j, m, group))), columns,
-                                 get<0>(shape), get<1>(shape), get<3>(at));
+          epilogue_store<T>(params_, pairs, first_row + get<0>(place(index(0, j, m, group))), columns, get<0>(shape),
+                            get<1>(shape));
         }
       }
     }
@@ -117,21 +117,18 @@ cudaError_t launch_kernel(const typename Kernel::Params& parameters, cudaStream_
   return cudaLaunchKernelEx(&config, kernel, parameters);
 }
 
-// Operands lie along k (kAlongK), or along m and n; `columns` are the product's, which may be more than the results'.
-template <class Kernel, bool kAlongK>
+// `columns` are the product's, which may be more than the results'.
+template <class Kernel>
 cudaError_t launch_product(const Gemm& gemm, int columns, const typename Kernel::EpilogueArguments& epilogue,
                            int multiprocessors, cudaStream_t stream) {
   using Element = typename Kernel::ElementA;
-  constexpr int kPitched = kAlongK ? 0 : 1;
   typename Kernel::Arguments arguments{};
   arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
-  arguments.problem_shape = {gemm.m, columns, gemm.k, gemm.batch};
+  arguments.problem_shape = {gemm.m, columns, gemm.k, /*batch=*/1};
   arguments.mainloop.ptr_A = static_cast<const Element*>(gemm.a.data);
-  cute::get<kPitched>(arguments.mainloop.dA) = gemm.a.pitch;
-  cute::get<2>(arguments.mainloop.dA) = gemm.a_batch_stride;
+  cute::get<0>(arguments.mainloop.dA) = gemm.a.pitch;
   arguments.mainloop.ptr_B = static_cast<const Element*>(gemm.b.data);
-  cute::get<kPitched>(arguments.mainloop.dB) = gemm.b.pitch;
-  cute::get<2>(arguments.mainloop.dB) = gemm.b_batch_stride;
+  cute::get<0>(arguments.mainloop.dB) = gemm.b.pitch;
   arguments.epilogue = epilogue;
   arguments.hw_info.sm_count = multiprocessors;
   return launch_kernel<Kernel>(Kernel::to_underlying_arguments(arguments, nullptr), stream);

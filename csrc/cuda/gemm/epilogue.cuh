@@ -30,15 +30,14 @@ __device__ inline void exchange_in_quad(float (&pairs)[4][2]) {
 
 // Finishes four groups of 8 columns of row `row` of an m x n result, of which group o begins at columns[o]. Every
 // thread of a warp calls this.
-template <typename T, typename Out>
+template <typename T>
 __device__ void epilogue_store(const GemmEpilogue& epilogue, float (&pairs)[4][2], int64_t row, const int (&columns)[4],
-                               int64_t m, int n, int64_t batch) {
+                               int64_t m, int n) {
   exchange_in_quad(pairs);
   const int q = threadIdx.x % 4;
   int column = q == 0 ? columns[0] : q == 1 ? columns[1] : q == 2 ? columns[2] : columns[3];
   if (row >= m || column >= n) return;
-  Vec8<Out> out;
-  Vec8<T> bias{}, residual{};
+  Vec8<T> out, bias{}, residual{};
   if (epilogue.bias) bias = load_vec8<true>(static_cast<const T*>(epilogue.bias) + column);
   if (epilogue.residual.data) residual = load_vec8<true>(epilogue.residual.at<const T>(row) + column);
 #pragma unroll
@@ -54,7 +53,7 @@ __device__ void epilogue_store(const GemmEpilogue& epilogue, float (&pairs)[4][2
       slice = epilogue.slice[s];
     }
   }
-  store_vec8<true>(slice.rows.at<Out>(row) + batch * epilogue.batch_stride + column, out);
+  store_vec8<true>(slice.rows.at<T>(row) + column, out);
 }
 
 }  // namespace fused_cnn

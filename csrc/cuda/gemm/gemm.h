@@ -23,25 +23,16 @@ struct GemmEpilogue {
   bool relu;
   int slices;
   GemmSlice slice[kGemmSlices];
-  int64_t batch_stride;  // elements between the results of a batch
 };
 
 struct Tile;  // tiles.h
 
-enum class GemmKind {
-  forward,  // a (m, k) times b (n, k) transposed: result (m, n) of the operands' type
-  wgrad     // split-K: a (k, m) transposed times b (k, n), one result (m, n) in float32 for each part of a batch
-};
-
-// `batch` products: a and b move on by so many elements from one to the next. m, n and k are multiples of 8 where they
-// lie along rows. `tile` is the forward product's.
+// a (m, k) times b (n, k) transposed: (m, n). n and k are multiples of 8.
 struct Gemm {
-  GemmKind kind;
   const Tile* tile;
   DType dtype;
   Rows a, b;
-  int64_t a_batch_stride, b_batch_stride;
-  int m, n, k, batch;
+  int m, n, k;
   GemmEpilogue epilogue;
 };
 

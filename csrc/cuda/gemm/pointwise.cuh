@@ -140,15 +140,13 @@ inline void pointwise(const Tensor& x, const RowView& in, const std::vector<Tens
         const RowView a = on_16_bytes(in), addend = residual.data ? on_16_bytes(residual) : residual;
         const Tensor b = on_16_bytes(stacked(weights, kernels.cores->whole_tiles ? tile.n : 1));
         const Tensor vector = bias ? on_16_bytes(*bias) : Tensor();
-        Gemm gemm{.kind = GemmKind::forward,
-                  .tile = &tile,
+        Gemm gemm{.tile = &tile,
                   .dtype = dtype,
                   .a = a,
                   .b = {b.data_ptr(), inputs},
                   .m = static_cast<int>(rows),
                   .n = static_cast<int>(outputs),
                   .k = static_cast<int>(inputs),
-                  .batch = 1,
                   .epilogue = {.bias = bias ? vector.data_ptr() : nullptr,
                                .residual = addend,
                                .relu = relu,

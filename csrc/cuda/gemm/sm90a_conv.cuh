@@ -16,8 +16,10 @@ namespace fused_cnn {
 
 template <typename T, int kRows, int kColumns>
 struct Sm90aConvolution {
-  // With the epilogue's, no more than half of the shared memory.
-  static constexpr int kStages = (96 << 10) / ((kRows + kColumns) * 64 * static_cast<int>(sizeof(T)));
+  // Two blocks share a multiprocessor, and with the epilogue's each has half of the shared memory; but for wide tiles,
+  // whose registers leave room for one.
+  static constexpr int kStages =
+      ((kColumns > 128 ? 192 : 96) << 10) / ((kRows + kColumns) * 64 * static_cast<int>(sizeof(T)));
   using Layout = cutlass::layout::TensorNHWC;
   using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
   using Stock = TmaEpilogue<T, cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::_64>, /*kCooperative=*/false>;
