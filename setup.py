@@ -276,7 +276,7 @@ class Build(build_ext):
         cutlass = find_cutlass()
         if cutlass is None:
             print(
-                f"[fused_cnn] CUTLASS's headers were not found: on CUDA 1x1 convolutions will be PyTorch's own with "
+                f"[fused_cnn] CUTLASS's headers were not found: on CUDA convolutions will be PyTorch's own with "
                 f"their epilogue behind them; for ours `pip install --no-deps {BUILDS['CUTLASS']}` and build again",
                 flush=True,
             )

@@ -18,7 +18,7 @@ from ._builds import CUTLASS, mismatch
 
 BACKENDS = ("reference", "native", "triton")
 REBUILD = "run `pip install -e .` in the project's folder"
-CUTLASS_MISSING = "1x1 convolutions are PyTorch's own, for it was built without CUTLASS"
+CUTLASS_MISSING = "convolutions are PyTorch's own, for it was built without CUTLASS"
 GET_CUTLASS = f"`pip install --no-deps {CUTLASS}` and build again"
 
 

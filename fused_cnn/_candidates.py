@@ -5,7 +5,7 @@ architectures that it is for, and the measurement that put it where it stands. W
 or BackendUnavailable. Otherwise the device's table decides (_tables.py: measured by `tune`, or shipped), and without an
 entry the first candidate in order whose predicate holds and that can run here.
 
-Tiles of the CUDA kernels follow the same rule where they are launched (csrc/cuda/gemm/gemm.h lists them; the table's
+Tiles of the CUDA kernels follow the same rule where they are launched (csrc/cuda/gemm/tiles.h lists them; the table's
 entries are handed to the library when it is read).
 """
 

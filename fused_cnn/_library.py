@@ -177,15 +177,17 @@ def conv_work(
     return found[0], found[1]
 
 
-# What a convolution on a GPU's tensor cores is asked for (csrc/cuda/gemm/gemm.h, Problem): device, dtype, m, n, k,
-# residual, slices, kernel height and width, stride.
+# What a convolution on a GPU's tensor cores is asked for: the device, the dtype, and so on (Problem in
+# csrc/cuda/gemm/tiles.h).
 Problem = tuple[int, ...]
-Tile = tuple[int, int, int, int]  # kind (1x1 product, convolution, the library's), m, n, k
+Tile = tuple[int, int, int, int]  # kind (TileKind there), m, n, k
 RECORDED = 64  # more problems than one op has
 
 
-def _int64s(values: Sequence[int]) -> Any:
-    return (ctypes.c_int64 * len(values))(*values)
+def _values(library: ctypes.CDLL, problem: Problem) -> Any:
+    if len(problem) != library.fused_cnn_problem_values():
+        raise ValueError(f"a problem has {library.fused_cnn_problem_values()} values, got {problem}")
+    return (ctypes.c_int64 * len(problem))(*problem)
 
 
 def _major(problem: Problem) -> int:
@@ -195,15 +197,17 @@ def _major(problem: Problem) -> int:
 def tiles_of(library: ctypes.CDLL, problem: Problem) -> list[Tile]:
     """The tiles of the CUDA library that may run a problem, in the order in which a rule picks one."""
     found = (ctypes.c_int * 4 * 64)()
-    count = library.fused_cnn_tiles(_int64s(problem), _major(problem), found, len(found))
+    count = library.fused_cnn_tiles(_values(library, problem), _major(problem), found, len(found))
     return [(kind, m, n, k) for kind, m, n, k in found[:count]]
 
 
 def choose_tile(library: ctypes.CDLL, problem: Problem, tile: Tile | None) -> None:
     """Run this problem with that tile from now on; None: with the one by rule."""
     library.fused_cnn_choose_tile.restype = ctypes.c_bool
+    if tile is not None and len(tile) != 4:
+        raise ValueError(f"a tile is (kind, m, n, k), got {tile}")
     chosen = None if tile is None else (ctypes.c_int * 4)(*tile)
-    if not library.fused_cnn_choose_tile(_int64s(problem), _major(problem), chosen):
+    if not library.fused_cnn_choose_tile(_values(library, problem), _major(problem), chosen):
         raise ValueError(f"no tile {tile} may run {problem}")
 
 

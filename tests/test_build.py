@@ -317,7 +317,8 @@ ASKED_IF_THERE = {
     *("PyDict_GetItemWithError", "PyDict_Next", "PyDict_Size", "PyErr_Clear", "PyObject_GetAttr", "PyObject_Type"),
     *("PyBool_FromLong", "PyByteArray_AsString", "PyBytes_AsString", "PyBytes_FromStringAndSize", "PyCFunction_NewEx"),
     *("PyTuple_GetItem", "PyTuple_Size", "Py_DecRef"),
-    "_ZNK2at10TensorBase8_versionEv",
+    *("_ZNK2at10TensorBase8_versionEv", "_ZN2at13globalContextEv", "_ZNK2at7Context16userEnabledCuDNNEv"),
+    *("_ZNK2at7Context18deterministicCuDNNEv", "_ZNK2at7Context23deterministicAlgorithmsEv"),
 }
 
 

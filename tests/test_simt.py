@@ -13,9 +13,10 @@ import torch
 from conftest import DEVICE
 
 from fused_cnn import _library, _tables, tuning
-from fused_cnn.ops import add_relu, concat_bias_relu, conv1x1_bias_relu, conv_bias_relu
+from fused_cnn.ops import add_relu, concat_bias_relu, conv1x1_bias_relu, conv_bias_relu, inception
 from fused_cnn.ops._cases import LAYOUTS, Case, OpCases
 from fused_cnn.ops._conv import IntPair
+from fused_cnn.ops.inception.op import weight_shapes
 from fused_cnn.testing import all_cases, compare
 
 pytestmark = [
@@ -177,7 +178,7 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
         ),
         "the weights of a slice between tiles": (
             "cuda/gemm/pointwise.cuh",
-            "kernels.cores->whole_tiles ? tile.n : 1",
+            "kernels.cores->slices_on_tiles ? tile.n : 1",
             "1",
             OUTSIDE,
         ),
@@ -269,6 +270,10 @@ def test_the_table_decides_which_tile_a_product_runs_with(
     assert tile_of(work) == large
     with pytest.raises(ValueError, match="no tile"):
         _library.choose_tile(library, problem, (1, 128, 64, 64))
+    with pytest.raises(ValueError, match="a tile is"):
+        _library.choose_tile(library, problem, (128, 128, 64))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a problem has"):
+        _library.choose_tile(library, problem[:5], large)
 
     def interrupted(variants: dict[_library.Tile, Callable[[], object]], device: torch.device) -> dict[object, float]:
         variants[of_library]()
@@ -314,6 +319,26 @@ def test_convolutions_by_tensor_cores_take_every_geometry(
             found = conv_bias_relu(x, weight, bias, added, relu=relu, backend="simt", **how).double()
             # A rounding of the result to float16's eleven bits, and one of the convolution where it is the library's.
             torch.testing.assert_close(found, expected.relu() if relu else expected, rtol=2e-3, atol=4e-3)
+
+
+def test_what_is_not_finite_reaches_one_pixel_further_behind_an_odd_stem() -> None:
+    x = torch.zeros(1, 3, 16, 16, dtype=torch.float16)
+    x[0, 0, 8, 8] = float("nan")
+    weight = torch.randn(8, 3, 7, 7, dtype=torch.float16)
+    found = conv_bias_relu(x, weight, stride=2, padding=3, backend="simt")[0, 0].isnan()
+    expected = torch.conv2d(x.float(), weight.float(), stride=2, padding=3)[0, 0].isnan()
+    rows, columns = (expected.any(axis).nonzero().flatten() for axis in (1, 0))
+    expected[rows[0] - 1 : rows[-1] + 1, columns[0] - 1 : columns[-1] + 1] = True
+    assert torch.equal(found, expected)
+
+
+def test_slices_without_columns_are_left_out() -> None:
+    x = last(torch.randn(1, 8, 5, 5, dtype=torch.float16))
+    shapes = weight_shapes(8, (8, 16, 8, 8, 8, 8), (3, 3))
+    weights, biases = [torch.randn(s).half() / 4 for s in shapes], [torch.randn(s[0]).half() for s in shapes]
+    expected = inception(x, weights, biases, backend="simt")[:, 8:]
+    found = inception(x, [weights[0][:0], *weights[1:]], [biases[0][:0], *biases[1:]], backend="simt")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_add_relu_says_where_it_went_wrong() -> None:

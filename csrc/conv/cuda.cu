@@ -15,11 +15,12 @@ Tensor conv_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<T
   const Ints kernel{weight.size(2), weight.size(3)};
   const std::array<int64_t, 2> size{conv_out_size(x.size(2), kernel, params, 0),
                                     conv_out_size(x.size(3), kernel, params, 1)};
+  const MemoryFormat format = result_format(x);
+  if (weight.size(0) == 0) return RowResult(x, 0, size[0], size[1], format).finish();
   if (bias) bias = torch::stable::contiguous(*bias);
   const Tile* tile = tile_of(x, weight, params, residual.has_value(), relu, size, /*own=*/true);
-  const MemoryFormat format = result_format(x);
   if (tile && tile->kind == TileKind::library_fused) {
-    return dense(library_fused(x, weight, bias, params), format);
+    if (const std::optional<Tensor> out = library_fused(x, weight, bias, params)) return dense(*out, format);
   }
   const bool alone = !bias && !residual && !relu;
   if (alone && (!tile || tile->kind == TileKind::library)) {
@@ -36,6 +37,11 @@ Tensor conv_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<T
 // 256, bfloat16, H100, 2026-11-27).
 std::tuple<Tensor, Tensor> convolution_backward(const RowView& grad, const Tensor& x, const Tensor& weight,
                                                 const ConvParams& params, bool needs_x, bool needs_weight) {
+  if (weight.size(0) == 0) {
+    Tensor grad_x = empty_like_4d(x, result_format(x));
+    torch::stable::zero_(grad_x);
+    return {grad_x, empty_like_4d(weight, MemoryFormat::Contiguous)};
+  }
   return aten_convolution_backward(grad.tensor, x, weight, params, needs_x, needs_weight);
 }
 

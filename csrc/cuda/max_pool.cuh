@@ -78,7 +78,7 @@ struct Maxima<f16_t> : PairedMaxima<f16_t, __half2> {
 #endif
 
 struct PoolShape {
-  int images, channels, height, width, out_height, out_width;
+  int channels, height, width, out_height, out_width;
 };
 
 // A thread takes a run of results of one row and 8 channels: neighbouring threads neighbouring channels, so that a warp
@@ -149,8 +149,11 @@ __global__ void __launch_bounds__(kPoolThreads)
 inline void max_pool(const Tensor& x, const RowView& in, const Tensor& out, const PoolWindow& window) {
   const DType dtype = dtype_of("max_pool2d", "x", x);
   const auto size = [](int64_t value) { return static_cast<int>(value); };
-  const PoolShape shape{size(x.size(0)), size(x.size(1)),   size(x.size(2)),
-                        size(x.size(3)), size(out.size(2)), size(out.size(3))};
+  constexpr int64_t kMost = std::numeric_limits<int>::max() - kVec;  // rounded up to whole threads it is an int
+  FUSED_CNN_CHECK(x.size(1) <= kMost && out.size(2) <= kMost && out.size(3) <= kMost &&
+                      row_count(x) <= std::numeric_limits<int>::max(),
+                  "max_pool2d: x has more channels or pixels than 2^31, or so does the result: ", shape_of(x));
+  const PoolShape shape{size(x.size(1)), size(x.size(2)), size(x.size(3)), size(out.size(2)), size(out.size(3))};
   const RowView to = rows_of(out);
   const int64_t threads = x.size(0) * out.size(2) * ceil_div<int64_t>(out.size(3), kPoolRun) *
                           ceil_div<int64_t>(x.size(1), kVec);

@@ -15,7 +15,7 @@ cudaError_t with_16_bits(DType dtype, const Body& body) {
 #if FUSED_CNN_GEMM_SM80
 constexpr TensorCores kSm80{
     .tiles = kSm80Tiles,
-    .whole_tiles = false,
+    .slices_on_tiles = false,
     .product =
         [](const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
           return with_16_bits(
@@ -35,7 +35,7 @@ cudaError_t with_tile(const Tile* wanted, const Run& run, std::index_sequence<kA
   cudaError_t error = cudaErrorInvalidValue;
   const auto try_one = [&](auto place) {
     constexpr TileKind kind = kSm90aTiles[place].kind;
-    if constexpr (kSm90aTiles[place].m > 0 && (kind == TileKind::product) == kProduct) {
+    if constexpr (!kSm90aTiles[place].is_library() && (kind == TileKind::product) == kProduct) {
       if (wanted == &kSm90aTiles[place]) error = run(place);
     }
   };
@@ -45,7 +45,7 @@ cudaError_t with_tile(const Tile* wanted, const Run& run, std::index_sequence<kA
 
 constexpr TensorCores kSm90a{
     .tiles = kSm90aTiles,
-    .whole_tiles = true,
+    .slices_on_tiles = true,
     .product =
         [](const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
           return with_16_bits(gemm.dtype, [&](auto element) {

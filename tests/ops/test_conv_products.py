@@ -1,5 +1,5 @@
-"""Products of 16-bit matrices around the edges of their tiles: m, n and k one step below, on and above, in every kind
-and form.
+"""Products of 16-bit matrices around the edges of their tiles: m, n and k one step below, on and above, in every form,
+and the gradients of what they computed.
 
 On a GPU the kernels themselves run. Elsewhere plain loops stand in for the main loop, with tiles of 16 x 32, in front
 of the real epilogue (tests/simt), and the sizes are around those.
@@ -86,7 +86,7 @@ def as_rows(t: Tensor) -> Tensor:
 def check(
     backend: str, dtype: torch.dtype, size: Size, *, bias: bool, residual: bool, relu: bool, pitched: bool
 ) -> None:
-    """The forward product and both of its backward against float64, whose mask is that of the result."""
+    """The product and the gradients behind it against float64, whose mask is that of the result."""
     m, n, k = size
     x, grad = rows(m, k, dtype, pitched), rows(m, n, dtype, pitched)
     weight = (torch.randn(n, k, device=DEVICE) * (2 / k) ** 0.5).to(dtype)

@@ -5,7 +5,7 @@
 #include "cuda/gemm/tiles.h"
 
 extern "C" int simt_gemm_tile;
-int simt_gemm_tile = -1;  // of the last forward product, its place in kTiles
+int simt_gemm_tile = -1;  // of the last product or convolution, its place in kTiles
 
 namespace fused_cnn {
 namespace {
@@ -99,7 +99,7 @@ cudaError_t convolution(const Convolution& conv) {
 
 constexpr TensorCores kCores{
     .tiles = kTiles,
-    .whole_tiles = true,
+    .slices_on_tiles = true,
     .product = [](const Gemm& gemm, int,
                   cudaStream_t) { return gemm.dtype == DType::f16 ? product<f16_t>(gemm) : product<bf16_t>(gemm); },
     .convolution =

@@ -4,8 +4,17 @@
 #include "cuda/gemm/pointwise.cuh"
 #include "cuda/gemm/space_to_depth.cuh"
 
+// PyTorch's settings (at::Context), for which its stable ABI has no question; asked if they are there.
+extern "C" {
+__attribute__((weak)) const void* fused_cnn_context() __asm__("_ZN2at13globalContextEv");
+__attribute__((weak)) bool fused_cnn_cudnn_enabled(const void*) __asm__("_ZNK2at7Context16userEnabledCuDNNEv");
+__attribute__((weak)) bool fused_cnn_cudnn_deterministic(const void*) __asm__("_ZNK2at7Context18deterministicCuDNNEv");
+__attribute__((weak)) bool fused_cnn_deterministic(const void*) __asm__("_ZNK2at7Context23deterministicAlgorithmsEv");
+}
+
 namespace fused_cnn {
 
+// At any stride; Problem::is_product() asks for stride 1.
 inline bool is_pointwise(const Tensor& weight, const ConvParams& params) {
   return weight.size(2) == 1 && weight.size(3) == 1 && params.groups == 1 && params.padding == Ints{0, 0};
 }
@@ -37,13 +46,24 @@ inline bool convolution_supports(DType dtype, const Tensor& x, const Tensor& wei
   return true;
 }
 
+// Whether cuDNN's fused call may be made: PyTorch takes neither its switch for cuDNN nor the one for deterministic
+// algorithms into account there.
+inline bool library_may_fuse() {
+  if (!fused_cnn_context || !fused_cnn_cudnn_enabled || !fused_cnn_cudnn_deterministic || !fused_cnn_deterministic) {
+    return false;
+  }
+  const void* context = fused_cnn_context();
+  return fused_cnn_cudnn_enabled(context) && !fused_cnn_cudnn_deterministic(context) &&
+         !fused_cnn_deterministic(context);
+}
+
 // How a convolution into one slice runs; null: by the library and one pass. `own` says that its result is a tensor of
 // its own.
 inline const Tile* tile_of(const Tensor& x, const Tensor& weight, const ConvParams& params, bool residual, bool relu,
                            const std::array<int64_t, 2>& size, bool own) {
   const DType dtype = dtype_of("convolve", "x", x);
   const int64_t rows = x.size(0) * size[0] * size[1];
-  if (!convolution_supports(dtype, x, weight, params) || rows > INT_MAX - 128) return nullptr;
+  if (!convolution_supports(dtype, x, weight, params) || rows > kMostRows) return nullptr;
   const GemmKernels kernels(x.get_device_index());
   if (!kernels) return nullptr;
   const Problem problem{.device = kernels.device,
@@ -56,7 +76,8 @@ inline const Tile* tile_of(const Tensor& x, const Tensor& weight, const ConvPara
                         .kernel_height = weight.size(2),
                         .kernel_width = weight.size(3),
                         .stride = params.stride[0],
-                        .under_relu = own && relu && !residual && x.size(1) % 8 == 0};
+                        .library_takes_all = own && relu && !residual && x.size(1) % 8 == 0 &&
+                                             rows * weight.size(0) <= INT_MAX && library_may_fuse()};
   return &kernels.tile_for(problem);
 }
 
@@ -91,8 +112,7 @@ inline void run_space_to_depth(const GemmKernels& kernels, const Tensor& x, cons
   const Tensor deep = empty_result(x, kDepth, height, width);
   const Tensor dense_weight = dense(weight, MemoryFormat::Contiguous);
   const Tensor filter = empty_vector(weight, weight.size(0) * taps_h * taps_w * kDepth, weight.scalar_type());
-  StemShape shape{.images = static_cast<int>(x.size(0)),
-                  .inputs = static_cast<int>(x.size(1)),
+  StemShape shape{.inputs = static_cast<int>(x.size(1)),
                   .height = static_cast<int>(x.size(2)),
                   .width = static_cast<int>(x.size(3)),
                   .padding = {static_cast<int>(params.padding[0]), static_cast<int>(params.padding[1])},
@@ -129,8 +149,8 @@ inline void convolve(const Tensor& x, const Tensor& weight, const std::optional<
                      const ConvParams& params, bool relu, const std::array<int64_t, 2>& size, const GemmSlice& out,
                      const Tile* tile) {
   if (x.size(0) * size[0] * size[1] == 0 || weight.size(0) == 0) return;
-  const bool by_library = !tile || tile->m == 0 || !aligned16(out.rows, x.element_size());
-  if (!by_library && tile->kind != TileKind::product) {
+  const bool as_convolution = tile && !tile->is_library() && tile->kind != TileKind::product;
+  if (as_convolution && aligned16(out.rows, x.element_size())) {
     const GemmKernels kernels(x.get_device_index());
     const RowView addend = residual.data ? on_16_bytes(residual) : residual;
     const Tensor vector = bias ? on_16_bytes(*bias) : Tensor();
@@ -156,13 +176,18 @@ inline void convolve(const Tensor& x, const Tensor& weight, const std::optional<
   finish_convolution(aten_convolution(x, weight, std::nullopt, params), bias, residual, relu, {out});
 }
 
-// The library's own convolution with bias and ReLU.
-inline Tensor library_fused(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                            const ConvParams& params) {
+// The library's own convolution with bias and ReLU; nothing where it has none that fits.
+inline std::optional<Tensor> library_fused(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                                           const ConvParams& params) {
   const Tensor rows = rows_of(aligned_for_cudnn(x)).tensor;
-  const auto found = call_operator("aten::cudnn_convolution_relu", "", rows, aligned_for_cudnn(weight), bias,
-                                   params.stride, params.padding, params.dilation, params.groups);
-  return torch::stable::detail::to<Tensor>(found[0]);
+  if (bias) bias = aligned_for_cudnn(*bias);
+  try {
+    const auto found = call_operator("aten::cudnn_convolution_relu", "", rows, aligned_for_cudnn(weight), bias,
+                                     params.stride, params.padding, params.dilation, params.groups);
+    return torch::stable::detail::to<Tensor>(found[0]);
+  } catch (const std::runtime_error&) {
+    return std::nullopt;
+  }
 }
 
 }  // namespace fused_cnn

@@ -1,4 +1,4 @@
-// The epilogue of every product: bias, residual, ReLU and the store, from the accumulators of a warp. Tensor cores
+// The epilogue of sm_80's products: bias, residual, ReLU and the store, from the accumulators of a warp. Tensor cores
 // leave a row's eight columns in four threads, a pair each. The four exchange pairs of four such groups of columns, so
 // that each holds one group whole, and reads and writes 16 bytes of a 16-bit type.
 #pragma once

@@ -9,9 +9,11 @@
 
 namespace fused_cnn {
 
+constexpr int64_t kMostRows = INT_MAX - 256;  // the largest tile's more are still an int
+
 inline bool gemm_supports(DType dtype, int64_t rows, int64_t inputs, int64_t outputs) {
   return (dtype == DType::f16 || dtype == DType::bf16) && rows > 0 && inputs > 0 && outputs > 0 && inputs % 8 == 0 &&
-         outputs % 8 == 0 && std::max({rows, inputs, outputs}) <= INT_MAX - 128;
+         outputs % 8 == 0 && std::max({rows, inputs, outputs}) <= kMostRows;
 }
 
 inline Tensor concatenated(const std::vector<Tensor>& tensors) {
@@ -26,8 +28,7 @@ inline Tensor on_16_bytes(const Tensor& t) {
 
 inline RowView on_16_bytes(const RowView& rows) {
   const Tensor& t = rows.tensor;
-  // TMA does not load rows that overlap, as an expanded tensor's do.
-  if (aligned16(rows, t.element_size()) && rows.pitch >= t.size(1)) return rows;
+  if (aligned16(rows, t.element_size())) return rows;
   Tensor copy = empty_result(t, t.size(1), t.size(2), t.size(3));
   torch::stable::copy_(copy, t);
   return {{copy.data_ptr(), t.size(1)}, copy};
@@ -117,6 +118,14 @@ inline void pointwise(const Tensor& x, const RowView& in, const std::vector<Tens
   int64_t outputs = 0;
   for (const GemmSlice& s : slices) outputs += s.columns;
   if (rows == 0 || outputs == 0) return;
+  for (size_t i = 0; i < slices.size(); ++i) {
+    if (slices[i].columns > 0) continue;
+    const auto without = [&](auto list) {  // TMA takes no empty matrix
+      if (!list.empty()) list.erase(list.begin() + i);
+      return list;
+    };
+    return pointwise(x, in, without(weights), without(biases), residual, relu, without(slices), found);
+  }
   std::optional<Tensor> bias;
   if (!biases.empty()) bias = biases.size() == 1 ? biases[0] : concatenated(biases);
   bool supported = gemm_supports(dtype, rows, inputs, outputs) && slices.size() <= kGemmSlices;
@@ -134,11 +143,11 @@ inline void pointwise(const Tensor& x, const RowView& in, const std::vector<Tens
                             .kernel_height = 1,
                             .kernel_width = 1,
                             .stride = 1,
-                            .under_relu = 0};
+                            .library_takes_all = 0};
       const Tile& tile = found ? *found : kernels.tile_for(problem);
       if (tile.kind == TileKind::product) {
         const RowView a = on_16_bytes(in), addend = residual.data ? on_16_bytes(residual) : residual;
-        const Tensor b = on_16_bytes(stacked(weights, kernels.cores->whole_tiles ? tile.n : 1));
+        const Tensor b = on_16_bytes(stacked(weights, kernels.cores->slices_on_tiles ? tile.n : 1));
         const Tensor vector = bias ? on_16_bytes(*bias) : Tensor();
         Gemm gemm{.tile = &tile,
                   .dtype = dtype,

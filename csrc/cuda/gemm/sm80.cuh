@@ -2,12 +2,84 @@
 // block a tile, of 256 threads for tiles of 128 and of 128 for tiles of 64.
 #pragma once
 #include <cute/tensor.hpp>
+#include <cutlass/epilogue/dispatch_policy.hpp>
 #include <cutlass/gemm/collective/collective_mma.hpp>
 #include "cuda/gemm/cutlass.cuh"
+#include "cuda/gemm/epilogue.cuh"
 #include "cuda/gemm/instances.h"
 #include "cuda/gemm/tiles.h"
 
 namespace fused_cnn {
+
+// A collective epilogue that hands the accumulators to epilogue_store(). Accumulators are ((2, 2[, groups]), M, N): two
+// columns, two rows eight apart, then groups of 8 columns.
+template <typename T>
+class SliceEpilogue {
+ public:
+  using EpilogueSchedule = cutlass::epilogue::NoSmemWarpSpecialized;
+  using DispatchPolicy = EpilogueSchedule;
+  using ElementAccumulator = float;
+  using ElementCompute = float;
+  using ElementScalar = float;
+  using ElementOutput = cutlass_t<T>;
+  using ElementC = ElementOutput;
+  using ElementD = ElementOutput;
+  using StrideC = cute::Stride<int64_t, cute::_1, int64_t>;
+  using StrideD = StrideC;
+  using GmemTiledCopyC = void;
+  using GmemTiledCopyD = void;
+  struct SharedStorage {};
+  using TensorStorage = SharedStorage;
+  using Arguments = GemmEpilogue;
+  using Params = GemmEpilogue;
+
+  static constexpr Params to_underlying_arguments(const auto&, const Arguments& arguments, void*) { return arguments; }
+  static size_t get_workspace_size(const auto&, const Arguments&) { return 0; }
+  static cutlass::Status initialize_workspace(const auto&, const Arguments&, void*, cudaStream_t,
+                                              cutlass::CudaHostAdapter* = nullptr) {
+    return cutlass::Status::kSuccess;
+  }
+  static bool can_implement(const auto&, const Arguments&) { return true; }
+
+  CUTLASS_HOST_DEVICE SliceEpilogue(const Params& params, const SharedStorage& = SharedStorage()) : params_(params) {}
+  CUTLASS_DEVICE bool is_source_needed() { return false; }
+
+  template <class Engine, class Layout>
+  CUTLASS_DEVICE void operator()(auto shape, auto tile, auto at, const cute::Tensor<Engine, Layout>& accumulators,
+                                 auto mma, auto, int thread, char*) {
+    using namespace cute;
+    constexpr int kAtom = size<0>(Layout{}) / 4, kM = size<1>(Layout{}), kGroups = kAtom * size<2>(Layout{});
+    static_assert(kGroups % 4 == 0);
+    const auto index = [=](int i, int j, int m, int group) {
+      return i + 2 * j + 4 * (group % kAtom) + 4 * kAtom * (m + kM * (group / kAtom));
+    };
+    const Tensor place = mma.get_thread_slice(thread).partition_C(make_identity_tensor(take<0, 2>(tile)));
+    const int64_t first_row = int64_t(get<0>(at)) * size<0>(tile);
+    const int first_column = int(get<1>(at)) * size<1>(tile) - 2 * (thread % 4);
+    CUTLASS_PRAGMA_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int group = 0; group < kGroups; group += 4) {
+          float pairs[4][2];
+          int columns[4];
+          CUTLASS_PRAGMA_UNROLL
+          for (int o = 0; o < 4; ++o) {
+            pairs[o][0] = accumulators(index(0, j, m, group + o));
+            pairs[o][1] = accumulators(index(1, j, m, group + o));
+            columns[o] = first_column + int(get<1>(place(index(0, j, m, group + o))));
+          }
+          epilogue_store<T>(params_, pairs, first_row + get<0>(place(index(0, j, m, group))), columns, get<0>(shape),
+                            get<1>(shape));
+        }
+      }
+    }
+  }
+
+ private:
+  Params params_;
+};
 
 // How so many threads bring an operand's tile, rows of adjacent k, to shared memory, how it lies there, and how warps
 // read it.

@@ -1,7 +1,8 @@
 // A convolution of stride 2 over few channels, such as the 7x7 of a network's stem over three, as one of stride 1 over
 // enough for tensor cores: each 2 x 2 pixels become the 16 channels of one (arXiv 1809.04184 calls it space-to-depth),
 // of which a window of 7 or 8 sees 4 x 4. Those beside each other are adjacent in memory, so that the implicit product
-// takes the four of a row as 64 channels of one pixel, and the window is 4 x 1.
+// takes the four of a row as 64 channels of one pixel, and the window is 4 x 1. What an odd window lacks of 4 x 4 are
+// weights of zero: values that are not finite reach one pixel further than PyTorch's.
 #pragma once
 #include "cuda/gemm/tiles.h"
 #include "cuda/launch.cuh"
@@ -14,7 +15,7 @@ constexpr int kDepthThreads = 256;
 
 struct StemShape {
   int64_t stride[4];  // of x (N, C, H, W), in elements
-  int images, inputs, height, width, padding[2], depth_height, depth_width;
+  int inputs, height, width, padding[2], depth_height, depth_width;
 };
 
 // out[n, y, x, (i, j, c)] = x[n, c, 2 y + i - padding, 2 x + j - padding], zero outside: one thread a pixel of out.

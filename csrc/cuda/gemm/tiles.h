@@ -6,18 +6,18 @@
 
 namespace fused_cnn {
 
-// What a convolution is run by: a tile of the product, for 1x1 windows over adjacent pixels; one of the implicit
-// product, whose result is one slice, over x itself or, for a window of stride 2 over few channels, over x with each
-// 2 x 2 pixels as the channels of one (space_to_depth.cuh); the library's convolution and one pass for what follows; or
-// its convolution with bias and ReLU, for results of their own under ReLU and without a residual (`under_relu`).
+// What a convolution is run by: a tile of the product, for 1x1 windows of stride 1; one of the implicit product, whose
+// result is one slice, over x itself or, for a window of stride 2 over few channels, over x with each 2 x 2 pixels as the
+// channels of one (space_to_depth.cuh); the library's convolution and one pass for what follows (a strided 1x1 window is
+// then a product over a copy of the pixels that it reads); or the library's convolution with bias and ReLU.
 enum class TileKind { product, convolution, space_to_depth, library, library_fused };
 
 constexpr int kMostStemInputs = 4, kMostStemKernel = 8;  // of space_to_depth
 
 // A problem as the tables have it (fused_cnn/_tables.py): m rows and n columns of the result, k channels under the
-// window.
+// window. `library_takes_all`: it is what library_fused may do, with a result of its own under ReLU and no residual.
 struct Problem {
-  int64_t device, dtype, m, n, k, residual, slices, kernel_height, kernel_width, stride, under_relu;
+  int64_t device, dtype, m, n, k, residual, slices, kernel_height, kernel_width, stride, library_takes_all;
 
   bool is_product() const { return kernel_height == 1 && kernel_width == 1 && stride == 1; }
   int64_t inputs() const { return k / (kernel_height * kernel_width); }
@@ -32,14 +32,18 @@ struct Tile {
   bool (*when)(const Problem& problem, int multiprocessors);
   const char* measured;
 
+  constexpr bool is_library() const { return kind == TileKind::library || kind == TileKind::library_fused; }
   bool suits(const Problem& problem) const {
-    if (kind == TileKind::product) return problem.is_product() && (problem.slices == 1 || !problem.residual);
-    if (kind == TileKind::convolution) return !problem.is_product() && problem.slices == 1 && problem.inputs() % 8 == 0;
+    const bool whole_vectors = problem.inputs() % 8 == 0;
+    if (kind == TileKind::product) {
+      return problem.is_product() && whole_vectors && (problem.slices == 1 || !problem.residual);
+    }
+    if (kind == TileKind::convolution) return !problem.is_product() && whole_vectors && problem.slices == 1;
     if (kind == TileKind::space_to_depth) {
       return problem.slices == 1 && problem.stride == 2 && problem.inputs() <= kMostStemInputs &&
              std::max(problem.kernel_height, problem.kernel_width) <= kMostStemKernel;
     }
-    return kind == TileKind::library || problem.under_relu;
+    return kind == TileKind::library || problem.library_takes_all;
   }
 };
 
@@ -135,11 +139,11 @@ inline constexpr Tile kSm90aTiles[] = {
 // The one of them that a problem runs with (cuda/choices.cu).
 const Tile& tile_for(const Problem& problem, std::span<const Tile> candidates, int multiprocessors);
 
-// What an architecture has; a launch's error says why it could not be. `whole_tiles`: in a product of several slices
+// What an architecture has; a launch's error says why it could not be. `slices_on_tiles`: in a product of several slices
 // each one's rows of b begin at a multiple of the tile's columns.
 struct TensorCores {
   std::span<const Tile> tiles;
-  bool whole_tiles;
+  bool slices_on_tiles;
   cudaError_t (*product)(const Gemm& gemm, int multiprocessors, cudaStream_t stream);
   cudaError_t (*convolution)(const Convolution& conv, cudaStream_t stream);
 };
