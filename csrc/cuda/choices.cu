@@ -1,7 +1,7 @@
-// Which tile a problem runs with: the one that the device's table has for it, else the first in the architecture's order
-// whose predicate holds. Python hands the table's entries over, and asks which problems a call consists of when it
-// measures them (fused_cnn/tuning.py), through C functions. There a problem is the values of Problem in order, a tile
-// {kind, m, n, k}.
+// Which tile a problem runs with: the one that the device's table has for it, else the first in the architecture's
+// order whose predicate holds. Python hands the table's entries over, and asks which problems a call consists of when
+// it measures them (fused_cnn/tuning.py), through C functions. There a problem is the values of Problem in order, a
+// tile {kind, m, n, k}.
 #include <algorithm>
 #include <map>
 #include <mutex>
@@ -43,9 +43,8 @@ const Tile& tile_for(const Problem& problem, std::span<const Tile> candidates, i
   const std::lock_guard lock(mutex);
   if (recording) recorded.push_back(problem);
   if (const auto found = chosen.find(problem); found != chosen.end()) return *found->second;
-  return *std::find_if(candidates.begin(), std::prev(candidates.end()), [&](const Tile& tile) {
-    return tile.suits(problem) && tile.when(problem, multiprocessors);
-  });
+  return *std::find_if(candidates.begin(), std::prev(candidates.end()),
+                       [&](const Tile& tile) { return tile.suits(problem) && tile.when(problem, multiprocessors); });
 }
 
 }  // namespace fused_cnn

@@ -109,9 +109,7 @@ __global__ void __launch_bounds__(kPoolThreads)
     const int64_t in_y = top + int64_t{i} * dilation_h;
     if (in_y < 0 || in_y >= shape.height) continue;
     const int64_t row = (image * shape.height + in_y) * shape.width;
-    const auto load = [&](int64_t in_x) {
-      return load_vec8<kAligned>(x.at<const T>(row + in_x) + channel, n);
-    };
+    const auto load = [&](int64_t in_x) { return load_vec8<kAligned>(x.at<const T>(row + in_x) + channel, n); };
     if constexpr (kKernel > 0) {
       constexpr int kSpan = (kPoolRun - 1) * kStride + kKernel;
       Vec8<T> values[kSpan];  // all on their way before the first is used
@@ -155,8 +153,8 @@ inline void max_pool(const Tensor& x, const RowView& in, const Tensor& out, cons
                   "max_pool2d: x has more channels or pixels than 2^31, or so does the result: ", shape_of(x));
   const PoolShape shape{size(x.size(1)), size(x.size(2)), size(x.size(3)), size(out.size(2)), size(out.size(3))};
   const RowView to = rows_of(out);
-  const int64_t threads = x.size(0) * out.size(2) * ceil_div<int64_t>(out.size(3), kPoolRun) *
-                          ceil_div<int64_t>(x.size(1), kVec);
+  const int64_t threads =
+      x.size(0) * out.size(2) * ceil_div<int64_t>(out.size(3), kPoolRun) * ceil_div<int64_t>(x.size(1), kVec);
   const Launch launch(x);
   const bool aligned = x.size(1) % kVec == 0 && aligned16(in, x.element_size()) && aligned16(to, x.element_size());
   const auto window_is = [&](int kernel, int stride) {

@@ -7,7 +7,8 @@ namespace fused_cnn {
 
 // PyTorch's rule: with ceil_mode a window may reach past the padding, even the first one, but none may start in the
 // padding behind the image.
-inline int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
+inline int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
+                           bool ceil_mode) {
   const int64_t reach = size + 2 * padding - dilation * (kernel - 1) - 1 + (ceil_mode ? stride - 1 : 0);
   if (reach < 0) return 0;
   const int64_t out = reach / stride + 1;

@@ -1,6 +1,6 @@
 // The products and convolutions of cuda/gemm/gemm.h in place of CUTLASS's. A warp of a product takes 16 rows and 32
-// columns and leaves them in its threads as tensor cores do, then comes the epilogue of sm_80's; it finds the weights of
-// several slices where sm_90a's does.
+// columns and leaves them in its threads as tensor cores do, then comes the epilogue of sm_80's; it finds the weights
+// of several slices where sm_90a's does.
 #include "cuda/gemm/epilogue.cuh"
 #include "cuda/gemm/tiles.h"
 
@@ -65,7 +65,8 @@ template <typename T>
 __global__ void convolution_kernel(Convolution conv, int height, int width) {
   const int64_t row = blockIdx.x;
   const int64_t image = row / (height * width);
-  const int y = row / width % height * conv.stride[0] - conv.padding[0], x = row % width * conv.stride[1] - conv.padding[1];
+  const int y = row / width % height * conv.stride[0] - conv.padding[0],
+            x = row % width * conv.stride[1] - conv.padding[1];
   const GemmEpilogue& epilogue = conv.epilogue;
   for (int o = 0; o < conv.outputs; ++o) {
     float sum = 0;
@@ -89,7 +90,8 @@ template <typename T>
 cudaError_t convolution(const Convolution& conv) {
   const auto size = [&](int axis) {
     return (conv.size[axis] + 2 * conv.padding[axis] - conv.dilation[axis] * (conv.kernel[axis] - 1) - 1) /
-               conv.stride[axis] + 1;
+               conv.stride[axis] +
+           1;
   };
   simt_gemm_tile = static_cast<int>(conv.tile - kTiles);
   cudaLaunchConfig_t config{};

@@ -31,8 +31,8 @@ inline Tensor strided_slice(const Tensor& x, const Ints& stride) {
   return view;
 }
 
-// Whether tensor cores may run it; for other than 1x1 windows what TMA's im2col mode takes: offsets of the window's taps
-// and its corners within a byte, strides up to 8.
+// Whether tensor cores may run it; for other than 1x1 windows what TMA's im2col mode takes: offsets of the window's
+// taps and its corners within a byte, strides up to 8.
 inline bool convolution_supports(DType dtype, const Tensor& x, const Tensor& weight, const ConvParams& p) {
   if ((dtype != DType::f16 && dtype != DType::bf16) || p.groups != 1 || weight.size(0) % 8 || x.size(1) == 0 ||
       x.numel() > INT_MAX || p.stride[0] != p.stride[1] || p.stride[0] > 8 ||
@@ -154,14 +154,12 @@ inline void convolve(const Tensor& x, const Tensor& weight, const std::optional<
     const GemmKernels kernels(x.get_device_index());
     const RowView addend = residual.data ? on_16_bytes(residual) : residual;
     const Tensor vector = bias ? on_16_bytes(*bias) : Tensor();
-    Convolution conv{.tile = tile,
-                     .dtype = dtype_of("convolve", "x", x),
-                     .images = static_cast<int>(x.size(0)),
-                     .outputs = static_cast<int>(weight.size(0)),
-                     .epilogue = {.bias = bias ? vector.data_ptr() : nullptr,
-                                  .residual = addend,
-                                  .relu = relu,
-                                  .slices = 1}};
+    Convolution conv{
+        .tile = tile,
+        .dtype = dtype_of("convolve", "x", x),
+        .images = static_cast<int>(x.size(0)),
+        .outputs = static_cast<int>(weight.size(0)),
+        .epilogue = {.bias = bias ? vector.data_ptr() : nullptr, .residual = addend, .relu = relu, .slices = 1}};
     conv.epilogue.slice[0] = out;
     return tile->kind == TileKind::convolution ? run_convolution(kernels, x, weight, params, conv)
                                                : run_space_to_depth(kernels, x, weight, params, size, conv);

@@ -1,6 +1,6 @@
-// Products on sm_90a: TMA loads, wgmma, a producer warp and two consumer warpgroups. Persistent: one block of 384 threads
-// on every multiprocessor, tiles that share rows of x one behind the other. A 1x1 convolution is bound by memory: it
-// reads x, residual and weight and writes the result once.
+// Products on sm_90a: TMA loads, wgmma, a producer warp and two consumer warpgroups. Persistent: one block of 384
+// threads on every multiprocessor, tiles that share rows of x one behind the other. A 1x1 convolution is bound by
+// memory: it reads x, residual and weight and writes the result once.
 #pragma once
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include "cuda/gemm/instances.h"

@@ -26,9 +26,9 @@ struct Sm90aConvolution {
   using Epilogue = Sliced<Stock, kColumns>;
   using Mainloop = typename cutlass::conv::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, cutlass::conv::Operator::kFprop, cutlass_t<T>, Layout, 8,
-      cutlass_t<T>, Layout, 8, float,
-      cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::Shape<cute::_64>>, Cluster,
-      cutlass::conv::collective::StageCount<kStages>, cutlass::conv::collective::KernelScheduleAuto>::CollectiveOp;
+      cutlass_t<T>, Layout, 8, float, cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::Shape<cute::_64>>,
+      Cluster, cutlass::conv::collective::StageCount<kStages>,
+      cutlass::conv::collective::KernelScheduleAuto>::CollectiveOp;
   using Problem = cutlass::conv::ConvProblemShape<cutlass::conv::Operator::kFprop, 2>;
   using Kernel = cutlass::conv::kernel::ConvUniversal<Problem, Mainloop, Epilogue>;
 
@@ -38,8 +38,7 @@ struct Sm90aConvolution {
     typename Kernel::Arguments arguments{};
     arguments.problem_shape = Problem(
         cutlass::conv::Mode::kCrossCorrelation, {conv.images, conv.size[0], conv.size[1], conv.inputs},
-        {conv.image, conv.row, conv.pixel, 1},
-        {conv.outputs, conv.kernel[0], conv.kernel[1], conv.inputs},
+        {conv.image, conv.row, conv.pixel, 1}, {conv.outputs, conv.kernel[0], conv.kernel[1], conv.inputs},
         {conv.kernel[0] * line, line, conv.inputs, 1}, {conv.padding[0], conv.padding[1]},
         {conv.padding[0], conv.padding[1]}, {conv.stride[0], conv.stride[1]}, {conv.dilation[0], conv.dilation[1]},
         /*groups=*/1);

@@ -2,6 +2,6 @@
 
 template <>
 cudaError_t fused_cnn::sm90a_product<fused_cnn::f16_t, 128, 64>(const Gemm& gemm, int multiprocessors,
-                                                            cudaStream_t stream) {
+                                                                cudaStream_t stream) {
   return Sm90aProduct<f16_t, 128, 64>::run(gemm, multiprocessors, stream);
 }

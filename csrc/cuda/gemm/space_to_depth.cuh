@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(kDepthThreads)
 #pragma unroll
     for (int c = 0; c < kMostStemInputs; ++c) {
       constexpr int kHalf = 2 * kMostStemInputs;
-      if (c < shape.inputs) values[place * kMostStemInputs / kHalf].v[(place * kMostStemInputs + c) % kHalf] =
-          from[c * shape.stride[1]];
+      if (c < shape.inputs)
+        values[place * kMostStemInputs / kHalf].v[(place * kMostStemInputs + c) % kHalf] = from[c * shape.stride[1]];
     }
   }
   store_vec8<true>(out + pixel * kDepth, values[0]);

@@ -7,9 +7,9 @@
 namespace fused_cnn {
 
 // What a convolution is run by: a tile of the product, for 1x1 windows of stride 1; one of the implicit product, whose
-// result is one slice, over x itself or, for a window of stride 2 over few channels, over x with each 2 x 2 pixels as the
-// channels of one (space_to_depth.cuh); the library's convolution and one pass for what follows (a strided 1x1 window is
-// then a product over a copy of the pixels that it reads); or the library's convolution with bias and ReLU.
+// result is one slice, over x itself or, for a window of stride 2 over few channels, over x with each 2 x 2 pixels as
+// the channels of one (space_to_depth.cuh); the library's convolution and one pass for what follows (a strided 1x1
+// window is then a product over a copy of the pixels that it reads); or the library's convolution with bias and ReLU.
 enum class TileKind { product, convolution, space_to_depth, library, library_fused };
 
 constexpr int kMostStemInputs = 4, kMostStemKernel = 8;  // of space_to_depth
@@ -139,8 +139,8 @@ inline constexpr Tile kSm90aTiles[] = {
 // The one of them that a problem runs with (cuda/choices.cu).
 const Tile& tile_for(const Problem& problem, std::span<const Tile> candidates, int multiprocessors);
 
-// What an architecture has; a launch's error says why it could not be. `slices_on_tiles`: in a product of several slices
-// each one's rows of b begin at a multiple of the tile's columns.
+// What an architecture has; a launch's error says why it could not be. `slices_on_tiles`: in a product of several
+// slices each one's rows of b begin at a multiple of the tile's columns.
 struct TensorCores {
   std::span<const Tile> tiles;
   bool slices_on_tiles;

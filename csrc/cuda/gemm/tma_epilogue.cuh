@@ -90,8 +90,8 @@ class Sliced : public Base {
     params.slices = arguments.slices;
     for (int s = 0; s < arguments.slices; ++s) {
       params.columns[s] = arguments.columns[s];
-      params.slice[s] = Base::to_underlying_arguments(with_columns(product, arguments.columns[s]), arguments.slice[s],
-                                                      nullptr);
+      params.slice[s] =
+          Base::to_underlying_arguments(with_columns(product, arguments.columns[s]), arguments.slice[s], nullptr);
     }
     return params;
   }

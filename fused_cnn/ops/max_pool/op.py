@@ -63,7 +63,7 @@ class _MaxPool2d(torch.autograd.Function):
     @on_a_backend
     def backward(ctx: Any, backend: str, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        if not has_kernel("max_pool2d_bwd", backend, x.device.type):
+        if backend != "reference" and not has_kernel("max_pool2d_bwd", backend, x.device.type):
             backend = best("max_pool2d_bwd", x.device, x.dtype)
         taps = ctx.window[0][0] * ctx.window[0][1]  # Triton keeps an index as one byte
         if not (taps <= 255 if backend == "triton" else x.dtype in (torch.float32, torch.bfloat16)):
