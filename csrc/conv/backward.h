@@ -1,5 +1,6 @@
 // fused_cnn::conv_bias_relu_bwd: the gradient under ReLU's mask, on the way its sums, which are the bias's gradient,
-// then the convolution's gradients, which each device has its own way to.
+// then the convolution's gradients, the library's. On CUDA products of our own took 1.0 to 1.4 times as long for those
+// of a 1x1 convolution (ResNet-50's, batch 256, bfloat16, H100, 2026-11-27).
 #pragma once
 #include <tuple>
 #include "shared/aten_conv.h"
@@ -8,8 +9,13 @@
 namespace fused_cnn {
 
 // (grad_x, grad_weight) of the convolution itself, as far as they are needed.
-std::tuple<Tensor, Tensor> convolution_backward(const RowView& grad, const Tensor& x, const Tensor& weight,
-                                                const ConvParams& params, bool needs_x, bool needs_weight);
+inline std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                       const ConvParams& params, bool needs_x, bool needs_weight) {
+  if (weight.size(0) > 0) return aten_convolution_backward(grad, x, weight, params, needs_x, needs_weight);
+  Tensor grad_x = empty_like_4d(x, result_format(x));
+  torch::stable::zero_(grad_x);
+  return {grad_x, empty_like_4d(weight, MemoryFormat::Contiguous)};
+}
 
 // (grad_x, grad_weight, grad_bias, grad): `grad` is grad_out under the ReLU mask of `out`, which is also residual's
 // gradient; empty tensors for what is not needed, and for `grad` where there is no ReLU (it would be grad_out itself).
@@ -33,7 +39,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bias_relu_bwd(const Tenso
   }
   if (needs_x || needs_weight) {
     const auto [of_x, of_weight] =
-        convolution_backward(masked ? *masked : rows, x, weight, params, needs_x, needs_weight);
+        convolution_backward((masked ? *masked : rows).tensor, x, weight, params, needs_x, needs_weight);
     if (needs_x) grad_x = dense(of_x, result_format(x));
     if (needs_weight) grad_weight = dense(of_weight, result_format(weight));
   }

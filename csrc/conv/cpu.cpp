@@ -4,11 +4,6 @@
 
 namespace fused_cnn {
 
-std::tuple<Tensor, Tensor> convolution_backward(const RowView& grad, const Tensor& x, const Tensor& weight,
-                                                const ConvParams& params, bool needs_x, bool needs_weight) {
-  return aten_convolution_backward(grad.tensor, x, weight, params, needs_x, needs_weight);
-}
-
 namespace {
 
 Tensor conv_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,

@@ -32,19 +32,6 @@ Tensor conv_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<T
 }
 
 }  // namespace
-
-// The library's: products of our own took 1.0 to 1.4 times as long for a 1x1 convolution's gradients (ResNet-50's,
-// batch 256, bfloat16, H100, 2026-11-27).
-std::tuple<Tensor, Tensor> convolution_backward(const RowView& grad, const Tensor& x, const Tensor& weight,
-                                                const ConvParams& params, bool needs_x, bool needs_weight) {
-  if (weight.size(0) == 0) {
-    Tensor grad_x = empty_like_4d(x, result_format(x));
-    torch::stable::zero_(grad_x);
-    return {grad_x, empty_like_4d(weight, MemoryFormat::Contiguous)};
-  }
-  return aten_convolution_backward(grad.tensor, x, weight, params, needs_x, needs_weight);
-}
-
 }  // namespace fused_cnn
 
 FUSED_CNN_CUDA_IMPL(m) {
