@@ -19,7 +19,7 @@ from .adapters._common import full_name
 from .nn import FusedModule, ResidualStage
 from .nn.cache import mark_stale
 from .nn.residual import ResidualBlock
-from .nn.swap import swap, unswap
+from .nn.swap import swap, swap_problem, unswap
 
 Filter = Callable[[str, nn.Module], bool]
 
@@ -144,12 +144,12 @@ class _Walk:
         for child_name, child in module.named_children():
             self.visit(f"{name}.{child_name}" if name else child_name, child)
         blocks = list(module.children()) if type(module) is nn.Sequential else []
-        if len(blocks) > 1 and all(isinstance(b, ResidualBlock) for b in blocks):
+        if len(blocks) > 1 and all(isinstance(b, ResidualBlock) for b in blocks) and swap_problem(module) is None:
             swap(module, ResidualStage, self.backend)  # no entry of its own
 
     def _visit_own(self, name: str, module: FusedModule) -> None:
         """fused_cnn's own modules, where they are in plain PyTorch."""
-        if module._swapped_from is not None or module.backend != "reference":
+        if module._fused_swapped_from is not None or module.backend != "reference":
             return
         if isinstance(module, ResidualStage):
             module.backend = self.backend  # its blocks are asked for and reported
@@ -161,8 +161,12 @@ class _Walk:
         """Fuse a block with all that it consists of; False, and nothing changed, where it cannot be."""
         kind = type(module).__name__
         parts = [m for m in module.modules() if full_name(type(m)) in BLOCKS]
+        taken = next(filter(None, map(swap_problem, parts)), None)
+        if taken is not None:
+            self._skip(name, module, taken)
+            return False
         fused = [swap(m, BLOCKS[full_name(type(m))], self.backend) for m in reversed(parts)]
-        problem = next((p for p in (m.structure_problem() for m in fused) if p), None)
+        problem = next((p for p in (m.fused_structure_problem() for m in fused) if p), None)
         if problem is None:
             self.report.fused.append(Entry(name, kind, mixin.__name__))
             self.seen.update(module.modules())
@@ -173,13 +177,14 @@ class _Walk:
         return False
 
     def _swap_stem(self, name: str, module: nn.Module, mixin: type[FusedModule]) -> None:
-        kind = type(module).__name__
-        problem = swap(module, mixin, self.backend).structure_problem()
+        kind, problem = type(module).__name__, swap_problem(module)
         if problem is None:
-            self.report.fused.append(Entry(f"{name}.conv1" if name else "conv1", kind, "stem"))
-        else:
+            problem = swap(module, mixin, self.backend).fused_structure_problem()
+            if problem is None:
+                self.report.fused.append(Entry(f"{name}.conv1" if name else "conv1", kind, "stem"))
+                return
             unswap(module)  # type: ignore[arg-type]
-            self._skip(name or "(stem)", module, problem)
+        self._skip(name or "(stem)", module, problem)
 
     def _is_wanted(self, name: str, module: nn.Module) -> bool:
         if self.filter_fn is None or self.filter_fn(name, module):
@@ -204,13 +209,13 @@ def unfuse_(model: nn.Module) -> nn.Module:
     _check_module("unfuse_", model)
     fused = [m for m in model.modules() if isinstance(m, FusedModule)]
     for module in fused:
-        if module._swapped_from is not None and "_swapped_from" not in vars(type(module)):
+        if module._fused_swapped_from is not None and "_fused_swapped_from" not in vars(type(module)):
             raise ValueError(
-                f"unfuse_: a {module._swapped_from.__name__} has become a {type(module).__name__} since fuse_; "
+                f"unfuse_: a {module._fused_swapped_from.__name__} has become a {type(module).__name__} since fuse_; "
                 "undo that first"
             )
     for module in fused:
-        if module._swapped_from is None:
+        if module._fused_swapped_from is None:
             module.backend = "reference"
         else:
             unswap(module)
@@ -240,5 +245,5 @@ def refresh(model: nn.Module) -> nn.Module:
     mark_stale(chain(model.parameters(), model.buffers()))
     for module in model.modules():
         if isinstance(module, FusedModule):
-            module.refill_captured()
+            module.fused_refill_captured()
     return model

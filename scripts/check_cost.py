@@ -38,13 +38,13 @@ def looked_at(model: nn.Module, images: Tensor) -> list[tuple[FusedModule, Tenso
 
     with ExitStack() as patches:
         for kind in (FusedModule, MaxPool2d):
-            patches.enter_context(mock.patch.object(kind, "run", recording(kind.run)))
+            patches.enter_context(mock.patch.object(kind, "fused_run", recording(kind.fused_run)))
         model(images)
     return found
 
 
 def look(module: FusedModule, x: Tensor) -> object:
-    return (kind_of(x), module.known()) if isinstance(module, MaxPool2d) else module.ready(x)
+    return (kind_of(x), module.fused_known()) if isinstance(module, MaxPool2d) else module.fused_ready(x)
 
 
 @torch.no_grad()
@@ -62,9 +62,9 @@ def main() -> None:
         stages = [m for m, _ in found if isinstance(m, ResidualStage)]
         single = stages[0][1] if stages else next(m for m, _ in found if isinstance(m, Inception))
         assert isinstance(single, (ResidualBlock, Inception))
-        x = torch.randn(1, single.pairs()[0][0].in_channels, 8, 8)
+        x = torch.randn(1, single.fused_pairs()[0][0].in_channels, 8, 8)
         single(x)
-        print(f"  {type(single).__name__} by itself: {microseconds(lambda: single.ready(x)):.2f} us")  # noqa: B023
+        print(f"  {type(single).__name__} by itself: {microseconds(lambda: single.fused_ready(x)):.2f} us")  # noqa: B023
 
 
 if __name__ == "__main__":

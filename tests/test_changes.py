@@ -1001,6 +1001,55 @@ def test_attributes_that_only_own_blocks_read_change_nothing(
     assert_told_alike(name, change, when, train=train, shows=False)
 
 
+SWAPPED = {
+    name: [part for part in parts if part in ("network", "stage", "block", "unit", "pool")]
+    for name, parts in PARTS.items()
+    if name != "own"
+}
+each_swapped = pytest.mark.parametrize(
+    ("name", "part"), [(name, part) for name, parts in SWAPPED.items() for part in parts]
+)
+
+
+@each_moment
+@each_swapped
+def test_attributes_may_have_any_name(name: str, part: str, when: str) -> None:
+    names = ["fold", "run", "features", "settings", "problem", "known", "check", "has", "norm", "pairs", "window"]
+
+    def change(model: nn.Module, log: Log) -> Undo:
+        module = part_of(model, name, part)
+        for i, attribute in enumerate(names):
+            assert not hasattr(module, attribute)
+            setattr(module, attribute, i)
+        return lambda: [delattr(module, attribute) for attribute in names] and None
+
+    assert_told_alike(name, change, when, shows=False)
+
+
+@each_swapped
+def test_fusing_gives_a_module_no_names_that_users_may_have(name: str, part: str) -> None:
+    model = new(name)
+    module = part_of(model, name, part)
+    before = set(dir(module))
+    fuse_(model)
+    added = {n for n in set(dir(module)) - before if not n.startswith(("fused_", "_fused_", "__"))}
+    assert added <= {"backend", "plain_forward"} and "backend" in added
+
+
+@each_swapped
+def test_a_backend_of_the_users_own_stays_and_its_module_is_not_fused(name: str, part: str) -> None:
+    model = new(name)
+    module = part_of(model, name, part)
+    module.backend = own = object()
+    kind = type(module)
+    report = fuse_(model)
+    assert type(module) is kind and module.backend is own and report.fused
+    if part != "stage":  # of which a report does not speak
+        assert "has an attribute `backend` of its own" in str(report)
+    assert_close([model(images())], [new(name)(images())])
+    assert unfuse_(model) is model and module.backend is own
+
+
 @each_moment
 @each_model
 def test_what_users_hang_on_a_block_stays(name: str, when: str) -> None:

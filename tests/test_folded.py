@@ -382,7 +382,7 @@ def test_a_forked_child_folds_though_a_thread_of_its_parent_was_folding() -> Non
             while not stop.is_set():
                 for module in fused.modules():
                     if isinstance(module, FusedModule):
-                        module._owner.forms = ()
+                        module._fused_owner.forms = ()
                 fused(x)
 
     folding = threading.Thread(target=fold_all_the_time)
@@ -404,7 +404,7 @@ def test_a_forked_child_folds_though_a_thread_of_its_parent_was_folding() -> Non
 
 
 def folded_tensors(model: nn.Module) -> list[weakref.ref[Tensor]]:
-    forms = [form for m in model.modules() if isinstance(m, FusedModule) for form in m._owner.forms]
+    forms = [form for m in model.modules() if isinstance(m, FusedModule) for form in m._fused_owner.forms]
     return [weakref.ref(t) for form in forms for t in cache.tensors(form.value)]
 
 
@@ -476,7 +476,7 @@ def test_replicas_of_data_parallel_run_their_own_weights(folds: Callable[[], int
             parameter.mul_(2)
     for _ in range(2):
         close(replica(y), twin(y))
-    assert folds() == 0 and block._owner is not replica._owner
+    assert folds() == 0 and block._fused_owner is not replica._fused_owner
 
 
 TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], object]] = {
@@ -549,7 +549,7 @@ def test_the_native_comparison_and_pythons_agree(monkeypatch: pytest.MonkeyPatch
     assert snapshot.unchanged is not None, "the native library does not find its way"
     _, fused, _ = twins()
     block = fused.layer2[0]
-    taken = Snapshot(block, block.skipped(), block._methods(), list(block.parameters()))
+    taken = Snapshot(block, block.fused_skipped(), block._fused_methods(), list(block.parameters()))
     weight, relu = block.conv1.weight, block.relu
     hook = lambda *args: None  # noqa: E731
     changes: list[tuple[Callable[[], object], Callable[[], object] | None]] = [
@@ -619,7 +619,7 @@ def test_sharded_weights_that_are_gathered_for_each_call_are_read(tmp_path: obje
                 theirs.mul_(0.9)
                 getattr(mine, "to_local", mine.detach)().copy_(theirs)
         # Whether the memory is the same again is the allocator's: nothing may be kept, be it found stale or not.
-        assert not any(m._owner.forms for m in fused.modules() if isinstance(m, FusedModule))
+        assert not any(m._fused_owner.forms for m in fused.modules() if isinstance(m, FusedModule))
         with pytest.raises(ValueError, match="unfuse_: a ResNet has become a FSDPFusedResNet since fuse_"):
             unfuse_(fused)
     finally:

@@ -27,7 +27,7 @@ def forget(model: nn.Module) -> None:
     """The weights will be folded again."""
     for module in model.modules():
         if isinstance(module, FusedModule):
-            module._owner.forms = ()
+            module._fused_owner.forms = ()
 
 
 def images(seed: int, batch: int = 2) -> Tensor:

@@ -206,7 +206,7 @@ def test_a_default_device_leaves_blocks_fused() -> None:
     fused(x)
     with torch.device(x.device):
         fused.layer1(torch.randn_like(fused.maxpool(fused.relu(fused.bn1(fused.conv1(x))))))
-    (form,) = fused.layer1._owner.forms
+    (form,) = fused.layer1._fused_owner.forms
     assert form.uses == 2
 
 

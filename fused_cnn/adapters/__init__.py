@@ -17,7 +17,7 @@ from ._common import ResNetTrunk
 class MaxPool2d(fused.MaxPool2d):
     """nn.MaxPool2d fused."""
 
-    replaces: ClassVar[Replaced] = {
+    fused_replaces: ClassVar[Replaced] = {
         "forward": frozenset(("F", "max_pool2d", *fused.max_pool2d.WINDOW, "return_indices"))
     }
 

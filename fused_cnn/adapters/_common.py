@@ -15,7 +15,7 @@ def full_name(kind: type) -> str:
 class ResNetTrunk(StemmedNetwork):
     """What torchvision's and timm's ResNet share by name: the stem, which is fused, the pool and the stages."""
 
-    def features_behind_stem(self, x: Tensor) -> Tensor:
+    def fused_features_behind_stem(self, x: Tensor) -> Tensor:
         """The stem's result -> the last stage's features."""
         for name in STAGES:
             x = getattr(self, name)(x)

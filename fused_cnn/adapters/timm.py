@@ -10,6 +10,7 @@ from ..nn import FusedModule
 from ..nn.module import Replaced
 from ._common import STAGES, ResNetTrunk
 
+CHECKPOINTING = ("grad_checkpointing", "torch", "jit", "is_scripting", "checkpoint_seq")
 OPTIONAL = ("drop_block", "aa", "se", "drop_path")
 
 
@@ -20,33 +21,34 @@ def _uses(*names: str) -> dict[str, frozenset[str]]:
 class BasicBlock(fused.BasicBlock):
     """timm's BasicBlock fused."""
 
-    acts, absent = ("act1", "act2"), OPTIONAL
-    reads = (*fused.BasicBlock.reads, *OPTIONAL)
-    replaces: ClassVar[Replaced] = _uses("conv1", "bn1", "act1", "conv2", "bn2", "act2")
+    fused_acts, fused_absent = ("act1", "act2"), OPTIONAL
+    fused_reads = (*fused.BasicBlock.fused_reads, *OPTIONAL)
+    fused_replaces: ClassVar[Replaced] = _uses("conv1", "bn1", "act1", "conv2", "bn2", "act2")
 
 
 class Bottleneck(fused.Bottleneck):
     """timm's Bottleneck fused."""
 
-    acts, absent = ("act1", "act2", "act3"), OPTIONAL
-    reads = (*fused.Bottleneck.reads, *OPTIONAL)
-    replaces: ClassVar[Replaced] = _uses("conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3", "act3")
+    fused_acts, fused_absent = ("act1", "act2", "act3"), OPTIONAL
+    fused_reads = (*fused.Bottleneck.fused_reads, *OPTIONAL)
+    fused_replaces: ClassVar[Replaced] = _uses("conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3", "act3")
 
 
 class FusedResNet(ResNetTrunk):
     """timm's ResNet with its one-convolution stem fused."""
 
-    stem_act = "act1"
+    fused_stem_act = "act1"
     grad_checkpointing: bool
-    _CHECKPOINTING = ("grad_checkpointing", "torch", "jit", "is_scripting", "checkpoint_seq")
-    replaces: ClassVar[Replaced] = {"forward_features": frozenset(("conv1", "bn1", "act1", *STAGES, *_CHECKPOINTING))}
+    fused_replaces: ClassVar[Replaced] = {
+        "forward_features": frozenset(("conv1", "bn1", "act1", *STAGES, *CHECKPOINTING))
+    }
 
     def forward_features(self, x: Tensor) -> Tensor:
         plain = super().forward_features  # type: ignore[misc]
-        return plain(x) if self.grad_checkpointing or torch.jit.is_tracing() else self.run(x, plain)
+        return plain(x) if self.grad_checkpointing or torch.jit.is_tracing() else self.fused_run(x, plain)
 
-    def behind_stem(self, x: Tensor) -> Tensor:
-        return self.features_behind_stem(x)
+    def fused_behind_stem(self, x: Tensor) -> Tensor:
+        return self.fused_features_behind_stem(x)
 
 
 BLOCKS: dict[str, type[FusedModule]] = {

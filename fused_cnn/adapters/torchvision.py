@@ -14,53 +14,53 @@ from ._common import STAGES, ResNetTrunk
 class BasicConv2d(fused.ConvBNReLU):
     """GoogLeNet's and Inception v3's BasicConv2d fused."""
 
-    reads = fused.FusedModule.reads
-    replaces: ClassVar[Replaced] = {"forward": frozenset(("conv", "bn", "F", "relu"))}
+    fused_reads = fused.FusedModule.fused_reads
+    fused_replaces: ClassVar[Replaced] = {"forward": frozenset(("conv", "bn", "F", "relu"))}
 
 
 class Inception(fused.Inception):
     """GoogLeNet's Inception block fused."""
 
-    replaces: ClassVar[Replaced] = {
+    fused_replaces: ClassVar[Replaced] = {
         "forward": frozenset(("_forward", "torch", "cat")),
         "_forward": frozenset(("branch1", "branch2", "branch3", "branch4")),
     }
 
-    def problem(self) -> str | None:
+    def fused_problem(self) -> str | None:
         names = ["branch1", "branch2", "branch3", "branch4"]
         if list(self._modules) != names:
             return f"children are {list(self._modules)}, not {names}"
-        return super().problem()
+        return super().fused_problem()
 
 
 class BasicBlock(fused.BasicBlock):
     """ResNet's BasicBlock fused."""
 
-    replaces: ClassVar[Replaced] = {"forward": frozenset(("conv1", "bn1", "relu", "conv2", "bn2", "downsample"))}
+    fused_replaces: ClassVar[Replaced] = {"forward": frozenset(("conv1", "bn1", "relu", "conv2", "bn2", "downsample"))}
 
 
 class Bottleneck(fused.Bottleneck):
     """ResNet's Bottleneck fused."""
 
-    replaces: ClassVar[Replaced] = {"forward": BasicBlock.replaces["forward"] | {"conv3", "bn3"}}
+    fused_replaces: ClassVar[Replaced] = {"forward": BasicBlock.fused_replaces["forward"] | {"conv3", "bn3"}}
 
 
 class FusedResNet(ResNetTrunk):
     """ResNet with its stem fused."""
 
-    stem_act = "relu"
+    fused_stem_act = "relu"
     avgpool: nn.Module
     fc: nn.Module
-    replaces: ClassVar[Replaced] = {
+    fused_replaces: ClassVar[Replaced] = {
         "_forward_impl": frozenset(("conv1", "bn1", "relu", *STAGES, "avgpool", "torch", "flatten", "fc"))
     }
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         plain = super()._forward_impl  # type: ignore[misc]
-        return plain(x) if torch.jit.is_tracing() else self.run(x, plain)
+        return plain(x) if torch.jit.is_tracing() else self.fused_run(x, plain)
 
-    def behind_stem(self, x: Tensor) -> Tensor:
-        return self.fc(torch.flatten(self.avgpool(self.features_behind_stem(x)), 1))
+    def fused_behind_stem(self, x: Tensor) -> Tensor:
+        return self.fc(torch.flatten(self.avgpool(self.fused_features_behind_stem(x)), 1))
 
 
 BLOCKS: dict[str, type[FusedModule]] = {

@@ -143,13 +143,13 @@ class ResNet(StemmedNetwork):
                 nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.plain_forward(x) if torch.jit.is_tracing() else self.run(x, self.plain_forward)
+        return self.plain_forward(x) if torch.jit.is_tracing() else self.fused_run(x, self.plain_forward)
 
     def plain_forward(self, x: Tensor) -> Tensor:
         """Every child is called."""
-        return self.behind_stem(self.relu(self.bn1(self.conv1(x))))
+        return self.fused_behind_stem(self.relu(self.bn1(self.conv1(x))))
 
-    def behind_stem(self, x: Tensor) -> Tensor:
+    def fused_behind_stem(self, x: Tensor) -> Tensor:
         x = self.maxpool(x)
         for stage in self.stages:
             x = getattr(self, stage)(x)

@@ -28,8 +28,8 @@ class ConvBNReLU(FusedBlock):
     Input (N, in_channels, H, W) -> output (N, out_channels, H', W').
     """
 
-    reads = (*FusedBlock.reads, "relu")
-    relu: bool = True
+    fused_reads = (*FusedBlock.fused_reads, "relu")
+    relu: bool
 
     def __init__(
         self,
@@ -54,44 +54,46 @@ class ConvBNReLU(FusedBlock):
         self.relu, self.backend = relu, backend
 
     @property
-    def norm(self) -> nn.BatchNorm2d | None:
+    def fused_norm(self) -> nn.BatchNorm2d | None:
         """The BatchNorm, or None."""
         return self._modules.get("bn")  # type: ignore[return-value]
 
-    def ends_in_relu(self) -> bool:
+    def fused_ends_in_relu(self) -> bool:
         """Whether there is one: a foreign block has it always, whatever else its owner calls `relu`."""
-        return self._swapped_from is not None or self.relu
+        return self._fused_swapped_from is not None or self.relu
 
     def plain_forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
-        if self.norm is not None:
-            x = self.norm(x)
+        if self.fused_norm is not None:
+            x = self.fused_norm(x)
         return torch.relu(x) if self.relu else x
 
-    def problem(self) -> str | None:
+    def fused_problem(self) -> str | None:
         problem, name = conv_problem(self._modules.get("conv")), "conv"
         if problem is None and "bn" in self._modules:
-            problem, name = norm_problem(self.norm), "bn"
+            problem, name = norm_problem(self.fused_norm), "bn"
         return problem and f"{name} {problem}"
 
-    def pairs(self) -> list[Pair]:
-        return [(self.conv, self.norm)]
+    def fused_pairs(self) -> list[Pair]:
+        return [(self.conv, self.fused_norm)]
 
-    def settings(self) -> Any:
-        return self.backend, self.ends_in_relu()
+    def fused_settings(self) -> Any:
+        return self.backend, self.fused_ends_in_relu()
 
-    def fold(self, x: Tensor) -> FoldedPair:
-        return FoldedPair.of(self.conv, fold(self.conv, self.norm), autocast(x)[0], self.backend)
+    def fused_fold(self, x: Tensor) -> FoldedPair:
+        return FoldedPair.of(self.conv, fold(self.conv, self.fused_norm), autocast(x)[0], self.backend)
 
-    def run_folded(self, x: Tensor, folded: FoldedPair) -> Tensor:
-        return folded.run(x, relu=self.ends_in_relu(), backend=self.backend)
+    def fused_run_folded(self, x: Tensor, folded: FoldedPair) -> Tensor:
+        return folded.run(x, relu=self.fused_ends_in_relu(), backend=self.backend)
 
-    def run_traced(self, x: Tensor) -> Tensor:
-        return traced_conv(x, self.conv, self.norm, relu=self.ends_in_relu(), backend=self.backend)
+    def fused_run_traced(self, x: Tensor) -> Tensor:
+        return traced_conv(x, self.conv, self.fused_norm, relu=self.fused_ends_in_relu(), backend=self.backend)
 
-    def run_unfolded(self, x: Tensor) -> Tensor:
-        if self.norm is not None:
-            return self.bn_act(self.conv(on_16_bytes(x)), self.norm, relu=self.ends_in_relu())
+    def fused_run_unfolded(self, x: Tensor) -> Tensor:
+        if self.fused_norm is not None:
+            return self.fused_bn_act(self.conv(on_16_bytes(x)), self.fused_norm, relu=self.fused_ends_in_relu())
         x, weight, bias = autocast(x, self.conv.weight, self.conv.bias)
         x = in_channels_last(x) if asks_for_channels_last(weight) else x
-        return conv_bias_relu(x, weight, bias, **geometry(self.conv), relu=self.ends_in_relu(), backend=self.backend)
+        return conv_bias_relu(
+            x, weight, bias, **geometry(self.conv), relu=self.fused_ends_in_relu(), backend=self.backend
+        )

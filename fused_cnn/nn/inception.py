@@ -78,7 +78,7 @@ class Inception(FusedBlock):
     def plain_forward(self, x: Tensor) -> Tensor:
         return torch.cat(_same_size([branch(x) for branch in self.children()]), 1)
 
-    def problem(self) -> str | None:
+    def fused_problem(self) -> str | None:
         for name, branch in self._modules.items():
             if type(branch) is nn.Sequential:
                 problem = skip_problem(branch, nn.Sequential)
@@ -89,50 +89,53 @@ class Inception(FusedBlock):
                 return f"{name} {problem}"
         return None if self._modules else "has no branch"
 
-    def features(self) -> tuple[str, ...]:
-        return ("one op",) if _is_one_op(self.branches()) else ()
+    def fused_features(self) -> tuple[str, ...]:
+        return ("one op",) if _is_one_op(self.fused_branches()) else ()
 
-    def branches(self) -> list[list[Any]]:
+    def fused_branches(self) -> list[list[Any]]:
         """Each branch's layers in order."""
         return [_layers(branch) for branch in self.children()]
 
-    def pairs(self) -> list[Pair]:
+    def fused_pairs(self) -> list[Pair]:
         return [
-            (layer.conv, layer.norm) for branch in self.branches() for layer in branch if isinstance(layer, ConvBNReLU)
+            (layer.conv, layer.fused_norm)
+            for branch in self.fused_branches()
+            for layer in branch
+            if isinstance(layer, ConvBNReLU)
         ]
 
-    def fold(self, x: Tensor) -> tuple[FoldedInception, bool]:
-        folded = [fold(*pair)[:2] for pair in self.pairs()]
-        return FoldedInception.of(folded, autocast(x)[0], self.backend), self._gives_channels_last()
+    def fused_fold(self, x: Tensor) -> tuple[FoldedInception, bool]:
+        folded = [fold(*pair)[:2] for pair in self.fused_pairs()]
+        return FoldedInception.of(folded, autocast(x)[0], self.backend), self._fused_gives_channels_last()
 
-    def run_folded(self, x: Tensor, folded: tuple[FoldedInception, bool]) -> Tensor:
+    def fused_run_folded(self, x: Tensor, folded: tuple[FoldedInception, bool]) -> Tensor:
         weights, channels_last = folded
         (x,) = autocast(x)
         return inception(in_channels_last(x) if channels_last else x, *weights, backend=self.backend)
 
-    def run_traced(self, x: Tensor) -> Tensor:
-        if not self.has("one op"):
+    def fused_run_traced(self, x: Tensor) -> Tensor:
+        if not self.fused_has("one op"):
             return self.plain_forward(x)  # whose convolutions fold, as they do eagerly
         (like,) = autocast(x)
         if is_recording() or packable(like, "inception_fwd", self.backend):
-            like = in_channels_last(like) if self._gives_channels_last() else like
-            return traced_inception(like, self.pairs(), self.backend)
-        return self.run_folded(x, self.fold(x[:0]))
+            like = in_channels_last(like) if self._fused_gives_channels_last() else like
+            return traced_inception(like, self.fused_pairs(), self.backend)
+        return self.fused_run_folded(x, self.fused_fold(x[:0]))
 
-    def _gives_channels_last(self) -> bool:
+    def _fused_gives_channels_last(self) -> bool:
         """Whether the result is channels_last however x lies: a concatenation is where all the branches are."""
-        branches = [[layer.conv.weight for layer in b if isinstance(layer, ConvBNReLU)] for b in self.branches()]
+        branches = [[layer.conv.weight for layer in b if isinstance(layer, ConvBNReLU)] for b in self.fused_branches()]
         return all(any(map(asks_for_channels_last, weights)) for weights in branches)
 
-    def _form(self, kind: Kind, x: Tensor) -> Form | None:
-        return super()._form(kind, x) if self.has("one op") else None
+    def _fused_form(self, kind: Kind, x: Tensor) -> Form | None:
+        return super()._fused_form(kind, x) if self.fused_has("one op") else None
 
-    def run_unfolded(self, x: Tensor) -> Tensor:
+    def fused_run_unfolded(self, x: Tensor) -> Tensor:
         """Raw convolutions, and BatchNorm or bias, ReLU and the concatenation of each branch's last one in one pass."""
-        branches = self.branches()
+        branches = self.fused_branches()
         lasts = [branch[-1] for branch in branches]
         raw = []
-        if any(last.norm is None for last in lasts):
+        if any(last.fused_norm is None for last in lasts):
             for *before, last in branches:
                 y = on_16_bytes(autocast(_run(before, x))[0])
                 raw.append(F.conv2d(y, last.conv.weight.to(y.dtype), **geometry(last.conv)))
@@ -140,7 +143,9 @@ class Inception(FusedBlock):
             return concat_bias_relu(_to_concatenate(raw), bias.to(raw[0].dtype), backend=self.backend)
         for branch in branches:
             convs = [(layer.conv, layer.bn) for layer in branch if isinstance(layer, ConvBNReLU)]
-            raw.append(self.conv_chain(convs, _run(branch[: -len(convs)], x)))  # behind the pool, where there is one
+            raw.append(
+                self.fused_conv_chain(convs, _run(branch[: -len(convs)], x))
+            )  # behind the pool, where there is one
         return bn_relu_concat(_to_concatenate(raw), [BatchNormArgs.of(last.bn) for last in lasts], backend=self.backend)
 
 
@@ -160,7 +165,11 @@ def _branch_problem(layers: list[Any]) -> str | None:
         elif not isinstance(layer, ConvBNReLU):
             problem = f"is {type(layer).__name__}, not ConvBNReLU"
         else:
-            problem = block_problem(layer) or layer.known().problem or (None if layer.ends_in_relu() else "has no ReLU")
+            problem = (
+                block_problem(layer)
+                or layer.fused_known().problem
+                or (None if layer.fused_ends_in_relu() else "has no ReLU")
+            )
         if problem:
             return f"layer {i} {problem}"
     return None
@@ -176,7 +185,7 @@ def _is_one_op(branches: list[list[Any]]) -> bool:
     return (
         isinstance(pool, MaxPool2d)
         and block_problem(pool, MaxPool2d.forward) is None
-        and pool.structure_problem() is None
+        and pool.fused_structure_problem() is None
         and [pair(n) for n in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)] == [(3, 3), *[(1, 1)] * 3]
         and all(conv.kernel_size == (1, 1) for conv in pointwise)
         and all(map(_keeps_size, [*pointwise, conv3.conv, conv5.conv]))

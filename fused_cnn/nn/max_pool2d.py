@@ -31,7 +31,7 @@ class MaxPool2d(FusedBlock):
     Input (N, C, H, W) -> output (N, C, H', W').
     """
 
-    reads = (*FusedBlock.reads, *WINDOW, "return_indices")
+    fused_reads = (*FusedBlock.fused_reads, *WINDOW, "return_indices")
 
     def __init__(
         self,
@@ -51,29 +51,29 @@ class MaxPool2d(FusedBlock):
         return super().forward(input)
 
     def plain_forward(self, input: Tensor) -> Tensor:
-        return F.max_pool2d(input, *self.window())
+        return F.max_pool2d(input, *self.fused_window())
 
-    def window(self) -> tuple[Any, ...]:
+    def fused_window(self) -> tuple[Any, ...]:
         """kernel_size, stride, padding, dilation and ceil_mode."""
         return self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
 
-    def problem(self) -> str | None:
+    def fused_problem(self) -> str | None:
         return "returns indices" if getattr(self, "return_indices", False) else None
 
-    def run(self, x: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+    def fused_run(self, x: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
         """There is nothing to fold here, and no child whose forward would be skipped."""
         if is_traced(x):
-            fits = x.dim() == 4 and not transforms_active() and not self._is_plain_in_trace()
+            fits = x.dim() == 4 and not transforms_active() and not self._fused_is_plain_in_trace()
         else:
-            fits = kind_of(x) is not None and self.known().problem is None
+            fits = kind_of(x) is not None and self.fused_known().problem is None
         named = self.backend if self.backend in ("native", "triton") else None
         missing = named and usable(named, x.device) and not has_kernel("max_pool2d_fwd", named, x.device.type)
         if missing or not fits or not x.is_floating_point():  # nn.MaxPool2d takes integers, too
             return plain(x)
-        return max_pool2d(x, *self.window(), backend=self.backend)
+        return max_pool2d(x, *self.fused_window(), backend=self.backend)
 
-    def skipped(self) -> list[nn.Module]:
+    def fused_skipped(self) -> list[nn.Module]:
         return []
 
-    def pairs(self) -> list[Pair]:
+    def fused_pairs(self) -> list[Pair]:
         return []

@@ -56,160 +56,161 @@ class Understanding(NamedTuple):
 class FusedModule(nn.Module):
     """What runs its convolutions with what follows them as fused ops.
 
-    A subclass says what it consists of (`problem`, `features`, `skipped`, `pairs`, `settings`) and how it runs: in eval
-    without gradients `run_folded` on what `fold` made; with batch statistics or gradients `run_unfolded`; and in plain
-    PyTorch.
+    A subclass says what it consists of (`fused_problem`, `fused_features`, `fused_skipped`, `fused_pairs`,
+    `fused_settings`) and how it runs: in eval without gradients `fused_run_folded` on what `fused_fold` made; with
+    batch statistics or gradients `fused_run_unfolded`; and in plain PyTorch. Users hang what they like on their
+    modules, so all names here begin with `fused_`, but for `backend` and `plain_forward`.
     """
 
     backend: str | None = None
-    replaces: ClassVar[Replaced] = {}
+    fused_replaces: ClassVar[Replaced] = {}
     # What decides how it runs, of its own attributes.
-    reads: ClassVar[tuple[str, ...]] = ("forward", "backend", "_modules")
-    _swapped_from: ClassVar[type[nn.Module] | None] = None
-    _owner: Owner
+    fused_reads: ClassVar[tuple[str, ...]] = ("forward", "backend", "_modules")
+    _fused_swapped_from: ClassVar[type[nn.Module] | None] = None
+    _fused_owner: Owner
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._owner = Owner()
+        self._fused_owner = Owner()
 
     # What a subclass says.
 
-    def problem(self) -> str | None:
+    def fused_problem(self) -> str | None:
         """Why the fused form would not compute what the children do today; None where it does."""
         raise NotImplementedError
 
-    def features(self) -> tuple[str, ...]:
-        """What this block has that others of its class have not: `has` remembers it."""
+    def fused_features(self) -> tuple[str, ...]:
+        """What this block has that others of its class have not: `fused_has` remembers it."""
         return ()
 
-    def skipped(self) -> list[nn.Module]:
+    def fused_skipped(self) -> list[nn.Module]:
         """The modules whose forward the fused form computes itself."""
         return list(self.modules())[1:]
 
-    def regarded(self) -> list[nn.Module]:
-        """The modules on which it depends how this runs: those skipped, and what `features` would have it skip."""
-        return self.skipped()
+    def fused_regarded(self) -> list[nn.Module]:
+        """The modules on which it depends how this runs: those skipped, and what with `fused_features` would be."""
+        return self.fused_skipped()
 
-    def pairs(self) -> list[Pair]:
-        """The convolutions, with the BatchNorm behind each or None, that `fold` makes its form of."""
+    def fused_pairs(self) -> list[Pair]:
+        """The convolutions, with the BatchNorm behind each or None, that `fused_fold` makes its form of."""
         raise NotImplementedError
 
-    def settings(self) -> Any:
+    def fused_settings(self) -> Any:
         """What the folded form depends on beside the pairs and the input."""
         return self.backend
 
-    def fold(self, x: Tensor) -> Any:
+    def fused_fold(self, x: Tensor) -> Any:
         """The weights, folded and packed for inputs such as x, which is empty; None where they cannot be."""
         raise NotImplementedError
 
-    def run_folded(self, x: Tensor, folded: Any) -> Tensor:
-        """The result, on what `fold` made."""
+    def fused_run_folded(self, x: Tensor, folded: Any) -> Tensor:
+        """The result, on what `fused_fold` made."""
         raise NotImplementedError
 
-    def run_unfolded(self, x: Tensor) -> Tensor:
+    def fused_run_unfolded(self, x: Tensor) -> Tensor:
         """The result with batch statistics, or with gradients."""
         raise NotImplementedError
 
-    def run_traced(self, x: Tensor) -> Tensor:
+    def fused_run_traced(self, x: Tensor) -> Tensor:
         """The result in eval, for a graph that will be run with other weights, or on another machine."""
         raise NotImplementedError
 
-    def has(self, feature: str) -> bool:
-        """Whether `features` names it."""
+    def fused_has(self, feature: str) -> bool:
+        """Whether `fused_features` names it."""
         if torch.compiler.is_compiling():
-            return self._has(feature)
-        return feature in self._owner.known.has
+            return self._fused_has(feature)
+        return feature in self._fused_owner.known.has
 
-    def _has(self, feature: str) -> bool:
-        return feature in self.features()
+    def _fused_has(self, feature: str) -> bool:
+        return feature in self.fused_features()
 
-    _has._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _fused_has._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     # How a call runs.
 
-    def run(self, x: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+    def fused_run(self, x: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
         """The result, in the form that fits this call; `plain` where none does."""
         if is_traced(x):
-            return self._run_in_trace(x, plain)
+            return self._fused_run_in_trace(x, plain)
         kind = kind_of(x)
         if kind is None:
             return plain(x)
-        owner, known = self._owner, self._owner.known
+        owner, known = self._fused_owner, self._fused_owner.known
         # A problem may be a backward hook, which forms do not look at; and then nobody knows the tensors.
         if known is not None and known.problem is None and not wants_gradient(x, known.tensors):
             form = owner.find(self, kind)
             if form is not None and form.value is not None:
-                return self._run_form(x, form)
-            if self._waits(kind):
+                return self._fused_run_form(x, form)
+            if self._fused_waits(kind):
                 return plain(x)
-        known = self.known()
+        known = self.fused_known()
         if known.problem is not None:
             return plain(x)
         if not known.folds or wants_gradient(x, known.tensors):
-            self._check_dtype(x, known.pairs)
-            return self.run_unfolded(x)
-        form = self._form(kind, x)
+            self._fused_check_dtype(x, known.pairs)
+            return self.fused_run_unfolded(x)
+        form = self._fused_form(kind, x)
         if form is None:
             return plain(x)
         if form.value is None:
             form.uses += 1
             return plain(x)
-        return self._run_form(x, form)
+        return self._fused_run_form(x, form)
 
-    def _run_form(self, x: Tensor, form: Form) -> Tensor:
+    def _fused_run_form(self, x: Tensor, form: Form) -> Tensor:
         if detect_stale_weights.on:
-            self.check(form, x)
+            self.fused_check(form, x)
         if x.is_cuda:
             form.join()
         form.uses += 1
-        return self.run_folded(x, form.value)
+        return self.fused_run_folded(x, form.value)
 
-    def check(self, form: Form, x: Tensor) -> None:
+    def fused_check(self, form: Form, x: Tensor) -> None:
         """Raise StaleWeightsError if the form is not of today's weights."""
-        form.check(self._fold(x))
+        form.check(self._fused_fold(x))
 
-    def ready(self, x: Tensor) -> Form | None:
+    def fused_ready(self, x: Tensor) -> Form | None:
         """The form on which this would run inputs such as x; None where it would run otherwise."""
         kind = kind_of(x)
         if kind is None:
             return None
-        form = self._owner.find(self, kind)
+        form = self._fused_owner.find(self, kind)
         if form is None or form.value is None:
-            if self._owner.waiting(kind) is not None:
+            if self._fused_owner.waiting(kind) is not None:
                 return None
-            known = self.known()
+            known = self.fused_known()
             if known.problem is not None or not known.folds or wants_gradient(x, known.tensors):
                 return None
-            form = self._form(kind, x)
+            form = self._fused_form(kind, x)
         return form if form is not None and form.value is not None else None
 
-    def _form(self, kind: Kind, x: Tensor) -> Form | None:
+    def _fused_form(self, kind: Kind, x: Tensor) -> Form | None:
         """Today's form for inputs such as x, made if it is time to; None where nothing can be kept."""
-        pairs, sources = self._owner.known.pairs, self._owner.known.tensors
-        self._check_dtype(x, pairs)
+        pairs, sources = self._fused_owner.known.pairs, self._fused_owner.known.tensors
+        self._fused_check_dtype(x, pairs)
         if any(t.is_inference() or t.device != x.device for t in sources):  # whose changes PyTorch does not count
             return None
         if x.is_cuda and torch.cuda.is_current_stream_capturing():  # what is made in a capture is not there yet
             return None
-        settings = (self.settings(), [pair_settings(*pair) for pair in pairs])
-        return self._owner.obtain(
-            kind, sources, settings, lambda: self._fold(x), lambda: self._snapshot(sources, gradients=False)
+        settings = (self.fused_settings(), [pair_settings(*pair) for pair in pairs])
+        return self._fused_owner.obtain(
+            kind, sources, settings, lambda: self._fused_fold(x), lambda: self._fused_snapshot(sources, gradients=False)
         )
 
-    def _fold(self, x: Tensor) -> Any:
+    def _fused_fold(self, x: Tensor) -> Any:
         with torch.no_grad():
-            return self.fold(x[:0])
+            return self.fused_fold(x[:0])
 
-    def refill_captured(self) -> None:
+    def fused_refill_captured(self) -> None:
         """Make again, in its memory, what CUDA graphs read."""
-        for form in self._owner.forms:
+        for form in self._fused_owner.forms:
             if form.captured:
                 cast, dtype, device = form.kind
                 with torch.autocast(device.type, cast, enabled=cast is not None):
-                    x = torch.empty((0, self.pairs()[0][0].in_channels, 1, 1), dtype=dtype, device=device)
-                    self._form(form.kind, x)
+                    x = torch.empty((0, self.fused_pairs()[0][0].in_channels, 1, 1), dtype=dtype, device=device)
+                    self._fused_form(form.kind, x)
 
-    def _check_dtype(self, x: Tensor, pairs: Sequence[Pair]) -> None:
+    def _fused_check_dtype(self, x: Tensor, pairs: Sequence[Pair]) -> None:
         for conv, _ in () if autocast_dtype(x) else pairs:
             if conv.weight.dtype != x.dtype:
                 name = next(name for name, t in self.named_parameters() if t is conv.weight)
@@ -218,54 +219,56 @@ class FusedModule(nn.Module):
                     "they must agree (convert the one or the other, or use torch.autocast)"
                 )
 
-    def _snapshot(self, tensors: Sequence[Tensor] = (), *, gradients: bool = True) -> Snapshot:
-        return Snapshot(self, self.regarded(), self._methods(), tensors, gradients=gradients)
+    def _fused_snapshot(self, tensors: Sequence[Tensor] = (), *, gradients: bool = True) -> Snapshot:
+        return Snapshot(self, self.fused_regarded(), self._fused_methods(), tensors, gradients=gradients)
 
-    def _methods(self) -> Iterator[Method]:
+    def _fused_methods(self) -> Iterator[Method]:
         """The methods that must stay what they are: those of the skipped modules' classes, and of the foreign ones."""
-        modules = (self, *self.regarded())
+        modules = (self, *self.fused_regarded())
         for kind in {type(m) for m in modules[1:]}:
             yield from ((kind, name) for name in (*COMPUTING, *CALLS) if hasattr(kind, name))
         for kind in {type(m) for m in modules if isinstance(m, FusedModule)}:
-            yield from ((kind._swapped_from, name) for name in kind.replaces if kind._swapped_from)
+            yield from ((kind._fused_swapped_from, name) for name in kind.fused_replaces if kind._fused_swapped_from)
 
-    def known(self) -> Understanding:
+    def fused_known(self) -> Understanding:
         """What this block is, looked at again where anything of it has changed."""
-        owner = self._owner
+        owner = self._fused_owner
         known, other = owner.known, owner.other
         if known is not None and known.snapshot.holds(self):
             return known
         if other is not None and other.snapshot.holds(self):
             owner.known, owner.other = other, known
             return other
-        return self.understand()
+        return self.fused_understand()
 
-    def _waits(self, kind: Kind) -> bool:
+    def _fused_waits(self, kind: Kind) -> bool:
         """Whether it is too early to look at the weights again."""
-        waiting, known = self._owner.waiting(kind), self._owner.known
+        waiting, known = self._fused_owner.waiting(kind), self._fused_owner.known
         if waiting is not None:  # other weights are other tensors in the first convolution too
             waiting.note(known.pairs[0][0]._parameters.get("weight") if known is not None and known.pairs else None)
         return waiting is not None
 
-    def _own(self) -> Owner:
+    def _fused_own(self) -> Owner:
         """The owner of this very block's forms: a copy of a block's dictionary still has the other's."""
-        owner = self._owner
+        owner = self._fused_owner
         if owner.module is not None and owner.module() is not self:
-            self._owner = owner = Owner()
+            self._fused_owner = owner = Owner()
         owner.module = owner.module or weakref.ref(self)
         return owner
 
-    def understand(self) -> Understanding:
+    def fused_understand(self) -> Understanding:
         """Look at what the children are today."""
-        return self._understand(replaced_for_all() if is_recording() else watched_by_all())  # see _is_plain_in_trace
+        return self._fused_understand(
+            replaced_for_all() if is_recording() else watched_by_all()
+        )  # see _fused_is_plain_in_trace
 
-    def _understand(self, watched: str | None) -> Understanding:
-        owner, snapshot, problem = self._own(), self._snapshot(), watched or self._problem()
+    def _fused_understand(self, watched: str | None) -> Understanding:
+        owner, snapshot, problem = self._fused_own(), self._fused_snapshot(), watched or self._fused_problem()
         before = owner.known
         if problem is None:
-            # `pairs` asks what this has; to other threads, which may read it meanwhile, it has a problem.
-            owner.known = known = Understanding(snapshot, "is being looked at", self.features(), [], False, [])
-            pairs = self.pairs()
+            # `fused_pairs` asks what this has; to other threads, which may read it meanwhile, it has a problem.
+            owner.known = known = Understanding(snapshot, "is being looked at", self.fused_features(), [], False, [])
+            pairs = self.fused_pairs()
             folds = all(map(can_be_constant, pairs))
             known = Understanding(snapshot, None, known.has, pairs, folds, list(sources_of(pairs)))
         else:
@@ -275,57 +278,61 @@ class FusedModule(nn.Module):
         owner.tidy()
         return known
 
-    def _problem(self) -> str | None:
-        return "backend is reference" if self.backend == "reference" else self.structure_problem()
+    def _fused_problem(self) -> str | None:
+        return "backend is reference" if self.backend == "reference" else self.fused_structure_problem()
 
-    def structure_problem(self) -> str | None:
+    def fused_structure_problem(self) -> str | None:
         """Why this block would not run fused on any backend."""
-        base = self._swapped_from
-        for name, uses in self.replaces.items():
+        base = self._fused_swapped_from
+        for name, uses in self.fused_replaces.items():
             if base is not None and not is_own(base, name, uses):
                 return f"{base.__name__}.{name} was replaced, or is not the one that is understood"
-        return self.problem()
+        return self.fused_problem()
 
     # In a trace: of torch.compile, torch.export, make_fx, or on tensors that stand for others.
 
-    def _run_in_trace(self, x: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
-        if x.dim() != 4 or transforms_active() or self._is_plain_in_trace():
+    def _fused_run_in_trace(self, x: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+        if x.dim() != 4 or transforms_active() or self._fused_is_plain_in_trace():
             return plain(x)
-        for module in self.skipped():
+        for module in self.fused_skipped():
             _guard_on(module)
-        pairs = self.pairs()
-        self._check_dtype(x, pairs)
+        pairs = self.fused_pairs()
+        self._fused_check_dtype(x, pairs)
         folds = all(map(has_running_statistics, pairs))
         if is_recording():  # which holds what has a derivative alone
-            return self.run_traced(x) if folds else plain(x)
-        return self.run_traced(x) if folds and not wants_gradient(x, list(sources_of(pairs))) else self.run_unfolded(x)
+            return self.fused_run_traced(x) if folds else plain(x)
+        return (
+            self.fused_run_traced(x)
+            if folds and not wants_gradient(x, list(sources_of(pairs)))
+            else self.fused_run_unfolded(x)
+        )
 
-    def _is_plain_in_trace(self) -> bool:
+    def _fused_is_plain_in_trace(self) -> bool:
         """Asked once a trace, on the real module: the compiler need not follow."""
         # A trace may replace every module's call; hooks on them are another matter.
-        return torch.onnx.is_in_onnx_export() or self._understand(replaced_for_all()).problem is not None
+        return torch.onnx.is_in_onnx_export() or self._fused_understand(replaced_for_all()).problem is not None
 
-    _is_plain_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _fused_is_plain_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     # As a part of a model.
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self._owner.prune(self)  # where weights have moved, or changed their dtype
+        self._fused_owner.prune(self)  # where weights have moved, or changed their dtype
         return self
 
     def _replicate_for_data_parallel(self: Self) -> Self:
         replica = super()._replicate_for_data_parallel()
-        replica._owner = Owner()
+        replica._fused_owner = Owner()
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_owner"}  # a copy folds again at its first call
+        return {k: v for k, v in self.__dict__.items() if k != "_fused_owner"}  # a copy folds again at its first call
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._owner = Owner()
-        self._owner.patience = 1  # many a copy is called once, and then folding does not pay
+        self._fused_owner = Owner()
+        self._fused_owner.patience = 1  # many a copy is called once, and then folding does not pay
 
     def __prepare_scriptable__(self) -> Any:
         raise RuntimeError(
@@ -338,11 +345,11 @@ class FusedModule(nn.Module):
 
     # What the blocks are made of.
 
-    def bn_act(self, y: Tensor, bn: nn.BatchNorm2d, *, relu: bool = True) -> Tensor:
+    def fused_bn_act(self, y: Tensor, bn: nn.BatchNorm2d, *, relu: bool = True) -> Tensor:
         """relu(bn(y)) of a convolution's raw output y."""
         return bn_relu(y, BatchNormArgs.of(bn), relu=relu, backend=self.backend)
 
-    def conv_chain(self, pairs: Sequence[Pair], x: Tensor) -> Tensor:
+    def fused_conv_chain(self, pairs: Sequence[Pair], x: Tensor) -> Tensor:
         """conv_n(relu(bn_(n-1)(... conv_1(x)))), for training; what lies between is not saved for backward."""
         y = pairs[0][0](on_16_bytes(x))
         for (_, bn), (conv, _) in pairwise(pairs):
@@ -355,17 +362,17 @@ class FusedModule(nn.Module):
 class FusedBlock(FusedModule):
     """A fused module that is called for itself: forward, in every form."""
 
-    is_leaf: ClassVar[bool] = True  # one node in a graph that torch.fx traces
+    fused_is_leaf: ClassVar[bool] = True  # one node in a graph that torch.fx traces
 
     def plain_forward(self, x: Tensor) -> Tensor:
         """The block in plain PyTorch: every child is called. A foreign block's is its own class's forward."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_leaf and isinstance(x, torch.fx.Proxy):
+        if self.fused_is_leaf and isinstance(x, torch.fx.Proxy):
             name = x.tracer.path_of_module(self)
             return x.tracer.create_proxy("call_module", name, (x,), {})
-        return self.run(x, self.plain_forward)
+        return self.fused_run(x, self.plain_forward)
 
     def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
         """nn.Module calls this in torch.jit.trace, whose graphs hold PyTorch's operators alone."""

@@ -48,15 +48,15 @@ class FoldedBlock(NamedTuple):
 class ResidualBlock(FusedBlock):
     """What both blocks share: their arguments, and how they run.
 
-    A foreign block's children may have other names: `acts` are its ReLUs, and where `absent` says so there may be parts
-    that this block does not compute, as long as they are None or nn.Identity.
+    A foreign block's children may have other names: `fused_acts` are its ReLUs, and where `fused_absent` says so there
+    may be parts that this block does not compute, as long as they are None or nn.Identity.
     """
 
-    num_convs: ClassVar[int]
-    acts: ClassVar[tuple[str, ...]] = ("relu",)
-    absent: ClassVar[tuple[str, ...]] = ()
-    reads = (*FusedBlock.reads, "residual", "downsample")
-    residual: bool = True
+    fused_num_convs: ClassVar[int]
+    fused_acts: ClassVar[tuple[str, ...]] = ("relu",)
+    fused_absent: ClassVar[tuple[str, ...]] = ()
+    fused_reads = (*FusedBlock.fused_reads, "residual", "downsample")
+    residual: bool
 
     def __init__(
         self,
@@ -72,106 +72,108 @@ class ResidualBlock(FusedBlock):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self._add_layers(inplanes, planes, stride, groups, base_width, dilation)
+        self._fused_add_layers(inplanes, planes, stride, groups, base_width, dilation)
         self.downsample = downsample
         self.residual, self.backend = residual, backend
 
-    def _add_layers(self, inplanes: int, planes: int, stride: int, groups: int, base_width: int, dilation: int) -> None:
+    def _fused_add_layers(
+        self, inplanes: int, planes: int, stride: int, groups: int, base_width: int, dilation: int
+    ) -> None:
         raise NotImplementedError
 
-    def adds_shortcut(self) -> bool:
+    def fused_adds_shortcut(self) -> bool:
         """Whether there is one: a foreign block has it always, whatever else its owner calls `residual`."""
-        return self._swapped_from is not None or self.residual
+        return self._fused_swapped_from is not None or self.residual
 
     def plain_forward(self, x: Tensor) -> Tensor:
         y, relu = x, self._modules["relu"]
         assert relu is not None
-        for i, (conv, bn) in enumerate(self.convs()):
+        for i, (conv, bn) in enumerate(self.fused_convs()):
             assert bn is not None
             y = bn(conv(relu(y) if i else y))
-        shortcut = self._shortcut(x)
+        shortcut = self._fused_shortcut(x)
         return relu(y if shortcut is None else y + shortcut.to(y.dtype))  # as where the sum is written in place
 
-    def problem(self) -> str | None:
-        for name in self.absent:
+    def fused_problem(self) -> str | None:
+        for name in self.fused_absent:
             part = getattr(self, name, None)
             if part is not None and type(part) is not nn.Identity:
                 return f"has {name} ({type(part).__name__})"
         children = self._modules
-        for i in range(1, self.num_convs + 1):
+        for i in range(1, self.fused_num_convs + 1):
             names = (f"conv{i}", f"bn{i}")
             problem = pair_problem(children.get(names[0]), children.get(names[1]), names)
             if problem:
                 return problem
         # What stands for an absent part is not called either; nor is `downsample`, where the projection is computed.
-        ways = ((self.acts, nn.ReLU), (self._identities(), nn.Identity))
+        ways = ((self.fused_acts, nn.ReLU), (self._fused_identities(), nn.Identity))
         for name, kind in ((name, kind) for names, kind in ways for name in names):
             problem = skip_problem(children.get(name), kind)
             if problem:
                 return f"{name} {problem}"
         return None
 
-    def _identities(self) -> list[str]:
-        return [name for name in self.absent if name in self._modules]
+    def _fused_identities(self) -> list[str]:
+        return [name for name in self.fused_absent if name in self._modules]
 
-    def features(self) -> tuple[str, ...]:
+    def fused_features(self) -> tuple[str, ...]:
         downsample: Any = self.downsample
-        if not self.adds_shortcut() or skip_problem(downsample, nn.Sequential) or len(downsample) != 2:
+        if not self.fused_adds_shortcut() or skip_problem(downsample, nn.Sequential) or len(downsample) != 2:
             return ()
         return ("projection",) if pair_problem(downsample[0], downsample[1], ("0", "1")) is None else ()
 
-    def skipped(self) -> list[nn.Module]:
-        names = [f"{kind}{i}" for i in range(1, self.num_convs + 1) for kind in ("conv", "bn")]
-        found = [self._modules.get(name) for name in (*names, *self.acts, *self._identities())]
-        if self._has("projection"):
+    def fused_skipped(self) -> list[nn.Module]:
+        names = [f"{kind}{i}" for i in range(1, self.fused_num_convs + 1) for kind in ("conv", "bn")]
+        found = [self._modules.get(name) for name in (*names, *self.fused_acts, *self._fused_identities())]
+        if self._fused_has("projection"):
             downsample: Any = self.downsample
             found += [downsample, *downsample]
         return [m for m in found if m is not None]
 
-    def regarded(self) -> list[nn.Module]:
-        downsample, found = self.downsample, self.skipped()
-        if isinstance(downsample, nn.Module) and not self._has("projection"):
+    def fused_regarded(self) -> list[nn.Module]:
+        downsample, found = self.downsample, self.fused_skipped()
+        if isinstance(downsample, nn.Module) and not self._fused_has("projection"):
             found += downsample.modules()
         return found
 
-    def convs(self) -> list[Pair]:
+    def fused_convs(self) -> list[Pair]:
         """conv1 and bn1, conv2 and bn2, ..."""
         children: Any = self._modules
-        return [(children[f"conv{i}"], children[f"bn{i}"]) for i in range(1, self.num_convs + 1)]
+        return [(children[f"conv{i}"], children[f"bn{i}"]) for i in range(1, self.fused_num_convs + 1)]
 
-    def projection(self) -> Pair | None:
+    def fused_projection(self) -> Pair | None:
         """The shortcut's convolution and BatchNorm, where it is those two and nothing else."""
-        return tuple(self.downsample) if self.has("projection") else None  # type: ignore[return-value, arg-type]
+        return tuple(self.downsample) if self.fused_has("projection") else None  # type: ignore[return-value, arg-type]
 
-    def pairs(self) -> list[Pair]:
-        projection = self.projection()
-        return self.convs() if projection is None else [*self.convs(), projection]
+    def fused_pairs(self) -> list[Pair]:
+        projection = self.fused_projection()
+        return self.fused_convs() if projection is None else [*self.fused_convs(), projection]
 
-    def settings(self) -> Any:
-        return self.backend, self.adds_shortcut(), self.has("projection"), self.downsample is None
+    def fused_settings(self) -> Any:
+        return self.backend, self.fused_adds_shortcut(), self.fused_has("projection"), self.downsample is None
 
-    def is_one_op(self, x: Tensor) -> bool:
+    def fused_is_one_op(self, x: Tensor) -> bool:
         """Whether the native op takes the whole block, with inputs such as x."""
-        adds_another = self.adds_shortcut() and self.downsample is not None and not self.has("projection")
+        adds_another = self.fused_adds_shortcut() and self.downsample is not None and not self.fused_has("projection")
         return (
             not adds_another
             and packable(autocast(x)[0], "conv_bias_relu_fwd", self.backend)
-            and all(conv.groups == 1 for conv, _ in self.pairs())
+            and all(conv.groups == 1 for conv, _ in self.fused_pairs())
         )
 
-    def gives_channels_last(self) -> bool:
+    def fused_gives_channels_last(self) -> bool:
         """Whether the result is channels_last however x lies; the sum is where the convolutions before it are."""
-        return any(asks_for_channels_last(conv.weight) for conv, _ in self.convs())
+        return any(asks_for_channels_last(conv.weight) for conv, _ in self.fused_convs())
 
-    def fold(self, x: Tensor) -> OneOp | FoldedBlock:
-        (like,), convs, projection = autocast(x), self.convs(), self.projection()
+    def fused_fold(self, x: Tensor) -> OneOp | FoldedBlock:
+        (like,), convs, projection = autocast(x), self.fused_convs(), self.fused_projection()
         folded = [fold(*pair) for pair in convs]
         shortcut = None if projection is None else fold(*projection)
-        if self.is_one_op(x):
-            how: Any = {"shortcut": self.adds_shortcut(), "like": like, "backend": self.backend}
+        if self.fused_is_one_op(x):
+            how: Any = {"shortcut": self.fused_adds_shortcut(), "like": like, "backend": self.backend}
             packed = pack_residual_block(folded, shortcut, **how)
             assert packed is not None
-            return OneOp(packed, self.gives_channels_last())
+            return OneOp(packed, self.fused_gives_channels_last())
         projected = None
         if projection is not None and shortcut is not None:
             # Its bias is added with the last convolution's: without one the library's result needs no pass behind it.
@@ -180,48 +182,52 @@ class ResidualBlock(FusedBlock):
         pairs = zip(convs, folded, strict=True)
         return FoldedBlock([FoldedPair.of(conv, one, like, self.backend) for (conv, _), one in pairs], projected)
 
-    def run_folded(self, x: Tensor, folded: OneOp | FoldedBlock) -> Tensor:
+    def fused_run_folded(self, x: Tensor, folded: OneOp | FoldedBlock) -> Tensor:
         if isinstance(folded, OneOp):
             return folded.run(x)
         convs, projection = folded
         y = x
         for conv in convs[:-1]:
             y = conv.run(y, relu=True, backend=self.backend)
-        shortcut = self._shortcut(x) if projection is None else projection.run(x, relu=False, backend=self.backend)
+        shortcut = (
+            self._fused_shortcut(x) if projection is None else projection.run(x, relu=False, backend=self.backend)
+        )
         return convs[-1].run(y, shortcut, relu=True, backend=self.backend)
 
-    def run_traced(self, x: Tensor) -> Tensor:
-        convs, projection = self.convs(), self.projection()
-        if self.is_one_op(x):
+    def fused_run_traced(self, x: Tensor) -> Tensor:
+        convs, projection = self.fused_convs(), self.fused_projection()
+        if self.fused_is_one_op(x):
             (x,) = autocast(x)
-            x = in_channels_last(x) if self.gives_channels_last() else x
-            return traced_stage(x, [convs], projection, shortcut=self.adds_shortcut())
+            x = in_channels_last(x) if self.fused_gives_channels_last() else x
+            return traced_stage(x, [convs], projection, shortcut=self.fused_adds_shortcut())
         y = x
         for conv, bn in convs[:-1]:
             y = traced_conv(y, conv, bn, relu=True, backend=self.backend)
         shortcut = (
-            self._shortcut(x) if projection is None else traced_conv(x, *projection, relu=False, backend=self.backend)
+            self._fused_shortcut(x)
+            if projection is None
+            else traced_conv(x, *projection, relu=False, backend=self.backend)
         )
         return traced_conv(y, *convs[-1], shortcut, relu=True, backend=self.backend)
 
-    def run_unfolded(self, x: Tensor) -> Tensor:
+    def fused_run_unfolded(self, x: Tensor) -> Tensor:
         """Raw convolutions, BatchNorm and ReLU fused between them, and the last BatchNorm with the sum and its ReLU."""
-        convs, projection = self.convs(), self.projection()
-        y, last = self.conv_chain(convs, x), convs[-1][1]
+        convs, projection = self.fused_convs(), self.fused_projection()
+        y, last = self.fused_conv_chain(convs, x), convs[-1][1]
         assert last is not None
         if projection is not None:
             conv, bn = projection  # both BatchNorms in the pass that adds
             assert bn is not None
             shortcut, args = conv(on_16_bytes(x)), BatchNormArgs.of(bn)
             return bn_add_relu(y, BatchNormArgs.of(last), shortcut, args, backend=self.backend)
-        shortcut = self._shortcut(x)
+        shortcut = self._fused_shortcut(x)
         if shortcut is None:
-            return self.bn_act(y, last)
+            return self.fused_bn_act(y, last)
         return bn_add_relu(y, BatchNormArgs.of(last), shortcut.to(y.dtype), backend=self.backend)
 
-    def _shortcut(self, x: Tensor) -> Tensor | None:
+    def _fused_shortcut(self, x: Tensor) -> Tensor | None:
         """What is added where there is no projection: x, what else `downsample` makes of it, or nothing."""
-        if not self.adds_shortcut():
+        if not self.fused_adds_shortcut():
             return None
         return x if self.downsample is None else self.downsample(x)
 
@@ -240,9 +246,11 @@ class BasicBlock(ResidualBlock):
     Input (N, inplanes, H, W) -> output (N, planes, H / stride, W / stride).
     """
 
-    num_convs, expansion = 2, 1
+    fused_num_convs, expansion = 2, 1
 
-    def _add_layers(self, inplanes: int, planes: int, stride: int, groups: int, base_width: int, dilation: int) -> None:
+    def _fused_add_layers(
+        self, inplanes: int, planes: int, stride: int, groups: int, base_width: int, dilation: int
+    ) -> None:
         if (groups, base_width, dilation) != (1, 64, 1):
             got = f"{groups}, {base_width} and {dilation}"
             raise ValueError(f"BasicBlock takes groups=1, base_width=64 and dilation=1, got {got}")
@@ -268,9 +276,11 @@ class Bottleneck(ResidualBlock):
     Input (N, inplanes, H, W) -> output (N, 4 * planes, H / stride, W / stride).
     """
 
-    num_convs, expansion = 3, 4
+    fused_num_convs, expansion = 3, 4
 
-    def _add_layers(self, inplanes: int, planes: int, stride: int, groups: int, base_width: int, dilation: int) -> None:
+    def _fused_add_layers(
+        self, inplanes: int, planes: int, stride: int, groups: int, base_width: int, dilation: int
+    ) -> None:
         width = int(planes * (base_width / 64.0)) * groups
         self.conv1 = nn.Conv2d(inplanes, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -289,8 +299,8 @@ class ResidualStage(FusedBlock, nn.Sequential):
         backend: "reference", "native", or None for the best at hand.
     """
 
-    is_leaf = False  # its blocks are
-    replaces: ClassVar[Replaced] = {"forward": frozenset()}
+    fused_is_leaf = False  # its blocks are
+    fused_replaces: ClassVar[Replaced] = {"forward": frozenset()}
 
     def __init__(self, *blocks: nn.Module, backend: str | None = None) -> None:
         super().__init__(*blocks)
@@ -302,71 +312,75 @@ class ResidualStage(FusedBlock, nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:  # as nn.Sequential names it
         if not isinstance(input, Tensor) or not input.is_cpu:
             return self.plain_forward(input)  # on a GPU the blocks have nothing to gain from each other
-        known = None if is_traced(input) else self._owner.known
+        known = None if is_traced(input) else self._fused_owner.known
         if known is not None and wants_gradient(input, known.tensors):
             return self.plain_forward(input)
         return super().forward(input)
 
-    def problem(self) -> str | None:
+    def fused_problem(self) -> str | None:
         for i, (name, block) in enumerate(self._modules.items()):
             if not isinstance(block, ResidualBlock):
                 return f"{name} is {type(block).__name__}, not a residual block"
-            problem = block_problem(block) or block.known().problem
+            problem = block_problem(block) or block.fused_known().problem
             if problem:
                 return f"{name} {problem}"
-            if i > 0 and (not block.adds_shortcut() or block.has("projection") or block.downsample is not None):
+            if i > 0 and (
+                not block.fused_adds_shortcut() or block.fused_has("projection") or block.downsample is not None
+            ):
                 return f"{name} does not add its own input"
-            if any(conv.groups != 1 for conv, _ in block.pairs()):
+            if any(conv.groups != 1 for conv, _ in block.fused_pairs()):
                 return f"{name} has a convolution in groups"
         return None if self._modules else "is empty"
 
-    def pairs(self) -> list[Pair]:
-        return [pair for block in self._blocks() for pair in block.pairs()]
+    def fused_pairs(self) -> list[Pair]:
+        return [pair for block in self._fused_blocks() for pair in block.fused_pairs()]
 
-    def settings(self) -> Any:
-        return self.backend, [block.settings() for block in self._blocks()]
+    def fused_settings(self) -> Any:
+        return self.backend, [block.fused_settings() for block in self._fused_blocks()]
 
-    def _waits(self, kind: Kind) -> bool:
-        owners = [block._owner for block in self._modules.values() if isinstance(block, ResidualBlock)]
-        return any(owner.waiting(kind) is not None for owner in owners) or super()._waits(kind)
+    def _fused_waits(self, kind: Kind) -> bool:
+        owners = [block._fused_owner for block in self._modules.values() if isinstance(block, ResidualBlock)]
+        return any(owner.waiting(kind) is not None for owner in owners) or super()._fused_waits(kind)
 
-    def _form(self, kind: Kind, x: Tensor) -> Form | None:
-        return None if self._ready_forms(x) is None else super()._form(kind, x)
+    def _fused_form(self, kind: Kind, x: Tensor) -> Form | None:
+        return None if self._fused_ready_forms(x) is None else super()._fused_form(kind, x)
 
-    def _ready_forms(self, x: Tensor) -> list[Form] | None:
+    def _fused_ready_forms(self, x: Tensor) -> list[Form] | None:
         """The blocks' own forms, where each has one that the op takes."""
         forms = []
-        for block in self._blocks():  # a block that occurs twice runs twice
-            form = block.ready(x)
+        for block in self._fused_blocks():  # a block that occurs twice runs twice
+            form = block.fused_ready(x)
             if form is None or not isinstance(form.value, OneOp):
                 return None
             forms.append(form)
         return forms
 
-    def fold(self, x: Tensor) -> FoldedStage | None:
-        forms = self._ready_forms(x)
+    def fused_fold(self, x: Tensor) -> FoldedStage | None:
+        forms = self._fused_ready_forms(x)
         return None if forms is None else FoldedStage(reduce(OneOp.then, [f.value for f in forms]), forms)
 
-    def check(self, form: Form, x: Tensor) -> None:
-        for block, part in zip(self._blocks(), form.value.forms, strict=True):
-            block.check(part, x)
+    def fused_check(self, form: Form, x: Tensor) -> None:
+        for block, part in zip(self._fused_blocks(), form.value.forms, strict=True):
+            block.fused_check(part, x)
 
-    def run_folded(self, x: Tensor, folded: FoldedStage) -> Tensor:
+    def fused_run_folded(self, x: Tensor, folded: FoldedStage) -> Tensor:
         for form in folded.forms:
             form.uses += 1
         return folded.op.run(x)
 
-    def run_traced(self, x: Tensor) -> Tensor:
-        blocks, backend = self._blocks(), self.backend
+    def fused_run_traced(self, x: Tensor) -> Tensor:
+        blocks, backend = self._fused_blocks(), self.backend
         first = blocks[0]
-        if not all(b.is_one_op(x) and b.backend == backend for b in blocks):
+        if not all(b.fused_is_one_op(x) and b.backend == backend for b in blocks):
             return self.plain_forward(x)
         (x,) = autocast(x)
-        x = in_channels_last(x) if any(block.gives_channels_last() for block in blocks) else x
-        return traced_stage(x, [b.convs() for b in blocks], first.projection(), shortcut=first.adds_shortcut())
+        x = in_channels_last(x) if any(block.fused_gives_channels_last() for block in blocks) else x
+        return traced_stage(
+            x, [b.fused_convs() for b in blocks], first.fused_projection(), shortcut=first.fused_adds_shortcut()
+        )
 
-    def run_unfolded(self, x: Tensor) -> Tensor:
+    def fused_run_unfolded(self, x: Tensor) -> Tensor:
         return self.plain_forward(x)
 
-    def _blocks(self) -> list[ResidualBlock]:
+    def _fused_blocks(self) -> list[ResidualBlock]:
         return list(self._modules.values())  # type: ignore[arg-type]

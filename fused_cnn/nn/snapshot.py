@@ -148,7 +148,7 @@ class Snapshot:
 
 def reads_of(module: nn.Module) -> tuple[str, ...]:
     """The entries of a module's own dictionary that decide what it does. A fused one says so itself."""
-    return getattr(type(module), "reads", None) or _READS.get(type(module), ("forward",))
+    return getattr(type(module), "fused_reads", None) or _READS.get(type(module), ("forward",))
 
 
 def states_of(tensors: Sequence[Tensor]) -> bytes:

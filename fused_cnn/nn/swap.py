@@ -36,7 +36,7 @@ def swapped_class(mixin: type[FusedModule], base: type[nn.Module]) -> type[Fused
     @wraps(base.__init__)
     def init(self: FusedModule, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, *args, **kwargs)
-        self.backend, self._owner = None, Owner()
+        self.backend, self._fused_owner = None, Owner()
 
     def plain_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return base.forward(self, *args, **kwargs)
@@ -45,7 +45,7 @@ def swapped_class(mixin: type[FusedModule], base: type[nn.Module]) -> type[Fused
         "__init__": init,
         "__reduce_ex__": reduce,
         "__module__": base.__module__,
-        "_swapped_from": base,
+        "_fused_swapped_from": base,
     }
     if issubclass(mixin, FusedBlock):
         body["plain_forward"] = plain_forward
@@ -53,17 +53,23 @@ def swapped_class(mixin: type[FusedModule], base: type[nn.Module]) -> type[Fused
     return _classes.setdefault((mixin, base), made)
 
 
+def swap_problem(module: nn.Module) -> str | None:
+    """Why `module` cannot be swapped: of the names that fused classes use, users may have this one."""
+    return "has an attribute `backend` of its own" if hasattr(module, "backend") else None
+
+
 def swap(module: nn.Module, mixin: type[Self], backend: str | None) -> Self:
     """`module` itself, from now on of the class that runs it fused."""
     module.__class__ = swapped_class(mixin, type(module))
-    module.backend, module._owner = backend, Owner()  # type: ignore[assignment]
+    module.backend, module._fused_owner = backend, Owner()  # type: ignore[assignment]
     return module  # type: ignore[return-value]
 
 
 def unswap(module: FusedModule) -> nn.Module:
     """`module` itself, of the class that it had before `swap`."""
-    base = type(module)._swapped_from
+    base = type(module)._fused_swapped_from
     assert base is not None
     module.__class__ = base  # type: ignore[assignment]
-    del module.backend, module._owner
+    for name in ("backend", "_fused_owner"):
+        vars(module).pop(name, None)  # nn.Module keeps elsewhere what is a module or a parameter
     return module
