@@ -69,9 +69,19 @@ PyObject* held(PyObject* dictionary, PyObject* key, int64_t& position) {
   return PyDict_GetItemWithError(dictionary, key);
 }
 
+// Whether `key` is what was put into `dictionary` last: then nothing was since. `position` as above.
+bool is_last(PyObject* dictionary, PyObject* key, int64_t& position) {
+  if (held(dictionary, key, position) == nullptr || position < 0) return false;
+  PyObject *found, *value;
+  std::ptrdiff_t at = position;
+  PyDict_Next(dictionary, &at, &found, &value);
+  return PyDict_Next(dictionary, &at, &found, &value) == 0;
+}
+
 // What is recorded of a tensor, all of it in words of 64 bits.
 struct State {
   int64_t object, version, data;
+  int64_t layout;              // sizes and strides, hashed
   int64_t is_readable, first;  // whether the processor can look into its memory, and the first word there
 };
 
@@ -84,6 +94,16 @@ AtenTensorHandle tensor_of(int64_t object) {
 const void* data_of(AtenTensorHandle tensor) {
   void* data = nullptr;
   return aoti_torch_get_data_ptr(tensor, &data) == 0 ? data : nullptr;
+}
+
+int64_t layout_of(AtenTensorHandle tensor) {
+  int64_t dims = 0, *sizes = nullptr, *strides = nullptr;
+  aoti_torch_get_dim(tensor, &dims);
+  aoti_torch_get_sizes(tensor, &sizes);
+  aoti_torch_get_strides(tensor, &strides);
+  uint64_t hash = 0;
+  for (int64_t i = 0; i < dims; ++i) hash = (hash + uint64_t(sizes[i])) * 0x9E3779B97F4A7C15 + uint64_t(strides[i]);
+  return static_cast<int64_t>(hash);
 }
 
 int64_t first_word(const void* data) {
@@ -101,6 +121,7 @@ State state_of(PyObject* object) try {
   aoti_torch_get_device_type(tensor, &device);
   aoti_torch_get_numel(tensor, &elements);
   state.data = reinterpret_cast<int64_t>(data);
+  state.layout = layout_of(tensor);
   state.is_readable = data != nullptr && device == aoti_torch_device_type_cpu() && elements >= kElements;
   if (state.is_readable != 0) state.first = first_word(data);
   state.version = tensor_version(tensor);
@@ -109,18 +130,19 @@ State state_of(PyObject* object) try {
   return {reinterpret_cast<int64_t>(object), -1};
 }
 
-// Whether a tensor is in the state that was recorded: as PyTorch counts changes, and by the first word of its memory,
-// which shows most of those that PyTorch does not see.
+// Whether a tensor is in the state that was recorded: as PyTorch counts changes, by how it lies, and by the first word
+// of its memory, which shows most of those that PyTorch does not see.
 bool holds(const State& state) {
   const AtenTensorHandle tensor = tensor_of(state.object);
-  if (tensor_version(tensor) != state.version) return false;
+  if (tensor_version(tensor) != state.version || layout_of(tensor) != state.layout) return false;
   const void* const data = data_of(tensor);
   return reinterpret_cast<int64_t>(data) == state.data && (state.is_readable == 0 || first_word(data) == state.first);
 }
 
 // `snapshot` holds addresses and numbers, each group behind its length: modules with their classes; entries of
-// dictionaries, each a dictionary, a key and a value, or 0 where there is none; dictionaries in full, each with its
-// length, its keys and values in order; classes with the names and values of attributes; the states of tensors. Whoever
+// dictionaries, each a dictionary, a key and its value; dictionaries with the keys that they have not, each behind its
+// length, its last key and how many keys follow; dictionaries in full, each with its length, its keys and values in
+// order; classes with the names and values of attributes; the states of tensors. Whoever
 // took it keeps all these objects alive. A dictionary 0 is `own`, the block's: a snapshot that the
 // block holds cannot hold it in turn. `positions` has a number for each entry, which is this function's own.
 bool unchanged(const int64_t* snapshot, int64_t* positions, PyObject* own) try {
@@ -134,6 +156,16 @@ bool unchanged(const int64_t* snapshot, int64_t* positions, PyObject* own) try {
     PyObject* const dictionary = object();
     PyObject* const key = object();
     if (held(dictionary == nullptr ? own : dictionary, key, *positions++) != object()) return false;
+  }
+  for (int64_t n = next(); n > 0; --n) {
+    PyObject* const recorded = object();
+    PyObject* const dictionary = recorded == nullptr ? own : recorded;
+    const bool has_length = word(dictionary, length_at) == next();
+    const bool is_same = is_last(dictionary, object(), *positions++) && has_length;
+    for (int64_t keys = next(); keys > 0; --keys) {
+      PyObject* const key = object();
+      if (!is_same && PyDict_GetItemWithError(dictionary, key) != nullptr) return false;
+    }
   }
   for (int64_t n = next(); n > 0; --n) {
     PyObject* const dictionary = object();

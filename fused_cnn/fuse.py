@@ -160,7 +160,7 @@ class _Walk:
     def _swap(self, name: str, module: nn.Module, mixin: type[FusedModule]) -> bool:
         """Fuse a block with all that it consists of; False, and nothing changed, where it cannot be."""
         kind = type(module).__name__
-        parts = [m for m in module.modules() if full_name(type(m)) in BLOCKS]
+        parts = [m for m in module.modules() if full_name(type(m)) in BLOCKS and not isinstance(m, FusedModule)]
         taken = next(filter(None, map(swap_problem, parts)), None)
         if taken is not None:
             self._skip(name, module, taken)

@@ -169,7 +169,7 @@ class Owner:
         """Today's form for this kind of input; its value is None while the weights have not rested long enough."""
         with _lock:
             key = settings, states_of(sources)
-            found = next((f for f in self.forms if f.kind == kind and f.key == key and not f.stale), None)
+            found = next((f for f in self.forms if f.kind == kind and f.key == key and f.is_alive()), None)
             captured = self._retire(kind, found)
             form = found or self._new(kind, key, sources)
             form.misses = 0
@@ -233,21 +233,30 @@ class Owner:
 
 def mark_stale(sources: Iterable[Tensor]) -> None:
     """Have the forms made again that read the memory of these tensors; or all forms, where tensors are of a kind of
-    their own, such as shards, of which a block's are made in ways that nobody can tell."""
+    their own, such as shards or functorch's, of which a block's are made in ways that nobody can tell."""
     with _lock:
         if not _forms:
             return
-        given = list(sources)
-        are_plain = all(type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for t in given)
-        storages = set(map(_storage, given)) if are_plain else set()
+        storages = _storages(list(sources))
         for form in _forms:
-            form.stale = form.stale or not are_plain or not storages.isdisjoint(form.storages)
+            form.stale = form.stale or storages is None or not storages.isdisjoint(form.storages)
+
+
+def _storages(tensors: list[Tensor]) -> set[int] | None:
+    """Where the tensors lie; None if one of them has no memory that is its own."""
+    if not all(type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for t in tensors):
+        return None
+    try:
+        return set(map(_storage, tensors))
+    except RuntimeError:
+        return None
 
 
 def _around_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Fused optimizers write parameters without PyTorch's version counters taking note. Asked before a step too, since
-    an optimizer's own hooks behind it come first."""
-    mark_stale(p for group in optimizer.param_groups for p in group["params"])
+    """Fused optimizers write parameters without PyTorch's version counters taking note; but in a compiled graph, which
+    counts. Asked before a step too, since an optimizer's own hooks behind it come first."""
+    if not torch.compiler.is_compiling():
+        mark_stale(p for group in optimizer.param_groups for p in group["params"])
 
 
 register_optimizer_step_pre_hook(_around_step)

@@ -63,7 +63,8 @@ def conv_problem(module: Any) -> str | None:
         values = [getattr(module, name) for name in ("stride", "padding", "dilation", "groups")]
         if not all(type(n) is int for value in values for n in (value if type(value) is tuple else (value,))):
             problem = f"has stride, padding, dilation and groups of other types than int and tuple: {values}"
-    return problem or _tensor_problem(module, "weight", "bias")
+    problem = problem or _tensor_problem(module, "weight", "bias")
+    return problem or ("has no weight" if module.weight is None else None)
 
 
 def norm_problem(module: Any) -> str | None:

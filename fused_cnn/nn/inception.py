@@ -127,8 +127,8 @@ class Inception(FusedBlock):
         branches = [[layer.conv.weight for layer in b if isinstance(layer, ConvBNReLU)] for b in self.fused_branches()]
         return all(any(map(asks_for_channels_last, weights)) for weights in branches)
 
-    def _fused_form(self, kind: Kind, x: Tensor) -> Form | None:
-        return super()._fused_form(kind, x) if self.fused_has("one op") else None
+    def _fused_form(self, kind: Kind, x: Tensor, known: Understanding) -> Form | None:
+        return super()._fused_form(kind, x, known) if self.fused_has("one op") else None
 
     def fused_run_unfolded(self, x: Tensor) -> Tensor:
         """Raw convolutions, and BatchNorm or bias, ReLU and the concatenation of each branch's last one in one pass."""

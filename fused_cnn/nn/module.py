@@ -117,9 +117,8 @@ class FusedModule(nn.Module):
 
     def fused_has(self, feature: str) -> bool:
         """Whether `fused_features` names it."""
-        if torch.compiler.is_compiling():
-            return self._fused_has(feature)
-        return feature in self._fused_owner.known.has
+        known = None if torch.compiler.is_compiling() else self._fused_owner.known
+        return self._fused_has(feature) if known is None else feature in known.has
 
     def _fused_has(self, feature: str) -> bool:
         return feature in self.fused_features()
@@ -149,7 +148,7 @@ class FusedModule(nn.Module):
         if not known.folds or wants_gradient(x, known.tensors):
             self._fused_check_dtype(x, known.pairs)
             return self.fused_run_unfolded(x)
-        form = self._fused_form(kind, x)
+        form = self._fused_form(kind, x, known)
         if form is None:
             return plain(x)
         if form.value is None:
@@ -181,12 +180,12 @@ class FusedModule(nn.Module):
             known = self.fused_known()
             if known.problem is not None or not known.folds or wants_gradient(x, known.tensors):
                 return None
-            form = self._fused_form(kind, x)
+            form = self._fused_form(kind, x, known)
         return form if form is not None and form.value is not None else None
 
-    def _fused_form(self, kind: Kind, x: Tensor) -> Form | None:
+    def _fused_form(self, kind: Kind, x: Tensor, known: Understanding) -> Form | None:
         """Today's form for inputs such as x, made if it is time to; None where nothing can be kept."""
-        pairs, sources = self._fused_owner.known.pairs, self._fused_owner.known.tensors
+        pairs, sources = known.pairs, known.tensors
         self._fused_check_dtype(x, pairs)
         if any(t.is_inference() or t.device != x.device for t in sources):  # whose changes PyTorch does not count
             return None
@@ -208,7 +207,9 @@ class FusedModule(nn.Module):
                 cast, dtype, device = form.kind
                 with torch.autocast(device.type, cast, enabled=cast is not None):
                     x = torch.empty((0, self.fused_pairs()[0][0].in_channels, 1, 1), dtype=dtype, device=device)
-                    self._fused_form(form.kind, x)
+                    known = self.fused_known()
+                    if known.problem is None:
+                        self._fused_form(form.kind, x, known)
 
     def _fused_check_dtype(self, x: Tensor, pairs: Sequence[Pair]) -> None:
         for conv, _ in () if autocast_dtype(x) else pairs:
@@ -258,19 +259,16 @@ class FusedModule(nn.Module):
 
     def fused_understand(self) -> Understanding:
         """Look at what the children are today."""
-        return self._fused_understand(
-            replaced_for_all() if is_recording() else watched_by_all()
-        )  # see _fused_is_plain_in_trace
+        # A trace may replace every module's call; hooks on them are another matter.
+        return self._fused_understand(replaced_for_all() if is_recording() else watched_by_all())
 
     def _fused_understand(self, watched: str | None) -> Understanding:
         owner, snapshot, problem = self._fused_own(), self._fused_snapshot(), watched or self._fused_problem()
         before = owner.known
         if problem is None:
-            # `fused_pairs` asks what this has; to other threads, which may read it meanwhile, it has a problem.
-            owner.known = known = Understanding(snapshot, "is being looked at", self.fused_features(), [], False, [])
             pairs = self.fused_pairs()
             folds = all(map(can_be_constant, pairs))
-            known = Understanding(snapshot, None, known.has, pairs, folds, list(sources_of(pairs)))
+            known = Understanding(snapshot, None, self.fused_features(), pairs, folds, list(sources_of(pairs)))
         else:
             known = Understanding(snapshot, problem, (), [], False, [])
         is_same = before is not None and before.tensors and [*map(id, before.tensors)] == [*map(id, known.tensors)]
@@ -309,7 +307,6 @@ class FusedModule(nn.Module):
 
     def _fused_is_plain_in_trace(self) -> bool:
         """Asked once a trace, on the real module: the compiler need not follow."""
-        # A trace may replace every module's call; hooks on them are another matter.
         return torch.onnx.is_in_onnx_export() or self._fused_understand(replaced_for_all()).problem is not None
 
     _fused_is_plain_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -146,8 +146,8 @@ class ResidualBlock(FusedBlock):
         return tuple(self.downsample) if self.fused_has("projection") else None  # type: ignore[return-value, arg-type]
 
     def fused_pairs(self) -> list[Pair]:
-        projection = self.fused_projection()
-        return self.fused_convs() if projection is None else [*self.fused_convs(), projection]
+        downsample: Any = self.downsample  # asked of the modules: a block is understood by its pairs
+        return [*self.fused_convs(), tuple(downsample)] if self._fused_has("projection") else self.fused_convs()
 
     def fused_settings(self) -> Any:
         return self.backend, self.fused_adds_shortcut(), self.fused_has("projection"), self.downsample is None
@@ -218,8 +218,8 @@ class ResidualBlock(FusedBlock):
         if projection is not None:
             conv, bn = projection  # both BatchNorms in the pass that adds
             assert bn is not None
-            shortcut, args = conv(on_16_bytes(x)), BatchNormArgs.of(bn)
-            return bn_add_relu(y, BatchNormArgs.of(last), shortcut, args, backend=self.backend)
+            args, shortcut = BatchNormArgs.of(last), conv(on_16_bytes(x))  # in the order in which they count passes
+            return bn_add_relu(y, args, shortcut, BatchNormArgs.of(bn), backend=self.backend)
         shortcut = self._fused_shortcut(x)
         if shortcut is None:
             return self.fused_bn_act(y, last)
@@ -342,8 +342,8 @@ class ResidualStage(FusedBlock, nn.Sequential):
         owners = [block._fused_owner for block in self._modules.values() if isinstance(block, ResidualBlock)]
         return any(owner.waiting(kind) is not None for owner in owners) or super()._fused_waits(kind)
 
-    def _fused_form(self, kind: Kind, x: Tensor) -> Form | None:
-        return None if self._fused_ready_forms(x) is None else super()._fused_form(kind, x)
+    def _fused_form(self, kind: Kind, x: Tensor, known: Understanding) -> Form | None:
+        return None if self._fused_ready_forms(x) is None else super()._fused_form(kind, x, known)
 
     def _fused_ready_forms(self, x: Tensor) -> list[Form] | None:
         """The blocks' own forms, where each has one that the op takes."""

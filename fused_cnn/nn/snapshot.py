@@ -34,10 +34,12 @@ _HOOKS = (*_FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
 # What the modules' forward reads of themselves; or what is called in its place, where it is there.
 _READS: dict[type, tuple[str, ...]] = {
     nn.Conv2d: (
-        *("forward", "_conv_forward", "_parameters", "stride", "padding", "dilation", "groups", "padding_mode"),
-        SHARDED,
+        *("forward", "_conv_forward", "_parameters", "weight", "bias"),
+        *("stride", "padding", "dilation", "groups", "padding_mode", SHARDED),
     ),
-    nn.BatchNorm2d: ("forward", "_parameters", "_buffers", "training", "eps"),
+    nn.BatchNorm2d: (
+        *("forward", "_parameters", "_buffers", "weight", "bias", "running_mean", "running_var", "training", "eps"),
+    ),
     nn.Sequential: ("forward", "_modules"),
 }
 
@@ -79,9 +81,6 @@ def call_problem(kind: type[nn.Module]) -> str | None:
     return f"is of a class whose {changed[0]} was replaced" if changed else None
 
 
-_ABSENT = object()
-
-
 class Snapshot:
     """What an owner and the modules whose forward it skips were, and the tensors that it read.
 
@@ -113,19 +112,27 @@ class Snapshot:
             registries: tuple[dict[str, Any], ...] = (module._modules, module._parameters, module._buffers)
             tables += [*hooks(module, names), *(registry for registry in registries if registry)]
             entries += [(vars(module), name) for name in names]
-        values = [table.get(name, _ABSENT) for table, name in entries]
+        present = [(table, name, table[name]) for table, name in entries if name in table]
+        absent: dict[int, tuple[dict[str, Any], list[str]]] = {}
+        for table, name in entries:
+            if name not in table:
+                absent.setdefault(id(table), (table, []))[1].append(name)
+        lasts = [next(reversed(table)) for table, _ in absent.values()]
         contents = [list(chain.from_iterable(table.items())) for table in tables]
         attributes = [(kind, name, getattr(kind, name)) for kind, name in methods]
         own = vars(owner)
         # Alive, so that nothing new gets the address of what was recorded; but for the owner, which holds this.
-        holders = [table for table, _ in entries if table is not own]
-        self._kept = (list(skipped), tables, holders, values, contents, gradients, attributes, list(tensors))
+        holders = [table for table, _ in entries if table is not own], [value for *_, value in present], lasts
+        self._kept = (list(skipped), tables, holders, contents, gradients, attributes, list(tensors))
         record = [len(skipped)]
         for m in skipped:
             record += (id(m), id(type(m)))
-        record.append(len(entries))
-        for (table, name), value in zip(entries, values, strict=True):
-            record += (0 if table is own else id(table), id(name), 0 if value is _ABSENT else id(value))
+        record.append(len(present))
+        for table, name, value in present:
+            record += (0 if table is own else id(table), id(name), id(value))
+        record.append(len(absent))
+        for (table, names), last in zip(absent.values(), lasts, strict=True):
+            record += (0 if table is own else id(table), len(table), id(last), len(names), *map(id, names))
         record.append(len(tables))
         for table, content in zip(tables, contents, strict=True):
             record += (id(table), len(table), *map(id, content))
@@ -133,7 +140,7 @@ class Snapshot:
         record += map(id, chain.from_iterable(attributes))
         record.append(len(tensors))
         self.record = array("q", record).tobytes() + states_of(tensors)
-        self._positions = bytearray(8 * len(entries))  # the native comparison's own
+        self._positions = bytearray(8 * (len(present) + len(absent)))  # the native comparison's own
 
     def holds(self, owner: nn.Module) -> bool:
         """Whether all is as it was."""
@@ -152,7 +159,8 @@ def reads_of(module: nn.Module) -> tuple[str, ...]:
 
 
 def states_of(tensors: Sequence[Tensor]) -> bytes:
-    """Of each tensor: which it is, how often PyTorch saw it change, its address, and the first word of its memory."""
+    """Of each tensor: which it is, how often PyTorch saw it change, its address, how it lies there, and the first word
+    of its memory."""
     return states(tuple(tensors)) if states else array("q", chain.from_iterable(map(_state, tensors))).tobytes()
 
 
@@ -160,7 +168,7 @@ def _state(t: Tensor) -> tuple[int, ...]:
     address = t.data_ptr()
     is_readable = t.is_cpu and address != 0 and t.numel() >= 8
     first = ctypes.c_int64.from_address(address).value if is_readable else 0
-    return id(t), -1 if t.is_inference() else t._version, address, is_readable, first
+    return id(t), -1 if t.is_inference() else t._version, address, hash((t.shape, t.stride())), is_readable, first
 
 
 def _native() -> tuple[Callable[[bytes, bytearray, dict[str, Any]], bool] | None, Callable[[Any], bytes] | None]:

@@ -24,8 +24,8 @@ _classes: dict[tuple[type, type], type[FusedModule]] = {}
 
 
 def swapped_class(mixin: type[FusedModule], base: type[nn.Module]) -> type[FusedModule]:
-    """The class that fuse_ gives an instance of `base`: `base` with the mixin's forward. It is made by `base`'s
-    constructor, and pickles by its parents."""
+    """The class that fuse_ gives an instance of `base`: `base` with the mixin's forward, and its name, by which many
+    tools know modules. It is made by `base`'s constructor, and pickles by its parents."""
     if (mixin, base) in _classes:
         return _classes[mixin, base]
 
@@ -41,15 +41,20 @@ def swapped_class(mixin: type[FusedModule], base: type[nn.Module]) -> type[Fused
     def plain_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return base.forward(self, *args, **kwargs)
 
+    def name_in_print(self: FusedModule) -> str:
+        return f"Fused{base.__name__}"
+
     body: dict[str, Any] = {
         "__init__": init,
         "__reduce_ex__": reduce,
         "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "_get_name": name_in_print,
         "_fused_swapped_from": base,
     }
     if issubclass(mixin, FusedBlock):
         body["plain_forward"] = plain_forward
-    made = type(f"Fused{base.__name__}", (mixin, base), body)
+    made = type(base.__name__, (mixin, base), body)
     return _classes.setdefault((mixin, base), made)
 
 

@@ -44,12 +44,13 @@ def _given(x: Tensor, bn: BatchNormArgs) -> tuple[Tensor, Tensor]:
 
 
 def _update_running(bn: BatchNormArgs, mean: Tensor, var: Tensor) -> None:
-    """running = (1 - momentum) * running + momentum * batch, F.batch_norm's formula; `var` is the unbiased variance."""
+    """running = (1 - momentum) * running + momentum * batch, F.batch_norm's formula; `var` is the unbiased variance. No
+    lerp, which makes NaN of a batch whose variance overflows."""
     if bn.running_mean is None or bn.running_var is None:
         return
     for old, new in ((bn.running_mean, mean), (bn.running_var, var)):
         weight = bn.momentum.to(old.dtype) if isinstance(bn.momentum, Tensor) else bn.momentum
-        old.lerp_(new.to(old.dtype), weight)
+        old.mul_(1 - weight).add_(new.to(old.dtype) * weight)
 
 
 def split_channels(vector: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
