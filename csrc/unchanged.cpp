@@ -140,12 +140,13 @@ bool holds(const State& state) {
 }
 
 // `snapshot` holds addresses and numbers, each group behind its length: modules with their classes; entries of
-// dictionaries, each a dictionary, a key and its value; dictionaries with the keys that they have not, each behind its
-// length, its last key and how many keys follow; dictionaries in full, each with its length, its keys and values in
-// order; classes with the names and values of attributes; the states of tensors. Whoever
-// took it keeps all these objects alive. A dictionary 0 is `own`, the block's: a snapshot that the
-// block holds cannot hold it in turn. `positions` has a number for each entry, which is this function's own.
-bool unchanged(const int64_t* snapshot, int64_t* positions, PyObject* own) try {
+// dictionaries, each a dictionary, a key and its value; dictionaries with the keys that they have not; dictionaries in
+// full, each with its length, its keys and values in order; classes with the names and values of attributes; the states
+// of tensors. Whoever took it keeps all these objects alive. A dictionary 0 is `own`, the block's: a snapshot that the
+// block holds cannot hold it in turn. `hints` has for each entry where it was found last, which is this function's to
+// change, and for each dictionary with absent keys the same of its last key, its length, and that key: a dictionary
+// that has not become longer, and ends as it did, has got none of them.
+bool unchanged(const int64_t* snapshot, int64_t* hints, PyObject* own) try {
   const auto next = [&snapshot] { return *snapshot++; };
   const auto object = [&snapshot] { return reinterpret_cast<PyObject*>(*snapshot++); };
   for (int64_t n = next(); n > 0; --n) {
@@ -155,13 +156,14 @@ bool unchanged(const int64_t* snapshot, int64_t* positions, PyObject* own) try {
   for (int64_t n = next(); n > 0; --n) {
     PyObject* const dictionary = object();
     PyObject* const key = object();
-    if (held(dictionary == nullptr ? own : dictionary, key, *positions++) != object()) return false;
+    if (held(dictionary == nullptr ? own : dictionary, key, *hints++) != object()) return false;
   }
   for (int64_t n = next(); n > 0; --n) {
     PyObject* const recorded = object();
     PyObject* const dictionary = recorded == nullptr ? own : recorded;
-    const bool has_length = word(dictionary, length_at) == next();
-    const bool is_same = is_last(dictionary, object(), *positions++) && has_length;
+    const bool is_same =
+        word(dictionary, length_at) == hints[1] && is_last(dictionary, reinterpret_cast<PyObject*>(hints[2]), hints[0]);
+    hints += 3;
     for (int64_t keys = next(); keys > 0; --keys) {
       PyObject* const key = object();
       if (!is_same && PyDict_GetItemWithError(dictionary, key) != nullptr) return false;
@@ -191,11 +193,11 @@ bool unchanged(const int64_t* snapshot, int64_t* positions, PyObject* own) try {
   return false;  // a tensor that has no version
 }
 
-// unchanged(snapshot: bytes, positions: bytearray, own: dict) -> bool.
+// unchanged(snapshot: bytes, hints: bytearray, own: dict) -> bool.
 PyObject* call_unchanged(PyObject*, PyObject* const* arguments, std::ptrdiff_t) {
   const auto* const snapshot = reinterpret_cast<const int64_t*>(PyBytes_AsString(arguments[0]));
-  auto* const positions = reinterpret_cast<int64_t*>(PyByteArray_AsString(arguments[1]));
-  return PyBool_FromLong(unchanged(snapshot, positions, arguments[2]));
+  auto* const hints = reinterpret_cast<int64_t*>(PyByteArray_AsString(arguments[1]));
+  return PyBool_FromLong(unchanged(snapshot, hints, arguments[2]));
 }
 
 // states(tensors: tuple) -> bytes.

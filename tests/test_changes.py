@@ -987,6 +987,19 @@ def test_backward_hooks_behind_folding_see_every_gradient(name: str, moves: bool
     assert_gradients_close(ours, grads)
 
 
+@each_moment
+@pytest.mark.filterwarnings("ignore:.*non-full backward hook")
+@pytest.mark.parametrize("name", ["torchvision", "timm", "bottleneck"])
+def test_a_backward_hook_of_the_old_kind_gets_what_eager_gives_it(name: str, when: str) -> None:
+    """Of the block's last operation, whose derivative it may change."""
+
+    def change(model: nn.Module, log: Log) -> Undo:
+        block = part_of(model, name, "block")
+        return block.register_backward_hook(lambda module, grads, outs: (grads[0] * 2, *grads[1:])).remove
+
+    assert_told_alike(name, change, when, train=True)
+
+
 @each_moment_and_mode
 @pytest.mark.parametrize(
     ("name", "part", "attribute"),

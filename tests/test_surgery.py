@@ -3,9 +3,11 @@ calls replaced for everybody, modes, parts of another kind, dictionaries copied.
 weights are folded already, and to its eager twin."""
 
 import copy
+import importlib
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +85,44 @@ def eps_tensor(model: Model) -> None:
     model.layer1[0].bn1.eps.fill_(0.5)
 
 
+def transposed(model: Model) -> None:
+    """The very memory, read in another order."""
+    weight = model.layer1[0].conv1.weight
+    weight.data = weight.data.transpose(2, 3)
+
+
+def pruned(model: Model) -> None:
+    """The upper half of a block's inner channels is cut off, by views of what is there."""
+    block = model.layer1[0]
+    for t in (block.conv1.weight, *block.bn1.parameters(), block.bn1.running_mean, block.bn1.running_var):
+        t.data = t.data[:32]
+    block.conv2.weight.data = block.conv2.weight.data[:, :32]
+
+
+def in_dictionary(part: str, name: str) -> Callable[[Model], None]:
+    """Python finds it there before nn.Module looks among parameters and children."""
+
+    def change(model: Model) -> None:
+        module = model.get_submodule(part)
+        old = getattr(module, name)
+        vars(module)[name] = old.detach() * 1.5 if isinstance(old, Tensor) else lambda x: old(x) * 0.5
+
+    return change
+
+
+class Parameter(nn.Parameter):
+    """Named as PyTorch's, and something else."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return out * 0.5 if func is F.conv2d else out
+
+
+def other_kind(model: Model) -> None:
+    model.layer1[0].conv1.weight = Parameter(model.layer1[0].conv1.weight.data)
+
+
 SURGERY: dict[str, Callable[[Model], None]] = {
     "hooks of a part": hooks_table("layer1.0.relu"),
     "hooks of a block": hooks_table("layer1.1"),
@@ -95,6 +135,13 @@ SURGERY: dict[str, Callable[[Model], None]] = {
     "a mean": plain_attribute("layer1.0.bn2", "running_mean"),
     "padding in a list": listed_padding,
     "eps in a tensor": eps_tensor,
+    "a weight read in another order": transposed,
+    "channels cut off": pruned,
+    **{
+        f"{name} of {part} in its dictionary": in_dictionary(f"layer1.0.{part}".rstrip("."), name)
+        for part, name in (("conv1", "weight"), ("bn1", "weight"), ("bn2", "running_mean"), ("", "relu"), ("", "conv2"))
+    },
+    "a weight of a kind of its own": other_kind,
 }
 
 
@@ -105,9 +152,34 @@ def test_surgery_is_seen(what: str) -> None:
     before = fused(x)
     for model in (eager, fused):
         SURGERY[what](model)
-    for _ in range(2):
+    for _ in range(4):
         close(fused(x), eager(x))
     assert (eager(x) - before).abs().max() > 0.01, "the change shows nowhere"
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_part_of_a_forward_set_on_a_block_runs(train: bool) -> None:
+    eager, fused, x = twins("googlenet", aux_logits=False)
+    with torch.no_grad():
+        fused(x)
+    for model in (eager, fused):
+        block = model.inception3a
+        block._forward = lambda x, b=block: [b.branch1(x) * 0.5, b.branch2(x), b.branch3(x), b.branch4(x)]
+        block.train(train)
+    x = torch.randn(2, 192, 8, 8, device=x.device)
+    close(fused.inception3a(x), eager.inception3a(x))
+
+
+def test_a_norm_that_counts_twice_counts_in_the_order_of_the_passes() -> None:
+    eager, fused, x = twins()
+    for model in (eager, fused):
+        block = model.train().layer2[0]
+        block.downsample[1] = block.bn2
+        block.bn2.momentum = None
+        for i in range(3):
+            model(x + i)
+    for mine, theirs in zip(fused.buffers(), eager.buffers(), strict=True):
+        close(mine, theirs)
 
 
 def bias_attribute(model: Model) -> None:
@@ -127,7 +199,7 @@ def test_a_convolutions_bias_that_is_a_plain_attribute_is_read() -> None:
 @pytest.fixture
 def patched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Replaces something for everybody once it is called."""
-    owner, name, make = PATCHES[request.param]
+    owner, name, make = (PATCHES | GOOGLENETS)[request.param]
 
     def patch() -> None:
         monkeypatch.setattr(owner, name, make(getattr(owner, name)), raising=True)
@@ -137,6 +209,11 @@ def patched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def halved(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *args, **kwargs: function(*args, **kwargs) * 0.5
+
+
+def halving(name: str) -> Callable[[object], object]:
+    """A module in which this function halves."""
+    return lambda module: SimpleNamespace(**{**vars(module), name: halved(getattr(module, name))})
 
 
 def halved_table(table: object) -> OrderedDict[int, object]:
@@ -152,13 +229,30 @@ PATCHES: dict[str, tuple[object, str, Callable[..., object]]] = {
     "_ConvNd._call_impl": (nn.modules.conv._ConvNd, "_call_impl", halved),
     "Sequential.__call__": (nn.Sequential, "__call__", halved),
     "everybody's hooks": (nn_module, "_global_forward_hooks", halved_table),
+    "torch.batch_norm": (torch, "batch_norm", halved),
+    "torch.relu_": (torch, "relu_", halved),
+    "torch.max_pool2d": (torch, "max_pool2d", halved),
+    "Tensor.__iadd__": (Tensor, "__iadd__", halved),
+    "what convolutions call F": (nn.modules.conv, "F", halving("conv2d")),
+}
+googlenet = importlib.import_module("torchvision.models.googlenet")  # whose name is a function's in its package
+GOOGLENETS: dict[str, tuple[object, str, Callable[..., object]]] = {
+    "torch.cat": (torch, "cat", halved),
+    "what GoogLeNet calls F": (googlenet, "F", halving("relu")),
+    "what GoogLeNet calls torch": (googlenet, "torch", halving("cat")),
 }
 
 
-@pytest.mark.parametrize("patched", PATCHES, indirect=True)
+@pytest.mark.parametrize(
+    ("patched", "name"),
+    [*((name, "resnet18") for name in PATCHES), *((name, "googlenet") for name in GOOGLENETS)],
+    indirect=["patched"],
+)
 @torch.no_grad()
-def test_what_is_replaced_for_everybody_is_seen(patched: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    eager, fused, x = twins()
+def test_what_is_replaced_for_everybody_is_seen(
+    patched: Callable[[], None], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager, fused, x = twins(name)
     before = fused(x)
     patched()
     expected = eager(x)

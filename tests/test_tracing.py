@@ -411,6 +411,32 @@ def test_jit_trace_records_pytorchs_operators(name: str) -> None:
     close(fused(x), eager(x))
 
 
+class CallsForward(nn.Module):
+    """Calls a block past nn.Module's own call."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block.forward(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("resnet18", "layer1.1"), ("resnet18", "layer1"), ("googlenet", "maxpool3")]
+)
+@torch.no_grad()
+def test_jit_trace_records_what_is_called_by_its_forward(name: str, part: str) -> None:
+    _, fused, _ = twins(name)
+    block, x = fused.get_submodule(part), torch.randn(2, 64, 8, 8, device=DEVICE)
+    block(x)
+    traced = torch.jit.trace(CallsForward(block), x, check_trace=False)
+    assert "fused_cnn" not in str(traced.inlined_graph)
+    for p in block.parameters():
+        p.mul_(1.2)
+    close(traced(x), block(x))
+
+
 @each_network
 def test_jit_script_says_what_to_do(name: str) -> None:
     _, fused, x = twins(name)

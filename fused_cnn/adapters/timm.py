@@ -2,7 +2,6 @@
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from .. import nn as fused
@@ -45,7 +44,7 @@ class FusedResNet(ResNetTrunk):
 
     def forward_features(self, x: Tensor) -> Tensor:
         plain = super().forward_features  # type: ignore[misc]
-        return plain(x) if self.grad_checkpointing or torch.jit.is_tracing() else self.fused_run(x, plain)
+        return plain(x) if self.grad_checkpointing else self.fused_run(x, plain)
 
     def fused_behind_stem(self, x: Tensor) -> Tensor:
         return self.fused_features_behind_stem(x)

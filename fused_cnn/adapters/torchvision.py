@@ -56,8 +56,7 @@ class FusedResNet(ResNetTrunk):
     }
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        plain = super()._forward_impl  # type: ignore[misc]
-        return plain(x) if torch.jit.is_tracing() else self.fused_run(x, plain)
+        return self.fused_run(x, super()._forward_impl)  # type: ignore[misc]
 
     def fused_behind_stem(self, x: Tensor) -> Tensor:
         return self.fc(torch.flatten(self.avgpool(self.fused_features_behind_stem(x)), 1))

@@ -143,7 +143,7 @@ class ResNet(StemmedNetwork):
                 nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.plain_forward(x) if torch.jit.is_tracing() else self.fused_run(x, self.plain_forward)
+        return self.fused_run(x, self.plain_forward)
 
     def plain_forward(self, x: Tensor) -> Tensor:
         """Every child is called."""

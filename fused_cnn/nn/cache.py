@@ -145,6 +145,9 @@ class Owner:
         self.patience = 0  # calls on unchanged weights before a form is made
         self.pinned: list[Any] = []  # what graphs read of forms that are gone
 
+    def __reduce__(self) -> tuple[type[Owner], tuple[()]]:
+        return Owner, ()  # whoever copies a block's dictionary as it is gets an owner of nothing
+
     def find(self, module: nn.Module, kind: Kind) -> Form | None:
         """The form for this kind of input, if all is as it was when it was made."""
         for form in self.forms:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._candidates import dispatch_modes, records_early, transforms_active
 from ..ops._conv import autocast_dtype
 from .cache import Kind
+from .fold import stands_for_another
 
 with contextlib.suppress(ImportError):
     from torch.overrides import _get_current_function_mode_stack
@@ -24,11 +25,13 @@ _KNOWN_MODES = ("torch.utils.flop_counter", "torch.utils._device")
 # Quick answers of PyTorch's own; without them the longer way is gone.
 _any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+_jit_traces: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
 
 
 def kind_of(x: Tensor) -> Kind | None:
-    """What folded weights depend on in an input; None for inputs and moments that the fused ops are not for."""
-    if type(x) not in _PLAIN or x.dim() != 4 or x.layout is not _STRIDED or transforms_active():
+    """What folded weights depend on in an input; None for inputs and moments that the fused ops are not for, as a trace
+    of torch.jit's, whose graphs hold PyTorch's operators alone."""
+    if type(x) not in _PLAIN or x.dim() != 4 or x.layout is not _STRIDED or transforms_active() or _jit_traces():
         return None
     if not (x.is_cpu or x.is_cuda) or ((dispatch_modes() or _function_modes()) and is_under_mode()):
         return None
@@ -50,7 +53,7 @@ def is_traced(x: Any) -> bool:
         return True
     if type(x) in _PLAIN and not dispatch_modes():
         return records_early()
-    if type(x).__name__ in ("FakeTensor", "FunctionalTensor"):
+    if stands_for_another(x):
         return True
     try:
         modes = torch._C._TorchDispatchModeKey

@@ -17,17 +17,22 @@ from torch import Tensor, nn
 from .._layout import asks_for_channels_last, in_channels_last
 from ..ops import FoldedConv, PackedConv, PackedInception, conv_bias_relu, pack_conv, pack_inception
 from ..ops._conv import autocast
-from .snapshot import COMPUTING, SHARDED, call_problem, hooks
+from .snapshot import COMPUTING, LIBRARY, SHARDED, call_problem, hooks
 
 Norm = nn.BatchNorm2d | None  # a convolution may have none
 Pair = tuple[nn.Conv2d, Norm]
 Sources = Sequence[Any]  # of one folded convolution: six tensors, or None for those that are not there
-_TENSORS = {"Tensor", "Parameter", "FakeTensor", "FunctionalTensor"}  # the last two stand for others, in a trace
+
+
+def stands_for_another(t: Any) -> bool:
+    """Whether it is one of PyTorch's tensors that stand for others in a trace."""
+    kind = type(t)
+    return kind.__name__ in ("FakeTensor", "FunctionalTensor") and kind.__module__.startswith("torch._subclasses.")
 
 
 def is_own(kind: type, name: str, uses: frozenset[str] | None = None) -> bool:
-    """Whether class.name is the method that its class was written with, and not one that took its place; with `uses`,
-    also that it uses no other names than these."""
+    """Whether class.name is the method that its class was written with, and not one that took its place, and what it
+    calls torch and F are PyTorch's; with `uses`, also that it uses no other names than these."""
     home = next((base for base in kind.__mro__ if name in vars(base)), None)
     function = vars(home)[name] if home else None
     return (
@@ -35,6 +40,7 @@ def is_own(kind: type, name: str, uses: frozenset[str] | None = None) -> bool:
         and home is not None
         and function.__globals__ is getattr(sys.modules.get(home.__module__), "__dict__", None)
         and function.__qualname__ == f"{home.__qualname__}.{name}"
+        and all(function.__globals__.get(name, module) is module for name, module in LIBRARY.items())
         and (uses is None or uses.issuperset(function.__code__.co_names))
     )
 
@@ -82,7 +88,8 @@ def _tensor_problem(module: nn.Module, *needed: str) -> str | None:
         if name not in held:
             return f"has no parameter or buffer {name}"
     for name, t in held.items():
-        if t is not None and (type(t).__name__ not in _TENSORS or t.layout is not torch.strided):
+        is_plain = type(t) in (Tensor, nn.Parameter) or stands_for_another(t)
+        if t is not None and not (is_plain and t.layout is torch.strided):
             return f"has a {name} that is a {type(t).__name__} of layout {t.layout}"
         if name in vars(module):
             return f"has a {name} of its own"

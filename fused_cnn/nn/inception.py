@@ -17,7 +17,7 @@ from .cache import Form, Kind
 from .conv_bn_relu import ConvBNReLU
 from .fold import FoldedInception, Pair, fold, geometry, skip_problem
 from .max_pool2d import MaxPool2d
-from .module import FusedBlock, block_problem
+from .module import FusedBlock, Understanding, block_problem
 from .snapshot import hooks
 from .traced import traced_inception
 

@@ -36,7 +36,7 @@ from .fold import (
     sources_of,
     wants_gradient,
 )
-from .snapshot import CALLS, COMPUTING, Method, Snapshot, call_problem, hooks, replaced_for_all, watched_by_all
+from .snapshot import ADDING, CALLS, COMPUTING, Method, Snapshot, call_problem, hooks, replaced_for_all, watched_by_all
 
 Self = TypeVar("Self", bound="FusedModule")
 Replaced = Mapping[str, frozenset[str]]  # methods of a foreign class, and the names that they may use
@@ -65,7 +65,7 @@ class FusedModule(nn.Module):
     backend: str | None = None
     fused_replaces: ClassVar[Replaced] = {}
     # What decides how it runs, of its own attributes.
-    fused_reads: ClassVar[tuple[str, ...]] = ("forward", "backend", "_modules")
+    fused_reads: ClassVar[tuple[str, ...]] = ("forward", "backend", "_modules", "_is_full_backward_hook")
     _fused_swapped_from: ClassVar[type[nn.Module] | None] = None
     _fused_owner: Owner
 
@@ -225,6 +225,7 @@ class FusedModule(nn.Module):
 
     def _fused_methods(self) -> Iterator[Method]:
         """The methods that must stay what they are: those of the skipped modules' classes, and of the foreign ones."""
+        yield ADDING
         modules = (self, *self.fused_regarded())
         for kind in {type(m) for m in modules[1:]}:
             yield from ((kind, name) for name in (*COMPUTING, *CALLS) if hasattr(kind, name))
@@ -285,6 +286,13 @@ class FusedModule(nn.Module):
         for name, uses in self.fused_replaces.items():
             if base is not None and not is_own(base, name, uses):
                 return f"{base.__name__}.{name} was replaced, or is not the one that is understood"
+            if base is not None and name in vars(self) and getattr(type(self), name) is getattr(base, name):
+                return f"has a {name} of its own"
+        hidden = vars(self).keys() & self._modules.keys()
+        if hidden:
+            return f"has a {min(hidden)} of its own in the place of a child"
+        if self._is_full_backward_hook is False:  # such a hook sees what the last op's derivative gives
+            return "has had a hook by register_backward_hook, not register_full_backward_hook"
         return self.fused_problem()
 
     # In a trace: of torch.compile, torch.export, make_fx, or on tensors that stand for others.
@@ -324,7 +332,9 @@ class FusedModule(nn.Module):
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_fused_owner"}  # a copy folds again at its first call
+        state = super().__getstate__()
+        state.pop("_fused_owner", None)  # a copy folds again at its first call
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -370,12 +380,6 @@ class FusedBlock(FusedModule):
             name = x.tracer.path_of_module(self)
             return x.tracer.create_proxy("call_module", name, (x,), {})
         return self.fused_run(x, self.plain_forward)
-
-    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """nn.Module calls this in torch.jit.trace, whose graphs hold PyTorch's operators alone."""
-        if "forward" in vars(self):
-            return super()._slow_forward(*args, **kwargs)
-        return self.plain_forward(*args, **kwargs)
 
 
 def block_problem(block: nn.Module, forward: Callable[..., Any] = FusedBlock.forward) -> str | None:

@@ -13,7 +13,7 @@ from ..ops._conv import autocast, on_16_bytes, packable
 from .cache import Form, Kind
 from .calls import is_traced
 from .fold import FoldedPair, Pair, fold, pair_problem, skip_problem, sum_of, wants_gradient
-from .module import FusedBlock, Replaced, block_problem
+from .module import FusedBlock, Replaced, Understanding, block_problem
 from .traced import traced_conv, traced_stage
 
 

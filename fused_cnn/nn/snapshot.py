@@ -26,8 +26,14 @@ Method = tuple[type, str]  # a class and the name of one of its methods
 COMPUTING = ("forward", "_conv_forward")  # the methods that decide what a module computes, where its class has them
 CALLS = ("__call__", "_call_impl")  # and those that lead there
 _CALLS = {name: getattr(nn.Module, name) for name in CALLS}  # tracers replace these for a while
-# What the forward of the modules that blocks skip calls.
-_FUNCTIONS = {name: getattr(F, name) for name in ("conv2d", "batch_norm", "relu", "max_pool2d")}
+LIBRARY = {"torch": torch, "F": F}  # as methods call them
+# What the forward of the modules that blocks skip calls, and what that calls.
+_FUNCTIONS = [
+    *((F, name, getattr(F, name)) for name in ("conv2d", "batch_norm", "relu", "max_pool2d")),
+    *((torch, name, getattr(torch, name)) for name in ("batch_norm", "relu", "relu_", "max_pool2d", "cat")),
+]
+ADDING: Method = (Tensor, "__iadd__")
+_ADD = Tensor.__iadd__
 SHARDED = "_is_fsdp_managed_module"  # what fully_shard sets on a module whose parameters it gathers for each call
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _HOOKS = (*_FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
@@ -62,8 +68,10 @@ def replaced_for_all() -> str | None:
     """Why no module's forward may be skipped, in a recorded graph either; None where nothing was replaced."""
     if any(_hooks_on_all()):
         return "there are hooks on every module"
-    changed = [name for name, function in _FUNCTIONS.items() if getattr(F, name) is not function]
-    return f"torch.nn.functional.{changed[0]} was replaced" if changed else None
+    for module, name, function in _FUNCTIONS:
+        if getattr(module, name) is not function:
+            return f"{module.__name__}.{name} was replaced"
+    return None if Tensor.__iadd__ is _ADD else "torch.Tensor.__iadd__ was replaced"
 
 
 def watched_by_all() -> str | None:
@@ -92,7 +100,7 @@ class Snapshot:
         gradients: False for what runs without gradients alone, where PyTorch calls no backward hook: none is looked at.
     """
 
-    __slots__ = ("_kept", "_positions", "record")
+    __slots__ = ("_hints", "_kept", "record")
 
     def __init__(
         self,
@@ -106,7 +114,9 @@ class Snapshot:
         names = _HOOKS if gradients else _FORWARD_HOOKS
         tables: list[dict[Any, Any]] = [*_hooks_on_all(names), owner._modules]
         entries = [(vars(nn_module), name) for name in _global(names)]
-        entries += [(vars(F), name) for name in _FUNCTIONS]
+        entries += [(vars(module), name) for module, name, _ in _FUNCTIONS]
+        methods = list(methods)
+        entries += {(id(scope), name): (scope, name) for m in methods for scope, name in _libraries_of(*m)}.values()
         entries += [(vars(m), name) for m in (owner, *skipped) for name in reads_of(m)]
         for module in skipped:
             registries: tuple[dict[str, Any], ...] = (module._modules, module._parameters, module._buffers)
@@ -131,8 +141,8 @@ class Snapshot:
         for table, name, value in present:
             record += (0 if table is own else id(table), id(name), id(value))
         record.append(len(absent))
-        for (table, names), last in zip(absent.values(), lasts, strict=True):
-            record += (0 if table is own else id(table), len(table), id(last), len(names), *map(id, names))
+        for table, keys in absent.values():
+            record += (0 if table is own else id(table), len(keys), *map(id, keys))
         record.append(len(tables))
         for table, content in zip(tables, contents, strict=True):
             record += (id(table), len(table), *map(id, content))
@@ -140,11 +150,13 @@ class Snapshot:
         record += map(id, chain.from_iterable(attributes))
         record.append(len(tensors))
         self.record = array("q", record).tobytes() + states_of(tensors)
-        self._positions = bytearray(8 * (len(present) + len(absent)))  # the native comparison's own
+        # The native comparison's own: where each entry lies, and whether dictionaries have become longer.
+        ends = [(0, len(table), id(last)) for (table, _), last in zip(absent.values(), lasts, strict=True)]
+        self._hints = bytearray(array("q", [0] * len(present) + [*chain.from_iterable(ends)]).tobytes())
 
     def holds(self, owner: nn.Module) -> bool:
         """Whether all is as it was."""
-        return unchanged(self.record, self._positions, owner.__dict__) if unchanged else self._holds(owner)
+        return unchanged(self.record, self._hints, owner.__dict__) if unchanged else self._holds(owner)
 
     def _holds(self, owner: nn.Module) -> bool:
         """The same without csrc/unchanged.cpp, for interpreters and PyTorch builds in which it cannot be asked."""
@@ -153,9 +165,18 @@ class Snapshot:
         return Snapshot(owner, skipped, methods, tensors, gradients=gradients).record == self.record
 
 
-def reads_of(module: nn.Module) -> tuple[str, ...]:
-    """The entries of a module's own dictionary that decide what it does. A fused one says so itself."""
-    return getattr(type(module), "fused_reads", None) or _READS.get(type(module), ("forward",))
+def reads_of(module: nn.Module) -> list[str]:
+    """The entries of a module's own dictionary that decide what it does, and those that would stand in the place of a
+    child or of a method that is skipped. A fused one says itself what it reads."""
+    kind = type(module)
+    reads = getattr(kind, "fused_reads", None) or _READS.get(kind, ("forward",))
+    return list(dict.fromkeys((*reads, *getattr(kind, "fused_replaces", ()), *module._modules)))
+
+
+def _libraries_of(kind: type, method: str) -> list[tuple[dict[str, Any], str]]:
+    """Where a method finds what it calls torch and F."""
+    scope = getattr(getattr(kind, method), "__globals__", {})
+    return [(scope, name) for name in LIBRARY if name in scope]
 
 
 def states_of(tensors: Sequence[Tensor]) -> bytes:

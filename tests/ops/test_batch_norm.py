@@ -301,3 +301,15 @@ def test_registered_ops_check_before_they_read() -> None:
     for call in calls:
         with pytest.raises(RuntimeError, match="bn_"):
             call()
+
+
+def test_a_batch_whose_variance_overflows_leaves_infinity_in_the_running_one() -> None:
+    """Not NaN, in which every later result would end."""
+    norms = [nn.BatchNorm2d(4).to(DEVICE) for _ in range(2)]
+    for scale in (1e22, 1.0):
+        x = torch.randn(2, 4, 3, 3, device=DEVICE) * scale
+        F.relu(norms[0](x))
+        bn_relu(x, of(norms[1]))
+    assert norms[1].running_var is not None and norms[1].running_var.isinf().all()
+    torch.testing.assert_close(norms[1].running_var, norms[0].running_var)
+    torch.testing.assert_close(norms[1].running_mean, norms[0].running_mean)
