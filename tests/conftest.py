@@ -37,6 +37,14 @@ def _define_torchvision_ops() -> None:
 _define_torchvision_ops()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def small_inputs_are_worth_a_fused_run() -> Iterator[None]:
+    """In training on a CPU too, where blocks leave them to PyTorch: most tests' inputs are small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fused_cnn.nn.module.FusedModule._fused_pays", lambda self, x, pairs: True)
+        yield
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ran", type=Path, help="save here which op, backend and dtype ran, and whether it passed")
 

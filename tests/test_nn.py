@@ -233,3 +233,30 @@ def test_two_processes_average_their_gradients(tmp_path: object) -> None:
     for rank in range(2):
         for actual, first, second in zip(results[rank], *alone, strict=True):
             torch.testing.assert_close(actual, (first + second) / 2, rtol=1e-4, atol=1e-6)
+
+
+_pays = FusedModule._fused_pays  # the fixture in conftest.py has all inputs pay
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the processor's rule")
+def test_on_a_cpu_training_is_pytorchs_where_a_fused_run_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small inputs, and contiguous memory where nothing asks for channels_last; but a backend asked for by name runs."""
+    monkeypatch.setattr(FusedModule, "_fused_pays", _pays)
+    ran: list[str] = []
+    for kind in (BasicBlock, Inception):
+        unfolded = kind.fused_run_unfolded
+        monkeypatch.setattr(
+            kind, "fused_run_unfolded", lambda self, x, f=unfolded: (ran.append(type(self).__name__), f(self, x))[1]
+        )
+    small, large = torch.randn(1, 16, 8, 8), torch.randn(3, 16, 112, 112)
+
+    def runs(block: nn.Module, x: Tensor, channels_last: bool = False) -> bool:
+        block = block.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        ran.clear()
+        block(x.contiguous(memory_format=torch.channels_last) if channels_last else x).sum().backward()
+        return bool(ran)
+
+    for block, contiguous in ((BasicBlock(16, 16), False), (Inception(16, *WIDTHS), True)):
+        assert not runs(block, small) and not runs(block, small, True)
+        assert runs(block, large) == contiguous and runs(block, large, True)
+    assert runs(BasicBlock(16, 16, backend="native"), small)

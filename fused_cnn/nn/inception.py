@@ -41,6 +41,8 @@ class Inception(FusedBlock):
     replaces pool_proj.
     """
 
+    fused_pays_in_nchw = True  # torch.cat is spared
+
     def __init__(
         self,
         in_channels: int,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .._candidates import is_recording, transforms_active
+from .._layout import asks_for_channels_last, result_format
 from ..ops import BatchNormArgs, bn_relu, bn_relu_conv
 from ..ops._conv import autocast_dtype, on_16_bytes
 from .cache import Form, Kind, Owner, detect_stale_weights
@@ -37,6 +38,10 @@ from .fold import (
     wants_gradient,
 )
 from .snapshot import ADDING, CALLS, COMPUTING, Method, Snapshot, call_problem, hooks, replaced_for_all, watched_by_all
+
+# Elements of an input from which unfolded blocks gain more on a CPU than their calls from Python cost, measured on two
+# cores: below, and where memory is contiguous and the kernels' channels_last would be made of it, PyTorch is faster.
+PAYS_FROM = 600_000
 
 Self = TypeVar("Self", bound="FusedModule")
 Replaced = Mapping[str, frozenset[str]]  # methods of a foreign class, and the names that they may use
@@ -66,6 +71,7 @@ class FusedModule(nn.Module):
     fused_replaces: ClassVar[Replaced] = {}
     # What decides how it runs, of its own attributes.
     fused_reads: ClassVar[tuple[str, ...]] = ("forward", "backend", "_modules", "_is_full_backward_hook")
+    fused_pays_in_nchw: ClassVar[bool] = False  # whether its unfolded form is faster on contiguous memory, too
     _fused_swapped_from: ClassVar[type[nn.Module] | None] = None
     _fused_owner: Owner
 
@@ -147,7 +153,7 @@ class FusedModule(nn.Module):
             return plain(x)
         if not known.folds or wants_gradient(x, known.tensors):
             self._fused_check_dtype(x, known.pairs)
-            return self.fused_run_unfolded(x)
+            return self.fused_run_unfolded(x) if self._fused_pays(x, known.pairs) else plain(x)
         form = self._fused_form(kind, x, known)
         if form is None:
             return plain(x)
@@ -155,6 +161,15 @@ class FusedModule(nn.Module):
             form.uses += 1
             return plain(x)
         return self._fused_run_form(x, form)
+
+    def _fused_pays(self, x: Tensor, pairs: Sequence[Pair]) -> bool:
+        """Whether x is worth a run with batch statistics or gradients; a backend that was asked for by name runs."""
+        if not x.is_cpu or self.backend is not None:
+            return True
+        if x.numel() < PAYS_FROM:
+            return False
+        is_nchw = result_format(x) is torch.contiguous_format
+        return self.fused_pays_in_nchw or not is_nchw or any(asks_for_channels_last(c.weight) for c, _ in pairs)
 
     def _fused_run_form(self, x: Tensor, form: Form) -> Tensor:
         if detect_stale_weights.on:
