@@ -240,7 +240,7 @@ _pays = FusedModule._fused_pays  # the fixture in conftest.py has all inputs pay
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the processor's rule")
 def test_on_a_cpu_training_is_pytorchs_where_a_fused_run_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small inputs, and contiguous memory where nothing asks for channels_last; but a backend asked for by name runs."""
+    """Small inputs, and contiguous memory where nothing asks for channels_last; not a backend asked for by name."""
     monkeypatch.setattr(FusedModule, "_fused_pays", _pays)
     ran: list[str] = []
     for kind in (BasicBlock, Inception):
