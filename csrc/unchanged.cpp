@@ -55,7 +55,7 @@ int64_t word(const PyObject* object, int64_t at) {
 }
 
 // What `dictionary` holds under `key`, or null. `position` is where this very key was found last, and is asked first,
-// which takes a third of a look-up's time; -1 where the key is absent, or an equal one stands for it.
+// which takes a third of a look-up's time; -1 where the key has gone, or an equal one stands for it.
 PyObject* held(PyObject* dictionary, PyObject* key, int64_t& position) {
   if (position >= 0) {
     PyObject *found, *value;
@@ -67,15 +67,6 @@ PyObject* held(PyObject* dictionary, PyObject* key, int64_t& position) {
     }
   }
   return PyDict_GetItemWithError(dictionary, key);
-}
-
-// Whether `key` is what was put into `dictionary` last: then nothing was since. `position` as above.
-bool is_last(PyObject* dictionary, PyObject* key, int64_t& position) {
-  if (held(dictionary, key, position) == nullptr || position < 0) return false;
-  PyObject *found, *value;
-  std::ptrdiff_t at = position;
-  PyDict_Next(dictionary, &at, &found, &value);
-  return PyDict_Next(dictionary, &at, &found, &value) == 0;
 }
 
 // What is recorded of a tensor, all of it in words of 64 bits.
@@ -96,13 +87,17 @@ const void* data_of(AtenTensorHandle tensor) {
   return aoti_torch_get_data_ptr(tensor, &data) == 0 ? data : nullptr;
 }
 
+// Sizes and strides in one number; the same for all tensors that have none, as sparse ones.
 int64_t layout_of(AtenTensorHandle tensor) {
   int64_t dims = 0, *sizes = nullptr, *strides = nullptr;
-  aoti_torch_get_dim(tensor, &dims);
-  aoti_torch_get_sizes(tensor, &sizes);
-  aoti_torch_get_strides(tensor, &strides);
+  if (aoti_torch_get_dim(tensor, &dims) != 0 || aoti_torch_get_sizes(tensor, &sizes) != 0 ||
+      aoti_torch_get_strides(tensor, &strides) != 0) {
+    return -1;
+  }
   uint64_t hash = 0;
-  for (int64_t i = 0; i < dims; ++i) hash = (hash + uint64_t(sizes[i])) * 0x9E3779B97F4A7C15 + uint64_t(strides[i]);
+  for (int64_t i = 0; i < dims; ++i) {
+    for (const int64_t each : {sizes[i], strides[i]}) hash = (hash + uint64_t(each)) * 0x9E3779B97F4A7C15;
+  }
   return static_cast<int64_t>(hash);
 }
 
@@ -139,35 +134,26 @@ bool holds(const State& state) {
   return reinterpret_cast<int64_t>(data) == state.data && (state.is_readable == 0 || first_word(data) == state.first);
 }
 
-// `snapshot` holds addresses and numbers, each group behind its length: modules with their classes; entries of
-// dictionaries, each a dictionary, a key and its value; dictionaries with the keys that they have not; dictionaries in
-// full, each with its length, its keys and values in order; classes with the names and values of attributes; the states
-// of tensors. Whoever took it keeps all these objects alive. A dictionary 0 is `own`, the block's: a snapshot that the
-// block holds cannot hold it in turn. `hints` has for each entry where it was found last, which is this function's to
-// change, and for each dictionary with absent keys the same of its last key, its length, and that key: a dictionary
-// that has not become longer, and ends as it did, has got none of them.
-bool unchanged(const int64_t* snapshot, int64_t* hints, PyObject* own) try {
+// `snapshot` holds addresses and numbers, each group behind its length: modules and tensors with their classes; entries
+// of dictionaries, each a dictionary, a key and its value; dictionaries, each with a key that it has not; dictionaries
+// in full, each with its length, its keys and values in order; classes with the names and values of attributes; the
+// states of tensors. Whoever took it keeps all these objects alive. A dictionary 0 is `own`, the block's: a snapshot
+// that the block holds cannot hold it in turn. `positions` has a number for each entry, which is this function's own.
+bool unchanged(const int64_t* snapshot, int64_t* positions, PyObject* own) try {
   const auto next = [&snapshot] { return *snapshot++; };
   const auto object = [&snapshot] { return reinterpret_cast<PyObject*>(*snapshot++); };
   for (int64_t n = next(); n > 0; --n) {
-    PyObject* const module = object();
-    if (!is(PyObject_Type(module), object())) return false;
+    PyObject* const each = object();
+    if (!is(PyObject_Type(each), object())) return false;
   }
   for (int64_t n = next(); n > 0; --n) {
     PyObject* const dictionary = object();
     PyObject* const key = object();
-    if (held(dictionary == nullptr ? own : dictionary, key, *hints++) != object()) return false;
+    if (held(dictionary == nullptr ? own : dictionary, key, *positions++) != object()) return false;
   }
   for (int64_t n = next(); n > 0; --n) {
-    PyObject* const recorded = object();
-    PyObject* const dictionary = recorded == nullptr ? own : recorded;
-    const bool is_same =
-        word(dictionary, length_at) == hints[1] && is_last(dictionary, reinterpret_cast<PyObject*>(hints[2]), hints[0]);
-    hints += 3;
-    for (int64_t keys = next(); keys > 0; --keys) {
-      PyObject* const key = object();
-      if (!is_same && PyDict_GetItemWithError(dictionary, key) != nullptr) return false;
-    }
+    PyObject* const dictionary = object();
+    if (PyDict_GetItemWithError(dictionary == nullptr ? own : dictionary, object()) != nullptr) return false;
   }
   for (int64_t n = next(); n > 0; --n) {
     PyObject* const dictionary = object();
@@ -193,11 +179,11 @@ bool unchanged(const int64_t* snapshot, int64_t* hints, PyObject* own) try {
   return false;  // a tensor that has no version
 }
 
-// unchanged(snapshot: bytes, hints: bytearray, own: dict) -> bool.
+// unchanged(snapshot: bytes, positions: bytearray, own: dict) -> bool.
 PyObject* call_unchanged(PyObject*, PyObject* const* arguments, std::ptrdiff_t) {
   const auto* const snapshot = reinterpret_cast<const int64_t*>(PyBytes_AsString(arguments[0]));
-  auto* const hints = reinterpret_cast<int64_t*>(PyByteArray_AsString(arguments[1]));
-  return PyBool_FromLong(unchanged(snapshot, hints, arguments[2]));
+  auto* const positions = reinterpret_cast<int64_t*>(PyByteArray_AsString(arguments[1]));
+  return PyBool_FromLong(unchanged(snapshot, positions, arguments[2]));
 }
 
 // states(tensors: tuple) -> bytes.

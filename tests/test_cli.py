@@ -255,8 +255,6 @@ def test_bench_times_a_network_and_counts_its_memory(capfd: pytest.CaptureFixtur
         "2",
         "--size",
         "64",
-        "--backend",
-        "auto" if DEVICE == "cuda" else "native",  # by name, since such small inputs are PyTorch's in training
         "--seconds",
         "0",
         "--out",
@@ -265,12 +263,15 @@ def test_bench_times_a_network_and_counts_its_memory(capfd: pytest.CaptureFixtur
     code, _, _ = run(capfd, "bench", "models", *options)
     inference, training = json.loads(file.read_text())["rows"]
     assert code == 0 and inference["pass"] == "inference" and training["pass"] == "training step"
+    assert inference["launches"]["fused"] < inference["launches"]["eager"]
     for row in (inference, training):
-        assert row["launches"]["fused"] < row["launches"]["eager"] and row["flops"] > 1e8
+        assert row["flops"] > 1e8
         assert row["bytes"] > 0 and row["peak"]["fused"] > 0
         # Traffic is counted by the CPU kernels' costs.
         assert DEVICE == "cuda" or row["bytes"] < row["traffic"]["fused"]
-    assert training["saved"]["fused"] < training["saved"]["eager"]
+    if DEVICE == "cuda":  # on a CPU so small a step is PyTorch's
+        assert training["launches"]["fused"] < training["launches"]["eager"]
+        assert training["saved"]["fused"] < training["saved"]["eager"]
     code, text, _ = run(capfd, "report", str(file), "--out", str(tmp_path))
     assert code == 0 and text.count("| resnet18 |") == 6
     plots = ("images", "memory", *(("traffic-inference", "traffic-training") if DEVICE == "cpu" else ()))

@@ -123,6 +123,27 @@ def other_kind(model: Model) -> None:
     model.layer1[0].conv1.weight = Parameter(model.layer1[0].conv1.weight.data)
 
 
+def swapped_for_other_kind(model: Model) -> None:
+    weight = model.layer1[0].conv1.weight
+    torch.utils.swap_tensors(weight, Parameter(weight.data.clone()))
+
+
+def of_other_kind(model: Model) -> None:
+    model.layer1[0].conv1.weight.__class__ = Parameter
+
+
+def other_call(model: Model) -> None:
+    model.layer1[0].relu._call_impl = lambda x: torch.relu(x) * 0.5
+
+
+def hidden_at_the_end(model: Model) -> None:
+    """A dictionary of the same length and with the same last key, in which something else stands before that."""
+    table = vars(model.layer1[0].conv1)
+    conv, (name, value) = model.layer1[0].conv1, list(table.items())[-1]
+    del table["transposed"], table[name]
+    table.update({"forward": lambda x: nn.Conv2d.forward(conv, x) * 0.5, name: value})
+
+
 SURGERY: dict[str, Callable[[Model], None]] = {
     "hooks of a part": hooks_table("layer1.0.relu"),
     "hooks of a block": hooks_table("layer1.1"),
@@ -142,6 +163,10 @@ SURGERY: dict[str, Callable[[Model], None]] = {
         for part, name in (("conv1", "weight"), ("bn1", "weight"), ("bn2", "running_mean"), ("", "relu"), ("", "conv2"))
     },
     "a weight of a kind of its own": other_kind,
+    "a weight swapped for one of another kind": swapped_for_other_kind,
+    "a weight that becomes of another kind": of_other_kind,
+    "a call of its own": other_call,
+    "a forward in the middle of a dictionary": hidden_at_the_end,
 }
 
 

@@ -143,9 +143,9 @@ class ResNet(StemmedNetwork):
                 nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fused_run(x, self.plain_forward)
+        return self.fused_run(x, self.fused_plain_forward)
 
-    def plain_forward(self, x: Tensor) -> Tensor:
+    def fused_plain_forward(self, x: Tensor) -> Tensor:
         """Every child is called."""
         return self.fused_behind_stem(self.relu(self.bn1(self.conv1(x))))
 

@@ -62,7 +62,7 @@ class ConvBNReLU(FusedBlock):
         """Whether there is one: a foreign block has it always, whatever else its owner calls `relu`."""
         return self._fused_swapped_from is not None or self.relu
 
-    def plain_forward(self, x: Tensor) -> Tensor:
+    def fused_plain_forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
         if self.fused_norm is not None:
             x = self.fused_norm(x)

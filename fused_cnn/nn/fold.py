@@ -52,6 +52,8 @@ def skip_problem(module: Any, *kinds: type) -> str | None:
         return f"is {kind.__name__}, not {kinds[0].__name__}"
     if any(hooks(module)):
         return "has hooks"
+    if "_call_impl" in vars(module):
+        return "has a _call_impl of its own"
     for name in COMPUTING:
         if name in vars(module):
             return f"has a {name} of its own"

@@ -77,7 +77,7 @@ class Inception(FusedBlock):
             self.branch4.append(conv(in_channels, pool_proj, 1))
         self.backend = backend
 
-    def plain_forward(self, x: Tensor) -> Tensor:
+    def fused_plain_forward(self, x: Tensor) -> Tensor:
         return torch.cat(_same_size([branch(x) for branch in self.children()]), 1)
 
     def fused_problem(self) -> str | None:
@@ -117,7 +117,7 @@ class Inception(FusedBlock):
 
     def fused_run_traced(self, x: Tensor) -> Tensor:
         if not self.fused_has("one op"):
-            return self.plain_forward(x)  # whose convolutions fold, as they do eagerly
+            return self.fused_plain_forward(x)  # whose convolutions fold, as they do eagerly
         (like,) = autocast(x)
         if is_recording() or packable(like, "inception_fwd", self.backend):
             like = in_channels_last(like) if self._fused_gives_channels_last() else like

@@ -50,7 +50,7 @@ class MaxPool2d(FusedBlock):
     def forward(self, input: Tensor) -> Tensor:  # as nn.MaxPool2d names it
         return super().forward(input)
 
-    def plain_forward(self, input: Tensor) -> Tensor:
+    def fused_plain_forward(self, input: Tensor) -> Tensor:
         return F.max_pool2d(input, *self.fused_window())
 
     def fused_window(self) -> tuple[Any, ...]:

@@ -64,7 +64,7 @@ class FusedModule(nn.Module):
     A subclass says what it consists of (`fused_problem`, `fused_features`, `fused_skipped`, `fused_pairs`,
     `fused_settings`) and how it runs: in eval without gradients `fused_run_folded` on what `fused_fold` made; with
     batch statistics or gradients `fused_run_unfolded`; and in plain PyTorch. Users hang what they like on their
-    modules, so all names here begin with `fused_`, but for `backend` and `plain_forward`.
+    modules, so all names here begin with `fused_`, but for `backend`.
     """
 
     backend: str | None = None
@@ -202,7 +202,8 @@ class FusedModule(nn.Module):
         """Today's form for inputs such as x, made if it is time to; None where nothing can be kept."""
         pairs, sources = known.pairs, known.tensors
         self._fused_check_dtype(x, pairs)
-        if any(t.is_inference() or t.device != x.device for t in sources):  # whose changes PyTorch does not count
+        # Of inference tensors PyTorch does not count the changes; another layout may have been swapped in.
+        if any(t.is_inference() or t.device != x.device or t.layout is not torch.strided for t in sources):
             return None
         if x.is_cuda and torch.cuda.is_current_stream_capturing():  # what is made in a capture is not there yet
             return None
@@ -218,13 +219,12 @@ class FusedModule(nn.Module):
     def fused_refill_captured(self) -> None:
         """Make again, in its memory, what CUDA graphs read."""
         for form in self._fused_owner.forms:
-            if form.captured:
+            known = self.fused_known()
+            if form.captured and known.problem is None:
                 cast, dtype, device = form.kind
                 with torch.autocast(device.type, cast, enabled=cast is not None):
-                    x = torch.empty((0, self.fused_pairs()[0][0].in_channels, 1, 1), dtype=dtype, device=device)
-                    known = self.fused_known()
-                    if known.problem is None:
-                        self._fused_form(form.kind, x, known)
+                    x = torch.empty((0, known.pairs[0][0].in_channels, 1, 1), dtype=dtype, device=device)
+                    self._fused_form(form.kind, x, known)
 
     def _fused_check_dtype(self, x: Tensor, pairs: Sequence[Pair]) -> None:
         for conv, _ in () if autocast_dtype(x) else pairs:
@@ -386,7 +386,7 @@ class FusedBlock(FusedModule):
 
     fused_is_leaf: ClassVar[bool] = True  # one node in a graph that torch.fx traces
 
-    def plain_forward(self, x: Tensor) -> Tensor:
+    def fused_plain_forward(self, x: Tensor) -> Tensor:
         """The block in plain PyTorch: every child is called. A foreign block's is its own class's forward."""
         raise NotImplementedError
 
@@ -394,13 +394,13 @@ class FusedBlock(FusedModule):
         if self.fused_is_leaf and isinstance(x, torch.fx.Proxy):
             name = x.tracer.path_of_module(self)
             return x.tracer.create_proxy("call_module", name, (x,), {})
-        return self.fused_run(x, self.plain_forward)
+        return self.fused_run(x, self.fused_plain_forward)
 
 
 def block_problem(block: nn.Module, forward: Callable[..., Any] = FusedBlock.forward) -> str | None:
     """Why a fused block, whose class's own forward is this, cannot be computed by the one that it is a part of."""
     kind = type(block)
-    if kind.forward is not forward or "forward" in vars(block):
+    if kind.forward is not forward or not vars(block).keys().isdisjoint(("forward", "_call_impl")):
         return f"({kind.__name__}) has a forward of its own"
     return call_problem(kind) or ("has hooks" if any(hooks(block)) else None)
 

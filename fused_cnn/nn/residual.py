@@ -85,7 +85,7 @@ class ResidualBlock(FusedBlock):
         """Whether there is one: a foreign block has it always, whatever else its owner calls `residual`."""
         return self._fused_swapped_from is not None or self.residual
 
-    def plain_forward(self, x: Tensor) -> Tensor:
+    def fused_plain_forward(self, x: Tensor) -> Tensor:
         y, relu = x, self._modules["relu"]
         assert relu is not None
         for i, (conv, bn) in enumerate(self.fused_convs()):
@@ -146,7 +146,8 @@ class ResidualBlock(FusedBlock):
         return tuple(self.downsample) if self.fused_has("projection") else None  # type: ignore[return-value, arg-type]
 
     def fused_pairs(self) -> list[Pair]:
-        downsample: Any = self.downsample  # asked of the modules: a block is understood by its pairs
+        downsample: Any = self.downsample
+        # As the modules are now: what `fused_has` remembers may be of what was there before.
         return [*self.fused_convs(), tuple(downsample)] if self._fused_has("projection") else self.fused_convs()
 
     def fused_settings(self) -> Any:
@@ -306,15 +307,15 @@ class ResidualStage(FusedBlock, nn.Sequential):
         super().__init__(*blocks)
         self.backend = backend
 
-    def plain_forward(self, input: Tensor) -> Tensor:
+    def fused_plain_forward(self, input: Tensor) -> Tensor:
         return nn.Sequential.forward(self, input)
 
     def forward(self, input: Tensor) -> Tensor:  # as nn.Sequential names it
         if not isinstance(input, Tensor) or not input.is_cpu:
-            return self.plain_forward(input)  # on a GPU the blocks have nothing to gain from each other
+            return self.fused_plain_forward(input)  # on a GPU the blocks have nothing to gain from each other
         known = None if is_traced(input) else self._fused_owner.known
         if known is not None and wants_gradient(input, known.tensors):
-            return self.plain_forward(input)
+            return self.fused_plain_forward(input)
         return super().forward(input)
 
     def fused_problem(self) -> str | None:
@@ -372,7 +373,7 @@ class ResidualStage(FusedBlock, nn.Sequential):
         blocks, backend = self._fused_blocks(), self.backend
         first = blocks[0]
         if not all(b.fused_is_one_op(x) and b.backend == backend for b in blocks):
-            return self.plain_forward(x)
+            return self.fused_plain_forward(x)
         (x,) = autocast(x)
         x = in_channels_last(x) if any(block.fused_gives_channels_last() for block in blocks) else x
         return traced_stage(
@@ -380,7 +381,7 @@ class ResidualStage(FusedBlock, nn.Sequential):
         )
 
     def fused_run_unfolded(self, x: Tensor) -> Tensor:
-        return self.plain_forward(x)
+        return self.fused_plain_forward(x)
 
     def _fused_blocks(self) -> list[ResidualBlock]:
         return list(self._modules.values())  # type: ignore[arg-type]

@@ -1,9 +1,10 @@
 """What modules and tensors were at a moment, and whether they still are: asked at every call of a fused block.
 
 Whoever skips a module's forward must know that nobody would notice. So a snapshot holds all that decides what a module
-does: its class, the forward of that class and what it calls, what it reads of its module, the hooks on it and on
-everybody, its children, parameters and buffers; and of tensors how often PyTorch saw them change, where they lie, and
-on a CPU the first eight bytes there, which show most changes that PyTorch does not see.
+does: its class, the forward of that class and what it calls, what it reads of its module, what would be found in the
+place of that, the hooks on it and on everybody, its children, parameters and buffers; and of tensors how often PyTorch
+saw them change, where and how they lie, and on a CPU the first eight bytes there, which show most changes that PyTorch
+does not see.
 """
 
 from __future__ import annotations
@@ -96,11 +97,11 @@ class Snapshot:
         owner: the block; its children and what it reads of itself are compared, its hooks are not: they are called.
         skipped: the modules whose forward the block computes itself.
         methods: methods, by class and name, that must stay what they are.
-        tensors: compared by PyTorch's version counter and by address.
+        tensors: compared as `states_of` sees them.
         gradients: False for what runs without gradients alone, where PyTorch calls no backward hook: none is looked at.
     """
 
-    __slots__ = ("_hints", "_kept", "record")
+    __slots__ = ("_kept", "_positions", "record")
 
     def __init__(
         self,
@@ -123,26 +124,24 @@ class Snapshot:
             tables += [*hooks(module, names), *(registry for registry in registries if registry)]
             entries += [(vars(module), name) for name in names]
         present = [(table, name, table[name]) for table, name in entries if name in table]
-        absent: dict[int, tuple[dict[str, Any], list[str]]] = {}
-        for table, name in entries:
-            if name not in table:
-                absent.setdefault(id(table), (table, []))[1].append(name)
-        lasts = [next(reversed(table)) for table, _ in absent.values()]
+        absent = [(table, name) for table, name in entries if name not in table]
         contents = [list(chain.from_iterable(table.items())) for table in tables]
         attributes = [(kind, name, getattr(kind, name)) for kind, name in methods]
         own = vars(owner)
         # Alive, so that nothing new gets the address of what was recorded; but for the owner, which holds this.
-        holders = [table for table, _ in entries if table is not own], [value for *_, value in present], lasts
-        self._kept = (list(skipped), tables, holders, contents, gradients, attributes, list(tensors))
-        record = [len(skipped)]
-        for m in skipped:
-            record += (id(m), id(type(m)))
+        holders = [table for table, _ in entries if table is not own], [value for *_, value in present]
+        held = (t for m in skipped for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
+        objects = [*skipped, *held]
+        self._kept = (list(skipped), objects, tables, holders, contents, gradients, attributes, list(tensors))
+        record = [len(objects)]
+        for each in objects:
+            record += (id(each), id(type(each)))
         record.append(len(present))
         for table, name, value in present:
             record += (0 if table is own else id(table), id(name), id(value))
         record.append(len(absent))
-        for table, keys in absent.values():
-            record += (0 if table is own else id(table), len(keys), *map(id, keys))
+        for table, name in absent:
+            record += (0 if table is own else id(table), id(name))
         record.append(len(tables))
         for table, content in zip(tables, contents, strict=True):
             record += (id(table), len(table), *map(id, content))
@@ -150,13 +149,11 @@ class Snapshot:
         record += map(id, chain.from_iterable(attributes))
         record.append(len(tensors))
         self.record = array("q", record).tobytes() + states_of(tensors)
-        # The native comparison's own: where each entry lies, and whether dictionaries have become longer.
-        ends = [(0, len(table), id(last)) for (table, _), last in zip(absent.values(), lasts, strict=True)]
-        self._hints = bytearray(array("q", [0] * len(present) + [*chain.from_iterable(ends)]).tobytes())
+        self._positions = bytearray(8 * len(present))  # the native comparison's own
 
     def holds(self, owner: nn.Module) -> bool:
         """Whether all is as it was."""
-        return unchanged(self.record, self._hints, owner.__dict__) if unchanged else self._holds(owner)
+        return unchanged(self.record, self._positions, owner.__dict__) if unchanged else self._holds(owner)
 
     def _holds(self, owner: nn.Module) -> bool:
         """The same without csrc/unchanged.cpp, for interpreters and PyTorch builds in which it cannot be asked."""
@@ -170,7 +167,7 @@ def reads_of(module: nn.Module) -> list[str]:
     child or of a method that is skipped. A fused one says itself what it reads."""
     kind = type(module)
     reads = getattr(kind, "fused_reads", None) or _READS.get(kind, ("forward",))
-    return list(dict.fromkeys((*reads, *getattr(kind, "fused_replaces", ()), *module._modules)))
+    return list(dict.fromkeys(("_call_impl", *reads, *getattr(kind, "fused_replaces", ()), *module._modules)))
 
 
 def _libraries_of(kind: type, method: str) -> list[tuple[dict[str, Any], str]]:

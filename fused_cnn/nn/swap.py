@@ -38,7 +38,7 @@ def swapped_class(mixin: type[FusedModule], base: type[nn.Module]) -> type[Fused
         base.__init__(self, *args, **kwargs)
         self.backend, self._fused_owner = None, Owner()
 
-    def plain_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def fused_plain_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return base.forward(self, *args, **kwargs)
 
     def name_in_print(self: FusedModule) -> str:
@@ -53,7 +53,7 @@ def swapped_class(mixin: type[FusedModule], base: type[nn.Module]) -> type[Fused
         "_fused_swapped_from": base,
     }
     if issubclass(mixin, FusedBlock):
-        body["plain_forward"] = plain_forward
+        body["fused_plain_forward"] = fused_plain_forward
     made = type(base.__name__, (mixin, base), body)
     return _classes.setdefault((mixin, base), made)
 
