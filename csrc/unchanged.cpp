@@ -40,8 +40,9 @@ extern "C" __attribute__((weak)) int64_t tensor_version(AtenTensorHandle tensor)
 
 namespace {
 
-// Where Python's objects hold these, in bytes: the one pointer that an at::Tensor is, and a dictionary's length.
-int64_t tensor_at = 0, length_at = 0;
+// Where Python's objects hold these, in bytes: their class, the one pointer that an at::Tensor is, and a dictionary's
+// length.
+int64_t class_at = 0, tensor_at = 0, length_at = 0;
 
 // Whether `object` is, in identity, the one that was recorded; takes over the reference.
 bool is(PyObject* object, PyObject* recorded) {
@@ -143,8 +144,8 @@ bool unchanged(const int64_t* snapshot, int64_t* positions, PyObject* own) try {
   const auto next = [&snapshot] { return *snapshot++; };
   const auto object = [&snapshot] { return reinterpret_cast<PyObject*>(*snapshot++); };
   for (int64_t n = next(); n > 0; --n) {
-    PyObject* const each = object();
-    if (!is(PyObject_Type(each), object())) return false;
+    const PyObject* const each = object();
+    if (word(each, class_at) != next()) return false;
   }
   for (int64_t n = next(); n > 0; --n) {
     PyObject* const dictionary = object();
@@ -204,16 +205,19 @@ PyMethodDef functions[] = {{"unchanged", call_unchanged, kFastCall, nullptr},
 // Finds out where Python's objects hold what is asked of them: a tensor, of which `_cdata` gives the address of
 // PyTorch's, and two dictionaries of other lengths than each other's; all with the size of such an object in bytes.
 // False where that cannot be found: then they cannot be asked from here.
-FUSED_CNN_EXPORT bool fused_cnn_find(const PyObject* tensor, int64_t cdata, int64_t tensor_size, PyObject* first,
+FUSED_CNN_EXPORT bool fused_cnn_find(PyObject* tensor, int64_t cdata, int64_t tensor_size, PyObject* first,
                                      PyObject* second, int64_t dictionary_size) {
   if (tensor_version == nullptr) return false;
+  PyObject* const kind = PyObject_Type(tensor);
   for (int64_t at = sizeof(PyObject*); at < tensor_size; at += sizeof(int64_t)) {
     if (word(tensor, at) == cdata) tensor_at = at;
+    if (class_at == 0 && word(tensor, at) == reinterpret_cast<int64_t>(kind)) class_at = at;
   }
+  Py_DecRef(kind);
   for (int64_t at = sizeof(PyObject*); at < dictionary_size; at += sizeof(int64_t)) {
     if (word(first, at) == PyDict_Size(first) && word(second, at) == PyDict_Size(second)) length_at = at;
   }
-  return tensor_at > 0 && length_at > 0;
+  return class_at > 0 && tensor_at > 0 && length_at > 0;
 }
 
 // The two functions, by their number.
