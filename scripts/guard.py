@@ -46,7 +46,7 @@ def models() -> dict[str, Numbers]:
                 memory_format=torch.channels_last
             )
             if variant == "fused":
-                fuse_(network)
+                fuse_(network, backend="native")  # by name: of so few images a part would be PyTorch's in training
             network.eval()
             with torch.no_grad():
                 network(images)  # folds and packs

@@ -49,8 +49,12 @@ def _update_running(bn: BatchNormArgs, mean: Tensor, var: Tensor) -> None:
     if bn.running_mean is None or bn.running_var is None:
         return
     for old, new in ((bn.running_mean, mean), (bn.running_var, var)):
-        weight = bn.momentum.to(old.dtype) if isinstance(bn.momentum, Tensor) else bn.momentum
-        old.mul_(1 - weight).add_(new.to(old.dtype) * weight)
+        batch, weight = new.to(old.dtype), bn.momentum
+        if isinstance(weight, Tensor):
+            weight = weight.to(old.dtype)
+            old.mul_(1 - weight).add_(batch * weight)
+        else:
+            old.mul_(1 - weight).add_(batch, alpha=weight)
 
 
 def split_channels(vector: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
