@@ -1,23 +1,27 @@
-"""How a call comes in: whether it is traced, whether a mode of the user's watches it, and of what kind its input is."""
+"""How a call comes in: whether it is traced, whether a mode of the user's watches it, of what kind its input is, and
+whether that is large enough."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._candidates import dispatch_modes, records_early, transforms_active
+from .._layout import asks_for_channels_last, result_format
 from ..ops._conv import autocast_dtype
 from .cache import Kind
-from .fold import stands_for_another
+from .fold import Pair, stands_for_another
 
 with contextlib.suppress(ImportError):
     from torch.overrides import _get_current_function_mode_stack
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+# Elements of an input from which fusion gains a block more than its calls from Python cost, measured on two cores.
+PAYS_FROM = 600_000
 _PLAIN, _STRIDED = (Tensor, nn.Parameter), torch.strided
 # PyTorch's modes under which blocks run fused: they know this package's ops, or change nothing that is computed. Others
 # say so of themselves, by an attribute `sees_fused_ops`.
@@ -36,6 +40,15 @@ def kind_of(x: Tensor) -> Kind | None:
     if not (x.is_cpu or x.is_cuda) or ((dispatch_modes() or _function_modes()) and is_under_mode()):
         return None
     return (autocast_dtype(x) if _any_autocast() else None, x.dtype, x.device)
+
+
+def pays_on_cpu(x: Tensor, pairs: Sequence[Pair], *, in_nchw: bool) -> bool:
+    """Whether a block gains by a fused run with batch statistics or gradients; `in_nchw` says so of contiguous memory,
+    of which the kernels make channels_last first."""
+    if x.numel() < PAYS_FROM:
+        return False
+    is_fast = result_format(x) is torch.channels_last or any(asks_for_channels_last(c.weight) for c, _ in pairs)
+    return in_nchw or is_fast
 
 
 def is_under_mode() -> bool:

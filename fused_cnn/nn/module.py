@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from .._candidates import is_recording, transforms_active
-from .._layout import asks_for_channels_last, result_format
 from ..ops import BatchNormArgs, bn_relu, bn_relu_conv
 from ..ops._conv import autocast_dtype, on_16_bytes
 from .cache import Form, Kind, Owner, detect_stale_weights
-from .calls import is_traced, kind_of
+from .calls import is_traced, kind_of, pays_on_cpu
 from .fold import (
     Pair,
     can_be_constant,
@@ -38,10 +37,6 @@ from .fold import (
     wants_gradient,
 )
 from .snapshot import ADDING, CALLS, COMPUTING, Method, Snapshot, call_problem, hooks, replaced_for_all, watched_by_all
-
-# Elements of an input from which unfolded blocks gain more on a CPU than their calls from Python cost, measured on two
-# cores: below, and where memory is contiguous and the kernels' channels_last would be made of it, PyTorch is faster.
-PAYS_FROM = 600_000
 
 Self = TypeVar("Self", bound="FusedModule")
 Replaced = Mapping[str, frozenset[str]]  # methods of a foreign class, and the names that they may use
@@ -164,12 +159,7 @@ class FusedModule(nn.Module):
 
     def _fused_pays(self, x: Tensor, pairs: Sequence[Pair]) -> bool:
         """Whether x is worth a run with batch statistics or gradients; a backend that was asked for by name runs."""
-        if not x.is_cpu or self.backend is not None:
-            return True
-        if x.numel() < PAYS_FROM:
-            return False
-        is_nchw = result_format(x) is torch.contiguous_format
-        return self.fused_pays_in_nchw or not is_nchw or any(asks_for_channels_last(c.weight) for c, _ in pairs)
+        return not x.is_cpu or self.backend is not None or pays_on_cpu(x, pairs, in_nchw=self.fused_pays_in_nchw)
 
     def _fused_run_form(self, x: Tensor, form: Form) -> Tensor:
         if detect_stale_weights.on:
@@ -219,8 +209,7 @@ class FusedModule(nn.Module):
     def fused_refill_captured(self) -> None:
         """Make again, in its memory, what CUDA graphs read."""
         for form in self._fused_owner.forms:
-            known = self.fused_known()
-            if form.captured and known.problem is None:
+            if form.captured and (known := self.fused_known()).problem is None:
                 cast, dtype, device = form.kind
                 with torch.autocast(device.type, cast, enabled=cast is not None):
                     x = torch.empty((0, known.pairs[0][0].in_channels, 1, 1), dtype=dtype, device=device)
@@ -322,11 +311,9 @@ class FusedModule(nn.Module):
         folds = all(map(has_running_statistics, pairs))
         if is_recording():  # which holds what has a derivative alone
             return self.fused_run_traced(x) if folds else plain(x)
-        return (
-            self.fused_run_traced(x)
-            if folds and not wants_gradient(x, list(sources_of(pairs)))
-            else self.fused_run_unfolded(x)
-        )
+        if folds and not wants_gradient(x, list(sources_of(pairs))):
+            return self.fused_run_traced(x)
+        return self.fused_run_unfolded(x)
 
     def _fused_is_plain_in_trace(self) -> bool:
         """Asked once a trace, on the real module: the compiler need not follow."""
