@@ -14,6 +14,7 @@ from .ops import (
     conv_bias_relu,
     inception,
     max_pool2d,
+    stem,
 )
 
 __version__ = "0.1.0"
@@ -35,5 +36,6 @@ __all__ = [
     "nn",
     "ops",
     "refresh",
+    "stem",
     "unfuse_",
 ]

@@ -181,6 +181,7 @@ def conv_work(
 # csrc/cuda/gemm/tiles.h).
 Problem = tuple[int, ...]
 Tile = tuple[int, int, int, int]  # kind (TileKind there), m, n, k
+LIBRARY_TILES = (3, 4)  # the kinds that are cuDNN's
 RECORDED = 64  # more problems than one op has
 
 
@@ -209,6 +210,25 @@ def choose_tile(library: ctypes.CDLL, problem: Problem, tile: Tile | None) -> No
     chosen = None if tile is None else (ctypes.c_int * 4)(*tile)
     if not library.fused_cnn_choose_tile(_values(library, problem), _major(problem), chosen):
         raise ValueError(f"no tile {tile} may run {problem}")
+
+
+def refuse_tile(library: ctypes.CDLL, problem: Problem, tile: Tile) -> None:
+    """Run nothing of this problem's device and dtype with that tile from now on; the library's own cannot be refused."""
+    library.fused_cnn_refuse_tile.restype = ctypes.c_bool
+    library.fused_cnn_refuse_tile(_values(library, problem), _major(problem), (ctypes.c_int * 4)(*tile))
+
+
+def slice_step(device: torch.device) -> int:
+    """Where the CUDA library's products with several destinations look for the weights of each: at multiples of this
+    many rows."""
+    assert cuda.loaded is not None
+    found: int = cuda.loaded.fused_cnn_slice_step(torch.cuda.get_device_capability(device)[0])
+    return found
+
+
+def withdraw(op: str, backend: str, device_type: str) -> None:
+    """Say from now on that the backend has no kernel of this op."""
+    _implemented[op, backend, device_type] = False
 
 
 def problems_of(library: ctypes.CDLL, work: Callable[[], object]) -> list[Problem]:

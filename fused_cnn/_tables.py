@@ -1,7 +1,8 @@
 """What was measured on a device, and where it is kept.
 
-A table holds two kinds of answer for one device. `choices`: the backend of a public op's call. `tiles`: a kernel's
-tiles for one problem size. It is JSON. The measured one lies in the cache folder (FUSED_CNN_CACHE_DIR, or
+A table holds three kinds of answer for one device. `choices`: the backend of a public op's call. `tiles`: a kernel's
+tiles for one problem size. `checks`: whether a kernel gave PyTorch's results before its first use (_first_use.py). It
+is JSON. The measured one lies in the cache folder (FUSED_CNN_CACHE_DIR, or
 ~/.cache/fused_cnn), in a file of its own for each device, driver, torch, Triton and state of the kernels' sources: what
 was measured elsewhere, or before a change, is never found. Tables that ship with the package (fused_cnn/tables/) hold
 for a device and the sources.
@@ -28,11 +29,12 @@ from typing import Any
 
 import torch
 
-from . import _library
-from ._backends import BACKENDS, driver_version
+from . import _first_use, _library
+from ._backends import BACKENDS, driver_version, usable
 from ._sources import PACKAGE, digest
 
-VERSION = 1
+VERSION = 2
+KINDS = ("choices", "tiles", "checks")
 # The name by which the CUDA library's convolutions go in `tiles`; the key is a problem of _library.py but for its
 # device.
 GEMM = "gemm"
@@ -45,14 +47,16 @@ class Table:
 
     choices: dict[Key, dict[str, Any]] = field(default_factory=dict)
     tiles: dict[Key, dict[str, Any]] = field(default_factory=dict)
+    checks: dict[Key, bool] = field(default_factory=dict)
 
     def update(self, other: Table) -> None:
         self.choices |= other.choices
         self.tiles |= other.tiles
+        self.checks |= other.checks
 
     def to_json(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        choices, tiles = ({repr(k): v for k, v in in_order(kind)} for kind in (self.choices, self.tiles))
-        return {"version": VERSION, **facts, "choices": choices, "tiles": tiles}
+        entries = {kind: {repr(k): v for k, v in in_order(getattr(self, kind))} for kind in KINDS}
+        return {"version": VERSION, **facts, **entries}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], wanted: Mapping[str, Any]) -> Table:
@@ -60,8 +64,8 @@ class Table:
         for name, value in {"version": VERSION, **wanted}.items():
             if document.get(name) != value:
                 raise ValueError(f"its {name} is {document.get(name)!r}, not {value!r}")
-        table = cls(*({ast.literal_eval(k): v for k, v in document[kind].items()} for kind in ("choices", "tiles")))
-        if not all(isinstance(key, tuple) and key for key in (*table.choices, *table.tiles)):
+        table = cls(*({ast.literal_eval(k): v for k, v in document[kind].items()} for kind in KINDS))
+        if not all(isinstance(key, tuple) and key for key in (*table.choices, *table.tiles, *table.checks)):
             raise ValueError("it has keys that are no tuples")
         for entry in table.choices.values():
             if entry["best"] not in BACKENDS:
@@ -69,6 +73,8 @@ class Table:
         for entry in table.tiles.values():
             if not all(isinstance(n, int) for n in entry["best"]):
                 raise ValueError(f"it has tiles {entry['best']!r}")
+        if not all(isinstance(right, bool) for right in table.checks.values()):
+            raise ValueError("it has checks that are neither true nor false")
         return table
 
 
@@ -187,8 +193,11 @@ def _load(device: torch.device) -> Table:
     wanted = {name: facts(device)[name] for name in ("device", "sources")}
     for path in sorted((PACKAGE / "tables").glob(f"{slug(device)}*.json")):
         found.update(load(path, wanted))
+    found.checks.clear()  # which hold for a driver, too
     with contextlib.suppress(RuntimeError):  # a user without a home folder has no cache
         found.update(load(cache_file(device), facts(device)))
+    if device.type == "cuda" and usable("native", device):
+        _check(device, found)
     products = {tuple(problem): entry["best"] for (kernel, *problem), entry in found.tiles.items() if kernel == GEMM}
     if products and _library.cuda.loaded is not None:
         for problem, best in products.items():
@@ -202,6 +211,26 @@ def _load(device: torch.device) -> Table:
         or "cpu" not in kinds
     )
     return found
+
+
+def _check(device: torch.device, known: Table) -> None:
+    """Compare the kernels of the CUDA library, where that was not done before, and see that none which is wrong runs."""
+    library = _library.cuda.loaded
+    assert library is not None
+    place = torch.device("cuda", device.index or 0)
+    if _first_use.ALL not in known.checks and not torch.cuda.is_current_stream_capturing():
+        kernel = functools.partial(_library.kernel, backend="native")
+        new = _first_use.on_its_own(lambda: _first_use.compare(library, kernel, place, known.checks))
+        for key in [key for key, right in new.items() if not right]:
+            warnings.warn(
+                f"fused_cnn: on this {facts(device)['device']} {_first_use.name_of(key)} gives other results than "
+                "PyTorch, and will not be used; please report it, with what `fused-cnn info` says",
+                stacklevel=2,
+            )
+        known.checks |= {key: right for key, right in new.items() if key == _first_use.ALL or not right}
+        with contextlib.suppress(OSError, RuntimeError):  # each process compares where nothing can be kept
+            save(cache_file(device), Table(checks=known.checks), facts(device))
+    _first_use.refuse(library, place, known.checks)
 
 
 def forget() -> None:

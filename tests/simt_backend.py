@@ -35,6 +35,7 @@ ROOMS = {  # and their ops
     "conv": ("add_relu", "conv1x1_bias_relu", "conv_bias_relu"),
     "inception": ("inception",),
     "max_pool": ("max_pool2d",),
+    "stem": ("stem",),
 }
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-w"]
 STABLE = ["-x", "c++", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA", "-DFUSED_CNN_GEMM_SM80=1"]
@@ -70,13 +71,11 @@ def build(csrc: Path, rooms: Sequence[str]) -> Path:
     stand_in = _digest(torch.__version__, repr((FLAGS, STABLE, CHECKED)), *_files(SIMT))
     headers = _digest(stand_in, *(path for path in _files(csrc) if path.suffix != ".cu"))
     jobs = {f"simt-{stand_in}": [SIMT / "simt.cpp"]}
-    sources = sorted(path for room in rooms for path in (csrc / room).glob("*.cu"))
+    sources = sorted(path for room in ("cuda", *rooms) for path in (csrc / room).glob("*.cu"))
+    sources.remove(csrc / "cuda" / "tensor_cores.cu")  # gemm.cpp stands for it
     for path in sources:
         jobs[f"{path.parent.name}-{path.stem}-{_digest(headers, path)}"] = [*STABLE, *CHECKED, register, path]
-    if any("gemm/" in path.read_text() for path in sources):
-        jobs[f"products-{headers}"] = [*STABLE, *CHECKED, SIMT / "gemm.cpp"]
-        choices = csrc / "cuda" / "choices.cu"
-        jobs[f"choices-{_digest(headers, choices)}"] = [*STABLE, *CHECKED, choices]
+    jobs[f"products-{headers}"] = [*STABLE, *CHECKED, SIMT / "gemm.cpp"]
     library = BUILD / f"{_digest(*jobs)}.so"
 
     def make(command: list[Any], made: Path) -> None:

@@ -178,8 +178,8 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
         ),
         "the weights of a slice between tiles": (
             "cuda/gemm/pointwise.cuh",
-            "kernels.cores->slices_on_tiles ? tile.n : 1",
-            "1",
+            "kernels.cores->slice_step));",
+            "1));",
             OUTSIDE,
         ),
     },

@@ -12,23 +12,7 @@ Tensor conv_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<T
                           bool relu) {
   const ConvParams params{stride, padding, dilation, groups};
   check_conv("conv_bias_relu_fwd", x, weight, bias, residual, params);
-  const Ints kernel{weight.size(2), weight.size(3)};
-  const std::array<int64_t, 2> size{conv_out_size(x.size(2), kernel, params, 0),
-                                    conv_out_size(x.size(3), kernel, params, 1)};
-  const MemoryFormat format = result_format(x);
-  if (weight.size(0) == 0) return RowResult(x, 0, size[0], size[1], format).finish();
-  if (bias) bias = torch::stable::contiguous(*bias);
-  const Tile* tile = tile_of(x, weight, params, residual.has_value(), relu, size, /*own=*/true);
-  if (tile && tile->kind == TileKind::library_fused) {
-    if (const std::optional<Tensor> out = library_fused(x, weight, bias, params)) return dense(*out, format);
-  }
-  const bool alone = !bias && !residual && !relu;
-  if (alone && (!tile || tile->kind == TileKind::library)) {
-    return dense(aten_convolution(x, weight, std::nullopt, params), format);
-  }
-  const RowResult out(x, weight.size(0), size[0], size[1], format);
-  convolve(x, weight, bias, rows_of(residual), params, relu, size, {out, static_cast<int>(weight.size(0))}, tile);
-  return out.finish();
+  return conv_bias_relu(x, weight, bias, residual, params, relu, result_format(x));
 }
 
 }  // namespace

@@ -1,10 +1,12 @@
 // Which tile a problem runs with: the one that the device's table has for it, else the first in the architecture's
-// order whose predicate holds. Python hands the table's entries over, and asks which problems a call consists of when
-// it measures them (fused_cnn/tuning.py), through C functions. There a problem is the values of Problem in order, a
-// tile {kind, m, n, k}.
+// order whose predicate holds; never one that gave wrong results there (fused_cnn/_first_use.py). Python hands both
+// over, and asks which problems a call consists of when it measures them (fused_cnn/tuning.py), through C functions.
+// There a problem is the values of Problem in order, a tile {kind, m, n, k}.
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <set>
+#include <tuple>
 #include <utility>
 #include <vector>
 #include "cuda/gemm/tiles.h"
@@ -18,6 +20,7 @@ constexpr int kProblemValues = sizeof(Problem) / sizeof(int64_t);
 
 std::mutex mutex;  // for all that follows
 std::map<Problem, const Tile*> chosen;
+std::set<std::tuple<int64_t, int64_t, const Tile*>> refused;  // device, dtype, tile
 bool recording = false;
 std::vector<Problem> recorded;
 
@@ -27,12 +30,21 @@ Problem problem_of(const int64_t* values) {
   return problem;
 }
 
+bool is_named(const Tile& tile, const int* name) {
+  return static_cast<int>(tile.kind) == name[0] && tile.m == name[1] && tile.n == name[2] && tile.k == name[3];
+}
+
+bool may_run(const Tile& tile, const Problem& problem) {
+  return tile.suits(problem) && !refused.contains({problem.device, problem.dtype, &tile});
+}
+
+// The caller holds the mutex.
 std::vector<const Tile*> suitable(const Problem& problem, int major) {
   std::vector<const Tile*> found;
   const TensorCores* cores = tensor_cores(major);
   if (!cores) return found;
   for (const Tile& tile : cores->tiles) {
-    if (tile.suits(problem)) found.push_back(&tile);
+    if (may_run(tile, problem)) found.push_back(&tile);
   }
   return found;
 }
@@ -44,7 +56,7 @@ const Tile& tile_for(const Problem& problem, std::span<const Tile> candidates, i
   if (recording) recorded.push_back(problem);
   if (const auto found = chosen.find(problem); found != chosen.end()) return *found->second;
   return *std::find_if(candidates.begin(), std::prev(candidates.end()),
-                       [&](const Tile& tile) { return tile.suits(problem) && tile.when(problem, multiprocessors); });
+                       [&](const Tile& tile) { return may_run(tile, problem) && tile.when(problem, multiprocessors); });
 }
 
 }  // namespace fused_cnn
@@ -58,6 +70,7 @@ FUSED_CNN_EXPORT int fused_cnn_problem_values() {
 }
 
 FUSED_CNN_EXPORT int fused_cnn_tiles(const int64_t* problem, int major, int tiles[][4], int capacity) {
+  const std::lock_guard lock(mutex);
   const std::vector<const Tile*> found = suitable(problem_of(problem), major);
   for (int i = 0; i < std::min<int>(capacity, found.size()); ++i) {
     tiles[i][0] = static_cast<int>(found[i]->kind);
@@ -78,13 +91,36 @@ FUSED_CNN_EXPORT bool fused_cnn_choose_tile(const int64_t* values, int major, co
     return true;
   }
   for (const Tile* candidate : suitable(problem, major)) {
-    if (static_cast<int>(candidate->kind) == tile[0] && candidate->m == tile[1] && candidate->n == tile[2] &&
-        candidate->k == tile[3]) {
+    if (is_named(*candidate, tile)) {
       chosen[problem] = candidate;
       return true;
     }
   }
   return false;
+}
+
+// No problem of this one's device and dtype runs with this tile from now on; false where it is the library's, which all
+// others are compared with, or none of the architecture's.
+FUSED_CNN_EXPORT bool fused_cnn_refuse_tile(const int64_t* values, int major, const int* tile) {
+  const Problem problem = problem_of(values);
+  const TensorCores* cores = tensor_cores(major);
+  if (!cores) return false;
+  const std::lock_guard lock(mutex);
+  for (const Tile& candidate : cores->tiles) {
+    if (candidate.is_library() || !is_named(candidate, tile)) continue;
+    refused.emplace(problem.device, problem.dtype, &candidate);
+    std::erase_if(chosen, [&](const auto& entry) {
+      return entry.second == &candidate && entry.first.device == problem.device && entry.first.dtype == problem.dtype;
+    });
+    return true;
+  }
+  return false;
+}
+
+// Where the rows of a weight begin whose result is one of several slices: at multiples of this.
+FUSED_CNN_EXPORT int fused_cnn_slice_step(int major) {
+  const TensorCores* cores = tensor_cores(major);
+  return cores ? cores->slice_step : 1;
 }
 
 // Begins to record problems, or (on = false) ends it, fills as many as `capacity` allows and returns how many there

@@ -8,6 +8,8 @@
 
 namespace fused_cnn {
 
+constexpr int kSharedWithoutAsking = 48 << 10;  // bytes of shared memory that every launch may have
+
 class Launch {
  public:
   explicit Launch(const Tensor& on) : guard_(on.get_device_index()), stream_(current_stream(on.get_device_index())) {}
@@ -18,14 +20,26 @@ class Launch {
   template <typename... Parameters, typename... Arguments>
   void run(const char* name, void (*kernel)(Parameters...), int64_t columns, int64_t rows, int threads,
            const Arguments&... arguments) const {
+    run_with_shared(name, kernel, columns, rows, threads, /*bytes=*/0, arguments...);
+  }
+
+  // The same for a kernel that sizes its shared memory at its launch.
+  template <typename... Parameters, typename... Arguments>
+  void run_with_shared(const char* name, void (*kernel)(Parameters...), int64_t columns, int64_t rows, int threads,
+                       int bytes, const Arguments&... arguments) const {
     if (columns == 0 || rows == 0) return;
     FUSED_CNN_CHECK(columns <= 0x7fffffff && rows <= 0xffff, name, ": ", columns, " x ", rows,
                     " blocks are more than one launch can take");
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(columns), static_cast<unsigned>(rows));
     config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = bytes;
     config.stream = stream_;
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    cudaError_t error = cudaSuccess;
+    if (bytes > kSharedWithoutAsking) {
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    }
+    if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
     if (error != cudaSuccess) cudaGetLastError();  // or this library's next check would report it once more
     FUSED_CNN_CHECK(error == cudaSuccess, name, ": launch failed: ", cudaGetErrorString(error));
   }

@@ -15,7 +15,7 @@ cudaError_t with_16_bits(DType dtype, const Body& body) {
 #if FUSED_CNN_GEMM_SM80
 constexpr TensorCores kSm80{
     .tiles = kSm80Tiles,
-    .slices_on_tiles = false,
+    .slice_step = 1,
     .product =
         [](const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
           return with_16_bits(
@@ -35,7 +35,7 @@ cudaError_t with_tile(const Tile* wanted, const Run& run, std::index_sequence<kA
   cudaError_t error = cudaErrorInvalidValue;
   const auto try_one = [&](auto place) {
     constexpr TileKind kind = kSm90aTiles[place].kind;
-    if constexpr (!kSm90aTiles[place].is_library() && (kind == TileKind::product) == kProduct) {
+    if constexpr (kSm90aTiles[place].is_cutlass() && (kind == TileKind::product) == kProduct) {
       if (wanted == &kSm90aTiles[place]) error = run(place);
     }
   };
@@ -45,7 +45,7 @@ cudaError_t with_tile(const Tile* wanted, const Run& run, std::index_sequence<kA
 
 constexpr TensorCores kSm90a{
     .tiles = kSm90aTiles,
-    .slices_on_tiles = true,
+    .slice_step = kSliceStep,
     .product =
         [](const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
           return with_16_bits(gemm.dtype, [&](auto element) {

@@ -2,7 +2,7 @@
 // product with three destinations, branch 1's slice of the output and the two reductions; the pool's projection writes
 // into its slice too, and so do the k x k convolutions (cuda/gemm/convolve.cuh).
 #include "cuda/gemm/convolve.cuh"
-#include "cuda/max_pool.cuh"
+#include "cuda/max_pool.h"
 #include "inception/checks.h"
 
 namespace fused_cnn {

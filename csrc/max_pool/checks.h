@@ -15,15 +15,15 @@ inline int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t
   return ceil_mode && (out - 1) * stride >= size + padding ? out - 1 : out;
 }
 
-// The result's (height, width).
-inline std::array<int64_t, 2> checked_pool(const char* op, const Tensor& x, const Ints& kernel, const Ints& stride,
-                                           const Ints& padding, const Ints& dilation, bool ceil_mode) {
-  check_4d(op, "x", x);
+// The result's (height, width), of x with so many channels and so high and wide.
+inline std::array<int64_t, 2> checked_pool(const char* op, const std::array<int64_t, 3>& x, const Ints& kernel,
+                                           const Ints& stride, const Ints& padding, const Ints& dilation,
+                                           bool ceil_mode) {
   for (const Ints* v : {&kernel, &stride, &padding, &dilation}) {
     FUSED_CNN_CHECK(v->size() == 2, op, ": kernel, stride, padding and dilation must have two values");
   }
-  FUSED_CNN_CHECK(x.size(1) >= 1 && x.size(2) >= 1 && x.size(3) >= 1, op,
-                  ": x must have a channel and a pixel at least, got ", shape_of(x));
+  FUSED_CNN_CHECK(x[0] >= 1 && x[1] >= 1 && x[2] >= 1, op, ": x must have a channel and a pixel at least, got (", x[0],
+                  ", ", x[1], ", ", x[2], ")");
   std::array<int64_t, 2> size;
   for (int i = 0; i < 2; ++i) {
     for (const int64_t value : {kernel[i], stride[i], dilation[i]}) {
@@ -32,10 +32,16 @@ inline std::array<int64_t, 2> checked_pool(const char* op, const Tensor& x, cons
     }
     FUSED_CNN_CHECK(padding[i] >= 0 && padding[i] <= kernel[i] / 2, op,
                     ": padding must be at least 0 and at most half the kernel, got ", padding[i], " for ", kernel[i]);
-    size[i] = pooled_size(x.size(i + 2), kernel[i], stride[i], padding[i], dilation[i], ceil_mode);
-    FUSED_CNN_CHECK(size[i] >= 1, op, ": no window fits the padded input of shape ", shape_of(x));
+    size[i] = pooled_size(x[i + 1], kernel[i], stride[i], padding[i], dilation[i], ceil_mode);
+    FUSED_CNN_CHECK(size[i] >= 1, op, ": no window fits the padded input of shape (", x[0], ", ", x[1], ", ", x[2], ")");
   }
   return size;
+}
+
+inline std::array<int64_t, 2> checked_pool(const char* op, const Tensor& x, const Ints& kernel, const Ints& stride,
+                                           const Ints& padding, const Ints& dilation, bool ceil_mode) {
+  check_4d(op, "x", x);
+  return checked_pool(op, {x.size(1), x.size(2), x.size(3)}, kernel, stride, padding, dilation, ceil_mode);
 }
 
 }  // namespace fused_cnn

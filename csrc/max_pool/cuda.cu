@@ -1,5 +1,5 @@
 // fused_cnn::max_pool2d_fwd on CUDA.
-#include "cuda/max_pool.cuh"
+#include "cuda/max_pool.h"
 #include "max_pool/checks.h"
 
 namespace fused_cnn {

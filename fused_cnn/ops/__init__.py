@@ -10,6 +10,7 @@ from .conv.op import PackedConv, conv1x1_bias_relu, conv_bias_relu, pack_conv
 from .conv.stage import FoldedConv, PackedResidualStage, pack_residual_block, residual_stage
 from .inception.op import PackedInception, inception, pack_inception
 from .max_pool.op import max_pool2d
+from .stem.op import stem
 
 __all__ = [
     "BatchNormArgs",
@@ -31,4 +32,5 @@ __all__ = [
     "pack_inception",
     "pack_residual_block",
     "residual_stage",
+    "stem",
 ]

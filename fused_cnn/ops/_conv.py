@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._backends import usable
 from .._candidates import resolve_behind_graphs, transforms_active
 from .._checks import check_nchw, check_same, check_vector
 from .._layout import empty_nchw
+from .._library import has_kernel
 
 IntPair = int | tuple[int, int]
 
@@ -69,6 +71,14 @@ def packable(like: Tensor, op: str, backend: str | None) -> bool:
     if like.device.type != "cpu" or resolve_behind_graphs(op, backend, like) != "native":
         return False
     return like.dtype in (torch.float32, torch.bfloat16)
+
+
+def runs_on_gpu_kernels(like: Tensor, op: str, backend: str | None) -> bool:
+    """Whether calls on inputs such as `like` may run on the CUDA kernels, which take weights as they are but like them
+    channels_last, the parallel ones one below the other."""
+    if like.device.type != "cuda" or backend not in (None, "auto", "native") or not has_kernel(op, "native", "cuda"):
+        return False
+    return usable("native", like.device)
 
 
 def check_conv(

@@ -44,6 +44,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*)
 const char* last_error();
 
 float shuffle_xor(float value, int lanes);
+// Every lane's value of `bytes`, in order, into `all`.
+void exchange(const void* mine, size_t bytes, void* all);
 }  // namespace simt
 
 inline float __shfl_xor_sync(unsigned, float value, int lanes) {
@@ -57,6 +59,12 @@ inline void __syncthreads() {
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrComputeCapabilityMajor ? 8 : 4;
+  return cudaSuccess;
+}
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 

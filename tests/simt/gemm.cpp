@@ -15,6 +15,7 @@ constexpr Tile kTiles[] = {
     {TileKind::product, 64, 64, 64, tiles::always, ""},
     {TileKind::space_to_depth, 128, 64, 64, tiles::always, ""},
     {TileKind::convolution, 128, 64, 64, tiles::always, ""},
+    {TileKind::stem, 112, 64, 16, tiles::never, ""},
     {TileKind::library, 0, 0, 0, tiles::always, ""},
 };
 
@@ -23,7 +24,7 @@ int64_t row_of(const Gemm& gemm, int column) {
   int64_t first = 0;
   for (int s = 0; s + 1 < gemm.epilogue.slices && column >= gemm.epilogue.slice[s].columns; ++s) {
     column -= gemm.epilogue.slice[s].columns;
-    first += (gemm.epilogue.slice[s].columns + gemm.tile->n - 1) / gemm.tile->n * gemm.tile->n;
+    first += (gemm.epilogue.slice[s].columns + kSliceStep - 1) / kSliceStep * kSliceStep;
   }
   return first + column;
 }
@@ -101,7 +102,7 @@ cudaError_t convolution(const Convolution& conv) {
 
 constexpr TensorCores kCores{
     .tiles = kTiles,
-    .slices_on_tiles = true,
+    .slice_step = kSliceStep,
     .product = [](const Gemm& gemm, int,
                   cudaStream_t) { return gemm.dtype == DType::f16 ? product<f16_t>(gemm) : product<bf16_t>(gemm); },
     .convolution =

@@ -151,7 +151,17 @@ void barrier() {
   yield();
 }
 
-// Every thread of the warp calls this the same number of times.
+// Every thread of the block calls this the same number of times, as the next.
+void exchange(const void* mine, size_t bytes, void* all) {
+  constexpr size_t kLanes = 32;
+  static std::vector<char> of_thread;
+  of_thread.resize(std::max(of_thread.size(), (blockDim.x + kLanes) * bytes));
+  std::memcpy(&of_thread[current * bytes], mine, bytes);
+  barrier();
+  std::memcpy(all, &of_thread[current / kLanes * kLanes * bytes], kLanes * bytes);
+  barrier();
+}
+
 float shuffle_xor(float value, int lanes) {
   static std::vector<float> of_thread;
   of_thread.resize(std::max<size_t>(of_thread.size(), blockDim.x));

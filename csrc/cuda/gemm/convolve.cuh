@@ -1,8 +1,9 @@
-// Convolutions with what follows them, into one slice of rows: the 1x1 product, the implicit product, or the library's
-// convolution and one pass.
+// Convolutions with what follows them, into one slice of rows or a tensor: the 1x1 product, the implicit product, a
+// network's first convolution, or the library's convolution and one pass.
 #pragma once
 #include "cuda/gemm/pointwise.cuh"
 #include "cuda/gemm/space_to_depth.cuh"
+#include "cuda/stem.h"
 
 // PyTorch's settings (at::Context), for which its stable ABI has no question; asked if they are there.
 extern "C" {
@@ -58,9 +59,9 @@ inline bool library_may_fuse() {
 }
 
 // How a convolution into one slice runs; null: by the library and one pass. `own` says that its result is a tensor of
-// its own.
+// its own; with `pooled` it is how the convolution and the pool behind it run.
 inline const Tile* tile_of(const Tensor& x, const Tensor& weight, const ConvParams& params, bool residual, bool relu,
-                           const std::array<int64_t, 2>& size, bool own) {
+                           const std::array<int64_t, 2>& size, bool own, bool pooled = false) {
   const DType dtype = dtype_of("convolve", "x", x);
   const int64_t rows = x.size(0) * size[0] * size[1];
   if (!convolution_supports(dtype, x, weight, params) || rows > kMostRows) return nullptr;
@@ -76,8 +77,9 @@ inline const Tile* tile_of(const Tensor& x, const Tensor& weight, const ConvPara
                         .kernel_height = weight.size(2),
                         .kernel_width = weight.size(3),
                         .stride = params.stride[0],
-                        .library_takes_all = own && relu && !residual && x.size(1) % 8 == 0 &&
-                                             rows * weight.size(0) <= INT_MAX && library_may_fuse()};
+                        .library_takes_all = !pooled && own && relu && !residual && x.size(1) % 8 == 0 &&
+                                             rows * weight.size(0) <= INT_MAX && library_may_fuse(),
+                        .pooled = pooled};
   return &kernels.tile_for(problem);
 }
 
@@ -151,6 +153,9 @@ inline void convolve(const Tensor& x, const Tensor& weight, const std::optional<
   if (x.size(0) * size[0] * size[1] == 0 || weight.size(0) == 0) return;
   const bool as_convolution = tile && !tile->is_library() && tile->kind != TileKind::product;
   if (as_convolution && aligned16(out.rows, x.element_size())) {
+    if (tile->kind == TileKind::stem) {
+      return run_stem(x, weight, bias, params.padding, relu, size, std::nullopt, out.rows);
+    }
     const GemmKernels kernels(x.get_device_index());
     const RowView addend = residual.data ? on_16_bytes(residual) : residual;
     const Tensor vector = bias ? on_16_bytes(*bias) : Tensor();
@@ -186,6 +191,31 @@ inline std::optional<Tensor> library_fused(const Tensor& x, const Tensor& weight
   } catch (const std::runtime_error&) {
     return std::nullopt;
   }
+}
+
+inline std::array<int64_t, 2> size_of_result(const Tensor& x, const Tensor& weight, const ConvParams& params) {
+  const Ints kernel{weight.size(2), weight.size(3)};
+  return {conv_out_size(x.size(2), kernel, params, 0), conv_out_size(x.size(3), kernel, params, 1)};
+}
+
+// relu(convolution + bias + residual) as a tensor of this format.
+inline Tensor conv_bias_relu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                             const std::optional<Tensor>& residual, const ConvParams& params, bool relu,
+                             MemoryFormat format) {
+  const std::array<int64_t, 2> size = size_of_result(x, weight, params);
+  if (weight.size(0) == 0) return RowResult(x, 0, size[0], size[1], format).finish();
+  if (bias) bias = torch::stable::contiguous(*bias);
+  const Tile* tile = tile_of(x, weight, params, residual.has_value(), relu, size, /*own=*/true);
+  if (tile && tile->kind == TileKind::library_fused) {
+    if (const std::optional<Tensor> out = library_fused(x, weight, bias, params)) return dense(*out, format);
+  }
+  const bool alone = !bias && !residual && !relu;
+  if (alone && (!tile || tile->kind == TileKind::library)) {
+    return dense(aten_convolution(x, weight, std::nullopt, params), format);
+  }
+  const RowResult out(x, weight.size(0), size[0], size[1], format);
+  convolve(x, weight, bias, rows_of(residual), params, relu, size, {out, static_cast<int>(weight.size(0))}, tile);
+  return out.finish();
 }
 
 }  // namespace fused_cnn

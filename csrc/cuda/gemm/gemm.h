@@ -15,6 +15,7 @@ struct GemmSlice {
 };
 
 constexpr int kGemmSlices = 3;
+constexpr int kSliceStep = 128;  // a multiple of the columns of every tile that takes several slices on sm_90a
 
 // result = relu(product + bias + residual); what is null is left out. The columns go to the slices in order.
 struct GemmEpilogue {

@@ -16,8 +16,19 @@ inline bool gemm_supports(DType dtype, int64_t rows, int64_t inputs, int64_t out
          outputs % 8 == 0 && std::max({rows, inputs, outputs}) <= kMostRows;
 }
 
-inline Tensor concatenated(const std::vector<Tensor>& tensors) {
-  const auto found = call_operator("aten::cat", "", tensors, /*dim=*/int64_t{0});
+// Tensors one below the other, each from a multiple of `step` rows on; what lies between is not initialised.
+inline Tensor concatenated(const std::vector<Tensor>& tensors, int64_t step = 1) {
+  std::vector<Tensor> parts;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& part = tensors[i];
+    parts.push_back(part);
+    std::vector<int64_t> size(part.dim());
+    for (int64_t axis = 0; axis < part.dim(); ++axis) size[axis] = part.size(axis);
+    size[0] = ceil_div(size[0], step) * step - size[0];
+    if (size[0] == 0 || i + 1 == tensors.size()) continue;
+    parts.push_back(torch::stable::empty(size, part.scalar_type(), torch::headeronly::Layout::Strided, part.device()));
+  }
+  const auto found = call_operator("aten::cat", "", parts, /*dim=*/int64_t{0});
   return dense(torch::stable::detail::to<Tensor>(found[0]), MemoryFormat::Contiguous);
 }
 
@@ -91,20 +102,40 @@ inline void finish_convolution(const Tensor& convolution, const std::optional<Te
   bias_residual_relu</*kWideBias=*/false>(convolution, branches, relu, row_count(convolution));
 }
 
-// (out, in, 1, 1) tensors one below the other, each from a multiple of `step` rows on; what lies between is not
-// initialised, and no result depends on it.
-inline Tensor stacked(const std::vector<Tensor>& weights, int64_t step) {
-  if (weights.size() == 1) return dense(weights[0], MemoryFormat::Contiguous);
-  std::vector<Tensor> parts;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor& weight = weights[i];
-    parts.push_back(weight);
-    const int64_t size[] = {ceil_div(weight.size(0), step) * step - weight.size(0), weight.size(1), 1, 1};
-    if (size[0] == 0 || i + 1 == weights.size()) continue;
-    parts.push_back(
-        torch::stable::empty(size, weight.scalar_type(), torch::headeronly::Layout::Strided, weight.device()));
+inline const char* storage_of(const Tensor& t) {
+  int64_t offset = 0;
+  FUSED_CNN_CHECK(aoti_torch_get_storage_offset(t.get(), &offset) == 0, "a tensor has no storage");
+  return static_cast<const char*>(t.data_ptr()) - offset * t.element_size();
+}
+
+// Whether tensors lie one below the other in one memory, each from a multiple of `step` of its rows on, as
+// pack_inception in Python lays them.
+inline bool lie_stacked(const std::vector<Tensor>& parts, int64_t step) {
+  const Tensor& first = parts[0];
+  const char* expected = static_cast<const char*>(first.data_ptr());
+  if (!aligned16(expected)) return false;
+  for (const Tensor& part : parts) {
+    if (part.data_ptr() != expected || !part.is_contiguous() || storage_of(part) != storage_of(first)) return false;
+    const int64_t rows = part.size(0);
+    if (rows > 0) expected += ceil_div(rows, step) * step * (part.numel() / rows) * part.element_size();
   }
-  return concatenated(parts);
+  return true;
+}
+
+// The (outputs, in, 1, 1) tensor that begins with the rows of `first`.
+inline Tensor whole_of(const Tensor& first, int64_t outputs) {
+  const Ints size{outputs, first.size(1), 1, 1}, stride{first.size(1), 1, 1, 1};
+  const auto found = call_operator("aten::as_strided", "", first, size, stride, std::optional<int64_t>());
+  return torch::stable::detail::to<Tensor>(found[0]);
+}
+
+// (out, in, 1, 1) tensors, or vectors, one below the other, each from a multiple of `step` rows on: its memory is what
+// counts, not its size. Where they do not lie so, they are copied; what is between them then is not initialised, and no
+// result depends on it.
+inline Tensor stacked(const std::vector<Tensor>& parts, int64_t step) {
+  if (parts.size() == 1) return dense(parts[0], MemoryFormat::Contiguous);
+  if (lie_stacked(parts, step)) return parts[0];
+  return concatenated(parts, step);
 }
 
 // relu(x weights^T + biases + residual), its columns into the slices in order. x has (N, C, H, W), `in` its rows; there
@@ -127,7 +158,7 @@ inline void pointwise(const Tensor& x, const RowView& in, const std::vector<Tens
     return pointwise(x, in, without(weights), without(biases), residual, relu, without(slices), found);
   }
   std::optional<Tensor> bias;
-  if (!biases.empty()) bias = biases.size() == 1 ? biases[0] : concatenated(biases);
+  if (!biases.empty()) bias = stacked(biases, 1);
   bool supported = gemm_supports(dtype, rows, inputs, outputs) && slices.size() <= kGemmSlices;
   for (const GemmSlice& s : slices) supported &= aligned16(s.rows, x.element_size()) && s.columns % 8 == 0;
   const int device = x.get_device_index();
@@ -143,11 +174,12 @@ inline void pointwise(const Tensor& x, const RowView& in, const std::vector<Tens
                             .kernel_height = 1,
                             .kernel_width = 1,
                             .stride = 1,
-                            .library_takes_all = 0};
+                            .library_takes_all = 0,
+                            .pooled = 0};
       const Tile& tile = found ? *found : kernels.tile_for(problem);
       if (tile.kind == TileKind::product) {
         const RowView a = on_16_bytes(in), addend = residual.data ? on_16_bytes(residual) : residual;
-        const Tensor b = on_16_bytes(stacked(weights, kernels.cores->slices_on_tiles ? tile.n : 1));
+        const Tensor b = on_16_bytes(stacked(weights, kernels.cores->slice_step));
         const Tensor vector = bias ? on_16_bytes(*bias) : Tensor();
         Gemm gemm{.tile = &tile,
                   .dtype = dtype,
@@ -165,8 +197,10 @@ inline void pointwise(const Tensor& x, const RowView& in, const std::vector<Tens
       }
     }
   }
-  finish_convolution(aten_convolution(x, stacked(weights, 1), std::nullopt, same_padding(1)), bias, residual, relu,
-                     slices);
+  const Tensor weight = weights.size() == 1        ? weights[0]
+                        : lie_stacked(weights, 1) ? whole_of(weights[0], outputs)
+                                                  : concatenated(weights);
+  finish_convolution(aten_convolution(x, weight, std::nullopt, same_padding(1)), bias, residual, relu, slices);
 }
 
 }  // namespace fused_cnn

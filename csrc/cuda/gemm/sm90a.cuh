@@ -24,7 +24,7 @@ struct Sm90aProduct {
                          cutlass::gemm::KernelTmaWarpSpecializedPingpong>>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
 
-  // Where there are several slices, each one's rows of b begin at a multiple of kColumns.
+  // Where there are several slices, each one's rows of b begin at a multiple of kSliceStep.
   static cudaError_t run(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
     typename Epilogue::Arguments arguments;
     arguments.slices = gemm.epilogue.slices;
@@ -33,7 +33,7 @@ struct Sm90aProduct {
       const GemmSlice& slice = gemm.epilogue.slice[s];
       arguments.columns[s] = slice.columns;
       arguments.slice[s] = tma_arguments<Stock>(gemm.epilogue, slice.rows, first);
-      columns = (columns + kColumns - 1) / kColumns * kColumns + slice.columns;
+      columns = (columns + kSliceStep - 1) / kSliceStep * kSliceStep + slice.columns;
       first += slice.columns;
     }
     return launch_product<Kernel>(gemm, columns, arguments, multiprocessors, stream);

@@ -9,15 +9,19 @@ namespace fused_cnn {
 // What a convolution is run by: a tile of the product, for 1x1 windows of stride 1; one of the implicit product, whose
 // result is one slice, over x itself or, for a window of stride 2 over few channels, over x with each 2 x 2 pixels as
 // the channels of one (space_to_depth.cuh); the library's convolution and one pass for what follows (a strided 1x1
-// window is then a product over a copy of the pixels that it reads); or the library's convolution with bias and ReLU.
-enum class TileKind { product, convolution, space_to_depth, library, library_fused };
+// window is then a product over a copy of the pixels that it reads); the library's convolution with bias and ReLU; or,
+// for a network's first convolution and the pool behind it, a kernel of both (cuda/stem.h).
+enum class TileKind { product, convolution, space_to_depth, library, library_fused, stem };
 
 constexpr int kMostStemInputs = 4, kMostStemKernel = 8;  // of space_to_depth
+constexpr int kStemInputs = 3, kStemKernel = 7, kStemStride = 2;  // of stem: at most so many, and just these
 
 // A problem as the tables have it (fused_cnn/_tables.py): m rows and n columns of the result, k channels under the
 // window. `library_takes_all`: it is what library_fused may do, with a result of its own under ReLU and no residual.
+// `pooled`: a max pool follows; where its tile is the library's, the convolution is a problem of its own, and the pool a
+// pass.
 struct Problem {
-  int64_t device, dtype, m, n, k, residual, slices, kernel_height, kernel_width, stride, library_takes_all;
+  int64_t device, dtype, m, n, k, residual, slices, kernel_height, kernel_width, stride, library_takes_all, pooled;
 
   bool is_product() const { return kernel_height == 1 && kernel_width == 1 && stride == 1; }
   int64_t inputs() const { return k / (kernel_height * kernel_width); }
@@ -33,8 +37,15 @@ struct Tile {
   const char* measured;
 
   constexpr bool is_library() const { return kind == TileKind::library || kind == TileKind::library_fused; }
+  constexpr bool is_cutlass() const { return !is_library() && kind != TileKind::stem; }
   bool suits(const Problem& problem) const {
     const bool whole_vectors = problem.inputs() % 8 == 0;
+    if (kind == TileKind::stem) {
+      return problem.slices == 1 && !problem.residual && problem.stride == kStemStride &&
+             problem.kernel_height == kStemKernel && problem.kernel_width == kStemKernel &&
+             problem.inputs() <= kStemInputs;
+    }
+    if (problem.pooled) return kind == TileKind::library;
     if (kind == TileKind::product) {
       return problem.is_product() && whole_vectors && (problem.slices == 1 || !problem.residual);
     }
@@ -70,6 +81,7 @@ inline constexpr Tile kSm80Tiles[] = {
                 int multiprocessors) { return problem.n > 64 && tiles::fills(problem, 128, 128, 2 * multiprocessors); },
      .measured = ""},
     {.kind = TileKind::product, .m = 64, .n = 64, .k = 64, .when = tiles::always, .measured = ""},
+    {.kind = TileKind::stem, .m = 112, .n = 64, .k = 16, .when = tiles::always, .measured = ""},
     {.kind = TileKind::library_fused, .m = 0, .n = 0, .k = 0, .when = tiles::never, .measured = ""},
     {.kind = TileKind::library, .m = 0, .n = 0, .k = 0, .when = tiles::always, .measured = ""},
 };
@@ -114,6 +126,7 @@ inline constexpr Tile kSm90aTiles[] = {
      .k = 64,
      .when = tiles::always,
      .measured = "7x7 stride 2 of 3 channels at 224, batch 256: 437, cuDNN's fused call: 2063"},
+    {.kind = TileKind::stem, .m = 112, .n = 64, .k = 16, .when = tiles::never, .measured = ""},
     {.kind = TileKind::convolution,
      .m = 128,
      .n = 192,
@@ -139,11 +152,11 @@ inline constexpr Tile kSm90aTiles[] = {
 // The one of them that a problem runs with (cuda/choices.cu).
 const Tile& tile_for(const Problem& problem, std::span<const Tile> candidates, int multiprocessors);
 
-// What an architecture has; a launch's error says why it could not be. `slices_on_tiles`: in a product of several
-// slices each one's rows of b begin at a multiple of the tile's columns.
+// What an architecture has; a launch's error says why it could not be. In a product of several slices each one's rows
+// of b begin at a multiple of `slice_step`.
 struct TensorCores {
   std::span<const Tile> tiles;
-  bool slices_on_tiles;
+  int slice_step;
   cudaError_t (*product)(const Gemm& gemm, int multiprocessors, cudaStream_t stream);
   cudaError_t (*convolution)(const Convolution& conv, cudaStream_t stream);
 };

@@ -60,7 +60,7 @@ typename Base::Arguments tma_arguments(const GemmEpilogue& epilogue, const Rows&
 }
 
 // Several results side by side, each with descriptors of its own, whose bounds clip a last tile that is not whole: a
-// tile of kColumns columns belongs to one of them.
+// tile of kColumns columns belongs to one of them, which begin at multiples of kSliceStep.
 template <class Base, int kColumns>
 class Sliced : public Base {
  public:
@@ -120,7 +120,7 @@ class Sliced : public Base {
     int column = int(cute::get<1>(at)), s = 0;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i + 1 < kGemmSlices; ++i) {
-      const int tiles = (params_.columns[i] + kColumns - 1) / kColumns;
+      const int tiles = (params_.columns[i] + kSliceStep - 1) / kSliceStep * (kSliceStep / kColumns);
       if (s == i && i + 1 < params_.slices && column >= tiles) {
         column -= tiles;
         ++s;

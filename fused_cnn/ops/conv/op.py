@@ -15,7 +15,17 @@ from ..._candidates import REFERENCE, Candidate, Measurement, offer, refuse_tran
 from ..._layout import empty_nchw, result_format
 from ..._library import define, define_triton, kernel
 from .._autograd import kernel_or, needs_grad, on_a_backend
-from .._conv import ConvGeometry, IntPair, autocast, check_conv, empty_result, is_pointwise, packable, pair
+from .._conv import (
+    ConvGeometry,
+    IntPair,
+    autocast,
+    check_conv,
+    empty_result,
+    is_pointwise,
+    packable,
+    pair,
+    runs_on_gpu_kernels,
+)
 from .._flops import conv_flops, flop_formula
 from . import reference
 
@@ -120,12 +130,15 @@ def pack_conv(
     inputs such as `like`.
 
     Packed where the native CPU convolution will run (the bias, kept in float32, is then inside); else both in `like`'s
-    dtype.
+    dtype, and channels_last where CUDA kernels may run, which copy others at every call.
     """
     if groups == 1 and weight.size(0) > 0 and packable(like, "conv_bias_relu_fwd", backend):
         data = kernel("conv_bias_relu_pack", "native")(weight.to(like.dtype), bias, pair(stride), pair(dilation))
         return PackedConv(data, weight.shape), None
-    return weight.to(like.dtype), None if bias is None else bias.to(like.dtype)
+    weight, bias = weight.to(like.dtype), None if bias is None else bias.to(like.dtype)
+    if runs_on_gpu_kernels(like, "conv_bias_relu_fwd", backend):
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    return weight, bias
 
 
 class _ConvBiasReLU(torch.autograd.Function):

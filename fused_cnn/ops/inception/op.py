@@ -17,15 +17,16 @@ from torch import Tensor
 from ..._candidates import REFERENCE, TRITON, Candidate, Measurement, best, offer, refuse_transforms, resolve, tunable
 from ..._checks import check_nchw, check_same, check_vector
 from ..._layout import empty_nchw
-from ..._library import define, define_triton, kernel
+from ..._library import define, define_triton, kernel, slice_step
 from .._autograd import kernel_or, needs_grad, on_a_backend
-from .._conv import autocast, packable
+from .._conv import autocast, packable, runs_on_gpu_kernels
 from .._flops import flop_formula
 from ..conv import reference as conv_reference
 from . import reference
 
 CONVOLUTIONS = ("branch1", "reduce3", "conv3", "reduce5", "conv5", "pool_proj")
 OUTPUTS = (0, 2, 4, 5)  # which of them write into the result, in this order
+PARALLEL = (0, 1, 3)  # those that read x
 POOL = ([3, 3], [1, 1], [1, 1], [1, 1])  # kernel, stride, padding, dilation
 aten = torch.ops.aten
 
@@ -99,13 +100,36 @@ def pack_inception(
     weights: Sequence[Tensor], biases: Sequence[Tensor], *, like: Tensor, backend: str | None = None
 ) -> tuple[Sequence[Tensor] | PackedInception, Sequence[Tensor]]:
     """The weights and biases to call inception with many times, without gradients, on inputs of `like`'s dtype and
-    device."""
+    device.
+
+    Packed where the native CPU kernels will run; where CUDA kernels may, the weights of one product lie one below the
+    other, which spares a copy of them at every call.
+    """
     weights = [w.to(like.dtype) for w in weights]
     if packable(like, "inception_fwd", backend):
         data = kernel("inception_pack", "native")(weights, biases)
         channels = tuple(w.size(0) for w in weights)
         return PackedInception(data, weights[0].size(1), channels, (weights[2].size(2), weights[4].size(2))), ()
-    return weights, [b.to(like.dtype) for b in biases]
+    biases = [b.to(like.dtype) for b in biases]
+    if runs_on_gpu_kernels(like, "inception_fwd", backend):
+        step = slice_step(like.device) if like.dtype in (torch.float16, torch.bfloat16) else 1
+        weights = [w.contiguous(memory_format=torch.channels_last) for w in weights]
+        for found, every in ((weights, step), (biases, 1)):
+            for i, part in zip(PARALLEL, one_below_the_other([found[i] for i in PARALLEL], every), strict=True):
+                found[i] = part
+    return weights, biases
+
+
+def one_below_the_other(parts: Sequence[Tensor], step: int) -> list[Tensor]:
+    """Copies of tensors that lie in one memory, each from a multiple of `step` rows on, with zeros between."""
+    starts = [0]
+    for part in parts:
+        starts.append(starts[-1] + -(-part.size(0) // step) * step)
+    whole = parts[0].new_zeros(starts[-2] + parts[-1].size(0), *parts[0].shape[1:])
+    places = [whole[start : start + part.size(0)] for start, part in zip(starts, parts, strict=False)]
+    for place, part in zip(places, parts, strict=True):
+        place.copy_(part)
+    return places
 
 
 class _Inception(torch.autograd.Function):

@@ -52,6 +52,17 @@ offer(
 )
 
 
+def gradient(grad_out: Tensor, x: Tensor, *window: Any, backend: str) -> Tensor:
+    """x's gradient, by the backend or, where that has no kernel for it, by the best that has."""
+    if backend != "reference" and not has_kernel("max_pool2d_bwd", backend, x.device.type):
+        backend = best("max_pool2d_bwd", x.device, x.dtype)
+    taps = window[0][0] * window[0][1]  # Triton keeps an index as one byte
+    if not (taps <= 255 if backend == "triton" else x.dtype in (torch.float32, torch.bfloat16)):
+        backend = "reference"
+    grad: Tensor = kernel_or(reference.max_pool2d_bwd, "max_pool2d_bwd", backend)(grad_out, x, *window)
+    return grad
+
+
 class _MaxPool2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, backend: str, *window: Any) -> Tensor:
@@ -63,13 +74,7 @@ class _MaxPool2d(torch.autograd.Function):
     @on_a_backend
     def backward(ctx: Any, backend: str, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        if backend != "reference" and not has_kernel("max_pool2d_bwd", backend, x.device.type):
-            backend = best("max_pool2d_bwd", x.device, x.dtype)
-        taps = ctx.window[0][0] * ctx.window[0][1]  # Triton keeps an index as one byte
-        if not (taps <= 255 if backend == "triton" else x.dtype in (torch.float32, torch.bfloat16)):
-            backend = "reference"
-        grad = kernel_or(reference.max_pool2d_bwd, "max_pool2d_bwd", backend)(grad_out, x, *ctx.window)
-        return (grad, *[None] * 6)
+        return (gradient(grad_out, x, *ctx.window, backend=backend), *[None] * 6)
 
 
 @tunable

@@ -1,81 +1,15 @@
-// Max pooling over rows of channels, without indices: out = max over each window, padding -inf, NaN wins.
-#pragma once
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#endif
+// The kernel of cuda/max_pool.h.
+#include "cuda/max_pool.h"
 #include <algorithm>
-#include <array>
 #include <limits>
 #include "cuda/launch.cuh"
-#include "cuda/vector.cuh"
-#include "shared/rows.h"
+#include "cuda/maxima.cuh"
 
 namespace fused_cnn {
-
-struct PoolWindow {
-  std::array<int, 2> kernel, stride, padding, dilation;
-};
+namespace {
 
 constexpr int kPoolThreads = 256;
 constexpr int kPoolRun = 4;  // results beside each other in a thread, whose windows share what is loaded
-
-// The largest of 8 channels' values so far; NaN is larger than all.
-template <typename T>
-struct Maxima {
-  compute_t<T> best[kVec];
-
-  __device__ Maxima() {
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) best[j] = -std::numeric_limits<compute_t<T>>::infinity();
-  }
-  __device__ void take(const Vec8<T>& value) {
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) {
-      const compute_t<T> v = to_compute(value.v[j]);
-      best[j] = v > best[j] || v != v ? v : best[j];
-    }
-  }
-  __device__ Vec8<T> result() const {
-    Vec8<T> vec;
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) from_compute(best[j], &vec.v[j]);
-    return vec;
-  }
-};
-
-#ifdef __CUDACC__
-// Two channels by one instruction.
-template <typename T, typename Pair>
-struct PairedMaxima {
-  Pair best[kVec / 2];
-
-  __device__ explicit PairedMaxima(Pair lowest) {
-#pragma unroll
-    for (int j = 0; j < kVec / 2; ++j) best[j] = lowest;
-  }
-  __device__ void take(const Vec8<T>& value) {
-    Pair pairs[kVec / 2];
-    memcpy(pairs, &value, sizeof(value));
-#pragma unroll
-    for (int j = 0; j < kVec / 2; ++j) best[j] = __hmax2_nan(best[j], pairs[j]);
-  }
-  __device__ Vec8<T> result() const {
-    Vec8<T> vec;
-    memcpy(&vec, best, sizeof(vec));
-    return vec;
-  }
-};
-
-template <>
-struct Maxima<bf16_t> : PairedMaxima<bf16_t, __nv_bfloat162> {
-  __device__ Maxima() : PairedMaxima(__float2bfloat162_rn(-std::numeric_limits<float>::infinity())) {}
-};
-template <>
-struct Maxima<f16_t> : PairedMaxima<f16_t, __half2> {
-  __device__ Maxima() : PairedMaxima(__float2half2_rn(-std::numeric_limits<float>::infinity())) {}
-};
-#endif
 
 struct PoolShape {
   int channels, height, width, out_height, out_width;
@@ -143,8 +77,9 @@ __global__ void __launch_bounds__(kPoolThreads)
   }
 }
 
-// x's rows pooled into out's, (N, C, H', W').
-inline void max_pool(const Tensor& x, const RowView& in, const Tensor& out, const PoolWindow& window) {
+}  // namespace
+
+void max_pool(const Tensor& x, const RowView& in, const Tensor& out, const PoolWindow& window) {
   const DType dtype = dtype_of("max_pool2d", "x", x);
   const auto size = [](int64_t value) { return static_cast<int>(value); };
   constexpr int64_t kMost = std::numeric_limits<int>::max() - kVec;  // rounded up to whole threads it is an int

@@ -1,0 +1,176 @@
+"""Before a build's kernels run on a GPU for the first time, those that take a shape's place by rule or by measurement
+are compared with PyTorch's operators on the processor.
+
+A kernel may be right on one GPU and wrong on another, or under another driver. The inputs are small whole numbers, so
+that sums are exact in any order and results must be equal to the bit; there are enough of them that a persistent block
+takes several tiles, and none fills its last tile. What comes out is kept with the device's table (_tables.py): a few
+hundred milliseconds, once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _library
+from ._trees import mapped
+
+DTYPES = (torch.bfloat16, torch.float16)
+TILE, OP = "tile", "op"  # what a key begins with: a tile of the CUDA library, or a whole op of it
+ALL = ("all",)  # the key that says that nothing is left to compare
+
+
+class Case(NamedTuple):
+    """A call of a native op, on the processor in float32, and what it must give."""
+
+    op: str
+    arguments: tuple[Any, ...]
+    expected: Tensor
+
+
+def _whole(generator: torch.Generator, largest: int, *shape: int) -> Tensor:
+    t = torch.randint(-largest, largest + 1, shape, generator=generator, dtype=torch.float32, device="cpu")
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
+def _convolution(
+    whole: Callable[..., Tensor],
+    x: Sequence[int],
+    outputs: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    residual: bool,
+) -> Case:
+    images, weight, bias = whole(1, *x), whole(1, outputs, x[1], kernel, kernel), whole(8, outputs)
+    y = F.conv2d(images, weight, bias, stride, padding)
+    added = whole(8, *y.shape) if residual else None
+    geometry = ([stride, stride], [padding, padding], [1, 1], 1)
+    expected = torch.relu(y if added is None else y + added)
+    return Case("conv_bias_relu_fwd", (images, weight, bias, added, *geometry, True), expected)
+
+
+def _inception(whole: Callable[..., Tensor]) -> Case:
+    x = whole(1, 3, 72, 11, 13)
+    shapes = ((136, 72, 1), (24, 72, 1), (40, 24, 3), (16, 72, 1), (8, 16, 5), (24, 72, 1))
+    weights = [whole(1, out, inputs, side, side) for out, inputs, side in shapes]
+    biases = [whole(8, out) for out, *_ in shapes]
+
+    def conv(i: int, of: Tensor) -> Tensor:
+        return torch.relu(F.conv2d(of, weights[i], biases[i], padding=shapes[i][2] // 2))
+
+    branches = conv(0, x), conv(2, conv(1, x)), conv(4, conv(3, x)), conv(5, F.max_pool2d(x, 3, 1, 1))
+    return Case("inception_fwd", (x, weights, biases), torch.cat(branches, 1))
+
+
+def cases() -> Iterator[Case]:
+    whole = functools.partial(_whole, torch.Generator("cpu").manual_seed(0))
+    yield _convolution(whole, (9, 72, 46, 47), 136, 1, 1, 0, residual=True)
+    yield _convolution(whole, (3, 72, 11, 13), 136, 3, 1, 1, residual=False)
+    yield _convolution(whole, (3, 72, 11, 13), 200, 3, 2, 1, residual=True)
+    yield _convolution(whole, (3, 3, 45, 37), 72, 7, 2, 3, residual=False)
+    yield _inception(whole)
+    x = whole(100, 3, 72, 23, 17)
+    for kernel, stride, padding in ((3, 2, 1), (3, 1, 1), (2, 2, 0)):
+        window = ([kernel] * 2, [stride] * 2, [padding] * 2, [1, 1], False)
+        yield Case("max_pool2d_fwd", (x, *window), F.max_pool2d(x, kernel, stride, padding))
+
+
+def compare(
+    library: ctypes.CDLL,
+    kernel: Callable[[str], Callable[..., Tensor]],
+    device: torch.device,
+    known: Mapping[tuple[Any, ...], bool] = {},
+) -> dict[tuple[Any, ...], bool]:
+    """Whether each tile and each op gives PyTorch's results on `device`, ; ALL is among the keys unless a kernel could not be run, behind which nothing more can be said: its error may be the device's from then on.
+
+    A key is (TILE, dtype's number, kind, m, n, k), or, of an op that has no tiles, (OP, its name). `known` holds what
+    was found wrong before, which is not run again.
+    """
+    found: dict[tuple[Any, ...], bool] = {}
+    for dtype in DTYPES:
+        for case in cases():
+
+            def placed(t: Tensor, dtype: torch.dtype = dtype) -> Tensor:
+                return t.to(device, dtype)
+
+            run = functools.partial(kernel(case.op), *mapped(placed, case.arguments, Tensor))
+            expected = case.expected.to(dtype)
+
+            def is_right(run: Callable[[], Tensor] = run, expected: Tensor = expected) -> bool:
+                return torch.equal(run().cpu(), expected)
+
+            try:
+                has_tiles = False
+                for problem, tile in _tiles(library, run, device):
+                    has_tiles = True
+                    key = (TILE, problem[1], *tile)
+                    if known.get(key) is False or found.get(key) is False:
+                        continue
+                    found[key] = False  # of what does not run
+                    _library.choose_tile(library, problem, tile)
+                    try:
+                        found[key] = is_right()
+                    finally:
+                        _library.choose_tile(library, problem, None)
+                    if not found[key]:
+                        _library.refuse_tile(library, problem, tile)
+                key = (OP, case.op)
+                if not has_tiles and known.get(key) is not False and found.get(key) is not False:
+                    found[key] = False
+                    found[key] = is_right()
+            except RuntimeError:
+                return found
+    return {**found, ALL: True}
+
+
+def refuse(library: ctypes.CDLL, device: torch.device, checks: Mapping[tuple[Any, ...], bool]) -> None:
+    """See that nothing runs which was found wrong."""
+    for (kind, *which), right in checks.items():
+        if not right and kind == TILE:
+            dtype, *tile = which
+            problem = (device.index or 0, dtype, *[0] * (library.fused_cnn_problem_values() - 2))
+            _library.refuse_tile(library, problem, tuple(tile))
+        elif not right:
+            _library.withdraw(which[0], "native", device.type)
+
+
+def name_of(key: tuple[Any, ...]) -> str:
+    """What a key stands for, in words."""
+    kind, *which = key
+    if kind == OP:
+        return f"the kernel of {which[0]}"
+    return "the tensor-core kernel (dtype {}, kind {}, tile {} x {} x {})".format(*which)
+
+
+def _tiles(
+    library: ctypes.CDLL, run: Callable[[], Tensor], device: torch.device
+) -> Iterator[tuple[_library.Problem, _library.Tile]]:
+    """The tiles of our own kernels that may run a call's problems on this device."""
+    for problem in _library.problems_of(library, run):
+        if problem[0] == (-1 if device.type == "cpu" else device.index or 0):
+            for tile in _library.tiles_of(library, problem):
+                if tile[0] not in _library.LIBRARY_TILES:
+                    yield problem, tile
+
+
+def on_its_own(work: Callable[[], dict[tuple[Any, ...], bool]]) -> dict[tuple[Any, ...], bool]:
+    """What `work` gives in a thread of its own, where none of the caller's modes, autocast and gradients among them,
+    are in force."""
+    found: dict[tuple[Any, ...], bool] = {}
+
+    def body() -> None:
+        with torch.no_grad():
+            found.update(work())
+
+    thread = threading.Thread(target=body, name="fused_cnn first use")
+    thread.start()
+    thread.join()
+    return found
