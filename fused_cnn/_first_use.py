@@ -41,13 +41,7 @@ def _whole(generator: torch.Generator, largest: int, *shape: int) -> Tensor:
 
 
 def _convolution(
-    whole: Callable[..., Tensor],
-    x: Sequence[int],
-    outputs: int,
-    kernel: int,
-    stride: int,
-    padding: int,
-    residual: bool,
+    whole: Callable[..., Tensor], x: Sequence[int], outputs: int, kernel: int, stride: int, padding: int, residual: bool
 ) -> Case:
     images, weight, bias = whole(1, *x), whole(1, outputs, x[1], kernel, kernel), whole(8, outputs)
     y = F.conv2d(images, weight, bias, stride, padding)
@@ -70,13 +64,23 @@ def _inception(whole: Callable[..., Tensor]) -> Case:
     return Case("inception_fwd", (x, weights, biases), torch.cat(branches, 1))
 
 
+def _stem(whole: Callable[..., Tensor], pool_padding: int, ceil_mode: bool) -> Case:
+    x, weight, bias = whole(1, 3, 3, 75, 52), whole(1, 72, 3, 7, 7), whole(8, 72)
+    y = torch.relu(F.conv2d(x, weight, bias, 2, 3))
+    expected = F.max_pool2d(y, 3, 2, pool_padding, ceil_mode=ceil_mode)
+    return Case("stem_fwd", (x, weight, bias, [2, 2], [3, 3], pool_padding, ceil_mode), expected)
+
+
 def cases() -> Iterator[Case]:
+    """The first has so many rows that a persistent block takes several of its tiles."""
     whole = functools.partial(_whole, torch.Generator("cpu").manual_seed(0))
     yield _convolution(whole, (9, 72, 46, 47), 136, 1, 1, 0, residual=True)
     yield _convolution(whole, (3, 72, 11, 13), 136, 3, 1, 1, residual=False)
     yield _convolution(whole, (3, 72, 11, 13), 200, 3, 2, 1, residual=True)
     yield _convolution(whole, (3, 3, 45, 37), 72, 7, 2, 3, residual=False)
     yield _inception(whole)
+    yield _stem(whole, 1, False)
+    yield _stem(whole, 0, True)
     x = whole(100, 3, 72, 23, 17)
     for kernel, stride, padding in ((3, 2, 1), (3, 1, 1), (2, 2, 0)):
         window = ([kernel] * 2, [stride] * 2, [padding] * 2, [1, 1], False)
@@ -89,10 +93,11 @@ def compare(
     device: torch.device,
     known: Mapping[tuple[Any, ...], bool] = {},
 ) -> dict[tuple[Any, ...], bool]:
-    """Whether each tile and each op gives PyTorch's results on `device`, ; ALL is among the keys unless a kernel could not be run, behind which nothing more can be said: its error may be the device's from then on.
+    """Whether each tile and each op gives PyTorch's results on `device`; ALL is among the keys unless a kernel could
+    not be run, behind which nothing more can be said: its error may be the device's from then on.
 
     A key is (TILE, dtype's number, kind, m, n, k), or, of an op that has no tiles, (OP, its name). `known` holds what
-    was found wrong before, which is not run again.
+    was found wrong before, which is not run again. A tile that is found wrong is refused at once.
     """
     found: dict[tuple[Any, ...], bool] = {}
     for dtype in DTYPES:
@@ -122,10 +127,10 @@ def compare(
                         _library.choose_tile(library, problem, None)
                     if not found[key]:
                         _library.refuse_tile(library, problem, tile)
-                key = (OP, case.op)
-                if not has_tiles and known.get(key) is not False and found.get(key) is not False:
-                    found[key] = False
-                    found[key] = is_right()
+                op = (OP, case.op)
+                if not has_tiles and known.get(op) is not False and found.get(op) is not False:
+                    found[op] = False
+                    found[op] = is_right()
             except RuntimeError:
                 return found
     return {**found, ALL: True}

@@ -212,10 +212,12 @@ def choose_tile(library: ctypes.CDLL, problem: Problem, tile: Tile | None) -> No
         raise ValueError(f"no tile {tile} may run {problem}")
 
 
-def refuse_tile(library: ctypes.CDLL, problem: Problem, tile: Tile) -> None:
-    """Run nothing of this problem's device and dtype with that tile from now on; the library's own cannot be refused."""
+def refuse_tile(library: ctypes.CDLL, problem: Problem, tile: Tile, refused: bool = True) -> None:
+    """Run nothing of this problem's device and dtype with that tile from now on, or (refused=False) what asks for it
+    again; cuDNN's own cannot be refused."""
     library.fused_cnn_refuse_tile.restype = ctypes.c_bool
-    library.fused_cnn_refuse_tile(_values(library, problem), _major(problem), (ctypes.c_int * 4)(*tile))
+    named = (ctypes.c_int * 4)(*tile)
+    library.fused_cnn_refuse_tile(_values(library, problem), _major(problem), named, ctypes.c_bool(refused))
 
 
 def slice_step(device: torch.device) -> int:

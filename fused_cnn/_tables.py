@@ -214,10 +214,11 @@ def _load(device: torch.device) -> Table:
 
 
 def _check(device: torch.device, known: Table) -> None:
-    """Compare the kernels of the CUDA library, where that was not done before, and see that none which is wrong runs."""
+    """Compare the CUDA library's kernels, where that was not done before, and see that none which is wrong runs."""
     library = _library.cuda.loaded
     assert library is not None
     place = torch.device("cuda", device.index or 0)
+    _first_use.refuse(library, place, known.checks)
     if _first_use.ALL not in known.checks and not torch.cuda.is_current_stream_capturing():
         kernel = functools.partial(_library.kernel, backend="native")
         new = _first_use.on_its_own(lambda: _first_use.compare(library, kernel, place, known.checks))
@@ -230,7 +231,7 @@ def _check(device: torch.device, known: Table) -> None:
         known.checks |= {key: right for key, right in new.items() if key == _first_use.ALL or not right}
         with contextlib.suppress(OSError, RuntimeError):  # each process compares where nothing can be kept
             save(cache_file(device), Table(checks=known.checks), facts(device))
-    _first_use.refuse(library, place, known.checks)
+        _first_use.refuse(library, place, known.checks)
 
 
 def forget() -> None:

@@ -71,11 +71,15 @@ def build(csrc: Path, rooms: Sequence[str]) -> Path:
     stand_in = _digest(torch.__version__, repr((FLAGS, STABLE, CHECKED)), *_files(SIMT))
     headers = _digest(stand_in, *(path for path in _files(csrc) if path.suffix != ".cu"))
     jobs = {f"simt-{stand_in}": [SIMT / "simt.cpp"]}
-    sources = sorted(path for room in ("cuda", *rooms) for path in (csrc / room).glob("*.cu"))
-    sources.remove(csrc / "cuda" / "tensor_cores.cu")  # gemm.cpp stands for it
+    sources = sorted(path for room in rooms for path in (csrc / room).glob("*.cu"))
+    used = "".join(path.read_text() for path in sources)
+    if "cuda/max_pool.h" in used:
+        sources.append(csrc / "cuda" / "max_pool.cu")
+    if "cuda/gemm/" in used:
+        sources += [csrc / "cuda" / "choices.cu", csrc / "cuda" / "stem.cu"]
+        jobs[f"products-{headers}"] = [*STABLE, *CHECKED, SIMT / "gemm.cpp"]
     for path in sources:
         jobs[f"{path.parent.name}-{path.stem}-{_digest(headers, path)}"] = [*STABLE, *CHECKED, register, path]
-    jobs[f"products-{headers}"] = [*STABLE, *CHECKED, SIMT / "gemm.cpp"]
     library = BUILD / f"{_digest(*jobs)}.so"
 
     def make(command: list[Any], made: Path) -> None:

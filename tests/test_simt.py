@@ -2,7 +2,9 @@
 (simt_backend.py)."""
 
 import ctypes
+import functools
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ import pytest
 import simt_backend
 import torch
 from conftest import DEVICE
+from torch.profiler import ProfilerActivity, profile
 
-from fused_cnn import _library, _tables, tuning
-from fused_cnn.ops import add_relu, concat_bias_relu, conv1x1_bias_relu, conv_bias_relu, inception
+from fused_cnn import _first_use, _library, _tables, tuning
+from fused_cnn.ops import add_relu, concat_bias_relu, conv1x1_bias_relu, conv_bias_relu, inception, pack_inception, stem
 from fused_cnn.ops._cases import LAYOUTS, Case, OpCases
 from fused_cnn.ops._conv import IntPair
 from fused_cnn.ops.inception.op import weight_shapes
@@ -183,9 +186,27 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
             OUTSIDE,
         ),
     },
+    "stem": {
+        "the row that two windows share": (
+            "cuda/stem.cu",
+            "best[j][h] = pairs[j][h];  //",
+            "best[j][h] = best[j][h];  //",
+            "differ",
+        ),
+        "a column of the window left out": ("cuda/stem.cu", "d < kStemPoolKernel", "d < kStemPoolKernel - 1", "differ"),
+        "rows of x that are still in use": (
+            "cuda/stem.cu",
+            "constexpr int kRing = 16;",
+            "constexpr int kRing = 8;",
+            "differ",
+        ),
+        "results that are still in use": ("cuda/stem.cu", "step % 2 * D::", "step % 1 * D::", "differ"),
+        "outputs past the last": ("cuda/stem.cu", "if (first_output + output >= s.outputs) continue;", "", OUTSIDE),
+        "pixels past the last": ("cuda/stem.cu", "column >= 0 && column < s.width)", "column >= 0)", OUTSIDE),
+    },
     "max_pool2d": {
         "a column of the window left out": (
-            "cuda/max_pool.cuh",
+            "cuda/max_pool.cu",
             "+ kKernel) best[r]",
             "+ kKernel - 1) best[r]",
             "error=",
@@ -245,10 +266,10 @@ def test_the_table_decides_which_tile_a_product_runs_with(
 
     X, W = (last(torch.randn(shape, dtype=torch.float16)) for shape in ((1, 16, 4, 4), (24, 16, 1, 1)))
     (problem,) = _library.problems_of(library, work)
-    assert problem[2:] == (16, 24, 16, 0, 1, 1, 1, 1, 1)
+    assert problem[2:] == (16, 24, 16, 0, 1, 1, 1, 1, 1, 0)
     large, small, of_library = _library.tiles_of(library, problem)
     assert (large, small, of_library) == ((0, 128, 128, 64), (0, 64, 64, 64), (3, 0, 0, 0))
-    assert _library.tiles_of(library, (*problem[:-2], 2, 1)) == [(1, 128, 64, 64), of_library]
+    assert _library.tiles_of(library, (*problem[:-3], 2, 1, 0)) == [(1, 128, 64, 64), of_library]
     used = ctypes.c_int.in_dll(library, "simt_gemm_tile")
 
     def tile_of(run: Callable[[], object]) -> _library.Tile:
@@ -319,6 +340,107 @@ def test_convolutions_by_tensor_cores_take_every_geometry(
             found = conv_bias_relu(x, weight, bias, added, relu=relu, backend="simt", **how).double()
             # A rounding of the result to float16's eleven bits, and one of the convolution where it is the library's.
             torch.testing.assert_close(found, expected.relu() if relu else expected, rtol=2e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("padding", [3, (0, 6), (2, 1)], ids=str)
+def test_the_stems_kernel_takes_every_padding_and_layout(channels: int, padding: IntPair) -> None:
+    library = simt_backend.install()
+    weight = torch.randn(72, channels, 7, 7).half() / (49 * channels) ** 0.5
+    for size in ((9, 14), (30, 24), (11, 250)):  # the last is wider than a block's tile
+        images = torch.randn(2, channels, *size, dtype=torch.float16)
+        for x in (images, last(images), torch.cat([last(images)] * 2, 1)[:, :channels]):
+            for bias, relu in ((torch.randn(72).half(), True), (None, False)):
+
+                def work(x: Any = x, bias: Any = bias, relu: bool = relu) -> torch.Tensor:
+                    return conv_bias_relu(x, weight, bias, stride=2, padding=padding, relu=relu, backend="simt")
+
+                exact = torch.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), 2, padding)
+                (problem,) = _library.problems_of(library, work)
+                _library.choose_tile(library, problem, (5, 112, 64, 16))
+                found = work().double()
+                _library.choose_tile(library, problem, None)
+                expected = exact.relu() if relu else exact
+                torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)  # one rounding to eleven bits
+
+
+def test_a_stem_and_its_pool_are_what_the_parts_are_to_the_bit(checked_memory: None) -> None:
+    # The order of a sum of 147 products is another: whole numbers do not show it.
+    x, weight = (torch.randint(-2, 3, shape).half() for shape in ((2, 3, 33, 30), (16, 3, 7, 7)))
+    bias = torch.randint(-9, 9, (16,)).half()
+    for pool_padding, ceil_mode in ((1, False), (0, True), (0, False)):
+        how: dict[str, Any] = {"pool_padding": pool_padding, "ceil_mode": ceil_mode}
+        y = torch.relu(torch.conv2d(x.float(), weight.float(), bias.float(), 2, 3))
+        expected = torch.max_pool2d(y, 3, 2, pool_padding, ceil_mode=ceil_mode)
+        assert torch.equal(stem(last(x), weight, bias, **how, backend="simt"), expected.half())
+
+
+def test_parallel_weights_that_lie_below_each_other_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = simt_backend.install()
+    step = library.fused_cnn_slice_step(9)
+    op = sys.modules["fused_cnn.ops.inception.op"]
+    monkeypatch.setattr(op, "runs_on_gpu_kernels", lambda *args: True)
+    monkeypatch.setattr(op, "packable", lambda *args: False)
+    monkeypatch.setattr(op, "slice_step", lambda device: step)
+    x = last(torch.randn(1, 8, 5, 5, dtype=torch.float16))
+    for dtype in (torch.float16, torch.float32):
+        shapes = weight_shapes(8, (136, 16, 8, 72, 8, 8), (3, 3))
+        weights, biases = [torch.randn(s).to(dtype) / 4 for s in shapes], [torch.randn(s[0]).to(dtype) for s in shapes]
+        packed = pack_inception(weights, biases, like=x.to(dtype))
+
+        def cats(*parameters: Any, dtype: torch.dtype = dtype) -> tuple[torch.Tensor, int]:
+            with profile(activities=[ProfilerActivity.CPU]) as found:
+                out = inception(x.to(dtype), *parameters, backend="simt")
+            return out, sum(event.name == "aten::cat" for event in found.events())
+
+        (expected, copies), (out, none) = cats(weights, biases), cats(*packed)
+        assert (copies, none) == (2, 0)  # of the weights and of the biases
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+        # What only looks as if it lay so is copied.
+        (first, *others), _ = packed
+        assert cats([first.clone(), *others], packed[1])[1] == 1
+
+
+def test_a_tile_that_is_wrong_is_found_before_its_first_use_and_never_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = simt_backend.install()
+    used = ctypes.c_int.in_dll(library, "simt_gemm_tile")
+    wrong, right = (0, 128, 128, 64), (0, 64, 64, 64)
+    whole = functools.partial(_first_use._whole, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(_first_use, "DTYPES", (torch.float16,))
+    monkeypatch.setattr(
+        _first_use, "cases", lambda: [_first_use._convolution(whole, (2, 16, 9, 8), 24, 1, 1, 0, residual=True)]
+    )
+
+    def kernel(op: str) -> Callable[..., torch.Tensor]:
+        def call(*args: Any) -> torch.Tensor:
+            used.value = -1
+            out: torch.Tensor = _library.kernel(op, "simt")(*args)
+            if fails and used.value == 0:
+                raise RuntimeError("launch failed")
+            return out + (used.value == 0)  # the first of the stand-in's tiles
+
+        return call
+
+    half = 2  # DType::f16
+    for fails in (False, True):
+        found = _first_use.compare(library, kernel, torch.device("cpu"))
+        try:
+            assert found[(_first_use.TILE, half, *wrong)] is False
+            if fails:  # nothing is known of what comes behind
+                assert _first_use.ALL not in found
+            else:
+                assert found[(_first_use.TILE, half, *right)] is True and found[_first_use.ALL] is True
+                problem = (-1, half, 1 << 20, 256, 64, 0, 1, 1, 1, 1, 0, 0)  # for which it would be chosen
+                assert _library.tiles_of(library, problem) == [right, (3, 0, 0, 0)]
+                with pytest.raises(ValueError, match="no tile"):
+                    _library.choose_tile(library, problem, wrong)
+                assert _library.tiles_of(library, (-1, 3, *problem[2:]))[0] == wrong  # in bfloat16 it may
+                known = {key: right for key, right in found.items() if not right}
+                assert (_first_use.TILE, half, *wrong) not in _first_use.compare(
+                    library, kernel, torch.device("cpu"), known
+                )
+        finally:
+            _library.refuse_tile(library, (-1, half, *[0] * 10), wrong, refused=False)
 
 
 def test_what_is_not_finite_reaches_one_pixel_further_behind_an_odd_stem() -> None:

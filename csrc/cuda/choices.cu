@@ -53,7 +53,10 @@ std::vector<const Tile*> suitable(const Problem& problem, int major) {
 
 const Tile& tile_for(const Problem& problem, std::span<const Tile> candidates, int multiprocessors) {
   const std::lock_guard lock(mutex);
-  if (recording) recorded.push_back(problem);
+  if (recording) {
+    recorded.push_back(problem);
+    return candidates.back();  // the library's, which runs wherever it is asked to
+  }
   if (const auto found = chosen.find(problem); found != chosen.end()) return *found->second;
   return *std::find_if(candidates.begin(), std::prev(candidates.end()),
                        [&](const Tile& tile) { return may_run(tile, problem) && tile.when(problem, multiprocessors); });
@@ -99,15 +102,19 @@ FUSED_CNN_EXPORT bool fused_cnn_choose_tile(const int64_t* values, int major, co
   return false;
 }
 
-// No problem of this one's device and dtype runs with this tile from now on; false where it is the library's, which all
-// others are compared with, or none of the architecture's.
-FUSED_CNN_EXPORT bool fused_cnn_refuse_tile(const int64_t* values, int major, const int* tile) {
+// No problem of this one's device and dtype runs with this tile from now on, or (refuse = false) all may again; false
+// where it is the library's, which always may, or none of the architecture's.
+FUSED_CNN_EXPORT bool fused_cnn_refuse_tile(const int64_t* values, int major, const int* tile, bool refuse) {
   const Problem problem = problem_of(values);
   const TensorCores* cores = tensor_cores(major);
   if (!cores) return false;
   const std::lock_guard lock(mutex);
   for (const Tile& candidate : cores->tiles) {
     if (candidate.is_library() || !is_named(candidate, tile)) continue;
+    if (!refuse) {
+      refused.erase({problem.device, problem.dtype, &candidate});
+      return true;
+    }
     refused.emplace(problem.device, problem.dtype, &candidate);
     std::erase_if(chosen, [&](const auto& entry) {
       return entry.second == &candidate && entry.first.device == problem.device && entry.first.dtype == problem.dtype;
@@ -123,8 +130,8 @@ FUSED_CNN_EXPORT int fused_cnn_slice_step(int major) {
   return cores ? cores->slice_step : 1;
 }
 
-// Begins to record problems, or (on = false) ends it, fills as many as `capacity` allows and returns how many there
-// were.
+// Begins to record problems, which then run by the library, or (on = false) ends it, fills as many as `capacity` allows
+// and returns how many there were.
 FUSED_CNN_EXPORT int64_t fused_cnn_record_problems(bool on, int64_t* values, int64_t capacity) {
   const std::lock_guard lock(mutex);
   recording = on;

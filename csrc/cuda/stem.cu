@@ -1,7 +1,8 @@
 // The stem of a network in one kernel. In channels_last the 7 pixels x C channels that a row of the window covers are
 // adjacent values; an eighth pixel, before or behind them, whose weights are zero, makes them begin on 4 bytes and be C
 // times 8 of the product's inner dimension: a convolution over 3 channels has 7 x 24 of it, not the 392 that cuDNN pads
-// it to. Values that are not finite reach one pixel further in a row than PyTorch's. What the convolution gives is never written where a pool follows.
+// it to. Values that are not finite reach one pixel further in a row than PyTorch's. What the convolution gives is
+// never written where a pool follows.
 //
 // A persistent block takes bands of an image: rows of x stand in a ring in shared memory, which the rows that come next
 // fill while tensor cores are at work. A warp has 16 pixels of a convolution's row and 32 of its 64 outputs, whose
@@ -17,12 +18,12 @@
 namespace fused_cnn {
 namespace {
 
-constexpr int kOutputs = 64;         // of a block, by two warps
-constexpr int kPixels = 16;          // of a warp
-constexpr int kMostGroups = 7;       // of such pixels, beside each other in a block
+constexpr int kOutputs = 64;    // of a block, by two warps
+constexpr int kPixels = 16;     // of a warp
+constexpr int kMostGroups = 7;  // of such pixels, beside each other in a block
 constexpr int kMostThreads = 2 * kMostGroups * 32;
-constexpr int kRing = 16;            // rows of x
-constexpr int kMargin = 8;           // pixels of x in a row of the ring before the tile's first
+constexpr int kRing = 16;                  // rows of x
+constexpr int kMargin = 8;                 // pixels of x in a row of the ring before the tile's first
 constexpr int kRowOutputs = kOutputs + 8;  // of a pixel in shared memory: rows of a fragment in banks of their own
 
 struct Stem {
@@ -123,8 +124,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
           for (int e = 0; e < 8; ++e) {
             const int column = kStemStride * conv_column - kMargin + (vector * 8 + e) / kInputs;
             if (row_inside && column >= 0 && column < s.width) {
-              values.v[e] = pixels[(vector * 8 + e) % kInputs * s.x_stride[1] + row * s.x_stride[2] +
-                                   column * s.x_stride[3]];
+              values.v[e] =
+                  pixels[(vector * 8 + e) % kInputs * s.x_stride[1] + row * s.x_stride[2] + column * s.x_stride[3]];
             }
           }
           *reinterpret_cast<Vec8<T>*>(to) = values;
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       }
     };
     // A row of the convolution: this thread's pairs of outputs, of pixel and pixel + 8, of every 8 outputs.
-    const auto convolve = [&](int row, uint32_t(&pairs)[4][2]) {
+    const auto convolve = [&](int row, uint32_t (&pairs)[4][2]) {
       if (row < 0 || row >= s.conv_height) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) pairs[j][0] = pairs[j][1] = 0;
@@ -298,9 +299,9 @@ void run_stem(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   const Launch launch(x);
   const auto run = [&](auto element, auto channels, auto pooled) {
     using T = decltype(element);
-    launch.run_with_shared("stem_kernel", stem_kernel<T, channels, pooled>, blocks, ceil_div(s.outputs, kOutputs), threads,
-               Depth<channels>::bytes(s.groups), data_of<const T>(x), data_of<const T>(weight),
-               bias ? data_of<const T>(*bias) : nullptr, out, s);
+    launch.run_with_shared("stem_kernel", stem_kernel<T, channels, pooled>, blocks, ceil_div(s.outputs, kOutputs),
+                           threads, Depth<channels>::bytes(s.groups), data_of<const T>(x), data_of<const T>(weight),
+                           bias ? data_of<const T>(*bias) : nullptr, out, s);
   };
   const auto with_pool = [&](auto element, auto channels) {
     pool ? run(element, channels, std::true_type()) : run(element, channels, std::false_type());

@@ -1,5 +1,5 @@
-// The stem of a network in one kernel: a 7x7 convolution of stride 2 over at most three channels, bias, ReLU, and, where
-// it is asked for, a 3x3 max pool of stride 2 (cuda/stem.cu).
+// The stem of a network in one kernel: a 7x7 convolution of stride 2 over at most three channels, bias, ReLU, and,
+// where it is asked for, a 3x3 max pool of stride 2 (cuda/stem.cu).
 #pragma once
 #include <optional>
 #include "cuda/gemm/tiles.h"
@@ -15,9 +15,9 @@ struct StemPool {
   int64_t height, width;  // of the pool's result
 };
 
-// relu(convolution + bias), or the pool of it, which is then under ReLU, into rows; `size` is the convolution's (height,
-// width), and padding less than the kernel. x and weight are of a 16-bit type and of any strides, bias is contiguous, the
-// outputs and the distance of rows are multiples of 8.
+// relu(convolution + bias), or the pool of it, which is then under ReLU, into rows; `size` is the convolution's
+// (height, width), and padding less than the kernel. x and weight are of a 16-bit type and of any strides, bias is
+// contiguous, the outputs and the distance of rows are multiples of 8.
 void run_stem(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& padding, bool relu,
               const std::array<int64_t, 2>& size, const std::optional<StemPool>& pool, const Rows& out);
 

@@ -33,7 +33,8 @@ inline std::array<int64_t, 2> checked_pool(const char* op, const std::array<int6
     FUSED_CNN_CHECK(padding[i] >= 0 && padding[i] <= kernel[i] / 2, op,
                     ": padding must be at least 0 and at most half the kernel, got ", padding[i], " for ", kernel[i]);
     size[i] = pooled_size(x[i + 1], kernel[i], stride[i], padding[i], dilation[i], ceil_mode);
-    FUSED_CNN_CHECK(size[i] >= 1, op, ": no window fits the padded input of shape (", x[0], ", ", x[1], ", ", x[2], ")");
+    FUSED_CNN_CHECK(size[i] >= 1, op, ": no window fits the padded input of shape (", x[0], ", ", x[1], ", ", x[2],
+                    ")");
   }
   return size;
 }

@@ -1,4 +1,5 @@
 // fused_cnn::max_pool2d_fwd on CUDA.
+#include "cuda/launch.cuh"
 #include "cuda/max_pool.h"
 #include "max_pool/checks.h"
 

@@ -1,5 +1,5 @@
-// fused_cnn::stem_fwd on CUDA: a convolution, bias, ReLU and the 3x3 max pool of stride 2 behind it, in one kernel where
-// that is faster than two (cuda/stem.h).
+// fused_cnn::stem_fwd on CUDA: a convolution, bias, ReLU and the 3x3 max pool of stride 2 behind it, in one kernel
+// where that is faster than two (cuda/stem.h).
 #include "cuda/gemm/convolve.cuh"
 #include "cuda/max_pool.h"
 #include "max_pool/checks.h"
@@ -26,7 +26,8 @@ Tensor stem_fwd(const Tensor& x, const Tensor& weight, std::optional<Tensor> bia
   } else {
     const Tensor y = conv_bias_relu(x, weight, bias, std::nullopt, params, /*relu=*/true, MemoryFormat::ChannelsLast);
     const std::array kernel{kStemPoolKernel, kStemPoolKernel}, stride{kStemPoolStride, kStemPoolStride};
-    max_pool(y, rows_of(y), out.tensor, {.kernel = kernel, .stride = stride, .padding = {pad, pad}, .dilation = {1, 1}});
+    max_pool(y, rows_of(y), out.tensor,
+             {.kernel = kernel, .stride = stride, .padding = {pad, pad}, .dilation = {1, 1}});
   }
   return out.finish();
 }

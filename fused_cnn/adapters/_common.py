@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..nn.stem import StemmedNetwork
 
-STAGES = ("maxpool", "layer1", "layer2", "layer3", "layer4")
+STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 def full_name(kind: type) -> str:
@@ -15,8 +15,8 @@ def full_name(kind: type) -> str:
 class ResNetTrunk(StemmedNetwork):
     """What torchvision's and timm's ResNet share by name: the stem, which is fused, the pool and the stages."""
 
-    def fused_features_behind_stem(self, x: Tensor) -> Tensor:
-        """The stem's result -> the last stage's features."""
+    def fused_run_stages(self, x: Tensor) -> Tensor:
+        """The pool's result -> the last stage's features."""
         for name in STAGES:
             x = getattr(self, name)(x)
         return x

@@ -39,15 +39,15 @@ class FusedResNet(ResNetTrunk):
     fused_stem_act = "act1"
     grad_checkpointing: bool
     fused_replaces: ClassVar[Replaced] = {
-        "forward_features": frozenset(("conv1", "bn1", "act1", *STAGES, *CHECKPOINTING))
+        "forward_features": frozenset(("conv1", "bn1", "act1", "maxpool", *STAGES, *CHECKPOINTING))
     }
 
     def forward_features(self, x: Tensor) -> Tensor:
         plain = super().forward_features  # type: ignore[misc]
         return plain(x) if self.grad_checkpointing else self.fused_run(x, plain)
 
-    def fused_behind_stem(self, x: Tensor) -> Tensor:
-        return self.fused_features_behind_stem(x)
+    def fused_behind_pool(self, x: Tensor) -> Tensor:
+        return self.fused_run_stages(x)
 
 
 BLOCKS: dict[str, type[FusedModule]] = {

@@ -52,14 +52,14 @@ class FusedResNet(ResNetTrunk):
     avgpool: nn.Module
     fc: nn.Module
     fused_replaces: ClassVar[Replaced] = {
-        "_forward_impl": frozenset(("conv1", "bn1", "relu", *STAGES, "avgpool", "torch", "flatten", "fc"))
+        "_forward_impl": frozenset(("conv1", "bn1", "relu", "maxpool", *STAGES, "avgpool", "torch", "flatten", "fc"))
     }
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         return self.fused_run(x, super()._forward_impl)  # type: ignore[misc]
 
-    def fused_behind_stem(self, x: Tensor) -> Tensor:
-        return self.fc(torch.flatten(self.avgpool(self.fused_features_behind_stem(x)), 1))
+    def fused_behind_pool(self, x: Tensor) -> Tensor:
+        return self.fc(torch.flatten(self.avgpool(self.fused_run_stages(x)), 1))
 
 
 BLOCKS: dict[str, type[FusedModule]] = {

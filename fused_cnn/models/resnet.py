@@ -149,8 +149,7 @@ class ResNet(StemmedNetwork):
         """Every child is called."""
         return self.fused_behind_stem(self.relu(self.bn1(self.conv1(x))))
 
-    def fused_behind_stem(self, x: Tensor) -> Tensor:
-        x = self.maxpool(x)
+    def fused_behind_pool(self, x: Tensor) -> Tensor:
         for stage in self.stages:
             x = getattr(self, stage)(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))

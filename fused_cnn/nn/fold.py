@@ -204,6 +204,11 @@ class FoldedPair(NamedTuple):
         packed = pack_conv(weight, bias, like=like, **how)
         return cls(*packed, geometry(conv), asks and not has_one, asks and has_one)
 
+    @property
+    def gives_channels_last(self) -> bool:
+        """Whether the result is channels_last, however x lies."""
+        return self.x_channels_last or self.y_channels_last
+
     def run(self, x: Tensor, residual: Tensor | None = None, *, relu: bool, backend: str | None) -> Tensor:
         """relu(bn(conv(x)) + residual), in the convolution's dtype."""
         x = autocast(x)[0]

@@ -1,25 +1,41 @@
-"""StemmedNetwork: a network whose first convolution, BatchNorm and ReLU sit at its top level, as ResNet's do."""
+"""Networks whose first layers sit at their top level: a convolution, BatchNorm and ReLU, and a max pool.
+
+In eval on a GPU these are one op, where the pool is ResNet's or GoogLeNet's; and what comes in contiguous is turned
+channels_last there, once, and not by every block behind it.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from ..ops._conv import autocast, on_16_bytes
+from .._layout import in_channels_last, result_format
+from ..ops import stem
+from ..ops._conv import autocast, on_16_bytes, pair, runs_on_gpu_kernels
+from ..ops.stem.reference import POOL
 from .fold import FoldedPair, Pair, fold, pair_problem, skip_problem
-from .module import FusedModule
+from .max_pool2d import MaxPool2d
+from .module import FusedModule, block_problem
 from .traced import traced_conv
 
 
 class StemmedNetwork(FusedModule):
-    """A network that runs relu(bn1(conv1(x))) fused. Its forward calls `fused_run`, and that `fused_behind_stem`."""
+    """A network that runs relu(bn1(conv1(x))) fused, and `maxpool` with it where it can. Its forward calls `fused_run`,
+    and that `fused_behind_pool`."""
 
     conv1: nn.Conv2d
     bn1: nn.BatchNorm2d
     fused_stem_act: str = "relu"  # the name of the activation behind bn1
+    fused_stem_pool: str = "maxpool"
+
+    def fused_behind_pool(self, x: Tensor) -> Tensor:
+        """What the network does with the pool's result."""
+        raise NotImplementedError
 
     def fused_behind_stem(self, x: Tensor) -> Tensor:
-        """What the network does with the stem's result."""
-        raise NotImplementedError
+        return self.fused_behind_pool(getattr(self, self.fused_stem_pool)(x))
 
     def fused_problem(self) -> str | None:
         children, act = self._modules, self.fused_stem_act
@@ -27,9 +43,30 @@ class StemmedNetwork(FusedModule):
         names = ("conv1", "bn1")
         return pair_problem(children.get("conv1"), children.get("bn1"), names) or (problem and f"{act} {problem}")
 
+    def fused_features(self) -> tuple[str, ...]:
+        return ("pool",) if self._fused_pool_fits() else ()
+
+    def _fused_pool_fits(self) -> bool:
+        """Whether the fused op's convolution and pool are this network's, with nobody watching the pool."""
+        pool, (kernel, step, dilation) = self._modules.get(self.fused_stem_pool), POOL
+        return (
+            isinstance(pool, MaxPool2d)
+            and self.conv1.groups == 1
+            and pair(self.conv1.dilation) == (1, 1)
+            and block_problem(pool, MaxPool2d.forward) is None
+            and pool.fused_structure_problem() is None
+            and pool.backend == self.backend
+            and [pair(n) for n in (pool.kernel_size, pool.stride, pool.dilation)] == [kernel, step, dilation]
+            and pair(pool.padding) in ((0, 0), (1, 1))
+        )
+
     def fused_skipped(self) -> list[nn.Module]:
         found = [self._modules.get(name) for name in ("conv1", "bn1", self.fused_stem_act)]
         return [m for m in found if m is not None]
+
+    def fused_regarded(self) -> list[nn.Module]:
+        pool = self._modules.get(self.fused_stem_pool)
+        return [*self.fused_skipped(), *([pool] if isinstance(pool, MaxPool2d) else [])]
 
     def fused_pairs(self) -> list[Pair]:
         return [(self.conv1, self.bn1)]
@@ -38,7 +75,20 @@ class StemmedNetwork(FusedModule):
         return FoldedPair.of(self.conv1, fold(self.conv1, self.bn1), autocast(x)[0], self.backend)
 
     def fused_run_folded(self, x: Tensor, folded: FoldedPair) -> Tensor:
-        return self.fused_behind_stem(folded.run(x, relu=True, backend=self.backend))
+        if not runs_on_gpu_kernels(x, "stem_fwd", self.backend):
+            return self.fused_behind_stem(folded.run(x, relu=True, backend=self.backend))
+        (last,) = autocast(in_channels_last(x))
+        if self.fused_has("pool"):
+            assert isinstance(folded.weight, Tensor)
+            pool: Any = self._modules[self.fused_stem_pool]
+            where = {name: folded.geometry[name] for name in ("stride", "padding")}
+            where |= {"pool_padding": pair(pool.padding)[0], "ceil_mode": bool(pool.ceil_mode)}
+            y = stem(last, folded.weight, folded.bias, **where, backend=self.backend)
+            out = self.fused_behind_pool(in_channels_last(y))
+        else:
+            out = self.fused_behind_stem(in_channels_last(folded.run(last, relu=True, backend=self.backend)))
+        came_contiguous = result_format(x) is torch.contiguous_format
+        return out.contiguous() if came_contiguous and not folded.gives_channels_last else out
 
     def fused_run_traced(self, x: Tensor) -> Tensor:
         return self.fused_behind_stem(traced_conv(x, self.conv1, self.bn1, relu=True, backend=self.backend))

@@ -13,9 +13,9 @@ namespace {
 constexpr Tile kTiles[] = {
     {TileKind::product, 128, 128, 64, kSm80Tiles[0].when, ""},
     {TileKind::product, 64, 64, 64, tiles::always, ""},
+    {TileKind::stem, 112, 64, 16, [](const Problem& problem, int) { return problem.pooled != 0; }, ""},
     {TileKind::space_to_depth, 128, 64, 64, tiles::always, ""},
     {TileKind::convolution, 128, 64, 64, tiles::always, ""},
-    {TileKind::stem, 112, 64, 16, tiles::never, ""},
     {TileKind::library, 0, 0, 0, tiles::always, ""},
 };
 

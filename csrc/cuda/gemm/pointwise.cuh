@@ -197,7 +197,7 @@ inline void pointwise(const Tensor& x, const RowView& in, const std::vector<Tens
       }
     }
   }
-  const Tensor weight = weights.size() == 1        ? weights[0]
+  const Tensor weight = weights.size() == 1       ? weights[0]
                         : lie_stacked(weights, 1) ? whole_of(weights[0], outputs)
                                                   : concatenated(weights);
   finish_convolution(aten_convolution(x, weight, std::nullopt, same_padding(1)), bias, residual, relu, slices);

@@ -13,13 +13,13 @@ namespace fused_cnn {
 // for a network's first convolution and the pool behind it, a kernel of both (cuda/stem.h).
 enum class TileKind { product, convolution, space_to_depth, library, library_fused, stem };
 
-constexpr int kMostStemInputs = 4, kMostStemKernel = 8;  // of space_to_depth
+constexpr int kMostStemInputs = 4, kMostStemKernel = 8;           // of space_to_depth
 constexpr int kStemInputs = 3, kStemKernel = 7, kStemStride = 2;  // of stem: at most so many, and just these
 
 // A problem as the tables have it (fused_cnn/_tables.py): m rows and n columns of the result, k channels under the
 // window. `library_takes_all`: it is what library_fused may do, with a result of its own under ReLU and no residual.
-// `pooled`: a max pool follows; where its tile is the library's, the convolution is a problem of its own, and the pool a
-// pass.
+// `pooled`: a max pool follows; where its tile is the library's, the convolution is a problem of its own, and the pool
+// a pass.
 struct Problem {
   int64_t device, dtype, m, n, k, residual, slices, kernel_height, kernel_width, stride, library_takes_all, pooled;
 

@@ -76,9 +76,7 @@ class _Stem(torch.autograd.Function):
         window = (size, step, (pool_padding, pool_padding), dilation, ceil_mode)
         grad = gradient(grad_out, y, *window, backend=backend)
         needs = ctx.needs_input_grad[:3]
-        grads = kernel_or(conv_bias_relu_bwd, "conv_bias_relu_bwd", backend)(
-            grad, y, x, weight, *ctx.geometry, *needs
-        )
+        grads = kernel_or(conv_bias_relu_bwd, "conv_bias_relu_bwd", backend)(grad, y, x, weight, *ctx.geometry, *needs)
         return (*(g if need else None for g, need in zip(grads, needs, strict=False)), None, None, None)
 
 
@@ -94,8 +92,8 @@ def stem(
     ceil_mode: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """max_pool2d(relu(conv2d(x, weight) + bias), kernel_size=3, stride=2): the first layers of ResNet (arXiv 1512.03385,
-    table 1) and of GoogLeNet (arXiv 1409.4842, table 1), BatchNorm folded.
+    """max_pool2d(relu(conv2d(x, weight) + bias), kernel_size=3, stride=2): the first layers of ResNet (arXiv
+    1512.03385, table 1) and of GoogLeNet (arXiv 1409.4842, table 1), BatchNorm folded.
 
     Args:
         x: (N, C, H, W), floating point, any strides. On a GPU one kernel of the project's own runs both where C is at
