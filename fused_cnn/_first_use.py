@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -106,13 +106,13 @@ def compare(
             def placed(t: Tensor, dtype: torch.dtype = dtype) -> Tensor:
                 return t.to(device, dtype)
 
-            run = functools.partial(kernel(case.op), *mapped(placed, case.arguments, Tensor))
-            expected = case.expected.to(dtype)
-
-            def is_right(run: Callable[[], Tensor] = run, expected: Tensor = expected) -> bool:
-                return torch.equal(run().cpu(), expected)
-
             try:
+                run = functools.partial(kernel(case.op), *mapped(placed, case.arguments, Tensor))
+                expected = case.expected.to(dtype)
+
+                def is_right(run: Callable[[], Tensor] = run, expected: Tensor = expected) -> bool:
+                    return torch.equal(run().cpu(), expected)
+
                 has_tiles = False
                 for problem, tile in _tiles(library, run, device):
                     has_tiles = True
@@ -131,6 +131,8 @@ def compare(
                 if not has_tiles and known.get(op) is not False and found.get(op) is not False:
                     found[op] = False
                     found[op] = is_right()
+            except torch.OutOfMemoryError:
+                return {}  # another process will find room
             except RuntimeError:
                 return found
     return {**found, ALL: True}
@@ -169,13 +171,10 @@ def _tiles(
 def on_its_own(work: Callable[[], dict[tuple[Any, ...], bool]]) -> dict[tuple[Any, ...], bool]:
     """What `work` gives in a thread of its own, where none of the caller's modes, autocast and gradients among them,
     are in force."""
-    found: dict[tuple[Any, ...], bool] = {}
 
-    def body() -> None:
+    def without_gradients() -> dict[tuple[Any, ...], bool]:
         with torch.no_grad():
-            found.update(work())
+            return work()
 
-    thread = threading.Thread(target=body, name="fused_cnn first use")
-    thread.start()
-    thread.join()
-    return found
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(without_gradients).result()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from conftest import DEVICE, backends
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,6 +41,12 @@ def reference_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         tuning, "_seconds", lambda variants, device: {name: 1.0 + (name != "reference") for name in variants}
     )
+
+
+def measured_in(folder: Path) -> list[str]:
+    """The keys of what was measured; that kernels were compared before their first use is no measurement."""
+    documents = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    return [key for document in documents for kind in ("choices", "tiles") for key in document[kind]]
 
 
 def ops_of(work: Any) -> set[str]:
@@ -107,7 +114,7 @@ def test_nothing_is_measured_unless_asked(folder: Path, monkeypatch: pytest.Monk
         conv1x1_bias_relu(
             torch.randn(1, 16, 4, 4, device=DEVICE), torch.randn(16, 16, 1, 1, device=DEVICE), backend=backend
         )
-    assert not folder.exists()
+    assert not measured_in(folder)
 
 
 def test_what_tune_cannot_do_is_an_error(folder: Path) -> None:
@@ -118,7 +125,7 @@ def test_what_tune_cannot_do_is_an_error(folder: Path) -> None:
         tuning.tune(nn.ReLU(), x)
     with pytest.raises(ZeroDivisionError):
         tuning.tune(lambda t: add_relu(t, t) / (1 // 0), x)
-    assert _candidates.measuring.record is None and _candidates.measuring.table is None and not folder.exists()
+    assert _candidates.measuring.record is None and _candidates.measuring.table is None and not measured_in(folder)
 
 
 @pytest.mark.skipif("triton" not in backends(), reason="Triton is not installed")
@@ -152,11 +159,11 @@ def test_tritons_tiles_are_measured_kept_and_used(folder: Path, monkeypatch: pyt
 
 
 BAD = {
-    "truncated": '{"version": 1, "choi',
+    "truncated": '{"version": 2, "choi',
     "empty": "",
     "a list": "[]",
     "another version": '{"version": 0}',
-    "another device": '{"version": 1, "device": "NVIDIA Elsewhere"}',
+    "another device": '{"version": 2, "device": "NVIDIA Elsewhere"}',
 }
 
 
@@ -178,6 +185,7 @@ def test_a_bad_or_foreign_file_is_a_warning_and_is_measured_anew(folder: Path, t
     [
         *(("choices", KEY, entry) for entry in ({"best": "tensorrt"}, {}, "native")),
         *(("tiles", key, {"best": [64, 64]}) for key in (5, ())),
+        ("checks", ("all",), "yes"),
     ],
 )
 def test_a_file_with_a_nonsensical_entry_is_not_used(folder: Path, kind: str, key: Any, entry: Any) -> None:
@@ -188,6 +196,53 @@ def test_a_file_with_a_nonsensical_entry_is_not_used(folder: Path, kind: str, ke
     path.write_text(json.dumps(document))
     with pytest.warns(UserWarning, match="ignores"):
         assert _tables.table(PLACE).choices == {}
+
+
+def test_what_a_gpu_computes_wrong_is_said_once_and_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 3)
+    good, bad, all_of_it = ("tile", 3, 0, 64, 64, 64), ("tile", 3, 0, 128, 128, 64), ("all",)
+    calls: list[str] = []
+    answer = {good: True, bad: False, ("op", "stem_fwd"): False}
+
+    def compare(library: Any, kernel: Any, place: torch.device, known: Any) -> dict[Any, bool]:
+        assert place == device and kernel("stem_fwd") is not None
+        assert not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        assert not isinstance(torch.empty(1), FakeTensor)
+        calls.append("compared")
+        return answer
+
+    monkeypatch.setattr(_tables._first_use, "compare", compare)
+    monkeypatch.setattr(_tables._library.cuda, "loaded", SimpleNamespace(fused_cnn_problem_values=lambda: 12))
+    refused = lambda library, problem, tile: calls.append(f"{problem[:2]} {tile}")  # noqa: E731
+    monkeypatch.setattr(_tables._library, "refuse_tile", refused)
+    monkeypatch.setattr(_tables._library, "withdraw", lambda *what: calls.append(" ".join(what)))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    facts = {**_tables.facts(PLACE), "device": "NVIDIA Elsewhere"}
+    monkeypatch.setattr(_tables, "facts", lambda device: facts)
+    refusals = ["(3, 3) (0, 128, 128, 64)", "stem_fwd native cuda"]
+
+    capturing = True
+    table = _tables.Table()
+    _tables._check(device, table)  # a comparison would break the capture
+    assert not calls and not table.checks
+    capturing = False
+    warned = (
+        r"on this NVIDIA Elsewhere (the kernel of stem_fwd|.*tile 128 x 128 x 64\)) gives other results than PyTorch"
+    )
+    with pytest.warns(UserWarning, match=warned) as said, torch.autocast("cpu"), FakeTensorMode():
+        _tables._check(device, table)
+    assert len(said) == 2 and sorted(calls) == sorted(["compared", *refusals])
+    assert table.checks == {bad: False, ("op", "stem_fwd"): False}  # and nothing of what came behind an error
+
+    # Another process: it goes on where the first could not, and never runs again what was wrong.
+    calls.clear()
+    answer = {all_of_it: True}
+    table = _tables.load(_tables.cache_file(device), facts)
+    _tables._check(device, table)
+    assert sorted(calls[:2]) == sorted(refusals) and calls[2] == "compared" and table.checks[all_of_it]
+    calls.clear()
+    _tables._check(device, _tables.load(_tables.cache_file(device), facts))
+    assert sorted(calls) == sorted(refusals)
 
 
 def test_a_table_of_other_sources_is_another_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
