@@ -193,7 +193,6 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
             "best[j][h] = best[j][h];  //",
             "differ",
         ),
-        "a column of the window left out": ("cuda/stem.cu", "d < kStemPoolKernel", "d < kStemPoolKernel - 1", "differ"),
         "rows of x that are still in use": (
             "cuda/stem.cu",
             "constexpr int kRing = 16;",
@@ -202,7 +201,6 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
         ),
         "results that are still in use": ("cuda/stem.cu", "step % 2 * D::", "step % 1 * D::", "differ"),
         "outputs past the last": ("cuda/stem.cu", "if (first_output + output >= s.outputs) continue;", "", OUTSIDE),
-        "pixels past the last": ("cuda/stem.cu", "column >= 0 && column < s.width)", "column >= 0)", OUTSIDE),
     },
     "max_pool2d": {
         "a column of the window left out": (

@@ -12,20 +12,29 @@ namespace fused_cnn {
 // A block's shared memory, as large as its launch says.
 #define FUSED_CNN_DYNAMIC_SHARED(name, most_bytes) extern __shared__ __align__(16) unsigned char name[]
 
-// sums += a b for a of 16 x 16 and b of 16 x 8. Lane l has rows l / 4 and l / 4 + 8 of a and of the sums, column l / 4
-// of b, in each the pair 2 (l % 4) of every 8 columns of a, rows of b, or columns of the sums: a {row, row + 8, row and
-// row + 8 in the second 8 columns}, b {first 8 rows, second 8}, sums {the pair of row, that of row + 8}.
-template <typename T>
-__device__ inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (std::is_same_v<T, bf16_t>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+// sums += a b for a of 16 x 8 kEights and b of 8 kEights x 8, of which there are one or two. Lane l has rows l / 4 and
+// l / 4 + 8 of a and of the sums, column l / 4 of b, in each the pair 2 (l % 4) of every 8 columns of a, rows of b, or
+// columns of the sums: a[eight] {row, row + 8}, b[eight], sums {the pair of row, that of row + 8}.
+template <typename T, int kEights>
+__device__ inline void multiply_add(float (&sums)[4], const uint32_t (&a)[kEights][2], const uint32_t (&b)[kEights]) {
+  static_assert(kEights == 1 || kEights == 2);
+  constexpr bool kBf16 = std::is_same_v<T, bf16_t>;
+#define FUSED_CNN_MMA(shape, type, of_a, of_b, ...)                                                                    \
+  asm("mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, " of_a ", " of_b ", {%0,%1,%2,%3};" \
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                                     \
+      : __VA_ARGS__)
+  if constexpr (kEights == 1 && kBf16) {
+    FUSED_CNN_MMA("m16n8k8", "bf16", "{%4,%5}", "{%6}", "r"(a[0][0]), "r"(a[0][1]), "r"(b[0]));
+  } else if constexpr (kEights == 1) {
+    FUSED_CNN_MMA("m16n8k8", "f16", "{%4,%5}", "{%6}", "r"(a[0][0]), "r"(a[0][1]), "r"(b[0]));
+  } else if constexpr (kBf16) {
+    FUSED_CNN_MMA("m16n8k16", "bf16", "{%4,%5,%6,%7}", "{%8,%9}", "r"(a[0][0]), "r"(a[0][1]), "r"(a[1][0]),
+                  "r"(a[1][1]), "r"(b[0]), "r"(b[1]));
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    FUSED_CNN_MMA("m16n8k16", "f16", "{%4,%5,%6,%7}", "{%8,%9}", "r"(a[0][0]), "r"(a[0][1]), "r"(a[1][0]), "r"(a[1][1]),
+                  "r"(b[0]), "r"(b[1]));
   }
+#undef FUSED_CNN_MMA
 }
 
 // The two as T, the first in the lower half.

@@ -34,17 +34,17 @@ struct Stem {
   // Tiles: so many of a block's groups of pixels; results in a tile's row, of which the first belongs to column
   // `lead` of the convolution's, and rows in a band.
   int groups, tile_width, lead, tiles, band, bands;
-  int64_t items;  // images x bands x tiles
+  int items;  // images x bands x tiles: fewer than x has values
 };
 
 template <int kInputs>
 struct Depth {
-  static constexpr int kEights = kStemKernel * kInputs, kSteps = (kEights + 1) / 2, kWhole = 16 * kSteps;
+  static constexpr int kEights = kStemKernel * kInputs;  // of the inner dimension
   // Bytes of a ring's row: what the windows of a tile's pixels cover, in whole vectors.
   static constexpr int vectors(int groups) { return (4 * groups + 2) * kInputs; }
   static constexpr int ring_bytes(int groups) { return kRing * vectors(groups) * 16; }
   static constexpr int result_bytes(int groups) { return groups * kPixels * kRowOutputs * 2; }
-  static constexpr int weight_bytes() { return kOutputs * kWhole * 2; }
+  static constexpr int weight_bytes() { return kOutputs * 8 * kEights * 2; }
   // The weights stand in shared memory before all else does.
   static constexpr int bytes(int groups) {
     const int rows = ring_bytes(groups) + 2 * result_bytes(groups), weights = weight_bytes();
@@ -72,25 +72,22 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   for (int i = thread; i < kOutputs; i += threads) {
     biases[i] = bias && first_output + i < s.outputs ? to_compute(bias[first_output + i]) : 0.0f;
   }
-  for (int i = thread; i < kOutputs * D::kWhole; i += threads) {
-    const int output = first_output + i / D::kWhole, k = i % D::kWhole, row = k / (8 * kInputs);
+  for (int i = thread; i < kOutputs * 8 * D::kEights; i += threads) {
+    const int output = first_output + i / (8 * D::kEights), k = i % (8 * D::kEights), row = k / (8 * kInputs);
     const int column = k % (8 * kInputs) / kInputs - s.padding[1] % 2, channel = k % (8 * kInputs) % kInputs;
-    const bool inside = output < s.outputs && row < kStemKernel && column >= 0 && column < kStemKernel;
+    const bool inside = output < s.outputs && column >= 0 && column < kStemKernel;
     staged[i] = inside ? weight[output * s.weight_stride[0] + channel * s.weight_stride[1] + row * s.weight_stride[2] +
                                 column * s.weight_stride[3]]
                        : T{};
   }
   __syncthreads();
-  uint32_t weights[D::kSteps][4][2];
+  uint32_t weights[D::kEights][4];
 #pragma unroll
-  for (int step = 0; step < D::kSteps; ++step) {
+  for (int eight = 0; eight < D::kEights; ++eight) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const T* from = staged + (outputs + 8 * j + pixel) * D::kWhole + 16 * step + 8 * h + 2 * q;
-        weights[step][j][h] = *reinterpret_cast<const uint32_t*>(from);
-      }
+      const T* from = staged + (outputs + 8 * j + pixel) * 8 * D::kEights + 8 * eight + 2 * q;
+      weights[eight][j] = *reinterpret_cast<const uint32_t*>(from);
     }
   }
   __syncthreads();
@@ -98,18 +95,17 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   // Where this thread's windows begin in a row of the ring, in bytes.
   const int window = kStemStride * (kPixels * group + pixel) + kMargin - ceil_div(s.padding[1], 2) * 2;
   const int own = (window * kInputs + 2 * q) * 2;
-  for (int64_t item = blockIdx.x; item < s.items; item += gridDim.x) {
-    const int tile = static_cast<int>(item % s.tiles), band = static_cast<int>(item / s.tiles % s.bands);
-    const int64_t image = item / (int64_t{s.tiles} * s.bands);
+  for (int item = blockIdx.x; item < s.items; item += gridDim.x) {
+    const int tile = item % s.tiles, band = item / s.tiles % s.bands, image = item / s.tiles / s.bands;
     const int first_row = band * s.band, rows = std::min(s.band, s.out_height - first_row);
     const int first_column = tile * s.tile_width, columns = std::min(s.tile_width, s.out_width - first_column);
     const int conv_row = kPool ? kStemPoolStride * first_row - s.pool_padding : first_row;
     const int conv_column = kPool ? kStemPoolStride * first_column - s.lead : first_column;  // of the tile's first
     const int x_row = kStemStride * conv_row - s.padding[0];
-    const T* const pixels = x + image * s.x_stride[0];
+    const T* const pixels = x + int64_t{image} * s.x_stride[0];
 
     // Rows of x into the ring, zeros for those outside.
-    const auto load = [&](int first, int count) {
+    const auto load_rows = [&](int first, int count) {
       for (int i = thread; i < count * vectors; i += threads) {
         const int row = first + i / vectors, vector = i % vectors;
         unsigned char* const to = ring + (row & (kRing - 1)) * row_bytes + vector * 16;
@@ -146,20 +142,25 @@ __global__ void __launch_bounds__(kMostThreads, 1)
         for (int i = 0; i < 4; ++i) sums[j][i] = biases[outputs + 8 * j + 2 * q + i % 2];
       }
       const int top = kStemStride * row - s.padding[0];
+      const auto load = [&](int eight, uint32_t (&rows)[2]) {
+        const unsigned char* const from =
+            ring + ((top + eight / kInputs) & (kRing - 1)) * row_bytes + own + eight % kInputs * 16;
+        rows[0] = *reinterpret_cast<const uint32_t*>(from);
+        rows[1] = *reinterpret_cast<const uint32_t*>(from + 8 * kStemStride * kInputs * 2);
+      };
 #pragma unroll
-      for (int step = 0; step < D::kSteps; ++step) {
-        uint32_t a[4] = {};
+      for (int eight = 0; eight + 1 < D::kEights; eight += 2) {
+        uint32_t a[2][2];
+        load(eight, a[0]);
+        load(eight + 1, a[1]);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int eight = 2 * step + h;
-          if (eight >= D::kEights) continue;
-          const unsigned char* const from =
-              ring + ((top + eight / kInputs) & (kRing - 1)) * row_bytes + own + eight % kInputs * 16;
-          a[2 * h] = *reinterpret_cast<const uint32_t*>(from);
-          a[2 * h + 1] = *reinterpret_cast<const uint32_t*>(from + 8 * kStemStride * kInputs * 2);
-        }
+        for (int j = 0; j < 4; ++j) multiply_add<T, 2>(sums[j], a, {weights[eight][j], weights[eight + 1][j]});
+      }
+      if constexpr (D::kEights % 2 == 1) {
+        uint32_t a[1][2];
+        load(D::kEights - 1, a[0]);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) multiply_add<T>(sums[j], a, weights[step][j]);
+        for (int j = 0; j < 4; ++j) multiply_add<T, 1>(sums[j], a, {weights[D::kEights - 1][j]});
       }
       const float lowest = s.relu ? 0.0f : -std::numeric_limits<float>::infinity();
 #pragma unroll
@@ -177,7 +178,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     // A step of the convolution's rows makes one of the result's; a pool's first row also needs the one before.
     constexpr int kRowsAStep = kPool ? kStemPoolStride : 1, kNewRows = kRowsAStep * kStemStride;
     constexpr int kBefore = kPool ? 1 : 0, kFirstRows = kStemKernel + kBefore * kNewRows;
-    load(x_row, kFirstRows);
+    load_rows(x_row, kFirstRows);
     await_copies();
     __syncthreads();
     uint32_t best[4][2];
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     for (int r = 0; r < kRowsAStep * rows + kBefore; ++r) {
       const int step = (r - kBefore) / kRowsAStep;  // the row of the result, of the band
       if (r >= kBefore && (r - kBefore) % kRowsAStep == 0 && step + 1 < rows) {
-        load(x_row + kFirstRows + kNewRows * step, kNewRows);
+        load_rows(x_row + kFirstRows + kNewRows * step, kNewRows);
       }
       uint32_t pairs[4][2];
       convolve(conv_row + r, pairs);
@@ -208,7 +209,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       }
       await_copies();
       __syncthreads();
-      const int64_t first_result = (image * s.out_height + first_row + step) * s.out_width + first_column;
+      const int64_t first_result = (int64_t{image} * s.out_height + first_row + step) * s.out_width + first_column;
       for (int v = thread; v < columns * (kOutputs / kVec); v += threads) {
         const int column = v / (kOutputs / kVec), output = v % (kOutputs / kVec) * kVec;
         if (first_output + output >= s.outputs) continue;
@@ -266,7 +267,7 @@ void split(Stem& s, bool pooled, int64_t images, int multiprocessors) {
       s.bands = bands;
     }
   }
-  s.items = images * s.tiles * s.bands;
+  s.items = static_cast<int>(images * s.tiles * s.bands);
 }
 
 }  // namespace

@@ -78,7 +78,9 @@ def timms() -> nn.Module:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("made", [torchvisions, timms, lambda: resnet18(backend="reference")], ids=str)
+@pytest.mark.parametrize(
+    "made", [torchvisions, timms, lambda: resnet18(backend="reference")], ids=["torchvision", "timm", "own"]
+)
 @pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
 def test_networks_run_their_stem_and_pool_as_one_op(
     made: Callable[[], nn.Module], format: torch.memory_format, as_on_a_gpu: list[str]

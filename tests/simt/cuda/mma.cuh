@@ -15,10 +15,10 @@ inline float half_of(uint32_t pair, int i) {
   return to_compute(value);
 }
 
-template <typename T>
-inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+template <typename T, int kEights>
+inline void multiply_add(float (&sums)[4], const uint32_t (&a)[kEights][2], const uint32_t (&b)[kEights]) {
   struct Lane {
-    uint32_t a[4], b[2];
+    uint32_t a[kEights][2], b[kEights];
   } mine;
   memcpy(mine.a, a, sizeof(a));
   memcpy(mine.b, b, sizeof(b));
@@ -27,9 +27,9 @@ inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_
   const int row = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
   for (int i = 0; i < 4; ++i) {
     const int column = 2 * q + i % 2;
-    for (int k = 0; k < 16; ++k) {
+    for (int k = 0; k < 8 * kEights; ++k) {
       const int lane = k % 8 / 2;
-      sums[i] += half_of<T>(lanes[4 * row + lane].a[k / 8 * 2 + i / 2], k % 2) *
+      sums[i] += half_of<T>(lanes[4 * row + lane].a[k / 8][i / 2], k % 2) *
                  half_of<T>(lanes[4 * column + lane].b[k / 8], k % 2);
     }
   }
