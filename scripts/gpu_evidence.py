@@ -32,6 +32,8 @@ FIRST = ("test_ops", "test_triton", "test_networks", "test_full_size")
 MODELS = ("resnet50", "googlenet")
 NETWORKS = (*(argument for model in MODELS for argument in ("--model", model)), "--dtype", "bfloat16")
 TINY = ("--model", "resnet18", "--size", "64", "--dtype", "float32", "--batch", "2")
+# What decides which candidates run: the tiles of the convolutions, and of the stem with its pool.
+CANDIDATES = [f"{network} --batch 256 --backend native" for network in MODELS]
 TUNED = [f"{network} --batch {of}" for of in ("256", "256 --train", "32") for network in MODELS]
 SANITIZED = ("memcheck native", "racecheck native", "initcheck native", "memcheck triton")
 
@@ -106,6 +108,7 @@ def timings() -> list[Piece]:
     kernels = profile("--pass", "inference", "--pass", "training", *fused, "--batch", "256")
     host = profile("--pass", "inference", *fused, "--batch", "1", "--host")
     return [
+        Piece("candidates", tuner(CANDIDATES, "bfloat16"), 60),
         Piece("networks", networks, 160, "networks", bench("inference", *TINY, seconds=0), needed=True),
         Piece("quiet", forget, 10, needed=True),
         Piece("compiled", compiled, 90, "networks", needed=True),

@@ -341,7 +341,7 @@ def test_the_commands_that_only_a_gpu_runs_exist(
     assert {name for name, *_ in ours} == {"info", "bench", "profile"}
     for name, *options in ours:
         commands[name].make_context(name, options)  # raises where there is no such option
-    for tuned in gpu_evidence.TUNED:
+    for tuned in (*gpu_evidence.CANDIDATES, *gpu_evidence.TUNED):
         commands["tune"].make_context("tune", [*tuned.split(), "--dtype", "bfloat16"])
     for command in given:
         if "compute-sanitizer" in command and "native" in command:
