@@ -14,11 +14,12 @@ from typing import Any
 from torch import nn
 
 from ._backends import BACKENDS, outlook
-from .adapters import BLOCKS, NETWORKS
+from .adapters import BLOCKS, NETWORKS, NETWORKS_OF_BLOCKS
 from .adapters._common import full_name
 from .nn import FusedModule, ResidualStage
 from .nn.cache import mark_stale
 from .nn.residual import ResidualBlock
+from .nn.stem import BlockStemmedNetwork
 from .nn.swap import swap, swap_problem, unswap
 
 Filter = Callable[[str, nn.Module], bool]
@@ -143,15 +144,20 @@ class _Walk:
                 self._swap_stem(name, module, network)
         for child_name, child in module.named_children():
             self.visit(f"{name}.{child_name}" if name else child_name, child)
+        of_blocks = None if isinstance(module, FusedModule) else NETWORKS_OF_BLOCKS.get(full_name(type(module)))
+        if of_blocks is not None and swap_problem(module) is None:  # no entry of its own
+            swapped = swap(module, of_blocks, self.backend)
+            if swapped.fused_structure_problem() is not None:
+                unswap(swapped)
         blocks = list(module.children()) if type(module) is nn.Sequential else []
         if len(blocks) > 1 and all(isinstance(b, ResidualBlock) for b in blocks) and swap_problem(module) is None:
-            swap(module, ResidualStage, self.backend)  # no entry of its own
+            swap(module, ResidualStage, self.backend)  # no entry of its own, either
 
     def _visit_own(self, name: str, module: FusedModule) -> None:
         """fused_cnn's own modules, where they are in plain PyTorch."""
         if module._fused_swapped_from is not None or module.backend != "reference":
             return
-        if isinstance(module, ResidualStage):
+        if isinstance(module, (ResidualStage, BlockStemmedNetwork)):
             module.backend = self.backend  # its blocks are asked for and reported
         elif self._is_wanted(name, module):
             module.backend = self.backend

@@ -10,8 +10,8 @@ from typing import ClassVar
 from .. import nn as fused
 from ..nn import FusedModule
 from ..nn.module import Replaced
+from ..nn.stem import BlockStemmedNetwork, StemmedNetwork
 from . import timm, torchvision
-from ._common import ResNetTrunk
 
 
 class MaxPool2d(fused.MaxPool2d):
@@ -27,4 +27,5 @@ BLOCKS: dict[str, type[FusedModule]] = {
     **torchvision.BLOCKS,
     **timm.BLOCKS,
 }
-NETWORKS: dict[str, type[ResNetTrunk]] = {**torchvision.NETWORKS, **timm.NETWORKS}
+NETWORKS: dict[str, type[StemmedNetwork]] = {**torchvision.NETWORKS, **timm.NETWORKS}
+NETWORKS_OF_BLOCKS: dict[str, type[BlockStemmedNetwork]] = torchvision.NETWORKS_OF_BLOCKS  # swapped behind their blocks

@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import nn as fused
 from ..nn import FusedModule
 from ..nn.module import Replaced
+from ..nn.stem import StemmedNetwork
 from ._common import STAGES, ResNetTrunk
 
 CHECKPOINTING = ("grad_checkpointing", "torch", "jit", "is_scripting", "checkpoint_seq")
@@ -54,4 +55,4 @@ BLOCKS: dict[str, type[FusedModule]] = {
     "timm.models.resnet.BasicBlock": BasicBlock,
     "timm.models.resnet.Bottleneck": Bottleneck,
 }
-NETWORKS: dict[str, type[ResNetTrunk]] = {"timm.models.resnet.ResNet": FusedResNet}
+NETWORKS: dict[str, type[StemmedNetwork]] = {"timm.models.resnet.ResNet": FusedResNet}

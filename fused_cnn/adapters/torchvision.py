@@ -1,6 +1,6 @@
 """torchvision's GoogLeNet, Inception v3 and ResNet families."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import nn as fused
 from ..nn import FusedModule
 from ..nn.module import Replaced
+from ..nn.stem import BlockStemmedNetwork, StemmedNetwork
 from ._common import STAGES, ResNetTrunk
 
 
@@ -62,6 +63,31 @@ class FusedResNet(ResNetTrunk):
         return self.fc(torch.flatten(self.avgpool(self.fused_run_stages(x)), 1))
 
 
+LAYERS = ("conv1", "maxpool1", "conv2", "conv3", "maxpool2", "maxpool3", "maxpool4", "avgpool", "dropout", "fc")
+INCEPTIONS = tuple(f"inception{name}" for name in ("3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b"))
+
+
+class FusedGoogLeNet(BlockStemmedNetwork):
+    """GoogLeNet with its stem and the pool behind it as one op where a GPU has it."""
+
+    fused_replaces: ClassVar[Replaced] = {
+        "_forward": frozenset((*LAYERS, *INCEPTIONS, "aux1", "aux2", "training", "torch", "flatten"))
+    }
+
+    def _forward(self, x: Tensor) -> Any:
+        return self.fused_run(x, super()._forward)  # type: ignore[misc]
+
+    def fused_behind_pool(self, x: Tensor) -> Any:
+        net: Any = self
+        x = net.maxpool2(net.conv3(net.conv2(x)))
+        x = net.inception4a(net.maxpool3(net.inception3b(net.inception3a(x))))
+        aux1 = net.aux1(x) if net.aux1 is not None and self.training else None
+        x = net.inception4d(net.inception4c(net.inception4b(x)))
+        aux2 = net.aux2(x) if net.aux2 is not None and self.training else None
+        x = net.inception5b(net.inception5a(net.maxpool4(net.inception4e(x))))
+        return net.fc(net.dropout(torch.flatten(net.avgpool(x), 1))), aux2, aux1
+
+
 BLOCKS: dict[str, type[FusedModule]] = {
     "torchvision.models.googlenet.BasicConv2d": BasicConv2d,
     "torchvision.models.googlenet.Inception": Inception,
@@ -69,4 +95,5 @@ BLOCKS: dict[str, type[FusedModule]] = {
     "torchvision.models.resnet.BasicBlock": BasicBlock,
     "torchvision.models.resnet.Bottleneck": Bottleneck,
 }
-NETWORKS: dict[str, type[ResNetTrunk]] = {"torchvision.models.resnet.ResNet": FusedResNet}
+NETWORKS: dict[str, type[StemmedNetwork]] = {"torchvision.models.resnet.ResNet": FusedResNet}
+NETWORKS_OF_BLOCKS: dict[str, type[BlockStemmedNetwork]] = {"torchvision.models.googlenet.GoogLeNet": FusedGoogLeNet}

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import ConvBNReLU, Inception, MaxPool2d
+from ..nn.stem import BlockStemmedNetwork
 
 # Table 1 of arXiv 1409.4842: #1x1, #3x3 reduce, #3x3, #5x5 reduce, #5x5, pool proj.
 INCEPTION_CHANNELS = {
@@ -69,7 +70,7 @@ def _lrn() -> nn.LocalResponseNorm:
     return nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
 
 
-class GoogLeNet(nn.Module):
+class GoogLeNet(BlockStemmedNetwork):
     """GoogLeNet (arXiv 1409.4842), in torchvision's form or, with `batch_norm=False`, in the paper's.
 
     Args:
@@ -175,8 +176,14 @@ class GoogLeNet(nn.Module):
         return torch.cat([plane * (std / 0.5) + (mean - 0.5) / 0.5 for plane, mean, std in planes], 1)
 
     def forward(self, x: Tensor) -> Tensor | GoogLeNetOutputs:
-        x = self.norm1(self.maxpool1(self.conv1(self._transform(x))))
-        x = self.maxpool2(self.norm2(self.conv3(self.conv2(x))))
+        return self.fused_run(self._transform(x), self.fused_plain_forward)
+
+    def fused_plain_forward(self, x: Tensor) -> Tensor | GoogLeNetOutputs:
+        """Every child is called."""
+        return self.fused_behind_pool(self.maxpool1(self.conv1(x)))
+
+    def fused_behind_pool(self, x: Tensor) -> Tensor | GoogLeNetOutputs:
+        x = self.maxpool2(self.norm2(self.conv3(self.conv2(self.norm1(x)))))
         x = self.inception3b(self.inception3a(x))
         x = self.inception4a(self.maxpool3(x))
         aux1 = self.aux1(x) if self.aux1 is not None and self.training else None

@@ -6,6 +6,7 @@ channels_last there, once, and not by every block behind it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from .._layout import in_channels_last, result_format
 from ..ops import stem
 from ..ops._conv import autocast, on_16_bytes, pair, runs_on_gpu_kernels
 from ..ops.stem.reference import POOL
+from .calls import is_traced
+from .conv_bn_relu import ConvBNReLU
 from .fold import FoldedPair, Pair, fold, pair_problem, skip_problem
 from .max_pool2d import MaxPool2d
 from .module import FusedModule, block_problem
@@ -25,16 +28,16 @@ class StemmedNetwork(FusedModule):
     """A network that runs relu(bn1(conv1(x))) fused, and `maxpool` with it where it can. Its forward calls `fused_run`,
     and that `fused_behind_pool`."""
 
-    conv1: nn.Conv2d
+    conv1: Any
     bn1: nn.BatchNorm2d
     fused_stem_act: str = "relu"  # the name of the activation behind bn1
     fused_stem_pool: str = "maxpool"
 
-    def fused_behind_pool(self, x: Tensor) -> Tensor:
+    def fused_behind_pool(self, x: Tensor) -> Any:
         """What the network does with the pool's result."""
         raise NotImplementedError
 
-    def fused_behind_stem(self, x: Tensor) -> Tensor:
+    def fused_behind_stem(self, x: Tensor) -> Any:
         return self.fused_behind_pool(getattr(self, self.fused_stem_pool)(x))
 
     def fused_problem(self) -> str | None:
@@ -49,10 +52,11 @@ class StemmedNetwork(FusedModule):
     def _fused_pool_fits(self) -> bool:
         """Whether the fused op's convolution and pool are this network's, with nobody watching the pool."""
         pool, (kernel, step, dilation) = self._modules.get(self.fused_stem_pool), POOL
+        ((conv, _),) = self.fused_pairs()
         return (
             isinstance(pool, MaxPool2d)
-            and self.conv1.groups == 1
-            and pair(self.conv1.dilation) == (1, 1)
+            and conv.groups == 1
+            and pair(conv.dilation) == (1, 1)
             and block_problem(pool, MaxPool2d.forward) is None
             and pool.fused_structure_problem() is None
             and pool.backend == self.backend
@@ -72,9 +76,10 @@ class StemmedNetwork(FusedModule):
         return [(self.conv1, self.bn1)]
 
     def fused_fold(self, x: Tensor) -> FoldedPair:
-        return FoldedPair.of(self.conv1, fold(self.conv1, self.bn1), autocast(x)[0], self.backend)
+        ((conv, norm),) = self.fused_pairs()
+        return FoldedPair.of(conv, fold(conv, norm), autocast(x)[0], self.backend)
 
-    def fused_run_folded(self, x: Tensor, folded: FoldedPair) -> Tensor:
+    def fused_run_folded(self, x: Tensor, folded: FoldedPair) -> Any:
         if not runs_on_gpu_kernels(x, "stem_fwd", self.backend):
             return self.fused_behind_stem(folded.run(x, relu=True, backend=self.backend))
         (last,) = autocast(in_channels_last(x))
@@ -88,10 +93,42 @@ class StemmedNetwork(FusedModule):
         else:
             out = self.fused_behind_stem(in_channels_last(folded.run(last, relu=True, backend=self.backend)))
         came_contiguous = result_format(x) is torch.contiguous_format
-        return out.contiguous() if came_contiguous and not folded.gives_channels_last else out
+        keeps = isinstance(out, Tensor) and came_contiguous and not folded.gives_channels_last
+        return out.contiguous() if keeps else out
 
     def fused_run_traced(self, x: Tensor) -> Tensor:
         return self.fused_behind_stem(traced_conv(x, self.conv1, self.bn1, relu=True, backend=self.backend))
 
     def fused_run_unfolded(self, x: Tensor) -> Tensor:
         return self.fused_behind_stem(self.fused_bn_act(self.conv1(on_16_bytes(x)), self.bn1))
+
+
+class BlockStemmedNetwork(StemmedNetwork):
+    """A network that begins with a ConvBNReLU, `conv1`, and a pool, as GoogLeNet does. Where the two are no one op, its
+    plain forward calls them, and they run fused by themselves."""
+
+    fused_stem_pool = "maxpool1"
+
+    def fused_problem(self) -> str | None:
+        conv = self._modules.get("conv1")
+        if not isinstance(conv, ConvBNReLU):
+            return f"conv1 is {type(conv).__name__}, not ConvBNReLU"
+        problem = block_problem(conv) or conv.fused_structure_problem()
+        if problem is None and not (conv.backend == self.backend and conv.fused_ends_in_relu()):
+            problem = "has another backend, or no ReLU"
+        if problem is None:
+            return None if self._fused_pool_fits() else f"{self.fused_stem_pool} is another pool than the fused op's"
+        return f"conv1 {problem}"
+
+    def fused_skipped(self) -> list[nn.Module]:
+        return list(self._modules["conv1"].modules())  # type: ignore[union-attr]
+
+    def fused_pairs(self) -> list[Pair]:
+        return self._modules["conv1"].fused_pairs()  # type: ignore[operator, union-attr]
+
+    def fused_run(self, x: Tensor, plain: Callable[[Tensor], Any]) -> Any:
+        one_op = isinstance(x, Tensor) and not is_traced(x) and runs_on_gpu_kernels(x, "stem_fwd", self.backend)
+        return super().fused_run(x, plain) if one_op else plain(x)
+
+    def _fused_pays(self, x: Tensor, pairs: Sequence[Pair]) -> bool:
+        return False  # with batch statistics or gradients
