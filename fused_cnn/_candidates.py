@@ -176,7 +176,8 @@ def _runs(op: str, candidate: Candidate[str], device: torch.device, dtype: torch
         return True
     if backend == "triton" and (device.type != "cuda" or dtype == torch.float64):  # its interpreter is for tests
         return False
-    if not _library.has_kernel(op, backend, device.type) or not _ready(backend, device):
+    # What is ready may have been found to lack the kernel just then.
+    if not _ready(backend, device) or not _library.has_kernel(op, backend, device.type):
         return False
     return not candidate.architectures or architecture(device) in candidate.architectures
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from ._trees import mapped
 DTYPES = (torch.bfloat16, torch.float16)
 TILE, OP = "tile", "op"  # what a key begins with: a tile of the CUDA library, or a whole op of it
 ALL = ("all",)  # the key that says that nothing is left to compare
+RIGHT, WRONG = "right", "wrong"
 
 
 class Case(NamedTuple):
@@ -33,6 +34,7 @@ class Case(NamedTuple):
     op: str
     arguments: tuple[Any, ...]
     expected: Tensor
+    has_tiles: bool = True
 
 
 def _whole(generator: torch.Generator, largest: int, *shape: int) -> Tensor:
@@ -64,11 +66,11 @@ def _inception(whole: Callable[..., Tensor]) -> Case:
     return Case("inception_fwd", (x, weights, biases), torch.cat(branches, 1))
 
 
-def _stem(whole: Callable[..., Tensor], pool_padding: int, ceil_mode: bool) -> Case:
-    x, weight, bias = whole(1, 3, 3, 75, 52), whole(1, 72, 3, 7, 7), whole(8, 72)
-    y = torch.relu(F.conv2d(x, weight, bias, 2, 3))
+def _stem(whole: Callable[..., Tensor], x: Sequence[int], padding: int, pool_padding: int, ceil_mode: bool) -> Case:
+    images, weight, bias = whole(1, *x), whole(1, 72, x[1], 7, 7), whole(8, 72)
+    y = torch.relu(F.conv2d(images, weight, bias, 2, padding))
     expected = F.max_pool2d(y, 3, 2, pool_padding, ceil_mode=ceil_mode)
-    return Case("stem_fwd", (x, weight, bias, [2, 2], [3, 3], pool_padding, ceil_mode), expected)
+    return Case("stem_fwd", (images, weight, bias, [2, 2], [padding] * 2, pool_padding, ceil_mode), expected)
 
 
 def cases() -> Iterator[Case]:
@@ -79,82 +81,88 @@ def cases() -> Iterator[Case]:
     yield _convolution(whole, (3, 72, 11, 13), 200, 3, 2, 1, residual=True)
     yield _convolution(whole, (3, 3, 45, 37), 72, 7, 2, 3, residual=False)
     yield _inception(whole)
-    yield _stem(whole, 1, False)
-    yield _stem(whole, 0, True)
+    yield _stem(whole, (3, 3, 75, 52), 3, 1, False)
+    # Rows on 16 bytes, in tiles as wide as there are: bands of many rows, several for a block, and one for each.
+    yield _stem(whole, (40, 3, 39, 232), 3, 1, False)
+    yield _stem(whole, (70, 3, 39, 216), 3, 0, True)
+    yield _stem(whole, (5, 1, 40, 48), 2, 1, False)
+    yield _stem(whole, (5, 2, 40, 48), 0, 0, False)
     x = whole(100, 3, 72, 23, 17)
     for kernel, stride, padding in ((3, 2, 1), (3, 1, 1), (2, 2, 0)):
         window = ([kernel] * 2, [stride] * 2, [padding] * 2, [1, 1], False)
-        yield Case("max_pool2d_fwd", (x, *window), F.max_pool2d(x, kernel, stride, padding))
+        yield Case("max_pool2d_fwd", (x, *window), F.max_pool2d(x, kernel, stride, padding), has_tiles=False)
 
 
 def compare(
     library: ctypes.CDLL,
     kernel: Callable[[str], Callable[..., Tensor]],
     device: torch.device,
-    known: Mapping[tuple[Any, ...], bool] = {},
-) -> dict[tuple[Any, ...], bool]:
-    """Whether each tile and each op gives PyTorch's results on `device`; ALL is among the keys unless a kernel could
-    not be run, behind which nothing more can be said: its error may be the device's from then on.
+    known: Mapping[tuple[Any, ...], str] = {},
+) -> dict[tuple[Any, ...], str]:
+    """What each tile and each op came to on `device`: RIGHT, WRONG where its results are not PyTorch's, or the error
+    that it ended in. ALL is among the keys unless something did not run, behind which nothing more can be said: the
+    error may be the device's from then on.
 
     A key is (TILE, dtype's number, kind, m, n, k), or, of an op that has no tiles, (OP, its name). `known` holds what
-    was found wrong before, which is not run again. A tile that is found wrong is refused at once.
+    came to nothing before, which is not run again. What an error of the moment ended is not in the result.
     """
-    found: dict[tuple[Any, ...], bool] = {}
+    found: dict[tuple[Any, ...], str] = {}
     for dtype in DTYPES:
         for case in cases():
 
             def placed(t: Tensor, dtype: torch.dtype = dtype) -> Tensor:
                 return t.to(device, dtype)
 
+            expected = case.expected.to(dtype)
+            key: tuple[Any, ...] = () if case.has_tiles else (OP, case.op)  # of what is run
+
+            def verdict(run: Callable[[], Tensor], expected: Tensor = expected) -> str:
+                return RIGHT if torch.equal(run().cpu(), expected) else WRONG
+
+            def is_out(key: tuple[Any, ...]) -> bool:
+                return key in known or found.get(key, RIGHT) != RIGHT
+
             try:
                 run = functools.partial(kernel(case.op), *mapped(placed, case.arguments, Tensor))
-                expected = case.expected.to(dtype)
-
-                def is_right(run: Callable[[], Tensor] = run, expected: Tensor = expected) -> bool:
-                    return torch.equal(run().cpu(), expected)
-
-                has_tiles = False
-                for problem, tile in _tiles(library, run, device):
-                    has_tiles = True
+                if not case.has_tiles and not is_out(key):
+                    found[key] = verdict(run)
+                for problem, tile in _tiles(library, run, device) if case.has_tiles else ():
                     key = (TILE, problem[1], *tile)
-                    if known.get(key) is False or found.get(key) is False:
+                    if is_out(key):
                         continue
-                    found[key] = False  # of what does not run
                     _library.choose_tile(library, problem, tile)
                     try:
-                        found[key] = is_right()
+                        found[key] = verdict(run)
                     finally:
                         _library.choose_tile(library, problem, None)
-                    if not found[key]:
-                        _library.refuse_tile(library, problem, tile)
-                op = (OP, case.op)
-                if not has_tiles and known.get(op) is not False and found.get(op) is not False:
-                    found[op] = False
-                    found[op] = is_right()
-            except torch.OutOfMemoryError:
-                return {}  # another process will find room
-            except RuntimeError:
-                return found
-    return {**found, ALL: True}
+                    key = ()
+            except RuntimeError as error:
+                momentary = any(word in str(error).lower() for word in ("out of memory", "captur", "alloc"))
+                return found if momentary or not key else {**found, key: " ".join(str(error).split()) or "an error"}
+    return {**found, ALL: RIGHT}
 
 
-def refuse(library: ctypes.CDLL, device: torch.device, checks: Mapping[tuple[Any, ...], bool]) -> None:
-    """See that nothing runs which was found wrong."""
-    for (kind, *which), right in checks.items():
-        if not right and kind == TILE:
+def refuse(library: ctypes.CDLL, device: torch.device, checks: Mapping[tuple[Any, ...], str]) -> None:
+    """See that nothing runs which came to nothing: a tile on this device, an op on every GPU."""
+    for (kind, *which), what in checks.items():
+        if what != RIGHT and kind == TILE:
             dtype, *tile = which
             problem = (device.index or 0, dtype, *[0] * (library.fused_cnn_problem_values() - 2))
             _library.refuse_tile(library, problem, tuple(tile))
-        elif not right:
+        elif what != RIGHT:
             _library.withdraw(which[0], "native", device.type)
 
 
-def name_of(key: tuple[Any, ...]) -> str:
-    """What a key stands for, in words."""
+def sentence(key: tuple[Any, ...], what: str, gpu: str) -> str:
+    """What is said of a kernel that came to nothing."""
     kind, *which = key
-    if kind == OP:
-        return f"the kernel of {which[0]}"
-    return "the tensor-core kernel (dtype {}, kind {}, tile {} x {} x {})".format(*which)
+    tile = "the tensor-core kernel (dtype {}, kind {}, tile {} x {} x {})"
+    name = f"the kernel of {which[0]}" if kind == OP else tile.format(*which)
+    did = "gives other results than PyTorch" if what == WRONG else f"does not run ({what})"
+    return (
+        f"fused_cnn: on this {gpu} {name} {did}, and will not be used; please report it, "
+        "with what `fused-cnn info` says"
+    )
 
 
 def _tiles(
@@ -168,13 +176,25 @@ def _tiles(
                     yield problem, tile
 
 
-def on_its_own(work: Callable[[], dict[tuple[Any, ...], bool]]) -> dict[tuple[Any, ...], bool]:
+def on_its_own(work: Callable[[], dict[tuple[Any, ...], str]]) -> dict[tuple[Any, ...], str]:
     """What `work` gives in a thread of its own, where none of the caller's modes, autocast and gradients among them,
-    are in force."""
+    are in force. Nothing where no thread can be started any more, as when the interpreter ends."""
+    found: dict[tuple[Any, ...], str] = {}
+    failed: list[BaseException] = []
 
-    def without_gradients() -> dict[tuple[Any, ...], bool]:
-        with torch.no_grad():
-            return work()
+    def body() -> None:
+        try:
+            with torch.no_grad():
+                found.update(work())
+        except BaseException as error:
+            failed.append(error)
 
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(without_gradients).result()
+    thread = threading.Thread(target=body, name="fused_cnn first use")
+    try:
+        thread.start()
+    except RuntimeError:
+        return {}
+    thread.join()
+    if failed:
+        raise failed[0]
+    return found

@@ -47,7 +47,7 @@ class Table:
 
     choices: dict[Key, dict[str, Any]] = field(default_factory=dict)
     tiles: dict[Key, dict[str, Any]] = field(default_factory=dict)
-    checks: dict[Key, bool] = field(default_factory=dict)
+    checks: dict[Key, str] = field(default_factory=dict)
 
     def update(self, other: Table) -> None:
         self.choices |= other.choices
@@ -73,8 +73,8 @@ class Table:
         for entry in table.tiles.values():
             if not all(isinstance(n, int) for n in entry["best"]):
                 raise ValueError(f"it has tiles {entry['best']!r}")
-        if not all(isinstance(right, bool) for right in table.checks.values()):
-            raise ValueError("it has checks that are neither true nor false")
+        if not all(isinstance(what, str) for what in table.checks.values()):
+            raise ValueError("it has checks that came to nothing that is known")
         return table
 
 
@@ -175,6 +175,7 @@ def save(path: Path, table: Table, found: Mapping[str, Any]) -> None:
 _lock = threading.Lock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _tables: dict[torch.device, Table] = {}  # loaded at the device's first call
+_to_say: list[str] = []
 asks = True  # whether an op need look at the tables at all: a microsecond, where an op may take five
 
 
@@ -184,7 +185,10 @@ def table(device: torch.device) -> Table:
     if found is not None:
         return found
     with _lock:
-        return _load(device)
+        found = _load(device)
+    while _to_say:  # without the lock: who listens may call an op
+        warnings.warn(_to_say.pop(0), stacklevel=2)
+    return found
 
 
 def _load(device: torch.device) -> Table:
@@ -219,19 +223,17 @@ def _check(device: torch.device, known: Table) -> None:
     assert library is not None
     place = torch.device("cuda", device.index or 0)
     _first_use.refuse(library, place, known.checks)
-    if _first_use.ALL not in known.checks and not torch.cuda.is_current_stream_capturing():
-        kernel = functools.partial(_library.kernel, backend="native")
-        new = _first_use.on_its_own(lambda: _first_use.compare(library, kernel, place, known.checks))
-        for key in [key for key, right in new.items() if not right]:
-            warnings.warn(
-                f"fused_cnn: on this {facts(device)['device']} {_first_use.name_of(key)} gives other results than "
-                "PyTorch, and will not be used; please report it, with what `fused-cnn info` says",
-                stacklevel=2,
-            )
-        known.checks |= {key: right for key, right in new.items() if key == _first_use.ALL or not right}
-        with contextlib.suppress(OSError, RuntimeError):  # each process compares where nothing can be kept
-            save(cache_file(device), Table(checks=known.checks), facts(device))
-        _first_use.refuse(library, place, known.checks)
+    if _first_use.ALL in known.checks or torch.cuda.is_current_stream_capturing():
+        return
+    kernel = functools.partial(_library.kernel, backend="native")
+    found = _first_use.on_its_own(lambda: _first_use.compare(library, kernel, place, known.checks))
+    new = {key: what for key, what in found.items() if key == _first_use.ALL or what != _first_use.RIGHT}
+    known.checks |= new
+    _first_use.refuse(library, place, new)
+    with contextlib.suppress(OSError, RuntimeError):  # each process compares where nothing can be kept
+        save(cache_file(device), Table(checks=known.checks), facts(device))
+    gpu = facts(device)["device"]
+    _to_say.extend(_first_use.sentence(key, what, gpu) for key, what in new.items() if key != _first_use.ALL)
 
 
 def forget() -> None:

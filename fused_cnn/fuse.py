@@ -145,7 +145,8 @@ class _Walk:
         for child_name, child in module.named_children():
             self.visit(f"{name}.{child_name}" if name else child_name, child)
         of_blocks = None if isinstance(module, FusedModule) else NETWORKS_OF_BLOCKS.get(full_name(type(module)))
-        if of_blocks is not None and swap_problem(module) is None:  # no entry of its own
+        wanted = self.filter_fn is None or self.filter_fn(name, module)
+        if of_blocks is not None and wanted and swap_problem(module) is None:  # no entry of its own
             swapped = swap(module, of_blocks, self.backend)
             if swapped.fused_structure_problem() is not None:
                 unswap(swapped)

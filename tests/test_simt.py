@@ -55,15 +55,16 @@ RUNS = [
 def test_forward_and_backward_agree_with_float64(
     op_cases: OpCases, case: Case, dtype: torch.dtype, layout: str
 ) -> None:
-    for comparison in compare(op_cases, case, "simt", dtype, layout):
-        assert comparison.ok, comparison
+    for backward in (True, False) if op_cases.name == "max_pool2d" else (True,):  # two kernels
+        for comparison in compare(op_cases, case, "simt", dtype, layout, backward=backward):
+            assert comparison.ok, comparison
 
 
 def test_the_rooms_are_all_here() -> None:
     simt_backend.install()
     assert {p.parent.name for p in (simt_backend.ROOT / "csrc").glob("*/*.cu")} - {"cuda"} == set(simt_backend.ROOMS)
     missing = [op for op in _library.op_names() if "pack" not in op and not _library.has_kernel(op, "simt", "cpu")]
-    assert missing == ["max_pool2d_bwd"]
+    assert missing == ["max_pool2d_bwd"]  # a GPU's goes by places
 
 
 def last(x: torch.Tensor) -> torch.Tensor:
@@ -208,7 +209,19 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
             "+ kKernel) best[r]",
             "+ kKernel - 1) best[r]",
             "error=",
-        )
+        ),
+        "a tap of the window left out": (
+            "cuda/max_pool.cu",
+            "tap < kKernel) best[r]",
+            "tap < kKernel - 1) best[r]",
+            "error=",
+        ),
+        "a window that is not looked at": (
+            "cuda/max_pool.cu",
+            "kKernel - 2) / kStride + 1;",
+            "kKernel - 2) / kStride;",
+            "grad",
+        ),
     },
     "add_relu": {
         "a rest of the elements left out": ("shared/passes.h", "if (rest > 0)", "if (rest > 63)", "error=inf")
@@ -414,31 +427,50 @@ def test_a_tile_that_is_wrong_is_found_before_its_first_use_and_never_runs(monke
             used.value = -1
             out: torch.Tensor = _library.kernel(op, "simt")(*args)
             if fails and used.value == 0:
-                raise RuntimeError("launch failed")
+                raise RuntimeError(fails)
             return out + (used.value == 0)  # the first of the stand-in's tiles
 
         return call
 
     half = 2  # DType::f16
-    for fails in (False, True):
-        found = _first_use.compare(library, kernel, torch.device("cpu"))
+    key, other = (_first_use.TILE, half, *wrong), (_first_use.TILE, half, *right)
+    place, values = torch.device("cpu"), library.fused_cnn_problem_values()
+    for fails, said in (("", _first_use.WRONG), ("launch failed", "launch failed"), ("CUDA out of memory", None)):
+        found = _first_use.compare(library, kernel, place)
+        assert found.get(key) == said
+        if fails:  # nothing is known of what comes behind
+            assert _first_use.ALL not in found and other not in found
+            continue
+        assert found[other] == found[_first_use.ALL] == _first_use.RIGHT
+        assert key not in _first_use.compare(library, kernel, place, {key: said})
+        problem = (-1, half, 1 << 20, 256, 64, 0, 1, 1, 1, 1, 0, 0)  # for which it would be chosen
+        assert _library.tiles_of(library, problem)[0] == wrong
         try:
-            assert found[(_first_use.TILE, half, *wrong)] is False
-            if fails:  # nothing is known of what comes behind
-                assert _first_use.ALL not in found
-            else:
-                assert found[(_first_use.TILE, half, *right)] is True and found[_first_use.ALL] is True
-                problem = (-1, half, 1 << 20, 256, 64, 0, 1, 1, 1, 1, 0, 0)  # for which it would be chosen
-                assert _library.tiles_of(library, problem) == [right, (3, 0, 0, 0)]
-                with pytest.raises(ValueError, match="no tile"):
-                    _library.choose_tile(library, problem, wrong)
-                assert _library.tiles_of(library, (-1, 3, *problem[2:]))[0] == wrong  # in bfloat16 it may
-                known = {key: right for key, right in found.items() if not right}
-                assert (_first_use.TILE, half, *wrong) not in _first_use.compare(
-                    library, kernel, torch.device("cpu"), known
-                )
+            _library.refuse_tile(library, problem, wrong)
+            assert _library.tiles_of(library, problem) == [right, (3, 0, 0, 0)]
+            with pytest.raises(ValueError, match="no tile"):
+                _library.choose_tile(library, problem, wrong)
+            assert _library.tiles_of(library, (-1, 3, *problem[2:]))[0] == wrong  # in bfloat16 it may
         finally:
-            _library.refuse_tile(library, (-1, half, *[0] * 10), wrong, refused=False)
+            _library.refuse_tile(library, (-1, half, *[0] * (values - 2)), wrong, refused=False)
+        assert _library.tiles_of(library, problem)[0] == wrong
+
+
+def test_an_op_without_tiles_is_compared_and_one_that_was_wrong_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    x = torch.ones(1, 8, 4, 4)
+    window = ([2, 2], [2, 2], [0, 0], [1, 1], False)
+    pool = _first_use.Case("max_pool2d_fwd", (x, *window), torch.ones(1, 8, 2, 2), has_tiles=False)
+    monkeypatch.setattr(_first_use, "cases", lambda: [pool])
+
+    def kernel(op: str) -> Callable[..., torch.Tensor]:
+        return lambda *args: [ran.append(op), torch.max_pool2d(args[0], 2) + 1][1]  # type: ignore[func-returns-value, return-value]
+
+    key, library = (_first_use.OP, "max_pool2d_fwd"), simt_backend.install()
+    found = _first_use.compare(library, kernel, torch.device("cpu"))
+    assert found == {key: _first_use.WRONG, _first_use.ALL: _first_use.RIGHT} and len(ran) == 1
+    assert _first_use.compare(library, kernel, torch.device("cpu"), found) == {_first_use.ALL: _first_use.RIGHT}
+    assert len(ran) == 1
 
 
 def test_what_is_not_finite_reaches_one_pixel_further_behind_an_odd_stem() -> None:

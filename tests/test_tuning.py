@@ -4,6 +4,8 @@ made up."""
 import json
 import subprocess
 import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,7 +187,7 @@ def test_a_bad_or_foreign_file_is_a_warning_and_is_measured_anew(folder: Path, t
     [
         *(("choices", KEY, entry) for entry in ({"best": "tensorrt"}, {}, "native")),
         *(("tiles", key, {"best": [64, 64]}) for key in (5, ())),
-        ("checks", ("all",), "yes"),
+        ("checks", ("all",), True),
     ],
 )
 def test_a_file_with_a_nonsensical_entry_is_not_used(folder: Path, kind: str, key: Any, entry: Any) -> None:
@@ -201,10 +203,11 @@ def test_a_file_with_a_nonsensical_entry_is_not_used(folder: Path, kind: str, ke
 def test_what_a_gpu_computes_wrong_is_said_once_and_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 3)
     good, bad, all_of_it = ("tile", 3, 0, 64, 64, 64), ("tile", 3, 0, 128, 128, 64), ("all",)
+    op = ("op", "stem_fwd")
     calls: list[str] = []
-    answer = {good: True, bad: False, ("op", "stem_fwd"): False}
+    answer = {good: "right", bad: "wrong", op: "CUDA error: an illegal memory access"}
 
-    def compare(library: Any, kernel: Any, place: torch.device, known: Any) -> dict[Any, bool]:
+    def compare(library: Any, kernel: Any, place: torch.device, known: Any) -> dict[Any, str]:
         assert place == device and kernel("stem_fwd") is not None
         assert not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
         assert not isinstance(torch.empty(1), FakeTensor)
@@ -219,30 +222,47 @@ def test_what_a_gpu_computes_wrong_is_said_once_and_kept(folder: Path, monkeypat
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     facts = {**_tables.facts(PLACE), "device": "NVIDIA Elsewhere"}
     monkeypatch.setattr(_tables, "facts", lambda device: facts)
+    monkeypatch.setattr(_tables, "usable", lambda backend, device: True)
     refusals = ["(3, 3) (0, 128, 128, 64)", "stem_fwd native cuda"]
 
-    capturing = True
-    table = _tables.Table()
-    _tables._check(device, table)  # a comparison would break the capture
-    assert not calls and not table.checks
+    capturing = True  # a comparison would break the capture
+    assert not _tables.table(device).checks and not calls
     capturing = False
-    warned = (
-        r"on this NVIDIA Elsewhere (the kernel of stem_fwd|.*tile 128 x 128 x 64\)) gives other results than PyTorch"
-    )
-    with pytest.warns(UserWarning, match=warned) as said, torch.autocast("cpu"), FakeTensorMode():
-        _tables._check(device, table)
-    assert len(said) == 2 and sorted(calls) == sorted(["compared", *refusals])
-    assert table.checks == {bad: False, ("op", "stem_fwd"): False}  # and nothing of what came behind an error
+    _tables.forget()
+    # A warning that is an error comes when all is kept, and the next call says what is left.
+    with warnings.catch_warnings(), torch.autocast("cpu"), FakeTensorMode():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"on this NVIDIA Elsewhere .*tile 128 x 128 x 64\) gives other results"):
+            _tables.table(device)
+    assert sorted(calls) == sorted(["compared", *refusals])
+    left = answer[op]
+    assert _tables.table(device).checks == {bad: "wrong", op: left}  # and nothing of what came behind an error
+    answer = {}
+    with pytest.warns(UserWarning, match="the kernel of stem_fwd does not run .CUDA error: an illegal memory access"):
+        _tables.forget()
+        _tables.table(device)
 
     # Another process: it goes on where the first could not, and never runs again what was wrong.
     calls.clear()
-    answer = {all_of_it: True}
-    table = _tables.load(_tables.cache_file(device), facts)
-    _tables._check(device, table)
-    assert sorted(calls[:2]) == sorted(refusals) and calls[2] == "compared" and table.checks[all_of_it]
+    answer = {all_of_it: "right"}
+    _tables.forget()
+    assert _tables.table(device).checks == {bad: "wrong", op: left, **answer}
+    assert sorted(calls[:2]) == sorted(refusals) and calls[2] == "compared"
     calls.clear()
-    _tables._check(device, _tables.load(_tables.cache_file(device), facts))
+    _tables.forget()
+    _tables.table(device)
     assert sorted(calls) == sorted(refusals)
+
+
+def test_a_gpus_first_use_when_the_interpreter_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert _tables._first_use.on_its_own(lambda: pytest.fail("ran")) == {}
+    with pytest.raises(ZeroDivisionError):
+        _tables._first_use.on_its_own(lambda: {("all",): str(1 // 0)})
 
 
 def test_a_table_of_other_sources_is_another_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._layout import asks_for_channels_last, in_channels_last
-from ..ops import FoldedConv, PackedConv, PackedInception, conv_bias_relu, pack_conv, pack_inception
+from ..ops import FoldedConv, PackedConv, PackedInception, conv_bias_relu, pack_conv, pack_inception, stem
 from ..ops._conv import autocast
 from .snapshot import COMPUTING, LIBRARY, SHARDED, call_problem, hooks
 
@@ -204,11 +204,6 @@ class FoldedPair(NamedTuple):
         packed = pack_conv(weight, bias, like=like, **how)
         return cls(*packed, geometry(conv), asks and not has_one, asks and has_one)
 
-    @property
-    def gives_channels_last(self) -> bool:
-        """Whether the result is channels_last, however x lies."""
-        return self.x_channels_last or self.y_channels_last
-
     def run(self, x: Tensor, residual: Tensor | None = None, *, relu: bool, backend: str | None) -> Tensor:
         """relu(bn(conv(x)) + residual), in the convolution's dtype."""
         x = autocast(x)[0]
@@ -216,4 +211,14 @@ class FoldedPair(NamedTuple):
         if self.x_channels_last:
             x = in_channels_last(x)
         y = conv_bias_relu(x, self.weight, self.bias, residual, **self.geometry, relu=relu, backend=backend)
+        return in_channels_last(y) if self.y_channels_last else y
+
+    def run_pooled(self, x: Tensor, *, pool_padding: int, ceil_mode: bool, backend: str | None) -> Tensor:
+        """The 3x3 max pool of stride 2 over relu(bn(conv(x))), where the weight is not packed."""
+        assert isinstance(self.weight, Tensor)
+        (x,) = autocast(x)
+        x = in_channels_last(x) if self.x_channels_last else x
+        stride, padding = self.geometry["stride"], self.geometry["padding"]
+        how: dict[str, Any] = {"pool_padding": pool_padding, "ceil_mode": ceil_mode, "backend": backend}
+        y = stem(x, self.weight, self.bias, stride=stride, padding=padding, **how)
         return in_channels_last(y) if self.y_channels_last else y

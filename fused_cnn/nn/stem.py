@@ -1,7 +1,6 @@
 """Networks whose first layers sit at their top level: a convolution, BatchNorm and ReLU, and a max pool.
 
-In eval on a GPU these are one op, where the pool is ResNet's or GoogLeNet's; and what comes in contiguous is turned
-channels_last there, once, and not by every block behind it.
+In eval on a GPU these are one op, where the pool is ResNet's or GoogLeNet's.
 """
 
 from __future__ import annotations
@@ -9,11 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .._layout import in_channels_last, result_format
-from ..ops import stem
 from ..ops._conv import autocast, on_16_bytes, pair, runs_on_gpu_kernels
 from ..ops.stem.reference import POOL
 from .calls import is_traced
@@ -46,23 +42,30 @@ class StemmedNetwork(FusedModule):
         names = ("conv1", "bn1")
         return pair_problem(children.get("conv1"), children.get("bn1"), names) or (problem and f"{act} {problem}")
 
-    def fused_features(self) -> tuple[str, ...]:
-        return ("pool",) if self._fused_pool_fits() else ()
+    def fused_settings(self) -> Any:
+        return self.backend, self._fused_pool()
 
-    def _fused_pool_fits(self) -> bool:
-        """Whether the fused op's convolution and pool are this network's, with nobody watching the pool."""
+    def _fused_pool(self) -> dict[str, Any] | None:
+        """How the fused op pools, where its convolution and pool are this network's, with nobody watching the pool."""
         pool, (kernel, step, dilation) = self._modules.get(self.fused_stem_pool), POOL
         ((conv, _),) = self.fused_pairs()
-        return (
-            isinstance(pool, MaxPool2d)
-            and conv.groups == 1
-            and pair(conv.dilation) == (1, 1)
-            and block_problem(pool, MaxPool2d.forward) is None
-            and pool.fused_structure_problem() is None
-            and pool.backend == self.backend
-            and [pair(n) for n in (pool.kernel_size, pool.stride, pool.dilation)] == [kernel, step, dilation]
-            and pair(pool.padding) in ((0, 0), (1, 1))
-        )
+        if (
+            not isinstance(pool, MaxPool2d)
+            or block_problem(pool, MaxPool2d.forward) is not None
+            or pool.fused_structure_problem() is not None
+            or pool.backend != self.backend
+            or conv.groups != 1
+            or pair(conv.dilation) != (1, 1)
+        ):
+            return None
+        window = [pool.kernel_size, pool.stride, pool.dilation, pool.padding]
+        # Of a list PyTorch's pool reads what is in it at the time.
+        if not all(type(n) is int for value in window for n in (value if type(value) is tuple else (value,))):
+            return None
+        sizes = [pair(value) for value in window]
+        if sizes[:3] != [kernel, step, dilation] or sizes[3] not in ((0, 0), (1, 1)):
+            return None
+        return {"pool_padding": sizes[3][0], "ceil_mode": bool(pool.ceil_mode)}
 
     def fused_skipped(self) -> list[nn.Module]:
         found = [self._modules.get(name) for name in ("conv1", "bn1", self.fused_stem_act)]
@@ -75,26 +78,16 @@ class StemmedNetwork(FusedModule):
     def fused_pairs(self) -> list[Pair]:
         return [(self.conv1, self.bn1)]
 
-    def fused_fold(self, x: Tensor) -> FoldedPair:
+    def fused_fold(self, x: Tensor) -> tuple[FoldedPair, dict[str, Any] | None]:
         ((conv, norm),) = self.fused_pairs()
-        return FoldedPair.of(conv, fold(conv, norm), autocast(x)[0], self.backend)
+        pool = self._fused_pool() if runs_on_gpu_kernels(x, "stem_fwd", self.backend) else None
+        return FoldedPair.of(conv, fold(conv, norm), autocast(x)[0], self.backend), pool
 
-    def fused_run_folded(self, x: Tensor, folded: FoldedPair) -> Any:
-        if not runs_on_gpu_kernels(x, "stem_fwd", self.backend):
-            return self.fused_behind_stem(folded.run(x, relu=True, backend=self.backend))
-        (last,) = autocast(in_channels_last(x))
-        if self.fused_has("pool"):
-            assert isinstance(folded.weight, Tensor)
-            pool: Any = self._modules[self.fused_stem_pool]
-            where = {name: folded.geometry[name] for name in ("stride", "padding")}
-            where |= {"pool_padding": pair(pool.padding)[0], "ceil_mode": bool(pool.ceil_mode)}
-            y = stem(last, folded.weight, folded.bias, **where, backend=self.backend)
-            out = self.fused_behind_pool(in_channels_last(y))
-        else:
-            out = self.fused_behind_stem(in_channels_last(folded.run(last, relu=True, backend=self.backend)))
-        came_contiguous = result_format(x) is torch.contiguous_format
-        keeps = isinstance(out, Tensor) and came_contiguous and not folded.gives_channels_last
-        return out.contiguous() if keeps else out
+    def fused_run_folded(self, x: Tensor, folded: tuple[FoldedPair, dict[str, Any] | None]) -> Any:
+        pair, pool = folded
+        if pool is None:
+            return self.fused_behind_stem(pair.run(x, relu=True, backend=self.backend))
+        return self.fused_behind_pool(pair.run_pooled(x, **pool, backend=self.backend))
 
     def fused_run_traced(self, x: Tensor) -> Tensor:
         return self.fused_behind_stem(traced_conv(x, self.conv1, self.bn1, relu=True, backend=self.backend))
@@ -117,7 +110,7 @@ class BlockStemmedNetwork(StemmedNetwork):
         if problem is None and not (conv.backend == self.backend and conv.fused_ends_in_relu()):
             problem = "has another backend, or no ReLU"
         if problem is None:
-            return None if self._fused_pool_fits() else f"{self.fused_stem_pool} is another pool than the fused op's"
+            return None if self._fused_pool() else f"{self.fused_stem_pool} is another pool than the fused op's"
         return f"conv1 {problem}"
 
     def fused_skipped(self) -> list[nn.Module]:

@@ -1,5 +1,6 @@
 """stem: its gradients, its errors, and the networks that begin with it."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +63,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append("stem")
         return fused_cnn.stem(*args, **kwargs)
 
-    monkeypatch.setattr(stem_module, "stem", stem)
+    monkeypatch.setattr("fused_cnn.nn.fold.stem", stem)
     if DEVICE == "cpu":
         monkeypatch.setattr(stem_module, "runs_on_gpu_kernels", lambda *args: True)
         monkeypatch.setattr("fused_cnn.nn.fold.pack_conv", lambda weight, bias, like, **how: (weight, bias))
@@ -112,11 +113,31 @@ def test_networks_run_their_stem_and_pool_as_one_op(
     model(x)
     assert as_on_a_gpu == ["stem"] * 2
 
-    pool.kernel_size, pool.padding = 2, 0
-    other = model(x)
-    assert as_on_a_gpu == ["stem"] * 2
-    fused_cnn.unfuse_(model)
-    torch.testing.assert_close(other, model(x), **bound)
+    # Whatever becomes of the pool is seen: also what is changed and changed back with calls of other kinds between, and
+    # what a list holds.
+    eager = copy.deepcopy(model)
+    fused_cnn.unfuse_(eager)
+
+    def same(**changes: Any) -> None:
+        for m in (model, eager):
+            vars(getattr(m, model.fused_stem_pool)).update(changes)
+        for gradients in (False, False, True, False):
+            with torch.set_grad_enabled(gradients):
+                torch.testing.assert_close(model(x), eager(x), **bound)
+
+    before = {name: getattr(pool, name) for name in ("kernel_size", "stride", "padding")}
+    same(kernel_size=2, padding=0)
+    same(**before)
+    same(stride=1)
+    same(**before)
+    same(stride=1)
+    same(**before)
+    sizes = [3, 3]
+    same(kernel_size=sizes, padding=0)
+    sizes[:] = [2, 2]
+    same()
+    same(stride=None)
+    same(stride=[])
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from .._autograd import kernel_or, needs_grad, on_a_backend
 from .._conv import autocast, packable, runs_on_gpu_kernels
 from .._flops import flop_formula
 from ..conv import reference as conv_reference
+from ..max_pool.op import Pooled
 from . import reference
 
 CONVOLUTIONS = ("branch1", "reduce3", "conv3", "reduce5", "conv5", "pool_proj")
@@ -163,24 +164,24 @@ class _Inception(torch.autograd.Function):
         grad1, grad3, grad5, grad4 = grad_out.split(sizes, 1)
         out1, out3, out5, out4 = out.split(sizes, 1)
         reduced3, reduced5 = (convolve(x, weights[i], biases[i], None, [1, 1], [0, 0], [1, 1], 1, True) for i in (1, 3))
-        # Triton's pool is PyTorch's own without its int64 indices and, backward, without its atomics; on a CPU neither
-        # costs anything.
-        ours = (
-            x.device.type == "cuda" and best("max_pool2d_bwd", x.device, x.dtype) == "triton" and backend != "reference"
-        )
-        if ours:
-            pooled = kernel("max_pool2d_fwd", "triton")(x, *POOL, False)
-        else:
+        # The pool on a GPU is PyTorch's own without its int64 indices and, backward, without its atomics; on a CPU
+        # neither costs anything.
+        ours = x.is_cuda and backend != "reference"
+        pools = best("max_pool2d_index_fwd", x.device, x.dtype) if ours else "reference"
+        if pools == "reference":
             pooled, indices = aten.max_pool2d_with_indices(x, *POOL)
+        else:
+            pool = Pooled.of(x, pools, (*POOL, False))
+            pooled = pool.out
         grad_x = backward(0, grad1, out1, x, needs_x)
         from3 = backward(1, backward(2, grad3, out3, reduced3, True), reduced3, x, needs_x)
         from5 = backward(3, backward(4, grad5, out5, reduced5, True), reduced5, x, needs_x)
         from_pool = backward(5, grad4, out4, pooled, needs_x)
         if needs_x:
-            if ours:
-                from_pool = kernel("max_pool2d_bwd", "triton")(from_pool, x, *POOL, False)
-            else:
+            if pools == "reference":
                 from_pool = aten.max_pool2d_with_indices_backward(from_pool, x, *POOL, False, indices)
+            else:
+                from_pool = pool.gradient(from_pool, pools)
             grad_x = grad_x + from3 + from5 + from_pool
         return (None, grad_x if needs_x else None, *grad_weights, *grad_biases)
 

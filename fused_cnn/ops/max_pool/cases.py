@@ -33,7 +33,12 @@ def least(out: Tensor, x: Tensor, *, kernel_size: IntPair, **window: Any) -> tup
     return Pass((x, out), out.numel() * prod(pair(kernel_size))), Pass((out, x, x), out.numel())
 
 
-COSTS = {"max_pool2d_fwd": one_pass, "max_pool2d_bwd": one_pass}
+COSTS = {
+    "max_pool2d_fwd": one_pass,
+    "max_pool2d_bwd": one_pass,
+    "max_pool2d_index_fwd": one_pass,
+    "max_pool2d_index_bwd": one_pass,
+}
 CASES = OpCases(
     max_pool2d,
     (*layers(REAL, ODD), *awkward(kernel_size=3, stride=1, padding=1)),

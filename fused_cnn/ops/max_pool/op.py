@@ -1,18 +1,19 @@
-"""max_pool2d without indices: forward reads x once and writes the result; PyTorch also writes an int64 index an
-element.
+"""max_pool2d without int64 indices: forward reads x once and writes the result; PyTorch also writes an index for each.
 
-Backward searches each window of x again (native float16 and float64 on a CPU: by PyTorch's pool; on a GPU it is
-Triton's), so that no indices are saved in between.
+Backward: on a GPU a byte an element of the result, which forward writes where a gradient will be asked for, tells the
+place in the window, and x need not be kept. On a CPU each window of x is searched again (float16 and float64: by
+PyTorch's pool).
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..._candidates import REFERENCE, Candidate, Measurement, best, offer, resolve, tunable
+from ..._candidates import REFERENCE, Candidate, Measurement, offer, resolve, tunable
 from ..._checks import check_nchw
-from ..._layout import empty_nchw
+from ..._layout import empty_nchw, result_format
 from ..._library import define, define_triton, has_kernel, kernel
 from .._autograd import kernel_or, needs_grad, on_a_backend
 from .._conv import IntPair, out_sides, pair
@@ -28,7 +29,25 @@ define(
     "bool ceil_mode) -> Tensor",
     lambda grad_out, x, *window: empty_nchw(x, *x.shape[1:]),
 )
-define_triton("max_pool", "max_pool2d_fwd", "max_pool2d_bwd")
+define(
+    "max_pool2d_index_fwd(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+    "bool ceil_mode) -> (Tensor, Tensor)",
+    lambda x, *window: _fake_index(x, out_sides(x, *window)),
+)
+define(
+    "max_pool2d_index_bwd(Tensor grad_out, Tensor index, SymInt[] size, SymInt[] kernel, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, bool ceil_mode) -> Tensor",
+    lambda grad_out, index, size, *window: empty_nchw(grad_out, grad_out.size(1), *size),
+)
+define_triton("max_pool", "max_pool2d_fwd", "max_pool2d_index_fwd", "max_pool2d_index_bwd")
+
+
+def _fake_index(x: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor]:
+    out = empty_nchw(x, x.size(1), *sides)
+    return out, torch.empty(out.shape, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last)
+
+
+MOST_TAPS = 255  # of a window whose places are bytes
 
 _BF16 = "bfloat16, batch 256"
 _H100, _H200 = ("H100", "2026-11-27"), ("H200", "2026-11-26")
@@ -52,29 +71,58 @@ offer(
 )
 
 
-def gradient(grad_out: Tensor, x: Tensor, *window: Any, backend: str) -> Tensor:
-    """x's gradient, by the backend or, where that has no kernel for it, by the best that has."""
-    if backend != "reference" and not has_kernel("max_pool2d_bwd", backend, x.device.type):
-        backend = best("max_pool2d_bwd", x.device, x.dtype)
-    taps = window[0][0] * window[0][1]  # Triton keeps an index as one byte
-    if not (taps <= 255 if backend == "triton" else x.dtype in (torch.float32, torch.bfloat16)):
-        backend = "reference"
-    grad: Tensor = kernel_or(reference.max_pool2d_bwd, "max_pool2d_bwd", backend)(grad_out, x, *window)
-    return grad
+def keeps_places(backend: str, device_type: str, kernel: Sequence[int]) -> bool:
+    """Whether a backend's forward says for each window where its maximum is, so that backward need not search."""
+    return kernel[0] * kernel[1] <= MOST_TAPS and has_kernel("max_pool2d_index_fwd", backend, device_type)
+
+
+class Pooled(NamedTuple):
+    """A pool's result, and what its gradient is made of."""
+
+    out: Tensor
+    source: Tensor  # the places in the windows, or x itself
+    window: tuple[Any, ...]  # kernel, stride, padding, dilation and ceil_mode
+    size: tuple[int, int]  # of x
+    format: torch.memory_format  # of x's gradient
+
+    @classmethod
+    def of(cls, x: Tensor, backend: str, window: tuple[Any, ...]) -> "Pooled":
+        how = (window, (x.size(2), x.size(3)), result_format(x))
+        if keeps_places(backend, x.device.type, window[0]):
+            out, index = kernel("max_pool2d_index_fwd", backend)(x, *window)
+            return cls(out, index, *how)
+        if backend == "reference" or not has_kernel("max_pool2d_bwd", backend, x.device.type):
+            return cls(reference.max_pool2d(x, *window), x, *how)
+        return cls(kernel("max_pool2d_fwd", backend)(x, *window), x, *how)
+
+    def gradient(self, grad_out: Tensor, backend: str) -> Tensor:
+        """x's, by the backend whose forward made this, or by PyTorch's operators ("reference"), which have derivatives
+        of their own."""
+        source = self.source
+        if source.dtype == torch.uint8:
+            if backend == "reference":
+                return reference.max_pool2d_index_bwd(grad_out, source, self.size, *self.window)
+            found = kernel("max_pool2d_index_bwd", backend)(grad_out, source, self.size, *self.window)
+            return found.contiguous(memory_format=self.format)
+        has = has_kernel("max_pool2d_bwd", backend, source.device.type)
+        chosen = backend if has and source.dtype in (torch.float32, torch.bfloat16) else "reference"
+        grad: Tensor = kernel_or(reference.max_pool2d_bwd, "max_pool2d_bwd", chosen)(grad_out, source, *self.window)
+        return grad
 
 
 class _MaxPool2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, backend: str, *window: Any) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.window, ctx.backend = window, backend
-        return kernel("max_pool2d_fwd", backend)(x, *window)
+        pooled = Pooled.of(x, backend, window)
+        ctx.save_for_backward(pooled.source)
+        ctx.how, ctx.backend = pooled[2:], backend
+        return pooled.out
 
     @staticmethod
     @on_a_backend
     def backward(ctx: Any, backend: str, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        return (gradient(grad_out, x, *ctx.window, backend=backend), *[None] * 6)
+        (source,) = ctx.saved_tensors
+        return (Pooled(grad_out, source, *ctx.how).gradient(grad_out, backend), *[None] * 6)
 
 
 @tunable
@@ -98,7 +146,8 @@ def max_pool2d(
     Returns:
         (N, C, H', W') in x's dtype; channels_last where x's channels are adjacent in memory, else contiguous.
 
-    Saved for backward: x, which the layer before keeps anyway. Nothing is mutated.
+    Saved for backward: on a GPU a byte an element of the result; else x, which the layer before keeps anyway. Nothing
+    is mutated.
 
     Raises:
         ValueError, TypeError: x is not a floating-point (N, C, H, W) tensor, or the window does not fit.

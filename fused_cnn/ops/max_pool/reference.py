@@ -1,6 +1,7 @@
 """PyTorch's max pool: the definition that every backend is compared with; and its gradient, for where that is
 differentiated again."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,26 @@ Pair = tuple[int, int]
 
 def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Tensor:
     return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
+
+
+def max_pool2d_index_bwd(
+    grad_out: Tensor,
+    index: Tensor,
+    size: Sequence[int],
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    _: bool,
+) -> Tensor:
+    """x's gradient by the places in the windows: taps, row by row."""
+    (n, channels, height, width), tap = grad_out.shape, index.to(torch.int64)
+    y, x = (torch.arange(side, device=index.device) for side in (height, width))
+    y = (y * stride[0] - padding[0]).view(-1, 1) + tap // kernel[1] * dilation[0]
+    x = x * stride[1] - padding[1] + tap % kernel[1] * dilation[1]
+    flat = (y * size[1] + x).view(n, channels, -1) if n else tap.view(0, channels, height * width)
+    zeros = grad_out.new_zeros(n, channels, size[0] * size[1])
+    return zeros.scatter_add(2, flat, grad_out.reshape(n, channels, -1)).view(n, channels, *size)
 
 
 def max_pool2d_bwd(grad_out: Tensor, x: Tensor, *window: Any) -> Tensor:

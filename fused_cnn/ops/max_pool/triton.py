@@ -1,6 +1,7 @@
-"""max_pool2d in Triton: forward reads x and writes the result; backward finds each window's first largest pixel again,
-as one byte, and then gathers for every pixel of x from the windows that chose it: no atomics."""
+"""max_pool2d in Triton: forward reads x and writes the result, and each window's first largest pixel as one byte where
+a gradient will be asked for; backward gathers for every pixel of x from the windows that chose it: no atomics."""
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,14 +13,15 @@ from torch import Tensor
 from ..._layout import result_format
 from .._conv import out_sides
 from .._triton import TILE, empty_pixels, launch, load_tile, pixels, store_tile, tile, tiles
+from .op import MOST_TAPS
 
 
 @triton.jit
 def window_kernel(
-    x_ptr, out_ptr, rows, channels, height, width, out_h, out_w, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w,
-    dilation_h, dilation_w, x_pitch, INDEX: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    x_ptr, out_ptr, index_ptr, rows, channels, height, width, out_h, out_w, kernel_h, kernel_w, stride_h, stride_w,
+    pad_h, pad_w, dilation_h, dilation_w, x_pitch, INDEX: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Each window's maximum, or with INDEX the place of its first one in the window; NaN is the largest, as in
+    """Each window's maximum, and with INDEX the place of its first one in the window; NaN is the largest, as in
     PyTorch."""
     m, c, row, valid = tile(rows, channels, BM, BC)
     image, pixel = m // (out_h * out_w), m % (out_h * out_w)
@@ -33,8 +35,9 @@ def window_kernel(
         v = tl.load(x_ptr + at[:, None] + c[None, :], mask=inside, other=float("-inf")).to(tl.float32)
         better = inside & ((v > best) | (v != v) | (index < 0))  # a later NaN wins over an earlier one, too
         best, index = tl.where(better, v, best), tl.where(better, tap, index)
-    result = index if INDEX else best
-    store_tile(out_ptr, row, channels, c, valid, result)
+    store_tile(out_ptr, row, channels, c, valid, best)
+    if INDEX:
+        store_tile(index_ptr, row, channels, c, valid, index)
 
 
 @triton.jit
@@ -59,35 +62,42 @@ def gather_kernel(
     store_tile(grad_x_ptr, row, channels, c, valid, total)
 
 
-def _windows(x: Tensor, out: Tensor, window: tuple[Any, ...]) -> None:
+def _windows(x: Tensor, window: tuple[Any, ...], *, index: bool) -> tuple[Tensor, Tensor]:
+    """The result, and the places in the windows, which are written with `index`."""
+    out = empty_pixels(x, x.size(1), *out_sides(x, *window))
+    places = torch.empty(out.shape, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last)
     n, channels, out_h, out_w = out.shape
     rows = n * out_h * out_w
-    x, pitch = pixels(x)
+    pixels_of_x, pitch = pixels(x)
     launch(
-        window_kernel, tiles(rows, channels), x, out, rows, channels, *x.shape[2:], out_h, out_w, *chain(*window[:4]),
-        pitch, INDEX=out.dtype == torch.uint8, **TILE,
+        window_kernel, tiles(rows, channels), pixels_of_x, out, places, rows, channels, *x.shape[2:], out_h, out_w,
+        *chain(*window[:4]), pitch, INDEX=index, **TILE,
     )  # fmt: skip
+    return out.contiguous(memory_format=result_format(x)), places
 
 
 # `window` is kernel, stride, padding and dilation, (h, w) each, and ceil_mode.
 def max_pool2d_fwd(x: Tensor, *window: Any) -> Tensor:
-    out = empty_pixels(x, x.size(1), *out_sides(x, *window))
-    _windows(x, out, window)
-    return out.contiguous(memory_format=result_format(x))
+    return _windows(x, window, index=False)[0]
 
 
-def max_pool2d_bwd(grad_out: Tensor, x: Tensor, *window: Any) -> Tensor:
+def max_pool2d_index_fwd(x: Tensor, *window: Any) -> tuple[Tensor, Tensor]:
     kernel_h, kernel_w = window[0]
-    if kernel_h * kernel_w > 255:
-        raise ValueError(f"max_pool2d: backward takes windows of at most 255 pixels, got {kernel_h} x {kernel_w}")
-    index = torch.empty(grad_out.shape, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last)
-    _windows(x, index, window)
-    n, channels, height, width = x.shape
+    if kernel_h * kernel_w > MOST_TAPS:
+        raise ValueError(
+            f"max_pool2d: places are those of windows of at most {MOST_TAPS} pixels, got {kernel_h} x {kernel_w}"
+        )
+    return _windows(x, window, index=True)
+
+
+def max_pool2d_index_bwd(grad_out: Tensor, index: Tensor, size: Sequence[int], *window: Any) -> Tensor:
+    n, channels = grad_out.shape[:2]
+    height, width = size
     rows = n * height * width
-    grad_x = empty_pixels(x, channels, height, width)
+    grad_x = empty_pixels(grad_out, channels, height, width)
     g, pitch = pixels(grad_out)
     launch(
         gather_kernel, tiles(rows, channels), g, index, grad_x, rows, channels, height, width, *grad_out.shape[2:],
         *chain(*window[:4]), pitch, **TILE,
     )  # fmt: skip
-    return grad_x.contiguous(memory_format=result_format(x))
+    return grad_x.contiguous(memory_format=result_format(grad_out))

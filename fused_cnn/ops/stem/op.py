@@ -17,7 +17,7 @@ from .._conv import ConvGeometry, IntPair, autocast, check_conv, out_sides
 from .._flops import conv_flops, flop_formula
 from ..conv.op import conv_bias_relu
 from ..conv.reference import conv_bias_relu_bwd
-from ..max_pool.op import gradient, max_pool2d
+from ..max_pool.op import Pooled, max_pool2d
 from . import reference
 
 Pair = tuple[int, int]
@@ -74,7 +74,7 @@ class _Stem(torch.autograd.Function):
         size, step, dilation = reference.POOL
         y = conv_bias_relu(x, weight, bias, **ctx.geometry._asdict(), backend=backend)
         window = (size, step, (pool_padding, pool_padding), dilation, ceil_mode)
-        grad = gradient(grad_out, y, *window, backend=backend)
+        grad = Pooled.of(y, backend, window).gradient(grad_out, backend)
         needs = ctx.needs_input_grad[:3]
         grads = kernel_or(conv_bias_relu_bwd, "conv_bias_relu_bwd", backend)(grad, y, x, weight, *ctx.geometry, *needs)
         return (*(g if need else None for g, need in zip(grads, needs, strict=False)), None, None, None)
