@@ -34,7 +34,7 @@ struct Stem {
   // Tiles: so many of a block's groups of pixels; results in a tile's row, of which the first belongs to column
   // `lead` of the convolution's, and rows in a band.
   int groups, tile_width, lead, tiles, band, bands;
-  int items;  // images x bands x tiles: fewer than x has values
+  int items;  // images x bands x tiles
 };
 
 template <int kInputs>
@@ -95,8 +95,10 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   // Where this thread's windows begin in a row of the ring, in bytes.
   const int window = kStemStride * (kPixels * group + pixel) + kMargin - ceil_div(s.padding[1], 2) * 2;
   const int own = (window * kInputs + 2 * q) * 2;
-  for (int item = blockIdx.x; item < s.items; item += gridDim.x) {
-    const int tile = item % s.tiles, band = item / s.tiles % s.bands, image = item / s.tiles / s.bands;
+  const int own_row = thread / vectors, own_vector = thread % vectors;  // of those that are loaded
+  for (int64_t item = blockIdx.x; item < s.items; item += gridDim.x) {
+    const int which = static_cast<int>(item), tile = which % s.tiles, band = which / s.tiles % s.bands;
+    const int image = which / s.tiles / s.bands;
     const int first_row = band * s.band, rows = std::min(s.band, s.out_height - first_row);
     const int first_column = tile * s.tile_width, columns = std::min(s.tile_width, s.out_width - first_column);
     const int conv_row = kPool ? kStemPoolStride * first_row - s.pool_padding : first_row;
@@ -106,8 +108,12 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 
     // Rows of x into the ring, zeros for those outside.
     const auto load_rows = [&](int first, int count) {
+      int row = first + own_row, vector = own_vector;
       for (int i = thread; i < count * vectors; i += threads) {
-        const int row = first + i / vectors, vector = i % vectors;
+        if (!kPool || i != thread) {  // without a pool there are no registers to spare for it
+          row = first + i / vectors;
+          vector = i % vectors;
+        }
         unsigned char* const to = ring + (row & (kRing - 1)) * row_bytes + vector * 16;
         const int64_t at = int64_t{kStemStride * conv_column - kMargin} * kInputs + vector * 8;  // in the row of x
         const bool row_inside = row >= 0 && row < s.height;
@@ -162,16 +168,18 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 #pragma unroll
         for (int j = 0; j < 4; ++j) multiply_add<T, 1>(sums[j], a, {weights[D::kEights - 1][j]});
       }
-      const float lowest = s.relu ? 0.0f : -std::numeric_limits<float>::infinity();
+      // Under a pool ReLU is the pool's: a maximum with zero.
+      const float lowest = !kPool && s.relu ? 0.0f : -std::numeric_limits<float>::infinity();
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int column = conv_column + kPixels * group + pixel + 8 * i;
-        const bool inside = column >= 0 && column < s.conv_width;
+      for (int j = 0; j < 4; ++j) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float first = sums[j][2 * i], second = sums[j][2 * i + 1];
-          const uint32_t pair = pair_of<T>(first <= lowest ? lowest : first, second <= lowest ? lowest : second);
-          pairs[j][i] = inside ? pair : 0;
+        for (int i = 0; i < 2; ++i) {
+          float both[] = {sums[j][2 * i], sums[j][2 * i + 1]};
+          if constexpr (!kPool) {
+#pragma unroll
+            for (float& sum : both) sum = sum <= lowest ? lowest : sum;
+          }
+          pairs[j][i] = pair_of<T>(both[0], both[1]);
         }
       }
     };
@@ -181,6 +189,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     load_rows(x_row, kFirstRows);
     await_copies();
     __syncthreads();
+    const int lowest_column = std::max(0, -conv_column), highest_column = s.conv_width - 1 - conv_column;
     uint32_t best[4][2];
 #pragma unroll 1
     for (int r = 0; r < kRowsAStep * rows + kBefore; ++r) {
@@ -216,11 +225,12 @@ __global__ void __launch_bounds__(kMostThreads, 1)
         Vec8<T> value;
         if constexpr (kPool) {
           Maxima<T> largest;
-          const int first_at = kStemPoolStride * column - s.pool_padding + s.lead;
+          largest.take(Vec8<T>{});
+          const int first = kStemPoolStride * column - s.pool_padding + s.lead;
 #pragma unroll
-          for (int d = 0; d < kStemPoolKernel; ++d) {
-            const int at = first_at + d;
-            if (at >= 0 && at < kPixels * s.groups) largest.take(load_vec8<true>(row + at * kRowOutputs + output));
+          for (int d = 0; d < kStemPoolKernel; ++d) {  // a column outside is the window's next inside
+            const int at = std::min(std::max(first + d, lowest_column), highest_column);
+            largest.take(load_vec8<true>(row + at * kRowOutputs + output));
           }
           value = largest.result();
         } else {
@@ -231,6 +241,10 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     }
     __syncthreads();  // the next item's rows go where this one's are read
   }
+}
+
+int64_t blocks_at_once(const Stem& s, int multiprocessors) {
+  return int64_t{multiprocessors} * (kMostThreads / (64 * s.groups));
 }
 
 // How wide tiles are and how long bands, so that the multiprocessors are done soonest: each is at one band after the
@@ -256,10 +270,11 @@ void split(Stem& s, bool pooled, int64_t images, int multiprocessors) {
   }
   constexpr int kExtraRows = 3;  // of the convolution, a band: the row that it shares, and loads that nothing hides
   int64_t least = std::numeric_limits<int64_t>::max();
-  for (int bands = 1; bands <= s.out_height; ++bands) {
+  constexpr int kMostBands = 1 << 10;  // to choose from
+  for (int bands = 1; bands <= std::min(s.out_height, kMostBands); ++bands) {
     const int band = ceil_div(s.out_height, bands);
     if (ceil_div(s.out_height, band) != bands) continue;
-    const int64_t turns = ceil_div<int64_t>(images * s.tiles * bands, multiprocessors);
+    const int64_t turns = ceil_div<int64_t>(images * s.tiles * bands, blocks_at_once(s, multiprocessors));
     const int64_t cost = turns * (band * (pooled ? kStemPoolStride : 1) + kExtraRows);
     if (cost < least) {
       least = cost;
@@ -296,7 +311,7 @@ void run_stem(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   FUSED_CNN_CHECK(multiprocessors > 0, "CUDA device ", x.get_device_index(), " has no multiprocessors");
   split(s, pool.has_value(), x.size(0), multiprocessors);
   const int threads = s.groups * 64;
-  const int64_t blocks = std::min<int64_t>(s.items, int64_t{multiprocessors} * (kMostThreads / threads));
+  const int64_t blocks = std::min<int64_t>(s.items, blocks_at_once(s, multiprocessors));
   const Launch launch(x);
   const auto run = [&](auto element, auto channels, auto pooled) {
     using T = decltype(element);
