@@ -74,6 +74,7 @@ INSTRUCTIONS = {
     "wgmma": re.compile(r"\bHGMMA\."),
     "mma": re.compile(r"\bHMMA\."),
     "load 16": re.compile(r"\bLDG\.E\S*\.128\b"),
+    "copy 16": re.compile(r"\bLDGSTS\.E\S*\.128\b"),  # into shared memory
     "store 16": re.compile(r"\bSTG\.E\S*\.128\b"),
 }
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -160,6 +161,8 @@ def wanted(name: str, arch: str) -> tuple[str, ...]:
     """The instructions that a kernel is nothing without."""
     if name.startswith("product"):
         return ("wgmma" if arch == "sm_90a" else "mma", "store 16")
+    if name.startswith("stem_kernel"):
+        return ("mma", "copy 16", "store 16")
     if "true" not in name:  # the path for what does not lie on 16 bytes
         return ()
     sums_only = name.startswith("bn_moments") or (name.startswith("bn_reduce") and "(Residual)1" not in name)

@@ -38,7 +38,7 @@ def state(*results: dict[str, Any]) -> list[str]:
 
 def test_without_a_gpus_results_nothing_has_run() -> None:
     _, rows = ran.table([{**run_of_the_tests("2026-11-25"), "device": "cpu"}])
-    assert len(rows) == 18 and all(row[3:] == [ran.NEVER] for row in rows)
+    assert len(rows) == 19 and all(row[3:] == [ran.NEVER] for row in rows)
 
 
 def test_a_run_is_named_with_its_gpu_date_and_source() -> None:
