@@ -20,12 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _library
-from ._trees import mapped
+from ._trees import mapped, tensors
 
 DTYPES = (torch.bfloat16, torch.float16)
 TILE, OP = "tile", "op"  # what a key begins with: a tile of the CUDA library, or a whole op of it
 ALL = ("all",)  # the key that says that nothing is left to compare
 RIGHT, WRONG = "right", "wrong"
+LIBRARY = (3, 0, 0, 0)  # the tile that may run any problem
+POOLS = (
+    "max_pool2d_fwd",
+    "max_pool2d_index_fwd",
+    "max_pool2d_index_bwd",
+    "inception_fwd",
+    "stem_fwd",
+)  # run one another
 
 
 class Case(NamedTuple):
@@ -33,7 +41,7 @@ class Case(NamedTuple):
 
     op: str
     arguments: tuple[Any, ...]
-    expected: Tensor
+    expected: Any  # a tensor, or several
     has_tiles: bool = True
 
 
@@ -53,8 +61,9 @@ def _convolution(
     return Case("conv_bias_relu_fwd", (images, weight, bias, added, *geometry, True), expected)
 
 
-def _inception(whole: Callable[..., Tensor]) -> Case:
-    x = whole(1, 3, 72, 11, 13)
+def _inception(whole: Callable[..., Tensor], size: Sequence[int]) -> Case:
+    images, *sides = size
+    x = whole(1, images, 72, *sides)
     shapes = ((136, 72, 1), (24, 72, 1), (40, 24, 3), (16, 72, 1), (8, 16, 5), (24, 72, 1))
     weights = [whole(1, out, inputs, side, side) for out, inputs, side in shapes]
     biases = [whole(8, out) for out, *_ in shapes]
@@ -80,17 +89,25 @@ def cases() -> Iterator[Case]:
     yield _convolution(whole, (3, 72, 11, 13), 136, 3, 1, 1, residual=False)
     yield _convolution(whole, (3, 72, 11, 13), 200, 3, 2, 1, residual=True)
     yield _convolution(whole, (3, 3, 45, 37), 72, 7, 2, 3, residual=False)
-    yield _inception(whole)
+    yield _inception(whole, (3, 11, 13))
     yield _stem(whole, (3, 3, 75, 52), 3, 1, False)
     # Rows on 16 bytes, in tiles as wide as there are: bands of many rows, several for a block, and one for each.
     yield _stem(whole, (40, 3, 39, 232), 3, 1, False)
     yield _stem(whole, (70, 3, 39, 216), 3, 0, True)
     yield _stem(whole, (5, 1, 40, 48), 2, 1, False)
     yield _stem(whole, (5, 2, 40, 48), 0, 0, False)
-    x = whole(100, 3, 72, 23, 17)
+    x = whole(9, 3, 72, 23, 17)
     for kernel, stride, padding in ((3, 2, 1), (3, 1, 1), (2, 2, 0)):
         window = ([kernel] * 2, [stride] * 2, [padding] * 2, [1, 1], False)
-        yield Case("max_pool2d_fwd", (x, *window), F.max_pool2d(x, kernel, stride, padding), has_tiles=False)
+        y, flat = F.max_pool2d(x, kernel, stride, padding, return_indices=True)
+        grad = whole(9, *y.shape)
+        rows, columns = (torch.arange(n) * stride - padding for n in y.shape[2:])
+        places = (flat // x.size(3) - rows.view(-1, 1)) * kernel + flat % x.size(3) - columns
+        places = places.to(torch.uint8).contiguous(memory_format=torch.channels_last)
+        grad_x = torch.zeros_like(x).flatten(2).scatter_add(2, flat.flatten(2), grad.flatten(2)).view_as(x)
+        yield Case("max_pool2d_fwd", (x, *window), y, has_tiles=False)
+        yield Case("max_pool2d_index_fwd", (x, *window), (y, places), has_tiles=False)
+        yield Case("max_pool2d_index_bwd", (grad, places, [*x.shape[2:]], *window), grad_x, has_tiles=False)
 
 
 def compare(
@@ -103,21 +120,22 @@ def compare(
     that it ended in. ALL is among the keys unless something did not run, behind which nothing more can be said: the
     error may be the device's from then on.
 
-    A key is (TILE, dtype's number, kind, m, n, k), or, of an op that has no tiles, (OP, its name). `known` holds what
-    came to nothing before, which is not run again. What an error of the moment ended is not in the result.
+    A key is (TILE, dtype's number, kind, m, n, k), or, of a pool, which has no tiles, (OP, its name). `known` holds
+    what came to nothing before, which is not run again. What an error of the moment ended is not in the result.
     """
     found: dict[tuple[Any, ...], str] = {}
     for dtype in DTYPES:
         for case in cases():
 
-            def placed(t: Tensor, dtype: torch.dtype = dtype) -> Tensor:
-                return t.to(device, dtype)
+            def placed(t: Tensor, to: torch.device = device, dtype: torch.dtype = dtype) -> Tensor:
+                return t.to(to, dtype if t.is_floating_point() else t.dtype)
 
-            expected = case.expected.to(dtype)
+            expected = [placed(t, torch.device("cpu")) for t in tensors(case.expected)]
             key: tuple[Any, ...] = () if case.has_tiles else (OP, case.op)  # of what is run
 
-            def verdict(run: Callable[[], Tensor], expected: Tensor = expected) -> str:
-                return RIGHT if torch.equal(run().cpu(), expected) else WRONG
+            def verdict(run: Callable[[], Any], expected: list[Tensor] = expected) -> str:
+                found = [t.cpu() for t in tensors(run())]
+                return RIGHT if all(map(torch.equal, found, expected)) else WRONG
 
             def is_out(key: tuple[Any, ...]) -> bool:
                 return key in known or found.get(key, RIGHT) != RIGHT
@@ -126,16 +144,20 @@ def compare(
                 run = functools.partial(kernel(case.op), *mapped(placed, case.arguments, Tensor))
                 if not case.has_tiles and not is_out(key):
                     found[key] = verdict(run)
-                for problem, tile in _tiles(library, run, device) if case.has_tiles else ():
-                    key = (TILE, problem[1], *tile)
-                    if is_out(key):
-                        continue
-                    _library.choose_tile(library, problem, tile)
-                    try:
-                        found[key] = verdict(run)
-                    finally:
-                        _library.choose_tile(library, problem, None)
-                    key = ()
+                problems = _problems(library, run, device) if case.has_tiles else []
+                for problem in problems:
+                    others = [other for other in problems if other != problem]
+                    for tile in _library.tiles_of(library, problem):
+                        if tile[0] in _library.LIBRARY_TILES or is_out((TILE, problem[1], *tile)):
+                            continue
+                        key = (TILE, problem[1], *tile)
+                        _choose(library, [problem], tile)
+                        _choose(library, others, LIBRARY)  # so that no other tile is to blame
+                        try:
+                            found[key] = verdict(run)
+                        finally:
+                            _choose(library, problems, None)
+                        key = ()
             except RuntimeError as error:
                 momentary = any(word in str(error).lower() for word in ("out of memory", "captur", "alloc"))
                 return found if momentary or not key else {**found, key: " ".join(str(error).split()) or "an error"}
@@ -150,7 +172,8 @@ def refuse(library: ctypes.CDLL, device: torch.device, checks: Mapping[tuple[Any
             problem = (device.index or 0, dtype, *[0] * (library.fused_cnn_problem_values() - 2))
             _library.refuse_tile(library, problem, tuple(tile))
         elif what != RIGHT:
-            _library.withdraw(which[0], "native", device.type)
+            for op in POOLS:
+                _library.withdraw(op, "native", device.type)
 
 
 def sentence(key: tuple[Any, ...], what: str, gpu: str) -> str:
@@ -165,15 +188,15 @@ def sentence(key: tuple[Any, ...], what: str, gpu: str) -> str:
     )
 
 
-def _tiles(
-    library: ctypes.CDLL, run: Callable[[], Tensor], device: torch.device
-) -> Iterator[tuple[_library.Problem, _library.Tile]]:
-    """The tiles of our own kernels that may run a call's problems on this device."""
-    for problem in _library.problems_of(library, run):
-        if problem[0] == (-1 if device.type == "cpu" else device.index or 0):
-            for tile in _library.tiles_of(library, problem):
-                if tile[0] not in _library.LIBRARY_TILES:
-                    yield problem, tile
+def _problems(library: ctypes.CDLL, run: Callable[[], Any], device: torch.device) -> list[_library.Problem]:
+    """A call's problems on this device."""
+    here = -1 if device.type == "cpu" else device.index or 0
+    return [problem for problem in _library.problems_of(library, run) if problem[0] == here]
+
+
+def _choose(library: ctypes.CDLL, problems: Sequence[_library.Problem], tile: _library.Tile | None) -> None:
+    for problem in problems:
+        _library.choose_tile(library, problem, tile)
 
 
 def on_its_own(work: Callable[[], dict[tuple[Any, ...], str]]) -> dict[tuple[Any, ...], str]:
@@ -194,7 +217,11 @@ def on_its_own(work: Callable[[], dict[tuple[Any, ...], str]]) -> dict[tuple[Any
         thread.start()
     except RuntimeError:
         return {}
-    thread.join()
+    try:
+        thread.join()
+    except BaseException:  # an interrupt: a second comparison must not begin beside this one
+        thread.join()
+        raise
     if failed:
         raise failed[0]
     return found

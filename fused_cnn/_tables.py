@@ -176,6 +176,8 @@ _lock = threading.Lock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _tables: dict[torch.device, Table] = {}  # loaded at the device's first call
 _to_say: list[str] = []
+_unfinished: dict[torch.device, int] = {}  # how often the moment did not allow a device's kernels to be compared
+PATIENCE = 8
 asks = True  # whether an op need look at the tables at all: a microsecond, where an op may take five
 
 
@@ -185,9 +187,11 @@ def table(device: torch.device) -> Table:
     if found is not None:
         return found
     with _lock:
-        found = _load(device)
-    while _to_say:  # without the lock: who listens may call an op
-        warnings.warn(_to_say.pop(0), stacklevel=2)
+        found = _tables.get(device) or _load(device)
+        said = "\n".join(_to_say)
+        _to_say.clear()
+    if said:  # without the lock: who listens may call an op
+        warnings.warn(said, stacklevel=2)
     return found
 
 
@@ -207,7 +211,8 @@ def _load(device: torch.device) -> Table:
         for problem, best in products.items():
             with contextlib.suppress(ValueError):  # a tile that this build does not have
                 _library.choose_tile(_library.cuda.loaded, (device.index or 0, *problem), tuple(best))
-    _tables[device] = found
+    if not _unfinished.get(device) or _unfinished[device] >= PATIENCE:
+        _tables[device] = found
     kinds = {d.type for d in _tables}
     asks = (
         any(t.choices for t in _tables.values())
@@ -223,12 +228,19 @@ def _check(device: torch.device, known: Table) -> None:
     assert library is not None
     place = torch.device("cuda", device.index or 0)
     _first_use.refuse(library, place, known.checks)
-    if _first_use.ALL in known.checks or torch.cuda.is_current_stream_capturing():
+    if _first_use.ALL in known.checks:
+        return
+    if torch.cuda.is_current_stream_capturing():
+        _unfinished[device] = _unfinished.get(device, 0) + 1
         return
     kernel = functools.partial(_library.kernel, backend="native")
     found = _first_use.on_its_own(lambda: _first_use.compare(library, kernel, place, known.checks))
     new = {key: what for key, what in found.items() if key == _first_use.ALL or what != _first_use.RIGHT}
     known.checks |= new
+    if new:  # or an error of the moment left nothing
+        _unfinished.pop(device, None)
+    else:
+        _unfinished[device] = _unfinished.get(device, 0) + 1
     _first_use.refuse(library, place, new)
     with contextlib.suppress(OSError, RuntimeError):  # each process compares where nothing can be kept
         save(cache_file(device), Table(checks=known.checks), facts(device))
@@ -241,4 +253,5 @@ def forget() -> None:
     global asks
     with _lock:
         _tables.clear()
+        _unfinished.clear()
         asks = True

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -456,6 +457,19 @@ def test_memory_is_freed_when_the_weights_go(how: str) -> None:
         assert all(ref() is None for ref in held)
     finally:
         gc.enable()
+
+
+def test_what_a_graph_reads_takes_new_tensors_and_new_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = SimpleNamespace(cuda_stream=0, record_event=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    weight = torch.randn(3)
+    kind = (None, torch.float32, torch.device("cpu"))
+    old, new = (cache.Form(kind, (), [weight]) for _ in range(2))
+    old.fill((torch.zeros(3), {"ceil_mode": False}), None)
+    old.captured = True
+    memory = old.value[0]
+    new.fill((weight, {"ceil_mode": True}), old)
+    assert new.captured and new.value[0] is memory and torch.equal(memory, weight) and new.value[1]["ceil_mode"]
 
 
 class Interrupted(BaseException):

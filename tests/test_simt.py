@@ -456,6 +456,26 @@ def test_a_tile_that_is_wrong_is_found_before_its_first_use_and_never_runs(monke
         assert _library.tiles_of(library, problem)[0] == wrong
 
 
+def test_a_wrong_tile_is_alone_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = simt_backend.install()
+    used = ctypes.c_int.in_dll(library, "simt_gemm_tile")
+    whole = functools.partial(_first_use._whole, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(_first_use, "DTYPES", (torch.float16,))
+    monkeypatch.setattr(_first_use, "cases", lambda: [_first_use._inception(whole, (1, 3, 3))])
+    wrong = (0, 64, 64, 64)  # by rule for both of the block's products
+
+    def kernel(op: str) -> Callable[..., torch.Tensor]:
+        def call(*args: Any) -> torch.Tensor:
+            out: torch.Tensor = _library.kernel(op, "simt")(*args)
+            # The block's last product is the pool's projection: a problem of its own.
+            return out + (used.value == 1)
+
+        return call
+
+    found = _first_use.compare(library, kernel, torch.device("cpu"))
+    assert {key[2:] for key, what in found.items() if what == _first_use.WRONG} == {wrong}
+
+
 def test_an_op_without_tiles_is_compared_and_one_that_was_wrong_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     x = torch.ones(1, 8, 4, 4)

@@ -108,7 +108,7 @@ struct alignas(8) Bytes8 {
 
 constexpr int kPlaceRun = 2;  // as kPoolRun, with more registers for each
 
-// The same with places; a window has a pixel of x at least.
+// The same with places; where a window has no pixel of x, as a dilated one may in the padding, that is 255.
 template <typename T, bool kAligned, int kKernel, int kStride>
 __global__ void __launch_bounds__(kPoolThreads)
     max_pool_index_kernel(Rows x, Rows out, uint8_t* __restrict__ index, PoolShape shape, PoolWindow window,

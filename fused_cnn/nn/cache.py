@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .._trees import tensors
+from .._trees import mapped, tensors
 from .snapshot import Snapshot, states_of
 
 KEPT = 3  # forms of one block: autocast's, plain, and one more
@@ -104,7 +104,8 @@ class Form:
                     here.wait_stream(torch.cuda.ExternalStream(reading, self.device))
                 for to, t in zip(old, new, strict=True):
                     to.copy_(t)
-                value, self.captured = captured.value, True
+                held = iter(old)
+                value, self.captured = mapped(lambda _: next(held), value, Tensor), True
         if self.device.type == "cuda":
             stream = torch.cuda.current_stream(self.device)
             self.streams, self.made = {stream.cuda_stream}, stream.record_event()

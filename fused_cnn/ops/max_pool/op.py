@@ -146,8 +146,8 @@ def max_pool2d(
     Returns:
         (N, C, H', W') in x's dtype; channels_last where x's channels are adjacent in memory, else contiguous.
 
-    Saved for backward: on a GPU a byte an element of the result; else x, which the layer before keeps anyway. Nothing
-    is mutated.
+    Saved for backward: on a GPU a byte an element of the result, so that a gradient that will be differentiated again
+    has its history in grad_out alone; else x, which the layer before keeps anyway. Nothing is mutated.
 
     Raises:
         ValueError, TypeError: x is not a floating-point (N, C, H, W) tensor, or the window does not fit.

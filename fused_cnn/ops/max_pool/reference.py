@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Pair = tuple[int, int]
+NOWHERE = 255  # the place in a window that has no pixel of x, as a dilated one may in the padding
 
 
 def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Tensor:
@@ -25,14 +26,16 @@ def max_pool2d_index_bwd(
     dilation: Pair,
     _: bool,
 ) -> Tensor:
-    """x's gradient by the places in the windows: taps, row by row."""
+    """x's gradient by the places in the windows: taps, row by row, or NOWHERE."""
     (n, channels, height, width), tap = grad_out.shape, index.to(torch.int64)
     y, x = (torch.arange(side, device=index.device) for side in (height, width))
     y = (y * stride[0] - padding[0]).view(-1, 1) + tap // kernel[1] * dilation[0]
     x = x * stride[1] - padding[1] + tap % kernel[1] * dilation[1]
-    flat = (y * size[1] + x).view(n, channels, -1) if n else tap.view(0, channels, height * width)
+    nowhere = index == NOWHERE
+    flat = (y * size[1] + x).masked_fill(nowhere, 0).view(n, channels, height * width)
     zeros = grad_out.new_zeros(n, channels, size[0] * size[1])
-    return zeros.scatter_add(2, flat, grad_out.reshape(n, channels, -1)).view(n, channels, *size)
+    grad = grad_out.masked_fill(nowhere, 0).reshape(n, channels, height * width)
+    return zeros.scatter_add(2, flat, grad).view(n, channels, *size)
 
 
 def max_pool2d_bwd(grad_out: Tensor, x: Tensor, *window: Any) -> Tensor:

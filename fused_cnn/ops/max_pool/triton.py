@@ -91,6 +91,12 @@ def max_pool2d_index_fwd(x: Tensor, *window: Any) -> tuple[Tensor, Tensor]:
 
 
 def max_pool2d_index_bwd(grad_out: Tensor, index: Tensor, size: Sequence[int], *window: Any) -> Tensor:
+    if index.shape != grad_out.shape or index.dtype != torch.uint8:
+        raise ValueError(
+            f"max_pool2d: places must be bytes of grad_out's shape {tuple(grad_out.shape)}, "
+            f"got {tuple(index.shape)} of {index.dtype}"
+        )
+    index = index.contiguous(memory_format=torch.channels_last)  # what saved it may have lost its layout
     n, channels = grad_out.shape[:2]
     height, width = size
     rows = n * height * width
