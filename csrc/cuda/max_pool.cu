@@ -15,6 +15,36 @@ struct PoolShape {
   int channels, height, width, out_height, out_width;
 };
 
+// What a thread takes: pixels of a row, from `first` on, and n channels; neighbours have neighbouring channels.
+struct Run {
+  int64_t image;
+  int y, first, channel, n;
+};
+
+template <int kRun>
+__device__ Run run_of(int64_t thread, int channels, int height, int width) {
+  const int vecs = ceil_div(channels, kVec), runs = ceil_div(width, kRun);
+  int64_t rest = thread / vecs;
+  const int channel = static_cast<int>(thread - rest * vecs) * kVec, left_over = channels - channel;
+  const int first = static_cast<int>(rest % runs) * kRun;
+  rest /= runs;
+  return {rest / height, static_cast<int>(rest % height), first, channel, left_over < kVec ? left_over : kVec};
+}
+
+// A window's sizes, known to the compiler where kKernel and kStride are not 0.
+template <int kKernel, int kStride>
+struct Steps {
+  int kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
+
+  __device__ explicit Steps(const PoolWindow& window)
+      : kernel_h(kKernel ? kKernel : window.kernel[0]),
+        kernel_w(kKernel ? kKernel : window.kernel[1]),
+        stride_h(kStride ? kStride : window.stride[0]),
+        stride_w(kStride ? kStride : window.stride[1]),
+        dilation_h(kKernel ? 1 : window.dilation[0]),
+        dilation_w(kKernel ? 1 : window.dilation[1]) {}
+};
+
 // A thread takes a run of results of one row and 8 channels: neighbouring threads neighbouring channels, so that a warp
 // moves whole lines. kKernel and kStride are the window's, both ways, without dilation; 0: any. x is read from memory
 // once, its overlaps from the caches; the copy's bandwidth is the limit.
@@ -23,17 +53,9 @@ __global__ void __launch_bounds__(kPoolThreads)
     max_pool_kernel(Rows x, Rows out, PoolShape shape, PoolWindow window, int64_t threads) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kPoolThreads + threadIdx.x;
   if (thread >= threads) return;
-  const int vecs = ceil_div(shape.channels, kVec), runs = ceil_div(shape.out_width, kPoolRun);
-  int64_t rest = thread / vecs;
-  const int channel = static_cast<int>(thread - rest * vecs) * kVec, left_over = shape.channels - channel;
-  const int n = left_over < kVec ? left_over : kVec;
-  const int first = static_cast<int>(rest % runs) * kPoolRun;
-  rest /= runs;
-  const int y = static_cast<int>(rest % shape.out_height);
-  const int64_t image = rest / shape.out_height;
-  const int kernel_h = kKernel ? kKernel : window.kernel[0], kernel_w = kKernel ? kKernel : window.kernel[1];
-  const int stride_h = kStride ? kStride : window.stride[0], stride_w = kStride ? kStride : window.stride[1];
-  const int dilation_h = kKernel ? 1 : window.dilation[0], dilation_w = kKernel ? 1 : window.dilation[1];
+  const auto [image, y, first, channel, n] =
+      run_of<kPoolRun>(thread, shape.channels, shape.out_height, shape.out_width);
+  const auto [kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w] = Steps<kKernel, kStride>(window);
   const int64_t top = int64_t{y} * stride_h - window.padding[0], left = int64_t{first} * stride_w - window.padding[1];
 
   Maxima<T> best[kPoolRun];
@@ -115,17 +137,9 @@ __global__ void __launch_bounds__(kPoolThreads)
                           int64_t threads) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kPoolThreads + threadIdx.x;
   if (thread >= threads) return;
-  const int vecs = ceil_div(shape.channels, kVec), runs = ceil_div(shape.out_width, kPlaceRun);
-  int64_t rest = thread / vecs;
-  const int channel = static_cast<int>(thread - rest * vecs) * kVec, left_over = shape.channels - channel;
-  const int n = left_over < kVec ? left_over : kVec;
-  const int first = static_cast<int>(rest % runs) * kPlaceRun;
-  rest /= runs;
-  const int y = static_cast<int>(rest % shape.out_height);
-  const int64_t image = rest / shape.out_height;
-  const int kernel_h = kKernel ? kKernel : window.kernel[0], kernel_w = kKernel ? kKernel : window.kernel[1];
-  const int stride_h = kStride ? kStride : window.stride[0], stride_w = kStride ? kStride : window.stride[1];
-  const int dilation_h = kKernel ? 1 : window.dilation[0], dilation_w = kKernel ? 1 : window.dilation[1];
+  const auto [image, y, first, channel, n] =
+      run_of<kPlaceRun>(thread, shape.channels, shape.out_height, shape.out_width);
+  const auto [kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w] = Steps<kKernel, kStride>(window);
   const int64_t top = int64_t{y} * stride_h - window.padding[0], left = int64_t{first} * stride_w - window.padding[1];
 
   Places<T> best[kPlaceRun];
@@ -200,17 +214,8 @@ __global__ void __launch_bounds__(kPoolThreads)
   constexpr int kRun = gradient_run(kKernel);
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kPoolThreads + threadIdx.x;
   if (thread >= threads) return;
-  const int vecs = ceil_div(shape.channels, kVec), runs = ceil_div(shape.width, kRun);
-  int64_t rest = thread / vecs;
-  const int channel = static_cast<int>(thread - rest * vecs) * kVec, left_over = shape.channels - channel;
-  const int n = left_over < kVec ? left_over : kVec;
-  const int first = static_cast<int>(rest % runs) * kRun;
-  rest /= runs;
-  const int y = static_cast<int>(rest % shape.height);
-  const int64_t image = rest / shape.height;
-  const int kernel_h = kKernel ? kKernel : window.kernel[0], kernel_w = kKernel ? kKernel : window.kernel[1];
-  const int stride_h = kStride ? kStride : window.stride[0], stride_w = kStride ? kStride : window.stride[1];
-  const int dilation_h = kKernel ? 1 : window.dilation[0], dilation_w = kKernel ? 1 : window.dilation[1];
+  const auto [image, y, first, channel, n] = run_of<kRun>(thread, shape.channels, shape.height, shape.width);
+  const auto [kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w] = Steps<kKernel, kStride>(window);
 
   C total[kRun][kVec] = {};
   // Adds a window's gradient to those of the run's pixels r whose tap(r) of it there is.
