@@ -26,7 +26,7 @@ class MaxPool2d(FusedBlock):
     Args:
         kernel_size, stride, padding, dilation, ceil_mode: as torch.nn.MaxPool2d takes them.
         backend: "reference", "native", "triton", or None for the best at hand; PyTorch's pool runs where the named one
-            has none for the input's device, as native has on a GPU.
+            has none for the input's device.
 
     Input (N, C, H, W) -> output (N, C, H', W').
     """
