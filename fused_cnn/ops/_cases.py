@@ -114,7 +114,8 @@ class OpCases:
     `registered` names the registered op by which a backend is known to implement this one, where it is not
     `<name>_fwd`. `rounding` is the number of roundings to the dtype that the absolute term allows, `summation` the
     units in the last place of the accumulator (float32, or float64) that a long sum in another order may lose, and
-    `reason` says why so many.
+    `reason` says why so many. With `gradient_jumps` gradients are not compared in a dtype: where rounding moves two
+    values past each other, a maximum's goes elsewhere.
     """
 
     op: Callable[..., Tensor]
@@ -125,6 +126,7 @@ class OpCases:
     reason: str
     registered: str = ""
     summation: float = 0.0
+    gradient_jumps: bool = False
 
     @property
     def name(self) -> str:
