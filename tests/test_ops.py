@@ -212,16 +212,20 @@ def test_an_expanded_gradient_gives_the_dense_one(op_cases: OpCases) -> None:
         assert torch.equal(actual, expected)
 
 
+# What other ops do on a CPU; tests/test_simt.py holds their fake kernels to their results.
+GPU_ONLY = ["max_pool2d_index_bwd", "max_pool2d_index_fwd", "stem_fwd"]
+
+
 def test_every_registered_op_has_a_native_cpu_kernel() -> None:
     missing = [n for n in _library.op_names() if not _library.has_kernel(n, "native", "cpu")]
-    assert not missing
+    assert missing == GPU_ONLY
 
 
 def recorded_calls() -> dict[str, Call]:
     """One call of every registered op: each public op forward and backward, and the packed forms that modules use."""
     with Recorder() as recorder:
         for op_cases in ALL_CASES:
-            for case in op_cases.cases:
+            for case in op_cases.cases if op_cases.decides not in GPU_ONLY else ():
                 if case.real:
                     args, kwargs = op_cases.make(small(case.batched(2)), Maker(torch.float32))
                     op_cases.op(*args, **kwargs, backend="native").square().sum().backward()
@@ -233,7 +237,7 @@ def test_opcheck_passes_for_every_registered_op() -> None:
     if DEVICE != "cpu":
         pytest.skip("the CPU kernels share schema and fake kernel with CUDA's")
     calls = recorded_calls()
-    missing = {f"fused_cnn::{name}" for name in _library.op_names()} - set(calls)
+    missing = {f"fused_cnn::{name}" for name in _library.op_names() if name not in GPU_ONLY} - set(calls)
     assert not missing, f"no case calls {sorted(missing)}"
     for call in calls.values():
         torch.library.opcheck(call.op, call.args, call.kwargs)
@@ -403,7 +407,7 @@ def test_triton_refuses_float64_rather_than_losing_half_of_it() -> None:
 
 @pytest.mark.usefixtures("two_threads", "nan_filled_memory", "level")
 def test_every_instruction_set_gives_the_same_results() -> None:
-    for op_cases in ALL_CASES:
+    for op_cases in (o for o in ALL_CASES if o.decides not in GPU_ONLY):
         for case in [c for c in op_cases.cases if not c.real][:6] + [c for c in op_cases.cases if c.real][:1]:
             for dtype in (torch.float32, torch.bfloat16):
                 if op_cases in CONVOLUTIONS:

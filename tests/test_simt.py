@@ -13,9 +13,11 @@ import pytest
 import simt_backend
 import torch
 from conftest import DEVICE
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from fused_cnn import _first_use, _library, _tables, tuning
+from fused_cnn._trees import mapped, tensors
 from fused_cnn.ops import add_relu, concat_bias_relu, conv1x1_bias_relu, conv_bias_relu, inception, pack_inception, stem
 from fused_cnn.ops._cases import LAYOUTS, Case, OpCases
 from fused_cnn.ops._conv import IntPair
@@ -454,6 +456,24 @@ def test_a_tile_that_is_wrong_is_found_before_its_first_use_and_never_runs(monke
         finally:
             _library.refuse_tile(library, (-1, half, *[0] * (values - 2)), wrong, refused=False)
         assert _library.tiles_of(library, problem)[0] == wrong
+
+
+@pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
+def test_fake_kernels_of_what_a_gpu_alone_has_are_as_the_results(format: torch.memory_format) -> None:
+    x = torch.randn(2, 3, 21, 18).half().contiguous(memory_format=format)
+    weight, pool = torch.randn(8, 3, 7, 7).half(), ([3, 3], [2, 2], [1, 1], [1, 1], True)
+    y, index = _library.kernel("max_pool2d_index_fwd", "simt")(x, *pool)
+    calls: dict[str, tuple[Any, ...]] = {
+        "stem_fwd": (x, weight, None, [2, 2], [3, 3], 0, True),
+        "max_pool2d_index_fwd": (x, *pool),
+        "max_pool2d_index_bwd": (y, index, [21, 18], *pool),
+    }
+    for name, arguments in calls.items():
+        found = _library.kernel(name, "simt")(*arguments)
+        with FakeTensorMode() as mode:
+            fake = _library.kernel(name, "native")(*mapped(mode.from_tensor, arguments, torch.Tensor))
+        for real, like in zip(tensors(found), tensors(fake), strict=True):
+            assert (real.shape, real.stride(), real.dtype) == (like.shape, like.stride(), like.dtype), name
 
 
 def test_a_wrong_tile_is_alone_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
