@@ -3,8 +3,8 @@ are compared with PyTorch's operators on the processor.
 
 A kernel may be right on one GPU and wrong on another, or under another driver. The inputs are small whole numbers, so
 that sums are exact in any order and results must be equal to the bit; there are enough of them that a persistent block
-takes several tiles, and none fills its last tile. What comes out is kept with the device's table (_tables.py): a few
-hundred milliseconds, once.
+takes several tiles, and none fills its last tile. What comes out is kept with the device's table (_tables.py): it takes
+a second or so, once.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from ..._candidates import NATIVE, REFERENCE, offer, resolve, tunable
 from ..._layout import empty_nchw
 from ..._library import define, kernel
 from .._autograd import kernel_or, needs_grad, on_a_backend
-from .._conv import ConvGeometry, IntPair, autocast, check_conv, out_sides
+from .._conv import ConvGeometry, IntPair, autocast, check_conv, out_sides, out_size
 from .._flops import conv_flops, flop_formula
 from ..conv.op import conv_bias_relu
 from ..conv.reference import conv_bias_relu_bwd
@@ -30,9 +30,10 @@ def _sides(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> list[int]:
 
 
 def _pooled(sides: list[int], pool_padding: int, ceil_mode: bool) -> list[int]:
-    kernel, step, dilation = reference.POOL
-    like = torch.empty(1, 1, *sides, device="meta")
-    return out_sides(like, kernel, step, (pool_padding, pool_padding), dilation, ceil_mode)
+    return [
+        out_size(side, kernel, step, pool_padding, dilation, ceil_mode)
+        for side, kernel, step, dilation in zip(sides, *reference.POOL, strict=True)
+    ]
 
 
 def _fake(
