@@ -35,7 +35,7 @@ cudaError_t with_tile(const Tile* wanted, const Run& run, std::index_sequence<kA
   cudaError_t error = cudaErrorInvalidValue;
   const auto try_one = [&](auto place) {
     constexpr TileKind kind = kSm90aTiles[place].kind;
-    if constexpr (kSm90aTiles[place].is_cutlass() && (kind == TileKind::product) == kProduct) {
+    if constexpr (kSm90aTiles[place].is_instance() && (kind == TileKind::product) == kProduct) {
       if (wanted == &kSm90aTiles[place]) error = run(place);
     }
   };
@@ -58,12 +58,16 @@ constexpr TensorCores kSm90a{
           });
         },
     .convolution =
-        [](const Convolution& conv, cudaStream_t stream) {
+        [](const Convolution& conv, int multiprocessors, cudaStream_t stream) {
           return with_16_bits(conv.dtype, [&](auto element) {
             using T = decltype(element);
             const auto run = [&](auto place) {
               constexpr Tile tile = kSm90aTiles[place];
-              return sm90a_convolution<T, tile.m, tile.n>(conv, stream);
+              if constexpr (tile.kind == TileKind::sliding) {
+                return sm90a_sliding<T, tile.m, tile.n>(conv, multiprocessors, stream);
+              } else {
+                return sm90a_convolution<T, tile.m, tile.n>(conv, stream);
+              }
             };
             return with_tile<false>(conv.tile, run, kIndices);
           });

@@ -30,7 +30,7 @@ inline void __stwb(uint4* to, uint4 value) {
 }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorIllegalAddress };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorIllegalAddress };
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -46,6 +46,16 @@ const char* last_error();
 float shuffle_xor(float value, int lanes);
 // Every lane's value of `bytes`, in order, into `all`.
 void exchange(const void* mine, size_t bytes, void* all);
+
+// What runs on beside its thread: `work` on so many bytes, in groups. It happens at once or, if it is of the kind that
+// simt_late names, as late as it may: when the thread waits for all groups but the last `running`.
+enum { kCopies, kProducts };
+void later(int kind, void (*work)(const void*), const void* arguments, size_t bytes);
+void end_group(int kind);
+void finish(int kind, int running);
+
+// sum + the product of 16 pairs.
+float dot(const float* a, const float* b, float sum);
 }  // namespace simt
 
 inline float __shfl_xor_sync(unsigned, float value, int lanes) {

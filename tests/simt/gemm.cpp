@@ -1,7 +1,8 @@
-// The products and convolutions of cuda/gemm/gemm.h in place of CUTLASS's. A warp of a product takes 16 rows and 32
+// The products and convolutions of cuda/gemm/gemm.h: in place of CUTLASS's such as follow, and our own. A warp of a product takes 16 rows and 32
 // columns and leaves them in its threads as tensor cores do, then comes the epilogue of sm_80's; it finds the weights
 // of several slices where sm_90a's does.
 #include "cuda/gemm/epilogue.cuh"
+#include "cuda/gemm/sm90a_sliding.cuh"
 #include "cuda/gemm/tiles.h"
 
 extern "C" int simt_gemm_tile;
@@ -15,6 +16,9 @@ constexpr Tile kTiles[] = {
     {TileKind::product, 64, 64, 64, tiles::always, ""},
     {TileKind::stem, 112, 64, 16, [](const Problem& problem, int) { return problem.pooled != 0; }, ""},
     {TileKind::space_to_depth, 128, 64, 64, tiles::always, ""},
+    {TileKind::sliding, 256, 64, 64, tiles::never, ""},
+    {TileKind::sliding, 256, 32, 64, tiles::never, ""},
+    {TileKind::sliding, 128, 64, 64, tiles::never, ""},
     {TileKind::convolution, 128, 64, 64, tiles::always, ""},
     {TileKind::library, 0, 0, 0, tiles::always, ""},
 };
@@ -88,13 +92,18 @@ __global__ void convolution_kernel(Convolution conv, int height, int width) {
 }
 
 template <typename T>
-cudaError_t convolution(const Convolution& conv) {
+cudaError_t convolution(const Convolution& conv, int multiprocessors, cudaStream_t stream) {
   const auto size = [&](int axis) {
     return (conv.size[axis] + 2 * conv.padding[axis] - conv.dilation[axis] * (conv.kernel[axis] - 1) - 1) /
                conv.stride[axis] +
            1;
   };
   simt_gemm_tile = static_cast<int>(conv.tile - kTiles);
+  if (conv.tile->kind == TileKind::sliding) {
+    return conv.tile->n == 32    ? sm90a_sliding<T, 256, 32>(conv, multiprocessors, stream)
+           : conv.tile->m == 128 ? sm90a_sliding<T, 128, 64>(conv, multiprocessors, stream)
+                                 : sm90a_sliding<T, 256, 64>(conv, multiprocessors, stream);
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(conv.images * size(0) * size(1));
   return cudaLaunchKernelEx(&config, convolution_kernel<T>, conv, size(0), size(1));
@@ -106,8 +115,9 @@ constexpr TensorCores kCores{
     .product = [](const Gemm& gemm, int,
                   cudaStream_t) { return gemm.dtype == DType::f16 ? product<f16_t>(gemm) : product<bf16_t>(gemm); },
     .convolution =
-        [](const Convolution& conv, cudaStream_t) {
-          return conv.dtype == DType::f16 ? convolution<f16_t>(conv) : convolution<bf16_t>(conv);
+        [](const Convolution& conv, int multiprocessors, cudaStream_t stream) {
+          return conv.dtype == DType::f16 ? convolution<f16_t>(conv, multiprocessors, stream)
+                                          : convolution<bf16_t>(conv, multiprocessors, stream);
         },
 };
 

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <iterator>
 #include <map>
 #include <mutex>
@@ -18,6 +19,8 @@
 #include <vector>
 
 dim3 gridDim, blockDim, blockIdx, threadIdx;
+extern "C" int simt_late;
+int simt_late = simt::kCopies;
 
 namespace {
 
@@ -49,6 +52,13 @@ void (*body)(const void*);
 const void* body_arguments;
 uintptr_t launcher;  // an address on the launching thread's stack, where the arguments are
 std::string error;
+
+struct Work {
+  void (*run)(const void*);
+  std::vector<char> arguments;
+};
+std::vector<std::deque<std::vector<Work>>> at_work;  // groups of each thread, the open one last
+bool some_late;                                      // one of them may have work
 
 void yield() {
   if (_setjmp(fibres[current].place) == 0) _longjmp(scheduler, 1);
@@ -172,6 +182,38 @@ float shuffle_xor(float value, int lanes) {
   return other;
 }
 
+void later(int kind, void (*work)(const void*), const void* arguments, size_t bytes) {
+  if (kind != simt_late) return work(arguments);
+  some_late = true;
+  std::vector<Work>& group = at_work[current].back();
+  const char* const from = static_cast<const char*>(arguments);
+  group.push_back({work, {from, from + bytes}});
+}
+
+void end_group(int kind) {
+  if (kind != simt_late) return;
+  some_late = true;
+  at_work[current].emplace_back();
+}
+
+void finish(int kind, int running) {
+  if (kind != simt_late) return;
+  while (at_work[current].size() > static_cast<size_t>(running) + 1) {  // the open group is the last
+    const std::vector<Work> group = std::move(at_work[current].front());
+    at_work[current].pop_front();
+    for (const Work& work : group) {
+      alignas(16) char arguments[128];  // where a kernel may read
+      std::memcpy(arguments, work.arguments.data(), work.arguments.size());
+      work.run(arguments);
+    }
+  }
+}
+
+float dot(const float* a, const float* b, float sum) {
+  for (int i = 0; i < 16; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
 const char* last_error() {
   return error.c_str();
 }
@@ -191,6 +233,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*)
     for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
       for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
         for (size_t t = 0; t < threads; ++t) fibres[t].done = false;
+        if (at_work.size() < threads || some_late) at_work.assign(threads, std::deque<std::vector<Work>>(1));
+        some_late = false;
         for (bool some = true; some;) {  // a turn takes every thread to its next barrier or its end
           some = false;
           for (size_t turn = 0; turn < threads; ++turn) {

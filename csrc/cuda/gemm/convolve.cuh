@@ -2,6 +2,7 @@
 // network's first convolution, or the library's convolution and one pass.
 #pragma once
 #include "cuda/gemm/pointwise.cuh"
+#include "cuda/gemm/sliding.h"
 #include "cuda/gemm/space_to_depth.cuh"
 #include "cuda/stem.h"
 
@@ -58,6 +59,27 @@ inline bool library_may_fuse() {
          !fused_cnn_deterministic(context);
 }
 
+inline std::array<int, 2> int_pair(int64_t a, int64_t b) {
+  return {static_cast<int>(a), static_cast<int>(b)};
+}
+
+// `conv` with the sizes of a convolution over x itself.
+inline Convolution with_sizes(Convolution conv, const Tensor& x, const Tensor& weight, const ConvParams& params) {
+  conv.images = static_cast<int>(x.size(0));
+  conv.inputs = static_cast<int>(x.size(1));
+  conv.outputs = static_cast<int>(weight.size(0));
+  conv.size = int_pair(x.size(2), x.size(3));
+  conv.kernel = int_pair(weight.size(2), weight.size(3));
+  conv.stride = int_pair(params.stride[0], params.stride[1]);
+  conv.padding = int_pair(params.padding[0], params.padding[1]);
+  conv.dilation = int_pair(params.dilation[0], params.dilation[1]);
+  return conv;
+}
+
+inline bool sliding_fits(const Tile& tile, const Tensor& x, const Tensor& weight, const ConvParams& params) {
+  return sliding_plan(with_sizes({}, x, weight, params), tile.m, tile.n).chunks > 0;
+}
+
 // How a convolution into one slice runs; null: by the library and one pass. `own` says that its result is a tensor of
 // its own; with `pooled` it is how the convolution and the pool behind it run.
 inline const Tile* tile_of(const Tensor& x, const Tensor& weight, const ConvParams& params, bool residual, bool relu,
@@ -80,11 +102,8 @@ inline const Tile* tile_of(const Tensor& x, const Tensor& weight, const ConvPara
                         .library_takes_all = !pooled && own && relu && !residual && x.size(1) % 8 == 0 &&
                                              rows * weight.size(0) <= INT_MAX && library_may_fuse(),
                         .pooled = pooled};
-  return &kernels.tile_for(problem);
-}
-
-inline std::array<int, 2> int_pair(int64_t a, int64_t b) {
-  return {static_cast<int>(a), static_cast<int>(b)};
+  const Tile* tile = &kernels.tile_for(problem);
+  return tile->kind == TileKind::sliding && !sliding_fits(*tile, x, weight, params) ? nullptr : tile;
 }
 
 // `conv` over x itself.
@@ -97,13 +116,7 @@ inline void run_convolution(const GemmKernels& kernels, const Tensor& x, const T
   conv.row = in.pitch * x.size(3);
   conv.image = conv.row * x.size(2);
   conv.weight = filter.data_ptr();
-  conv.inputs = static_cast<int>(x.size(1));
-  conv.size = int_pair(x.size(2), x.size(3));
-  conv.kernel = int_pair(weight.size(2), weight.size(3));
-  conv.stride = int_pair(params.stride[0], params.stride[1]);
-  conv.padding = int_pair(params.padding[0], params.padding[1]);
-  conv.dilation = int_pair(params.dilation[0], params.dilation[1]);
-  kernels.run(Launch(x), conv);
+  kernels.run(Launch(x), with_sizes(conv, x, weight, params));
 }
 
 // `conv` over x with each 2 x 2 pixels as the channels of one.
@@ -166,8 +179,8 @@ inline void convolve(const Tensor& x, const Tensor& weight, const std::optional<
         .outputs = static_cast<int>(weight.size(0)),
         .epilogue = {.bias = bias ? vector.data_ptr() : nullptr, .residual = addend, .relu = relu, .slices = 1}};
     conv.epilogue.slice[0] = out;
-    return tile->kind == TileKind::convolution ? run_convolution(kernels, x, weight, params, conv)
-                                               : run_space_to_depth(kernels, x, weight, params, size, conv);
+    return tile->kind == TileKind::space_to_depth ? run_space_to_depth(kernels, x, weight, params, size, conv)
+                                                  : run_convolution(kernels, x, weight, params, conv);
   }
   if (is_pointwise(weight, params)) {
     const Tensor read = strided_slice(x, params.stride);

@@ -13,4 +13,7 @@ cudaError_t sm90a_product(const Gemm& gemm, int multiprocessors, cudaStream_t st
 template <typename T, int kRows, int kColumns>
 cudaError_t sm90a_convolution(const Convolution& conv, cudaStream_t stream);
 
+template <typename T, int kRows, int kColumns>
+cudaError_t sm90a_sliding(const Convolution& conv, int multiprocessors, cudaStream_t stream);
+
 }  // namespace fused_cnn

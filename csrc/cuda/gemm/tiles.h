@@ -9,9 +9,10 @@ namespace fused_cnn {
 // What a convolution is run by: a tile of the product, for 1x1 windows of stride 1; one of the implicit product, whose
 // result is one slice, over x itself or, for a window of stride 2 over few channels, over x with each 2 x 2 pixels as
 // the channels of one (space_to_depth.cuh); the library's convolution and one pass for what follows (a strided 1x1
-// window is then a product over a copy of the pixels that it reads); the library's convolution with bias and ReLU; or,
-// for a network's first convolution and the pool behind it, a kernel of both (cuda/stem.h).
-enum class TileKind { product, convolution, space_to_depth, library, library_fused, stem };
+// window is then a product over a copy of the pixels that it reads); the library's convolution with bias and ReLU; for
+// a network's first convolution and the pool behind it, a kernel of both (cuda/stem.h); or a tile of the implicit
+// product whose pixels are brought once for all taps of a window of stride 1 (sliding.h).
+enum class TileKind { product, convolution, space_to_depth, library, library_fused, stem, sliding };
 
 constexpr int kMostStemInputs = 4, kMostStemKernel = 8;           // of space_to_depth
 constexpr int kStemInputs = 3, kStemKernel = 7, kStemStride = 2;  // of stem: at most so many, and just these
@@ -37,7 +38,7 @@ struct Tile {
   const char* measured;
 
   constexpr bool is_library() const { return kind == TileKind::library || kind == TileKind::library_fused; }
-  constexpr bool is_cutlass() const { return !is_library() && kind != TileKind::stem; }
+  constexpr bool is_instance() const { return !is_library() && kind != TileKind::stem; }  // of instances.h
   bool suits(const Problem& problem) const {
     const bool whole_vectors = problem.inputs() % 8 == 0;
     if (kind == TileKind::stem) {
@@ -49,7 +50,10 @@ struct Tile {
     if (kind == TileKind::product) {
       return problem.is_product() && whole_vectors && (problem.slices == 1 || !problem.residual);
     }
-    if (kind == TileKind::convolution) return !problem.is_product() && whole_vectors && problem.slices == 1;
+    if (kind == TileKind::convolution || kind == TileKind::sliding) {
+      return !problem.is_product() && whole_vectors && problem.slices == 1 &&
+             (kind == TileKind::convolution || problem.stride == 1);
+    }
     if (kind == TileKind::space_to_depth) {
       return problem.slices == 1 && problem.stride == 2 && problem.inputs() <= kMostStemInputs &&
              std::max(problem.kernel_height, problem.kernel_width) <= kMostStemKernel;
@@ -139,6 +143,9 @@ inline constexpr Tile kSm90aTiles[] = {
      .k = 64,
      .when = tiles::never,
      .measured = "3x3, 64 -> 64 at 56, batch 256: 198; cuDNN's fused call: 146"},
+    {.kind = TileKind::sliding, .m = 256, .n = 64, .k = 64, .when = tiles::never, .measured = ""},
+    {.kind = TileKind::sliding, .m = 256, .n = 32, .k = 64, .when = tiles::never, .measured = ""},
+    {.kind = TileKind::sliding, .m = 128, .n = 64, .k = 64, .when = tiles::never, .measured = ""},
     // The host takes longer over this call than over two others.
     {.kind = TileKind::library_fused,
      .m = 0,
@@ -158,7 +165,7 @@ struct TensorCores {
   std::span<const Tile> tiles;
   int slice_step;
   cudaError_t (*product)(const Gemm& gemm, int multiprocessors, cudaStream_t stream);
-  cudaError_t (*convolution)(const Convolution& conv, cudaStream_t stream);
+  cudaError_t (*convolution)(const Convolution& conv, int multiprocessors, cudaStream_t stream);
 };
 
 // That of this build for GPUs of compute capability major.x; null where it has none (cuda/tensor_cores.cu).

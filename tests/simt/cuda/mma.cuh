@@ -52,10 +52,24 @@ inline uint32_t max_of_pairs(uint32_t a, uint32_t b) {
 }
 
 inline void copy_16_async(void* to, const void* from, bool inside) {
-  uint4 value{};
-  if (inside) value = *static_cast<const uint4*>(from);
-  *static_cast<uint4*>(to) = value;
+  struct Copy {
+    void* to;
+    const void* from;
+    bool inside;
+  } copy{to, from, inside};
+  simt::later(
+      simt::kCopies,
+      [](const void* what) {
+        const Copy& c = *static_cast<const Copy*>(what);
+        uint4 value{};
+        if (c.inside) value = *static_cast<const uint4*>(c.from);
+        *static_cast<uint4*>(c.to) = value;
+      },
+      &copy, sizeof(copy));
 }
-inline void await_copies() {}
+inline void await_copies() {
+  simt::end_group(simt::kCopies);
+  simt::finish(simt::kCopies, 0);
+}
 
 }  // namespace fused_cnn

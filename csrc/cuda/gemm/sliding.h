@@ -1,0 +1,110 @@
+// How a convolution of stride 1 runs whose pixels come into shared memory once for all taps of the window
+// (sm90a_sliding.cuh).
+//
+// All pixels of x lie in one line: behind each row as many columns of zeros as pad it on one side, which do for its
+// right and the next row's left, and behind each image as many rows of zeros. A tap of the window is then a distance in
+// that line, the same for all pixels, and results that follow each other in it need pixels that do so, too. What is
+// computed behind the rows of the result is not stored.
+#pragma once
+#include <algorithm>
+#include "cuda/gemm/gemm.h"
+
+namespace fused_cnn {
+
+constexpr int kSlidingThreads = 256;              // two warpgroups
+constexpr int kSlidingUnit = 16;                  // channels of one tap: a product's inner dimension
+constexpr int kSlidingUnits = 4;                  // of a step, for which weights are brought at a time
+constexpr int kSlidingAhead = 2;                  // steps by which weights are brought before they are used
+constexpr int kSlidingSlots = kSlidingAhead + 2;  // a step's for each of them, the one that runs and the one before
+constexpr int kSlidingZeros = 1024 + 128;         // bytes: of each 64 rows in turn, 8 channels of 8
+constexpr int kSlidingShared = 113 << 10;         // bytes, so that two blocks share a multiprocessor
+
+struct Sliding {
+  const void *x, *weight;
+  int64_t pixel, row, image;  // distances in x, in elements
+  int images, inputs, outputs, height, width, out_height, out_width;
+  int line, frame;                        // pixels from a row to the next, rows from an image to the next
+  int taps, kernel_width;                 // of the window
+  int tap_row, tap_column, before, span;  // distances in the line: between taps, to the first, and to the last from it
+  // Channels come in chunks of so many units, of which the last may have fewer. A buffer has planes of 8 channels of
+  // all pixels, `plane` bytes from one to the next: an odd number of 16, so that 8 planes are in banks of their own.
+  int chunks, units, buffers, plane;
+  int pixels;  // of a tile
+  int buffer_bytes;
+  int lanes;                                 // log2 of the threads that bring a pixel
+  int passes;                                // in which a chunk's pixels are brought, of each step
+  int pass_images, pass_rows, pass_columns;  // from a thread's pixel to that of its next pass
+  int row_tiles, column_tiles;
+  GemmEpilogue epilogue;
+};
+
+constexpr int sliding_slot_bytes(int columns) {
+  return 2 * kSlidingUnits * (columns + 1) * 16;
+}
+inline int sliding_bytes(const Sliding& s, int columns) {
+  return kSlidingZeros + kSlidingSlots * sliding_slot_bytes(columns) + s.buffers * s.buffer_bytes;
+}
+
+// For tiles of so many rows and columns; its `chunks` are 0 where shared memory does not hold the pixels.
+inline Sliding sliding_plan(const Convolution& conv, int rows, int columns) {
+  const auto ceil_div = [](int a, int b) { return (a + b - 1) / b; };
+  const auto size = [&](int axis) {
+    return conv.size[axis] + 2 * conv.padding[axis] - conv.dilation[axis] * (conv.kernel[axis] - 1);
+  };
+  Sliding s{.x = conv.x,
+            .weight = conv.weight,
+            .pixel = conv.pixel,
+            .row = conv.row,
+            .image = conv.image,
+            .images = conv.images,
+            .inputs = conv.inputs,
+            .outputs = conv.outputs,
+            .height = conv.size[0],
+            .width = conv.size[1],
+            .out_height = size(0),
+            .out_width = size(1),
+            .line = conv.size[1] + conv.padding[1],
+            .frame = conv.size[0] + conv.padding[0],
+            .taps = conv.kernel[0] * conv.kernel[1],
+            .kernel_width = conv.kernel[1],
+            .epilogue = conv.epilogue};
+  s.tap_row = conv.dilation[0] * s.line;
+  s.tap_column = conv.dilation[1];
+  s.before = conv.padding[0] * s.line + conv.padding[1];
+  s.span = (conv.kernel[0] - 1) * s.tap_row + (conv.kernel[1] - 1) * s.tap_column;
+  s.pixels = rows + s.span;
+  s.plane = (s.pixels | 1) * 16;
+  const int64_t positions = int64_t{s.images} * s.frame * s.line;
+  const int64_t row_tiles = (positions + rows - 1) / rows;
+  s.column_tiles = ceil_div(s.outputs, columns);
+  if (s.span > kSlidingShared / 16 || row_tiles * s.column_tiles > INT32_MAX - kSlidingShared ||
+      positions > INT32_MAX - kSlidingShared) {
+    return s;
+  }
+  s.row_tiles = static_cast<int>(row_tiles);
+
+  const int all_units = ceil_div(s.inputs, kSlidingUnit);
+  // Two buffers, so that the next chunk's pixels come under this one's products; they do so from the second step to the
+  // last but kSlidingAhead. Else one.
+  const auto steps = [&](int units) { return ceil_div(s.taps * units, kSlidingUnits); };
+  for (s.buffers = 2; s.buffers > 0; --s.buffers) {
+    for (s.chunks = ceil_div(all_units, 4); s.chunks <= all_units; ++s.chunks) {
+      s.units = ceil_div(all_units, s.chunks);
+      s.buffer_bytes = 2 * s.units * s.plane;
+      if (ceil_div(all_units, s.units) != s.chunks || sliding_bytes(s, columns) > kSlidingShared) continue;
+      const int fewest = steps(all_units - (s.chunks - 1) * s.units);
+      if (s.buffers == 2 && fewest <= kSlidingAhead) continue;
+      s.lanes = s.units == 1 ? 1 : s.units == 2 ? 2 : 3;
+      const int pass = kSlidingThreads >> s.lanes, passes = ceil_div(s.pixels, pass);
+      s.passes = s.buffers == 2 ? ceil_div(passes, fewest - kSlidingAhead) : passes;
+      s.pass_columns = pass % s.line;
+      s.pass_rows = pass / s.line % s.frame;
+      s.pass_images = pass / s.line / s.frame;
+      return s;
+    }
+  }
+  s.chunks = 0;
+  return s;
+}
+
+}  // namespace fused_cnn
