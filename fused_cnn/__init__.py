@@ -3,6 +3,7 @@
 from . import nn, ops
 from .fuse import FusionReport, fuse_, refresh, unfuse_
 from .nn.cache import StaleWeightsError, detect_stale_weights
+from .nn.normalization import fold_normalization
 from .ops import (
     add_relu,
     bn_add_relu,
@@ -30,6 +31,7 @@ __all__ = [
     "conv1x1_bias_relu",
     "conv_bias_relu",
     "detect_stale_weights",
+    "fold_normalization",
     "fuse_",
     "inception",
     "max_pool2d",

@@ -87,6 +87,11 @@ def cases() -> Iterator[Case]:
     whole = functools.partial(_whole, torch.Generator("cpu").manual_seed(0))
     yield _convolution(whole, (9, 72, 46, 47), 136, 1, 1, 0, residual=True)
     yield _convolution(whole, (3, 72, 11, 13), 136, 3, 1, 1, residual=False)
+    # So many tiles that a persistent block takes several of what brings pixels once for a window; whole rows of them in
+    # two buffers, and in one.
+    yield _convolution(whole, (9, 24, 46, 47), 296, 3, 1, 1, residual=True)
+    yield _convolution(whole, (1, 136, 9, 47), 72, 3, 1, 1, residual=False)
+    yield _convolution(whole, (3, 16, 11, 13), 24, 5, 1, 2, residual=False)
     yield _convolution(whole, (3, 72, 11, 13), 200, 3, 2, 1, residual=True)
     yield _convolution(whole, (3, 3, 45, 37), 72, 7, 2, 3, residual=False)
     yield _inception(whole, (3, 11, 13))

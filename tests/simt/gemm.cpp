@@ -18,7 +18,7 @@ constexpr Tile kTiles[] = {
     {TileKind::space_to_depth, 128, 64, 64, tiles::always, ""},
     {TileKind::sliding, 256, 64, 64, tiles::never, ""},
     {TileKind::sliding, 256, 32, 64, tiles::never, ""},
-    {TileKind::sliding, 128, 64, 64, tiles::never, ""},
+    {TileKind::sliding, 128, 64, 64, tiles::always, ""},
     {TileKind::convolution, 128, 64, 64, tiles::always, ""},
     {TileKind::library, 0, 0, 0, tiles::always, ""},
 };

@@ -68,43 +68,45 @@ inline Sliding sliding_plan(const Convolution& conv, int rows, int columns) {
             .taps = conv.kernel[0] * conv.kernel[1],
             .kernel_width = conv.kernel[1],
             .epilogue = conv.epilogue};
+  s.column_tiles = ceil_div(s.outputs, columns);
+  const int64_t positions = int64_t{s.images} * s.frame * s.line, row_tiles = (positions + rows - 1) / rows;
+  const int64_t reach = int64_t{s.line} * conv.dilation[0] * (conv.kernel[0] - 1);
+  constexpr int64_t kMost = INT32_MAX / 2 - kSlidingShared;  // of a sum of two, and what a tile adds, still an int
+  if (reach > kSlidingShared / 32 || positions > kMost || row_tiles * s.column_tiles > kMost) return s;
+  s.row_tiles = static_cast<int>(row_tiles);
   s.tap_row = conv.dilation[0] * s.line;
   s.tap_column = conv.dilation[1];
   s.before = conv.padding[0] * s.line + conv.padding[1];
   s.span = (conv.kernel[0] - 1) * s.tap_row + (conv.kernel[1] - 1) * s.tap_column;
   s.pixels = rows + s.span;
   s.plane = (s.pixels | 1) * 16;
-  const int64_t positions = int64_t{s.images} * s.frame * s.line;
-  const int64_t row_tiles = (positions + rows - 1) / rows;
-  s.column_tiles = ceil_div(s.outputs, columns);
-  if (s.span > kSlidingShared / 16 || row_tiles * s.column_tiles > INT32_MAX - kSlidingShared ||
-      positions > INT32_MAX - kSlidingShared) {
-    return s;
-  }
-  s.row_tiles = static_cast<int>(row_tiles);
 
+  // The fewest steps: what the last one of a chunk has no units for is lost. If possible with two buffers, so that the
+  // next chunk's pixels come under this one's products: from its second step to the last but kSlidingAhead.
   const int all_units = ceil_div(s.inputs, kSlidingUnit);
-  // Two buffers, so that the next chunk's pixels come under this one's products; they do so from the second step to the
-  // last but kSlidingAhead. Else one.
   const auto steps = [&](int units) { return ceil_div(s.taps * units, kSlidingUnits); };
+  int least = INT32_MAX;
+  Sliding best = s;
   for (s.buffers = 2; s.buffers > 0; --s.buffers) {
     for (s.chunks = ceil_div(all_units, 4); s.chunks <= all_units; ++s.chunks) {
       s.units = ceil_div(all_units, s.chunks);
       s.buffer_bytes = 2 * s.units * s.plane;
-      if (ceil_div(all_units, s.units) != s.chunks || sliding_bytes(s, columns) > kSlidingShared) continue;
-      const int fewest = steps(all_units - (s.chunks - 1) * s.units);
-      if (s.buffers == 2 && fewest <= kSlidingAhead) continue;
+      const int last = steps(all_units - (s.chunks - 1) * s.units), all = (s.chunks - 1) * steps(s.units) + last;
+      if (ceil_div(all_units, s.units) != s.chunks || sliding_bytes(s, columns) > kSlidingShared || all >= least ||
+          (s.buffers == 2 && last <= kSlidingAhead)) {
+        continue;
+      }
       s.lanes = s.units == 1 ? 1 : s.units == 2 ? 2 : 3;
       const int pass = kSlidingThreads >> s.lanes, passes = ceil_div(s.pixels, pass);
-      s.passes = s.buffers == 2 ? ceil_div(passes, fewest - kSlidingAhead) : passes;
+      s.passes = s.buffers == 2 ? ceil_div(passes, last - kSlidingAhead) : passes;
       s.pass_columns = pass % s.line;
       s.pass_rows = pass / s.line % s.frame;
       s.pass_images = pass / s.line / s.frame;
-      return s;
+      least = all;
+      best = s;
     }
   }
-  s.chunks = 0;
-  return s;
+  return best;
 }
 
 }  // namespace fused_cnn
