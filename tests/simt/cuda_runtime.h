@@ -32,14 +32,29 @@ inline void __stwb(uint4* to, uint4 value) {
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorIllegalAddress };
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 namespace simt {
+constexpr unsigned kMostCluster = 8;
+constexpr size_t kMostShared = 227 << 10;  // bytes of a block
+
 void barrier();
+void cluster_barrier();
+unsigned cluster_rank();
 cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*), const void* arguments);
 const char* last_error();
 

@@ -1,8 +1,9 @@
-// The products and convolutions of cuda/gemm/gemm.h: in place of CUTLASS's such as follow, and our own. A warp of a product takes 16 rows and 32
-// columns and leaves them in its threads as tensor cores do, then comes the epilogue of sm_80's; it finds the weights
-// of several slices where sm_90a's does.
+// The products and convolutions of cuda/gemm/gemm.h: in place of CUTLASS's such as follow, and our own. A warp of a
+// product takes 16 rows and 32 columns and leaves them in its threads as tensor cores do, then comes the epilogue of
+// sm_80's; it finds the weights of several slices where sm_90a's does.
 #include "cuda/gemm/epilogue.cuh"
 #include "cuda/gemm/sm90a_sliding.cuh"
+#include "cuda/gemm/sm90a_split.cuh"
 #include "cuda/gemm/tiles.h"
 
 extern "C" int simt_gemm_tile;
@@ -11,6 +12,11 @@ int simt_gemm_tile = -1;  // of the last product or convolution, its place in kT
 namespace fused_cnn {
 namespace {
 
+// By our own kernels, which take longer here.
+bool is_narrow(const Problem& problem, int) {
+  return !problem.is_product() && problem.k <= 9 * 64;
+}
+
 constexpr Tile kTiles[] = {
     {TileKind::product, 128, 128, 64, kSm80Tiles[0].when, ""},
     {TileKind::product, 64, 64, 64, tiles::always, ""},
@@ -18,7 +24,9 @@ constexpr Tile kTiles[] = {
     {TileKind::space_to_depth, 128, 64, 64, tiles::always, ""},
     {TileKind::sliding, 256, 64, 64, tiles::never, ""},
     {TileKind::sliding, 256, 32, 64, tiles::never, ""},
-    {TileKind::sliding, 128, 64, 64, tiles::always, ""},
+    {TileKind::sliding, 128, 64, 64, is_narrow, ""},
+    {TileKind::split, 64, 64, 64, tiles::never, ""},
+    {TileKind::split, 64, 32, 64, is_narrow, ""},
     {TileKind::convolution, 128, 64, 64, tiles::always, ""},
     {TileKind::library, 0, 0, 0, tiles::always, ""},
 };
@@ -99,6 +107,10 @@ cudaError_t convolution(const Convolution& conv, int multiprocessors, cudaStream
            1;
   };
   simt_gemm_tile = static_cast<int>(conv.tile - kTiles);
+  if (conv.tile->kind == TileKind::split) {
+    return conv.tile->n == 32 ? sm90a_split<T, 64, 32>(conv, multiprocessors, stream)
+                              : sm90a_split<T, 64, 64>(conv, multiprocessors, stream);
+  }
   if (conv.tile->kind == TileKind::sliding) {
     return conv.tile->n == 32    ? sm90a_sliding<T, 256, 32>(conv, multiprocessors, stream)
            : conv.tile->m == 128 ? sm90a_sliding<T, 128, 64>(conv, multiprocessors, stream)

@@ -47,7 +47,9 @@ struct Fibre {
 std::vector<Fibre> fibres;
 jmp_buf scheduler;
 size_t current;
-bool running;  // inside a kernel
+bool running;    // inside a kernel
+size_t arrived;  // threads at the cluster's barrier
+int turns_of_cluster;
 void (*body)(const void*);
 const void* body_arguments;
 uintptr_t launcher;  // an address on the launching thread's stack, where the arguments are
@@ -161,6 +163,17 @@ void barrier() {
   yield();
 }
 
+// Blocks of a cluster need not have come by the same number of barriers. All threads leave it in the same turn.
+void cluster_barrier() {
+  const int before = turns_of_cluster;
+  ++arrived;
+  while (turns_of_cluster == before) yield();
+}
+
+unsigned cluster_rank() {
+  return static_cast<unsigned>(current / blockDim.x);
+}
+
 // Every thread of the block calls this the same number of times, as the next.
 void exchange(const void* mine, size_t bytes, void* all) {
   constexpr size_t kLanes = 32;
@@ -226,22 +239,26 @@ cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*)
   body_arguments = arguments;
   launcher = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
   error.clear();
+  arrived = 0;
   std::fill(std::begin(recent), std::end(recent), Region{});
-  const size_t threads = blockDim.x;
+  const unsigned cluster = config.numAttrs > 0 ? config.attrs->val.clusterDim.x : 1;
+  if (cluster > kMostCluster || gridDim.x % cluster != 0) std::abort();
+  const size_t threads = cluster * blockDim.x;
   if (fibres.size() < threads) fibres.resize(threads);
   for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z) {
     for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
-      for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+      for (unsigned first = 0; first < gridDim.x; first += cluster) {
         for (size_t t = 0; t < threads; ++t) fibres[t].done = false;
         if (at_work.size() < threads || some_late) at_work.assign(threads, std::deque<std::vector<Work>>(1));
         some_late = false;
         for (bool some = true; some;) {  // a turn takes every thread to its next barrier or its end
           some = false;
           for (size_t turn = 0; turn < threads; ++turn) {
-            current = (blockIdx.x + blockIdx.y) % 2 == 0 ? turn : threads - 1 - turn;
+            current = (first / cluster + blockIdx.y) % 2 == 0 ? turn : threads - 1 - turn;
             if (fibres[current].done) continue;
             some = true;
-            threadIdx.x = static_cast<unsigned>(current);
+            threadIdx.x = static_cast<unsigned>(current % blockDim.x);
+            blockIdx.x = first + cluster_rank();
             running = true;
             resume(fibres[current]);
             running = false;
@@ -249,6 +266,10 @@ cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*)
               fibres.clear();  // which are in the middle of this launch
               return cudaErrorIllegalAddress;
             }
+          }
+          if (arrived == threads) {
+            arrived = 0;
+            ++turns_of_cluster;
           }
         }
       }

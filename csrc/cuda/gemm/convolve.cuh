@@ -183,11 +183,15 @@ inline void convolve(const Tensor& x, const Tensor& weight, const std::optional<
                                                   : run_convolution(kernels, x, weight, params, conv);
   }
   if (is_pointwise(weight, params)) {
-    const Tensor read = strided_slice(x, params.stride);
+    if (params.stride != Ints{1, 1}) {
+      const Tensor read = strided_slice(x, params.stride);
+      const ConvParams unit = same_padding(1);
+      const Tile* found = tile_of(read, weight, unit, residual.data != nullptr, relu, size, /*own=*/false);
+      return convolve(read, weight, bias, residual, unit, relu, size, out, found);
+    }
     std::vector<Tensor> biases;
     if (bias) biases.push_back(*bias);
-    const bool strided = params.stride != Ints{1, 1};
-    return pointwise(read, rows_of(read), {weight}, biases, residual, relu, {out}, strided ? nullptr : tile);
+    return pointwise(x, rows_of(x), {weight}, biases, residual, relu, {out}, tile);
   }
   finish_convolution(aten_convolution(x, weight, std::nullopt, params), bias, residual, relu, {out});
 }

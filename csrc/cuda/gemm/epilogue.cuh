@@ -28,21 +28,15 @@ __device__ inline void exchange_in_quad(float (&pairs)[4][2]) {
   }
 }
 
-// Finishes four groups of 8 columns of row `row` of an m x n result, of which group o begins at columns[o]. Every
-// thread of a warp calls this.
+// relu(values + bias + residual) of 8 columns of a row, from `column` on.
 template <typename T>
-__device__ void epilogue_store(const GemmEpilogue& epilogue, float (&pairs)[4][2], int64_t row, const int (&columns)[4],
-                               int64_t m, int n) {
-  exchange_in_quad(pairs);
-  const int q = threadIdx.x % 4;
-  int column = q == 0 ? columns[0] : q == 1 ? columns[1] : q == 2 ? columns[2] : columns[3];
-  if (row >= m || column >= n) return;
+__device__ void finish_and_store(const GemmEpilogue& epilogue, const float (&values)[kVec], int64_t row, int column) {
   Vec8<T> out, bias{}, residual{};
   if (epilogue.bias) bias = load_vec8<true>(static_cast<const T*>(epilogue.bias) + column);
   if (epilogue.residual.data) residual = load_vec8<true>(epilogue.residual.at<const T>(row) + column);
 #pragma unroll
   for (int j = 0; j < kVec; ++j) {
-    const float v = pairs[j / 2][j % 2] + to_compute(bias.v[j]) + to_compute(residual.v[j]);
+    const float v = values[j] + to_compute(bias.v[j]) + to_compute(residual.v[j]);
     from_compute(epilogue.relu ? relu(v) : v, &out.v[j]);
   }
   GemmSlice slice = epilogue.slice[0];
@@ -54,6 +48,21 @@ __device__ void epilogue_store(const GemmEpilogue& epilogue, float (&pairs)[4][2
     }
   }
   store_vec8<true>(slice.rows.at<T>(row) + column, out);
+}
+
+// Finishes four groups of 8 columns of row `row` of an m x n result, of which group o begins at columns[o]. Every
+// thread of a warp calls this.
+template <typename T>
+__device__ void epilogue_store(const GemmEpilogue& epilogue, float (&pairs)[4][2], int64_t row, const int (&columns)[4],
+                               int64_t m, int n) {
+  exchange_in_quad(pairs);
+  const int q = threadIdx.x % 4;
+  const int column = q == 0 ? columns[0] : q == 1 ? columns[1] : q == 2 ? columns[2] : columns[3];
+  if (row >= m || column >= n) return;
+  float values[kVec];
+#pragma unroll
+  for (int j = 0; j < kVec; ++j) values[j] = pairs[j / 2][j % 2];
+  finish_and_store<T>(epilogue, values, row, column);
 }
 
 }  // namespace fused_cnn

@@ -72,8 +72,8 @@ struct GemmKernels {
           " x ", gemm.n);
   }
   void run(const Launch& launch, const Convolution& conv) const {
-    check(cores->convolution(conv, multiprocessors, launch.stream()), "convolution of ", conv.images, " x ", conv.size[0], " x ",
-          conv.size[1], " pixels of ", conv.inputs, " channels");
+    check(cores->convolution(conv, multiprocessors, launch.stream()), "convolution of ", conv.images, " x ",
+          conv.size[0], " x ", conv.size[1], " pixels of ", conv.inputs, " channels");
   }
 
  private:

@@ -11,8 +11,9 @@ namespace fused_cnn {
 // the channels of one (space_to_depth.cuh); the library's convolution and one pass for what follows (a strided 1x1
 // window is then a product over a copy of the pixels that it reads); the library's convolution with bias and ReLU; for
 // a network's first convolution and the pool behind it, a kernel of both (cuda/stem.h); or a tile of the implicit
-// product whose pixels are brought once for all taps of a window of stride 1 (sliding.h).
-enum class TileKind { product, convolution, space_to_depth, library, library_fused, stem, sliding };
+// product whose pixels are brought once for all taps of a window of stride 1 (sliding.h), or whose inner dimension is
+// split among a cluster's blocks (sm90a_split.cuh).
+enum class TileKind { product, convolution, space_to_depth, library, library_fused, stem, sliding, split };
 
 constexpr int kMostStemInputs = 4, kMostStemKernel = 8;           // of space_to_depth
 constexpr int kStemInputs = 3, kStemKernel = 7, kStemStride = 2;  // of stem: at most so many, and just these
@@ -50,6 +51,7 @@ struct Tile {
     if (kind == TileKind::product) {
       return problem.is_product() && whole_vectors && (problem.slices == 1 || !problem.residual);
     }
+    if (kind == TileKind::split) return whole_vectors && problem.slices == 1;
     if (kind == TileKind::convolution || kind == TileKind::sliding) {
       return !problem.is_product() && whole_vectors && problem.slices == 1 &&
              (kind == TileKind::convolution || problem.stride == 1);
@@ -146,6 +148,8 @@ inline constexpr Tile kSm90aTiles[] = {
     {.kind = TileKind::sliding, .m = 256, .n = 64, .k = 64, .when = tiles::never, .measured = ""},
     {.kind = TileKind::sliding, .m = 256, .n = 32, .k = 64, .when = tiles::never, .measured = ""},
     {.kind = TileKind::sliding, .m = 128, .n = 64, .k = 64, .when = tiles::never, .measured = ""},
+    {.kind = TileKind::split, .m = 64, .n = 64, .k = 64, .when = tiles::never, .measured = ""},
+    {.kind = TileKind::split, .m = 64, .n = 32, .k = 64, .when = tiles::never, .measured = ""},
     // The host takes longer over this call than over two others.
     {.kind = TileKind::library_fused,
      .m = 0,

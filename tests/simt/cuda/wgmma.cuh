@@ -43,7 +43,8 @@ inline void multiply_add(float (&sums)[kColumns / 8][4], SharedOperand a, Shared
         for (int half = 0; half < 2; ++half) row_of<T>(p.a, first + 8 * half, rows[half]);
         for (int j = 0; j < kColumns / 8; ++j) {
           for (int i = 0; i < 2; ++i) row_of<T>(p.b, 8 * j + p.thread % 4 * 2 + i, columns[i]);
-          for (int i = 0; i < 4; ++i) p.sums[j][i] = simt::dot(rows[i / 2], columns[i % 2], p.add ? p.sums[j][i] : 0.0f);
+          for (int i = 0; i < 4; ++i)
+            p.sums[j][i] = simt::dot(rows[i / 2], columns[i % 2], p.add ? p.sums[j][i] : 0.0f);
         }
       },
       &product, sizeof(product));

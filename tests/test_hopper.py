@@ -1,5 +1,5 @@
-"""The convolutions that bring each pixel into shared memory once (csrc/cuda/gemm/sm90a_sliding.cuh), by a stand-in for
-tensor cores of tests/simt, in whole numbers: sums are exact in any order, so results are equal to the bit."""
+"""Hopper's convolutions of our own (csrc/cuda/gemm/sm90a_sliding.cuh, sm90a_split.cuh) by tests/simt's stand-in for its
+tensor cores, in whole numbers: sums are exact in any order, so results are equal to the bit."""
 
 import ctypes
 from collections.abc import Iterator
@@ -20,19 +20,22 @@ pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda", reason="the kernels themselves run here"),
     pytest.mark.usefixtures("checked_memory"),
 ]
-SLIDING = 6  # TileKind
+SLIDING, SPLIT = 6, 7  # TileKind
 COPIES, PRODUCTS = 0, 1
-# x, outputs, kernel, padding, dilation; what each is for.
-CASES: dict[str, tuple[tuple[int, ...], int, Any, Any, int]] = {
-    "units that do not fill a step": ((1, 8, 5, 6), 8, 3, 1, 1),
-    "several tiles, chunks of unequal units, ragged outputs": ((2, 72, 11, 13), 72, 3, 1, 1),
-    "one buffer, several chunks": ((1, 136, 2, 47), 40, 3, 1, 1),
-    "no padding": ((2, 24, 9, 7), 40, 3, 0, 1),
-    "more padding on one side than a result needs": ((2, 8, 6, 5), 16, 3, 2, 1),
-    "images smaller than the window": ((9, 16, 1, 2), 24, 5, 2, 1),
-    "a window of one row": ((1, 16, 9, 9), 24, (1, 7), (0, 3), 1),
-    "an even window, dilated": ((1, 40, 6, 9), 8, (3, 2), (2, 1), 2),
-    "one column": ((3, 8, 70, 1), 8, 3, 1, 1),
+# x, outputs, kernel, stride, padding, dilation; what each is for.
+CASES: dict[str, tuple[tuple[int, ...], int, Any, int, Any, int]] = {
+    "units that do not fill a step": ((1, 8, 5, 6), 8, 3, 1, 1, 1),
+    "several tiles, chunks of unequal units, ragged outputs": ((2, 72, 11, 13), 72, 3, 1, 1, 1),
+    "one buffer, several chunks": ((1, 136, 2, 47), 40, 3, 1, 1, 1),
+    "no padding": ((2, 24, 9, 7), 40, 3, 1, 0, 1),
+    "more padding on one side than a result needs": ((2, 8, 6, 5), 16, 3, 1, 2, 1),
+    "images smaller than the window": ((9, 16, 1, 2), 24, 5, 1, 2, 1),
+    "a window of one row": ((1, 16, 9, 9), 24, (1, 7), 1, (0, 3), 1),
+    "an even window, dilated": ((1, 40, 6, 9), 8, (3, 2), 1, (2, 1), 2),
+    "one column": ((3, 8, 70, 1), 8, 3, 1, 1, 1),
+    "stride 2": ((2, 24, 9, 8), 40, 3, 2, 1, 1),
+    "1x1 over a cluster": ((1, 520, 7, 7), 40, 1, 1, 0, 1),
+    "1x1 of stride 2": ((2, 24, 9, 7), 72, 1, 2, 0, 1),
 }
 
 
@@ -52,10 +55,11 @@ def last(t: Tensor) -> Tensor:
 
 
 def with_each_tile(library: ctypes.CDLL, work: Any) -> Iterator[tuple[_library.Tile, Tensor]]:
-    """What `work` gives with each of the kernel's tiles for each problem of it that they may run."""
+    """What `work` gives with each of the kernels' tiles for each problem of it that they may run."""
     used = ctypes.c_int.in_dll(library, "simt_gemm_tile")
     problems = _library.problems_of(library, work)
-    for tile in {tile for problem in problems for tile in _library.tiles_of(library, problem) if tile[0] == SLIDING}:
+    tiles = {tile for problem in problems for tile in _library.tiles_of(library, problem)}
+    for tile in sorted(tile for tile in tiles if tile[0] in (SLIDING, SPLIT)):
         chosen = [problem for problem in problems if tile in _library.tiles_of(library, problem)]
         try:
             for problem in chosen:
@@ -73,12 +77,12 @@ def with_each_tile(library: ctypes.CDLL, work: Any) -> Iterator[tuple[_library.T
 @pytest.mark.parametrize("late", [COPIES, PRODUCTS], ids=["copies late", "products late"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_geometry_is_right_to_the_bit(library: ctypes.CDLL, name: str, late: int) -> None:
-    size, outputs, kernel, padding, dilation = CASES[name]
+    size, outputs, kernel, stride, padding, dilation = CASES[name]
     torch.manual_seed(0)
     kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
     dtype = torch.float16 if late == COPIES else torch.bfloat16
     x, weight, bias = whole(1, *size), whole(1, outputs, size[1], *kernel), whole(8, outputs)
-    how: dict[str, Any] = {"padding": padding, "dilation": dilation}
+    how: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
     y = F.conv2d(x, weight, bias, **how)
     residual, wide = whole(8, *y.shape), last(torch.cat([x, x], 1).to(dtype))
     ctypes.c_int.in_dll(library, "simt_late").value = late
@@ -89,7 +93,7 @@ def test_every_geometry_is_right_to_the_bit(library: ctypes.CDLL, name: str, lat
 
         expected = torch.relu(y if added is None else y + residual).to(dtype)
         found = list(with_each_tile(library, work))
-        assert len(found) == 3
+        assert len(found) == (5 if stride == 1 and kernel != (1, 1) else 2)
         assert [tile for tile, out in found if not torch.equal(out, expected)] == []
 
 
@@ -100,7 +104,7 @@ def test_they_write_into_the_slices_of_a_block(library: ctypes.CDLL) -> None:
     x = last(whole(1, 2, 16, 7, 9).half())
     expected = inception(x, weights, biases, backend="reference")
     found = list(with_each_tile(library, lambda: inception(x, weights, biases, backend="simt")))
-    assert len(found) == 3 and all(torch.equal(out, expected) for _, out in found)
+    assert len(found) == 5 and all(torch.equal(out, expected) for _, out in found)
 
 
 def test_pixels_that_shared_memory_does_not_hold_are_the_librarys(library: ctypes.CDLL) -> None:
