@@ -92,6 +92,7 @@ def cases() -> Iterator[Case]:
     yield _convolution(whole, (9, 24, 46, 47), 296, 3, 1, 1, residual=True)
     yield _convolution(whole, (1, 136, 9, 47), 72, 3, 1, 1, residual=False)
     yield _convolution(whole, (3, 16, 11, 13), 24, 5, 1, 2, residual=False)
+    yield _convolution(whole, (1, 1032, 7, 7), 72, 1, 1, 0, residual=True)  # split among as many blocks as there may be
     yield _convolution(whole, (3, 72, 11, 13), 200, 3, 2, 1, residual=True)
     yield _convolution(whole, (3, 3, 45, 37), 72, 7, 2, 3, residual=False)
     yield _inception(whole, (3, 11, 13))
