@@ -17,9 +17,9 @@ constexpr int kMostStemInputs = 4, kMostStemKernel = 8;           // of space_to
 constexpr int kStemInputs = 3, kStemKernel = 7, kStemStride = 2;  // of stem: at most so many, and just these
 
 // A problem as the tables have it (fused_cnn/_tables.py): m rows and n columns of the result, k channels under the
-// window. `library_takes_all`: it is what library_fused may do, with a result of its own under ReLU and no residual.
-// `pooled`: a max pool follows; where its tile is the library's, the convolution is a problem of its own, and the pool
-// a pass.
+// window. One of float32 is in TF32: where that is not allowed there is none, and the library computes exactly.
+// `library_takes_all`: it is what library_fused may do, with a result of its own under ReLU and no residual. `pooled`:
+// a max pool follows; where its tile is the library's, the convolution is a problem of its own, and the pool a pass.
 struct Problem {
   int64_t device, dtype, m, n, k, residual, slices, kernel_height, kernel_width, stride, library_takes_all, pooled;
 
@@ -38,8 +38,12 @@ struct Tile {
 
   constexpr bool is_library() const { return kind == TileKind::library || kind == TileKind::library_fused; }
   constexpr bool is_cutlass() const { return !is_library() && kind != TileKind::stem; }
+  // Whether it takes elements of which so many lie in 16 bytes: those of CUTLASS bring 128 bytes of k at a time.
+  constexpr bool takes(int vector) const { return is_cutlass() ? k == 8 * vector : vector == 8; }
   bool suits(const Problem& problem) const {
-    const bool whole_vectors = problem.inputs() % 8 == 0;
+    const int vector = in_16_bytes(static_cast<DType>(problem.dtype));
+    const bool whole_vectors = problem.inputs() % vector == 0;
+    if (!is_library() && !takes(vector)) return false;
     if (kind == TileKind::stem) {
       return problem.slices == 1 && !problem.residual && problem.stride == kStemStride &&
              problem.kernel_height == kStemKernel && problem.kernel_width == kStemKernel &&
@@ -72,6 +76,7 @@ inline bool fills(const Problem& problem, int rows, int columns, int multiproces
 }
 }  // namespace tiles
 
+// Of 16-bit types alone: cp.async leaves float32 as it is, and mma.sync would cut it off to TF32, not round it.
 inline constexpr Tile kSm80Tiles[] = {
     {.kind = TileKind::product,
      .m = 128,
@@ -139,12 +144,16 @@ inline constexpr Tile kSm90aTiles[] = {
      .k = 64,
      .when = tiles::never,
      .measured = "3x3, 64 -> 64 at 56, batch 256: 198; cuDNN's fused call: 146"},
+    // Of float32 in TF32.
+    {.kind = TileKind::product, .m = 128, .n = 128, .k = 32, .when = tiles::never, .measured = ""},
+    {.kind = TileKind::convolution, .m = 128, .n = 64, .k = 32, .when = tiles::never, .measured = ""},
     // The host takes longer over this call than over two others.
     {.kind = TileKind::library_fused,
      .m = 0,
      .n = 0,
      .k = 0,
-     .when = [](const Problem& problem, int) { return problem.m >= 1 << 14; },
+     .when = [](const Problem& problem,
+                int) { return problem.m >= 1 << 14 && static_cast<DType>(problem.dtype) != DType::f32; },
      .measured = "3x3, 64 -> 64 at 56, batch 256: 146; with a pass of our own: 220"},
     {.kind = TileKind::library, .m = 0, .n = 0, .k = 0, .when = tiles::always, .measured = ""},
 };
