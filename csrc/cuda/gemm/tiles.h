@@ -36,14 +36,16 @@ struct Tile {
   bool (*when)(const Problem& problem, int multiprocessors);
   const char* measured;
 
+  // Whether it takes elements of which so many lie in 16 bytes: all but the stem's bring 128 bytes of k at a time.
+  constexpr bool takes(int vector) const {
+    return is_library() || (kind == TileKind::stem ? vector == 8 : k == 8 * vector);
+  }
   constexpr bool is_library() const { return kind == TileKind::library || kind == TileKind::library_fused; }
   constexpr bool is_cutlass() const { return !is_library() && kind != TileKind::stem; }
-  // Whether it takes elements of which so many lie in 16 bytes: those of CUTLASS bring 128 bytes of k at a time.
-  constexpr bool takes(int vector) const { return is_cutlass() ? k == 8 * vector : vector == 8; }
   bool suits(const Problem& problem) const {
     const int vector = in_16_bytes(static_cast<DType>(problem.dtype));
     const bool whole_vectors = problem.inputs() % vector == 0;
-    if (!is_library() && !takes(vector)) return false;
+    if (!takes(vector)) return false;
     if (kind == TileKind::stem) {
       return problem.slices == 1 && !problem.residual && problem.stride == kStemStride &&
              problem.kernel_height == kStemKernel && problem.kernel_width == kStemKernel &&
@@ -125,6 +127,11 @@ inline constexpr Tile kSm90aTiles[] = {
      .k = 64,
      .when = tiles::always,
      .measured = "(49, 2048) x (2048, 512): 8; 128 x 64: 11; cuDNN's fused call: 6, of which the host takes longer"},
+    // Of float32 in TF32. The product's accumulators are all that a warpgroup's registers hold, its six stages with the
+    // epilogue all of the shared memory, and the other warpgroup's products hide the epilogue. Wider than 64 columns a
+    // convolution's block would be alone on its multiprocessor.
+    {.kind = TileKind::product, .m = 128, .n = 128, .k = 32, .when = tiles::never, .measured = ""},
+    {.kind = TileKind::convolution, .m = 128, .n = 64, .k = 32, .when = tiles::never, .measured = ""},
     {.kind = TileKind::space_to_depth,
      .m = 128,
      .n = 64,
@@ -144,9 +151,6 @@ inline constexpr Tile kSm90aTiles[] = {
      .k = 64,
      .when = tiles::never,
      .measured = "3x3, 64 -> 64 at 56, batch 256: 198; cuDNN's fused call: 146"},
-    // Of float32 in TF32.
-    {.kind = TileKind::product, .m = 128, .n = 128, .k = 32, .when = tiles::never, .measured = ""},
-    {.kind = TileKind::convolution, .m = 128, .n = 64, .k = 32, .when = tiles::never, .measured = ""},
     // The host takes longer over this call than over two others.
     {.kind = TileKind::library_fused,
      .m = 0,
