@@ -17,13 +17,18 @@ from fused_cnn import _first_use, _library, _tables, tuning
 from fused_cnn.ops import conv1x1_bias_relu, conv_bias_relu, inception
 from fused_cnn.ops.inception.op import weight_shapes
 
-pytestmark = [
-    pytest.mark.skipif(DEVICE == "cuda", reason="the kernels themselves run here"),
-    pytest.mark.usefixtures("checked_memory"),
-]
 SWITCHES: Any = torch.backends
 FLOAT32 = 1  # DType::f32
 PRODUCT, CONVOLUTION, OF_LIBRARY = (0, 128, 128, 32), (1, 128, 64, 32), (3, 0, 0, 0)
+
+
+@pytest.fixture(autouse=True)
+def stand_in(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu"):
+        return
+    if DEVICE == "cuda":
+        pytest.skip("the kernels themselves run here")
+    request.getfixturevalue("checked_memory")
 
 
 @pytest.fixture
@@ -239,3 +244,25 @@ def test_it_is_compared_before_its_first_use_whatever_the_switch_says(monkeypatc
         expected = {**dict.fromkeys(keys, what), _first_use.ALL: _first_use.RIGHT}
         assert _first_use.compare(library, kernel, device) == expected
         assert torch.equal(conv1x1_bias_relu(x, weight, relu=False, backend="simt"), exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("side", "tile"), [(1, PRODUCT), (3, CONVOLUTION)])
+def test_a_gpu_rounds_operands_and_does_not_cut_them_off(allowed: None, side: int, tile: _library.Tile) -> None:
+    library = _library.cuda.loaded
+    if library is None or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("these tiles are sm_90a's")
+    x, weight = (1 + torch.rand(shape, device=DEVICE) for shape in ((8, 64, 14, 15), (72, 64, side, side)))
+
+    def work() -> Tensor:
+        return conv_bias_relu(last(x), weight, padding=side // 2, relu=False, backend="native")
+
+    (problem,) = _library.problems_of(library, work)
+    _library.choose_tile(library, problem, tile)
+    try:
+        found = work().double()
+    finally:
+        _library.choose_tile(library, problem, None)
+    error = found / torch.conv2d(x.double(), weight.double(), padding=side // 2) - 1
+    # Cut off, both operands would be too small, by about 2^-11 each; rounded, the errors cancel out.
+    assert 2**-20 < error.abs().max() <= 2**-10 and error.mean().abs() < 2**-13
