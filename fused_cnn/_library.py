@@ -247,6 +247,19 @@ def problems_of(library: ctypes.CDLL, work: Callable[[], object]) -> list[Proble
     return list(dict.fromkeys(tuple(problem) for problem in found[:count]))
 
 
+def in_tf32(library: ctypes.CDLL, work: Callable[[], Any]) -> Callable[[], Any]:
+    """`work`, its convolutions of float32 in TF32 whatever PyTorch's switch says, which is every thread's."""
+
+    def call() -> Any:
+        library.fused_cnn_take_tf32(ctypes.c_bool(True))
+        try:
+            return work()
+        finally:
+            library.fused_cnn_take_tf32(ctypes.c_bool(False))
+
+    return call
+
+
 cpu.load()
 if torch.backends.cuda.is_built():
     cuda.load()

@@ -319,6 +319,7 @@ ASKED_IF_THERE = {
     *("PyTuple_GetItem", "PyTuple_Size", "Py_DecRef"),
     *("_ZNK2at10TensorBase8_versionEv", "_ZN2at13globalContextEv", "_ZNK2at7Context16userEnabledCuDNNEv"),
     *("_ZNK2at7Context18deterministicCuDNNEv", "_ZNK2at7Context23deterministicAlgorithmsEv"),
+    "_ZNK2at7Context14allowTF32CuDNNESt8optionalINS_9Float32OpEE",
 }
 
 

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <utility>
 #include <vector>
+#include "cuda/gemm/context.h"
 #include "cuda/gemm/tiles.h"
 
 #define FUSED_CNN_EXPORT extern "C" __attribute__((visibility("default")))
@@ -23,6 +24,8 @@ std::map<Problem, const Tile*> chosen;
 std::set<std::tuple<int64_t, int64_t, const Tile*>> refused;  // device, dtype, tile
 bool recording = false;
 std::vector<Problem> recorded;
+
+thread_local bool takes_tf32 = false;
 
 Problem problem_of(const int64_t* values) {
   Problem problem;
@@ -60,6 +63,14 @@ const Tile& tile_for(const Problem& problem, std::span<const Tile> candidates, i
   if (const auto found = chosen.find(problem); found != chosen.end()) return *found->second;
   return *std::find_if(candidates.begin(), std::prev(candidates.end()),
                        [&](const Tile& tile) { return may_run(tile, problem) && tile.when(problem, multiprocessors); });
+}
+
+bool tf32_allowed() {
+  constexpr int kConvolutions = 1;  // at::Float32Op::CONV
+  if (takes_tf32) return true;
+  if (!fused_cnn_context || !fused_cnn_cudnn_enabled || !fused_cnn_cudnn_allows_tf32) return false;
+  const void* context = fused_cnn_context();
+  return fused_cnn_cudnn_enabled(context) && fused_cnn_cudnn_allows_tf32(context, kConvolutions);
 }
 
 }  // namespace fused_cnn
@@ -141,4 +152,10 @@ FUSED_CNN_EXPORT int64_t fused_cnn_record_problems(bool on, int64_t* values, int
     std::copy_n(&found[i].device, kProblemValues, values + i * kProblemValues);
   }
   return count;
+}
+
+// This thread's convolutions of float32 may be in TF32 whatever PyTorch's switch says, or (on = false) as it says
+// again: a comparison asks for it, and must not change what another thread computes meanwhile.
+FUSED_CNN_EXPORT void fused_cnn_take_tf32(bool on) {
+  takes_tf32 = on;
 }

@@ -6,7 +6,7 @@
 namespace fused_cnn {
 namespace {
 
-// body(T{}) for the types that tensor cores take here.
+// body(T{}) for the 16-bit types.
 template <typename Body>
 cudaError_t with_16_bits(DType dtype, const Body& body) {
   return dtype == DType::f16 ? body(f16_t{}) : body(bf16_t{});
@@ -28,14 +28,21 @@ constexpr TensorCores kSm80{
 #if FUSED_CNN_GEMM_SM90A
 constexpr auto kIndices = std::make_index_sequence<std::size(kSm90aTiles)>();
 
-// run(constant of the tile's place) for the tile that was asked for, if it is a product's or, if not kProduct, a
-// convolution's.
-template <bool kProduct, typename Run, size_t... kAt>
+// The same for the types that tensor cores take here.
+template <typename Body>
+cudaError_t with_operands(DType dtype, const Body& body) {
+  return dtype == DType::f32 ? body(float{}) : with_16_bits(dtype, body);
+}
+
+// run(constant of the tile's place) for the tile that was asked for, if it is of T and a product's or, if not kProduct,
+// a convolution's.
+template <bool kProduct, typename T, typename Run, size_t... kAt>
 cudaError_t with_tile(const Tile* wanted, const Run& run, std::index_sequence<kAt...>) {
   cudaError_t error = cudaErrorInvalidValue;
   const auto try_one = [&](auto place) {
     constexpr TileKind kind = kSm90aTiles[place].kind;
-    if constexpr (kSm90aTiles[place].is_instance() && (kind == TileKind::product) == kProduct) {
+    constexpr bool is_of_type = kSm90aTiles[place].is_instance() && kSm90aTiles[place].takes(16 / sizeof(T));
+    if constexpr (is_of_type && (kind == TileKind::product) == kProduct) {
       if (wanted == &kSm90aTiles[place]) error = run(place);
     }
   };
@@ -48,18 +55,18 @@ constexpr TensorCores kSm90a{
     .slice_step = kSliceStep,
     .product =
         [](const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
-          return with_16_bits(gemm.dtype, [&](auto element) {
+          return with_operands(gemm.dtype, [&](auto element) {
             using T = decltype(element);
             const auto run = [&](auto place) {
               constexpr Tile tile = kSm90aTiles[place];
               return sm90a_product<T, tile.m, tile.n>(gemm, multiprocessors, stream);
             };
-            return with_tile<true>(gemm.tile, run, kIndices);
+            return with_tile<true, T>(gemm.tile, run, kIndices);
           });
         },
     .convolution =
         [](const Convolution& conv, int multiprocessors, cudaStream_t stream) {
-          return with_16_bits(conv.dtype, [&](auto element) {
+          return with_operands(conv.dtype, [&](auto element) {
             using T = decltype(element);
             const auto run = [&](auto place) {
               constexpr Tile tile = kSm90aTiles[place];
@@ -71,7 +78,7 @@ constexpr TensorCores kSm90a{
                 return sm90a_convolution<T, tile.m, tile.n>(conv, stream);
               }
             };
-            return with_tile<false>(conv.tile, run, kIndices);
+            return with_tile<false, T>(conv.tile, run, kIndices);
           });
         },
 };

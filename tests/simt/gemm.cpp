@@ -1,6 +1,7 @@
 // The products and convolutions of cuda/gemm/gemm.h: in place of CUTLASS's such as follow, and our own. A warp of a
 // product takes 16 rows and 32 columns and leaves them in its threads as tensor cores do, then comes the epilogue of
-// sm_80's; it finds the weights of several slices where sm_90a's does.
+// sm_80's; it finds the weights of several slices where sm_90a's does. Of float32, which sm_80's does not take, a
+// thread takes a row, and operands are rounded to TF32 as TMA does.
 #include "cuda/gemm/epilogue.cuh"
 #include "cuda/gemm/sm90a_sliding.cuh"
 #include "cuda/gemm/sm90a_split.cuh"
@@ -28,8 +29,29 @@ constexpr Tile kTiles[] = {
     {TileKind::split, 64, 64, 64, tiles::never, ""},
     {TileKind::split, 64, 32, 64, is_narrow, ""},
     {TileKind::convolution, 128, 64, 64, tiles::always, ""},
+    {TileKind::product, 128, 128, 32, tiles::always, ""},
+    {TileKind::convolution, 128, 64, 32, tiles::always, ""},
     {TileKind::library, 0, 0, 0, tiles::always, ""},
 };
+
+template <typename T>
+float operand(T value) {
+  return to_compute(value);
+}
+float operand(float value) {
+  const uint32_t u = detail::bit_cast<uint32_t>(value);
+  return detail::bit_cast<float>((u & 0x7fffffffu) < 0x7f800000u ? (u + 0x0fffu + (u >> 13 & 1)) & ~0x1fffu : u);
+}
+
+// The rest of a result's element, without sm_80's epilogue.
+template <typename T>
+void finish(const GemmEpilogue& epilogue, float sum, int64_t row, int column) {
+  if (epilogue.bias) sum += to_compute(static_cast<const T*>(epilogue.bias)[column]);
+  if (epilogue.residual.data) sum += to_compute(epilogue.residual.at<const T>(row)[column]);
+  int s = 0;
+  for (; column >= epilogue.slice[s].columns; ++s) column -= epilogue.slice[s].columns;
+  from_compute(epilogue.relu ? relu(sum) : sum, epilogue.slice[s].rows.at<T>(row) + column);
+}
 
 // Where b has the weights of a column of the result.
 int64_t row_of(const Gemm& gemm, int column) {
@@ -64,13 +86,28 @@ __global__ void product_kernel(Gemm gemm) {
   }
 }
 
+__global__ void float_product_kernel(Gemm gemm) {
+  for (int column = 0; column < gemm.n; ++column) {
+    const float* a = gemm.a.at<const float>(blockIdx.x);
+    const float* b = gemm.b.at<const float>(row_of(gemm, column));
+    float sum = 0;
+    for (int k = 0; k < gemm.k; ++k) sum += operand(a[k]) * operand(b[k]);
+    finish<float>(gemm.epilogue, sum, blockIdx.x, column);
+  }
+}
+
 template <typename T>
 cudaError_t product(const Gemm& gemm) {
   simt_gemm_tile = static_cast<int>(gemm.tile - kTiles);
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3((gemm.m + 15) / 16, (gemm.n + 31) / 32);
-  config.blockDim = dim3(32);
-  return cudaLaunchKernelEx(&config, product_kernel<T>, gemm);
+  if constexpr (std::is_same_v<T, float>) {
+    config.gridDim = dim3(gemm.m);
+    return cudaLaunchKernelEx(&config, float_product_kernel, gemm);
+  } else {
+    config.gridDim = dim3((gemm.m + 15) / 16, (gemm.n + 31) / 32);
+    config.blockDim = dim3(32);
+    return cudaLaunchKernelEx(&config, product_kernel<T>, gemm);
+  }
 }
 
 // One thread a pixel of the result.
@@ -80,7 +117,6 @@ __global__ void convolution_kernel(Convolution conv, int height, int width) {
   const int64_t image = row / (height * width);
   const int y = row / width % height * conv.stride[0] - conv.padding[0],
             x = row % width * conv.stride[1] - conv.padding[1];
-  const GemmEpilogue& epilogue = conv.epilogue;
   for (int o = 0; o < conv.outputs; ++o) {
     float sum = 0;
     const T* weight = static_cast<const T*>(conv.weight) + int64_t{o} * conv.kernel[0] * conv.kernel[1] * conv.inputs;
@@ -90,12 +126,10 @@ __global__ void convolution_kernel(Convolution conv, int height, int width) {
         if (in_y < 0 || in_y >= conv.size[0] || in_x < 0 || in_x >= conv.size[1]) continue;
         const T* pixel = static_cast<const T*>(conv.x) + image * conv.image + in_y * conv.row + in_x * conv.pixel;
         const T* tap = weight + (i * conv.kernel[1] + j) * conv.inputs;
-        for (int c = 0; c < conv.inputs; ++c) sum += to_compute(pixel[c]) * to_compute(tap[c]);
+        for (int c = 0; c < conv.inputs; ++c) sum += operand(pixel[c]) * operand(tap[c]);
       }
     }
-    if (epilogue.bias) sum += to_compute(static_cast<const T*>(epilogue.bias)[o]);
-    if (epilogue.residual.data) sum += to_compute(epilogue.residual.at<const T>(row)[o]);
-    from_compute(epilogue.relu ? relu(sum) : sum, epilogue.slice[0].rows.at<T>(row) + o);
+    finish<T>(conv.epilogue, sum, row, o);
   }
 }
 
@@ -107,29 +141,38 @@ cudaError_t convolution(const Convolution& conv, int multiprocessors, cudaStream
            1;
   };
   simt_gemm_tile = static_cast<int>(conv.tile - kTiles);
-  if (conv.tile->kind == TileKind::split) {
-    return conv.tile->n == 32 ? sm90a_split<T, 64, 32>(conv, multiprocessors, stream)
-                              : sm90a_split<T, 64, 64>(conv, multiprocessors, stream);
-  }
-  if (conv.tile->kind == TileKind::sliding) {
-    return conv.tile->n == 32    ? sm90a_sliding<T, 256, 32>(conv, multiprocessors, stream)
-           : conv.tile->m == 128 ? sm90a_sliding<T, 128, 64>(conv, multiprocessors, stream)
-                                 : sm90a_sliding<T, 256, 64>(conv, multiprocessors, stream);
+  if constexpr (!std::is_same_v<T, float>) {
+    if (conv.tile->kind == TileKind::split) {
+      return conv.tile->n == 32 ? sm90a_split<T, 64, 32>(conv, multiprocessors, stream)
+                                : sm90a_split<T, 64, 64>(conv, multiprocessors, stream);
+    }
+    if (conv.tile->kind == TileKind::sliding) {
+      return conv.tile->n == 32    ? sm90a_sliding<T, 256, 32>(conv, multiprocessors, stream)
+             : conv.tile->m == 128 ? sm90a_sliding<T, 128, 64>(conv, multiprocessors, stream)
+                                   : sm90a_sliding<T, 256, 64>(conv, multiprocessors, stream);
+    }
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(conv.images * size(0) * size(1));
   return cudaLaunchKernelEx(&config, convolution_kernel<T>, conv, size(0), size(1));
 }
 
+template <typename Body>
+cudaError_t with_operands(DType dtype, const Body& body) {
+  return dtype == DType::f32 ? body(float{}) : dtype == DType::f16 ? body(f16_t{}) : body(bf16_t{});
+}
+
 constexpr TensorCores kCores{
     .tiles = kTiles,
     .slice_step = kSliceStep,
-    .product = [](const Gemm& gemm, int,
-                  cudaStream_t) { return gemm.dtype == DType::f16 ? product<f16_t>(gemm) : product<bf16_t>(gemm); },
+    .product =
+        [](const Gemm& gemm, int, cudaStream_t) {
+          return with_operands(gemm.dtype, [&](auto element) { return product<decltype(element)>(gemm); });
+        },
     .convolution =
         [](const Convolution& conv, int multiprocessors, cudaStream_t stream) {
-          return conv.dtype == DType::f16 ? convolution<f16_t>(conv, multiprocessors, stream)
-                                          : convolution<bf16_t>(conv, multiprocessors, stream);
+          return with_operands(
+              conv.dtype, [&](auto element) { return convolution<decltype(element)>(conv, multiprocessors, stream); });
         },
 };
 

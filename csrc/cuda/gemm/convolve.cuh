@@ -6,14 +6,6 @@
 #include "cuda/gemm/space_to_depth.cuh"
 #include "cuda/stem.h"
 
-// PyTorch's settings (at::Context), for which its stable ABI has no question; asked if they are there.
-extern "C" {
-__attribute__((weak)) const void* fused_cnn_context() __asm__("_ZN2at13globalContextEv");
-__attribute__((weak)) bool fused_cnn_cudnn_enabled(const void*) __asm__("_ZNK2at7Context16userEnabledCuDNNEv");
-__attribute__((weak)) bool fused_cnn_cudnn_deterministic(const void*) __asm__("_ZNK2at7Context18deterministicCuDNNEv");
-__attribute__((weak)) bool fused_cnn_deterministic(const void*) __asm__("_ZNK2at7Context23deterministicAlgorithmsEv");
-}
-
 namespace fused_cnn {
 
 // At any stride; Problem::is_product() asks for stride 1.
@@ -36,9 +28,9 @@ inline Tensor strided_slice(const Tensor& x, const Ints& stride) {
 // Whether tensor cores may run it; for other than 1x1 windows what TMA's im2col mode takes: offsets of the window's
 // taps and its corners within a byte, strides up to 8.
 inline bool convolution_supports(DType dtype, const Tensor& x, const Tensor& weight, const ConvParams& p) {
-  if ((dtype != DType::f16 && dtype != DType::bf16) || p.groups != 1 || weight.size(0) % 8 || x.size(1) == 0 ||
-      x.numel() > INT_MAX || p.stride[0] != p.stride[1] || p.stride[0] > 8 ||
-      (x.size(1) % 8 && p.dilation != Ints{1, 1})) {
+  const int vector = in_16_bytes(dtype);
+  if (!tensor_cores_take(dtype) || p.groups != 1 || weight.size(0) % vector || x.size(1) == 0 || x.numel() > INT_MAX ||
+      p.stride[0] != p.stride[1] || p.stride[0] > 8 || (x.size(1) % vector && p.dilation != Ints{1, 1})) {
     return false;
   }
   for (int axis = 0; axis < 2; ++axis) {
@@ -99,8 +91,9 @@ inline const Tile* tile_of(const Tensor& x, const Tensor& weight, const ConvPara
                         .kernel_height = weight.size(2),
                         .kernel_width = weight.size(3),
                         .stride = params.stride[0],
-                        .library_takes_all = !pooled && own && relu && !residual && x.size(1) % 8 == 0 &&
-                                             rows * weight.size(0) <= INT_MAX && library_may_fuse(),
+                        .library_takes_all = !pooled && own && relu && !residual &&
+                                             x.size(1) % in_16_bytes(dtype) == 0 && rows * weight.size(0) <= INT_MAX &&
+                                             library_may_fuse(),
                         .pooled = pooled};
   const Tile* tile = &kernels.tile_for(problem);
   return tile->kind == TileKind::sliding && !sliding_fits(*tile, x, weight, params) ? nullptr : tile;

@@ -12,8 +12,17 @@
 
 namespace fused_cnn {
 
+// CUTLASS multiplies float in TF32: TMA rounds it to nearest even as it brings it, by which an operand is off by at
+// most 2^-11 of itself (as raw bits, which wgmma cuts off, by 2^-10).
 template <typename T>
-using cutlass_t = std::conditional_t<std::is_same_v<T, bf16_t>, cutlass::bfloat16_t, cutlass::half_t>;
+using cutlass_t =
+    std::conditional_t<std::is_same_v<T, float>, float,
+                       std::conditional_t<std::is_same_v<T, bf16_t>, cutlass::bfloat16_t, cutlass::half_t>>;
+
+template <typename T>
+constexpr int kIn16Bytes = 16 / sizeof(T);
+template <typename T>
+using Step = cute::Int<8 * kIn16Bytes<T>>;  // of k on sm_90a: a row of an operand's tile is 128 bytes in shared memory
 
 // CUTLASS leaves a tiled descriptor empty that the driver refuses; of an im2col one it says nothing.
 inline bool refused(std::initializer_list<const cute::TmaDescriptor*> made) {

@@ -1,6 +1,6 @@
-// Matrix products and convolutions of 16-bit types on tensor cores, accumulated in float32, as the rooms see them. The
-// kernels are CUTLASS's: on sm_90a its main loops and its epilogue, with TMA and wgmma; elsewhere its multistage loop
-// with mma.sync under an epilogue of our own (epilogue.cuh).
+// Matrix products and convolutions on tensor cores, accumulated in float32, as the rooms see them. The kernels are
+// CUTLASS's: on sm_90a its main loops and its epilogue, with TMA and wgmma, of 16-bit types and, in TF32, of float32;
+// elsewhere, of 16-bit types alone, its multistage loop with mma.sync under an epilogue of our own (epilogue.cuh).
 #pragma once
 #include <cuda_runtime.h>
 #include <array>
@@ -8,7 +8,12 @@
 
 namespace fused_cnn {
 
-// Columns of the result that go to one place. Their number is a multiple of 8, and all rows here lie on 16 bytes.
+// How many elements lie in 16 bytes, in which TMA and the vectors of kernels move them.
+constexpr int in_16_bytes(DType dtype) {
+  return dtype == DType::f64 ? 2 : dtype == DType::f32 ? 4 : 8;
+}
+
+// Columns of the result that go to one place. They are whole units of 16 bytes, on which all rows here lie.
 struct GemmSlice {
   Rows rows;
   int columns;
@@ -28,7 +33,7 @@ struct GemmEpilogue {
 
 struct Tile;  // tiles.h
 
-// a (m, k) times b (n, k) transposed: (m, n). n and k are multiples of 8.
+// a (m, k) times b (n, k) transposed: (m, n). n and k are whole units of 16 bytes.
 struct Gemm {
   const Tile* tile;
   DType dtype;
@@ -38,7 +43,7 @@ struct Gemm {
 };
 
 // A convolution of images of `size` pixels of x, so many elements apart, with weight (outputs, kernel, inputs), all
-// adjacent; the result is one slice. inputs, outputs and the distances are multiples of 8.
+// adjacent; the result is one slice. inputs, outputs and the distances are whole units of 16 bytes.
 struct Convolution {
   const Tile* tile;
   DType dtype;

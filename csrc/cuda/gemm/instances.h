@@ -1,4 +1,4 @@
-// The kernels that are compiled, one to a file of this folder: an instance takes nvcc a minute.
+// The kernels that are compiled, CUTLASS's one to a file of this folder: an instance takes nvcc a minute.
 #pragma once
 #include "cuda/gemm/gemm.h"
 

@@ -1,9 +1,10 @@
 // 1x1 convolutions over rows of channels: a product on tensor cores where the shape and the type allow one, else
-// cuDNN's convolution and one pass for what follows it (bias_residual_relu.cuh). Float32 is cuDNN's, which follows
-// PyTorch's own allow_tf32.
+// cuDNN's convolution and one pass for what follows it (bias_residual_relu.cuh). Float32 takes tensor cores where
+// PyTorch's switch for cuDNN allows TF32, and is cuDNN's, exactly, where it does not.
 #pragma once
 #include <climits>
 #include "cuda/bias_residual_relu.cuh"
+#include "cuda/gemm/context.h"
 #include "cuda/gemm/tiles.h"
 #include "shared/aten_conv.h"
 
@@ -11,9 +12,14 @@ namespace fused_cnn {
 
 constexpr int64_t kMostRows = INT_MAX - 256;  // the largest tile's more are still an int
 
+// The switch may be another at the next call.
+inline bool tensor_cores_take(DType dtype) {
+  return dtype == DType::f16 || dtype == DType::bf16 || (dtype == DType::f32 && tf32_allowed());
+}
+
 inline bool gemm_supports(DType dtype, int64_t rows, int64_t inputs, int64_t outputs) {
-  return (dtype == DType::f16 || dtype == DType::bf16) && rows > 0 && inputs > 0 && outputs > 0 && inputs % 8 == 0 &&
-         outputs % 8 == 0 && std::max({rows, inputs, outputs}) <= kMostRows;
+  return tensor_cores_take(dtype) && rows > 0 && inputs > 0 && outputs > 0 && inputs % in_16_bytes(dtype) == 0 &&
+         outputs % in_16_bytes(dtype) == 0 && std::max({rows, inputs, outputs}) <= kMostRows;
 }
 
 // Tensors one below the other, each from a multiple of `step` rows on; what lies between is not initialised.
@@ -160,7 +166,8 @@ inline void pointwise(const Tensor& x, const RowView& in, const std::vector<Tens
   std::optional<Tensor> bias;
   if (!biases.empty()) bias = stacked(biases, 1);
   bool supported = gemm_supports(dtype, rows, inputs, outputs) && slices.size() <= kGemmSlices;
-  for (const GemmSlice& s : slices) supported &= aligned16(s.rows, x.element_size()) && s.columns % 8 == 0;
+  for (const GemmSlice& s : slices)
+    supported &= aligned16(s.rows, x.element_size()) && s.columns % in_16_bytes(dtype) == 0;
   const int device = x.get_device_index();
   if (supported) {
     if (const GemmKernels kernels(device); kernels) {

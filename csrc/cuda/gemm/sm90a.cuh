@@ -13,12 +13,12 @@ namespace fused_cnn {
 template <typename T, int kRows, int kColumns>
 struct Sm90aProduct {
   static constexpr bool kCooperative = kRows * kColumns > 128 * 128;
-  using Tile = cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::_64>;
+  using Tile = cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, Step<T>>;
   using Stock = TmaEpilogue<T, Tile, kCooperative>;
   using Epilogue = Sliced<Stock, kColumns>;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, cutlass_t<T>, cutlass::layout::RowMajor, 8, cutlass_t<T>,
-      cutlass::layout::ColumnMajor, 8, float, Tile, cute::Shape<cute::_1, cute::_1, cute::_1>,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, cutlass_t<T>, cutlass::layout::RowMajor, kIn16Bytes<T>,
+      cutlass_t<T>, cutlass::layout::ColumnMajor, kIn16Bytes<T>, float, Tile, cute::Shape<cute::_1, cute::_1, cute::_1>,
       cutlass::gemm::collective::StageCountAutoCarveout<sizeof(typename Stock::SharedStorage)>,
       std::conditional_t<kCooperative, cutlass::gemm::KernelTmaWarpSpecializedCooperative,
                          cutlass::gemm::KernelTmaWarpSpecializedPingpong>>::CollectiveOp;

@@ -18,17 +18,16 @@ template <typename T, int kRows, int kColumns>
 struct Sm90aConvolution {
   // Two blocks share a multiprocessor, and with the epilogue's each has half of the shared memory; but for wide tiles,
   // whose registers leave room for one.
-  static constexpr int kStages =
-      ((kColumns > 128 ? 192 : 96) << 10) / ((kRows + kColumns) * 64 * static_cast<int>(sizeof(T)));
+  static constexpr int kStages = ((kColumns > 128 ? 192 : 96) << 10) / ((kRows + kColumns) * 128);
   using Layout = cutlass::layout::TensorNHWC;
   using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
-  using Stock = TmaEpilogue<T, cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::_64>, /*kCooperative=*/false>;
+  using Stock = TmaEpilogue<T, cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, Step<T>>, /*kCooperative=*/false>;
   using Epilogue = Sliced<Stock, kColumns>;
   using Mainloop = typename cutlass::conv::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, cutlass::conv::Operator::kFprop, cutlass_t<T>, Layout, 8,
-      cutlass_t<T>, Layout, 8, float, cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::Shape<cute::_64>>,
-      Cluster, cutlass::conv::collective::StageCount<kStages>,
-      cutlass::conv::collective::KernelScheduleAuto>::CollectiveOp;
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, cutlass::conv::Operator::kFprop, cutlass_t<T>, Layout,
+      kIn16Bytes<T>, cutlass_t<T>, Layout, kIn16Bytes<T>, float,
+      cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::Shape<Step<T>>>, Cluster,
+      cutlass::conv::collective::StageCount<kStages>, cutlass::conv::collective::KernelScheduleAuto>::CollectiveOp;
   using Problem = cutlass::conv::ConvProblemShape<cutlass::conv::Operator::kFprop, 2>;
   using Kernel = cutlass::conv::kernel::ConvUniversal<Problem, Mainloop, Epilogue>;
 

@@ -19,9 +19,9 @@ constexpr int kMostStemInputs = 4, kMostStemKernel = 8;           // of space_to
 constexpr int kStemInputs = 3, kStemKernel = 7, kStemStride = 2;  // of stem: at most so many, and just these
 
 // A problem as the tables have it (fused_cnn/_tables.py): m rows and n columns of the result, k channels under the
-// window. `library_takes_all`: it is what library_fused may do, with a result of its own under ReLU and no residual.
-// `pooled`: a max pool follows; where its tile is the library's, the convolution is a problem of its own, and the pool
-// a pass.
+// window. One of float32 is in TF32: where that is not allowed there is none, and the library computes exactly.
+// `library_takes_all`: it is what library_fused may do, with a result of its own under ReLU and no residual. `pooled`:
+// a max pool follows; where its tile is the library's, the convolution is a problem of its own, and the pool a pass.
 struct Problem {
   int64_t device, dtype, m, n, k, residual, slices, kernel_height, kernel_width, stride, library_takes_all, pooled;
 
@@ -38,10 +38,16 @@ struct Tile {
   bool (*when)(const Problem& problem, int multiprocessors);
   const char* measured;
 
+  // Whether it takes elements of which so many lie in 16 bytes: all but the stem's bring 128 bytes of k at a time.
+  constexpr bool takes(int vector) const {
+    return is_library() || (kind == TileKind::stem ? vector == 8 : k == 8 * vector);
+  }
   constexpr bool is_library() const { return kind == TileKind::library || kind == TileKind::library_fused; }
   constexpr bool is_instance() const { return !is_library() && kind != TileKind::stem; }  // of instances.h
   bool suits(const Problem& problem) const {
-    const bool whole_vectors = problem.inputs() % 8 == 0;
+    const int vector = in_16_bytes(static_cast<DType>(problem.dtype));
+    const bool whole_vectors = problem.inputs() % vector == 0;
+    if (!takes(vector)) return false;
     if (kind == TileKind::stem) {
       return problem.slices == 1 && !problem.residual && problem.stride == kStemStride &&
              problem.kernel_height == kStemKernel && problem.kernel_width == kStemKernel &&
@@ -78,6 +84,7 @@ inline bool fills(const Problem& problem, int rows, int columns, int multiproces
 }
 }  // namespace tiles
 
+// Of 16-bit types alone: cp.async leaves float32 as it is, and mma.sync would cut it off to TF32, not round it.
 inline constexpr Tile kSm80Tiles[] = {
     {.kind = TileKind::product,
      .m = 128,
@@ -126,6 +133,11 @@ inline constexpr Tile kSm90aTiles[] = {
      .k = 64,
      .when = tiles::always,
      .measured = "(49, 2048) x (2048, 512): 8; 128 x 64: 11; cuDNN's fused call: 6, of which the host takes longer"},
+    // Of float32 in TF32. The product's accumulators are all that a warpgroup's registers hold, its six stages with the
+    // epilogue all of the shared memory, and the other warpgroup's products hide the epilogue. Wider than 64 columns a
+    // convolution's block would be alone on its multiprocessor.
+    {.kind = TileKind::product, .m = 128, .n = 128, .k = 32, .when = tiles::never, .measured = ""},
+    {.kind = TileKind::convolution, .m = 128, .n = 64, .k = 32, .when = tiles::never, .measured = ""},
     {.kind = TileKind::space_to_depth,
      .m = 128,
      .n = 64,
@@ -155,7 +167,8 @@ inline constexpr Tile kSm90aTiles[] = {
      .m = 0,
      .n = 0,
      .k = 0,
-     .when = [](const Problem& problem, int) { return problem.m >= 1 << 14; },
+     .when = [](const Problem& problem,
+                int) { return problem.m >= 1 << 14 && static_cast<DType>(problem.dtype) != DType::f32; },
      .measured = "3x3, 64 -> 64 at 56, batch 256: 146; with a pass of our own: 220"},
     {.kind = TileKind::library, .m = 0, .n = 0, .k = 0, .when = tiles::always, .measured = ""},
 };

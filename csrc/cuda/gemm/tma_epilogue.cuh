@@ -36,7 +36,8 @@ struct AtLeast<cutlass::Array<T, N>> {
 template <typename T, class Tile, bool kCooperative, class Layout = cutlass::layout::RowMajor>
 using TmaEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, cute::Shape<cute::_1, cute::_1, cute::_1>,
-    cutlass::epilogue::collective::EpilogueTileAuto, float, float, cutlass_t<T>, Layout, 8, cutlass_t<T>, Layout, 8,
+    cutlass::epilogue::collective::EpilogueTileAuto, float, float, cutlass_t<T>, Layout, kIn16Bytes<T>, cutlass_t<T>,
+    Layout, kIn16Bytes<T>,
     std::conditional_t<kCooperative, cutlass::epilogue::TmaWarpSpecializedCooperative,
                        cutlass::epilogue::TmaWarpSpecialized>,
     cutlass::epilogue::fusion::LinCombPerColBiasEltAct<AtLeast, cutlass_t<T>, float, cutlass_t<T>,
