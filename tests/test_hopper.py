@@ -26,7 +26,8 @@ COPIES, PRODUCTS = 0, 1
 CASES: dict[str, tuple[tuple[int, ...], int, Any, int, Any, int]] = {
     "units that do not fill a step": ((1, 8, 5, 6), 8, 3, 1, 1, 1),
     "several tiles, chunks of unequal units, ragged outputs": ((2, 72, 11, 13), 72, 3, 1, 1, 1),
-    "one buffer, several chunks": ((1, 136, 2, 47), 40, 3, 1, 1, 1),
+    "several tiles for a block": ((1, 72, 15, 60), 136, 3, 1, 1, 1),
+    "several tiles for a block, in one buffer": ((1, 72, 3, 200), 136, 3, 1, 1, 1),
     "no padding": ((2, 24, 9, 7), 40, 3, 1, 0, 1),
     "more padding on one side than a result needs": ((2, 8, 6, 5), 16, 3, 1, 2, 1),
     "images smaller than the window": ((9, 16, 1, 2), 24, 5, 1, 2, 1),
@@ -95,6 +96,8 @@ def test_every_geometry_is_right_to_the_bit(library: ctypes.CDLL, name: str, lat
         found = list(with_each_tile(library, work))
         assert len(found) == (5 if stride == 1 and kernel != (1, 1) else 2)
         assert [tile for tile, out in found if not torch.equal(out, expected)] == []
+    if name.startswith("several tiles"):
+        assert ctypes.c_int.in_dll(library, "simt_sliding_buffers").value == (1 if "one buffer" in name else 2)
 
 
 def test_they_write_into_the_slices_of_a_block(library: ctypes.CDLL) -> None:

@@ -51,6 +51,14 @@ __device__ inline uint32_t pair_of(float first, float second) {
   return bits;
 }
 
+// The lower half or the upper.
+template <typename T>
+__device__ inline float half_of(uint32_t pair, int i) {
+  T values[2];
+  memcpy(values, &pair, sizeof(pair));
+  return to_compute(values[i]);
+}
+
 // Each half's larger one; NaN is larger than all.
 template <typename T>
 __device__ inline uint32_t max_of_pairs(uint32_t a, uint32_t b) {

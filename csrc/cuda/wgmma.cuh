@@ -10,10 +10,20 @@ namespace fused_cnn {
 // A product's operand in shared memory, on 16 bytes: 8 elements of 8 rows, one row behind the other, 16 bytes of each;
 // these rows' next 8 elements `next` bytes from them, and the next 8 rows `rows` bytes. A sum with n is as far behind
 // it as n rows.
-using SharedOperand = uint64_t;
+struct SharedOperand {
+  uint32_t at, rows;
+
+  __device__ SharedOperand operator+(int n) const { return {at + n, rows}; }
+  __device__ uint64_t descriptor() const { return static_cast<uint64_t>(rows) << 32 | at; }
+};
 __device__ inline SharedOperand shared_operand(const void* at, int next, int rows = 8 * 16) {
-  const uint64_t address = __cvta_generic_to_shared(at);
-  return address >> 4 | static_cast<uint64_t>(next >> 4) << 16 | static_cast<uint64_t>(rows >> 4) << 32;
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(at));
+  return {address >> 4 | static_cast<uint32_t>(next >> 4) << 16, static_cast<uint32_t>(rows >> 4)};
+}
+
+// Of a thread, as one value a warp, by which descriptors are cheap.
+__device__ inline int warpgroup() {
+  return __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
 }
 
 // Whose sums follow the sum of T's products of 16 elements: 64 rows of a, kColumns rows of b.
@@ -39,7 +49,8 @@ template <typename T, int kColumns>
 __device__ inline void multiply_add(float (&sums)[kColumns / 8][4], SharedOperand a, SharedOperand b, bool add) {
   using cute::SM90::GMMA::ScaleOut;
   [&]<size_t... kAt>(std::index_sequence<kAt...>) {
-    WarpgroupProduct<T, kColumns>::fma(a, b, sums[kAt / 4][kAt % 4]..., add ? ScaleOut::One : ScaleOut::Zero);
+    WarpgroupProduct<T, kColumns>::fma(a.descriptor(), b.descriptor(), sums[kAt / 4][kAt % 4]...,
+                                       add ? ScaleOut::One : ScaleOut::Zero);
   }(std::make_index_sequence<kColumns / 2>());
 }
 

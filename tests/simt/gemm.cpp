@@ -7,7 +7,8 @@
 #include "cuda/gemm/sm90a_split.cuh"
 #include "cuda/gemm/tiles.h"
 
-extern "C" int simt_gemm_tile;
+extern "C" int simt_gemm_tile, simt_sliding_buffers;
+int simt_sliding_buffers = 0;  // of the last convolution by a sliding tile
 int simt_gemm_tile = -1;  // of the last product or convolution, its place in kTiles
 
 namespace fused_cnn {
@@ -147,6 +148,7 @@ cudaError_t convolution(const Convolution& conv, int multiprocessors, cudaStream
                                 : sm90a_split<T, 64, 64>(conv, multiprocessors, stream);
     }
     if (conv.tile->kind == TileKind::sliding) {
+      simt_sliding_buffers = sliding_plan(conv, conv.tile->m, conv.tile->n).buffers;
       return conv.tile->n == 32    ? sm90a_sliding<T, 256, 32>(conv, multiprocessors, stream)
              : conv.tile->m == 128 ? sm90a_sliding<T, 128, 64>(conv, multiprocessors, stream)
                                    : sm90a_sliding<T, 256, 64>(conv, multiprocessors, stream);

@@ -16,8 +16,23 @@ constexpr int kSlidingUnit = 16;                  // channels of one tap: a prod
 constexpr int kSlidingUnits = 4;                  // of a step, for which weights are brought at a time
 constexpr int kSlidingAhead = 2;                  // steps by which weights are brought before they are used
 constexpr int kSlidingSlots = kSlidingAhead + 2;  // a step's for each of them, the one that runs and the one before
-constexpr int kSlidingZeros = 1024 + 128;         // bytes: of each 64 rows in turn, 8 channels of 8
-constexpr int kSlidingShared = 113 << 10;         // bytes, so that two blocks share a multiprocessor
+constexpr int kSlidingZeros = 1024 + 128;  // bytes, of which 128 stand for 64 rows, and others for the 64 behind them
+constexpr int kSlidingShared = 113 << 10;  // bytes, so that two blocks share a multiprocessor
+
+// n / divisor(d), for 0 <= n and 0 < d, is their quotient by one multiplication: n d' >> shift with d' = 2^shift / d,
+// rounded up, is too large by less than n / 2^31.
+struct Divisor {
+  uint32_t inverse;
+  int shift;
+};
+inline Divisor divisor(int d) {
+  int shift = 31;
+  while (int64_t{1} << (shift - 31) < d) ++shift;
+  return {static_cast<uint32_t>(((uint64_t{1} << shift) + d - 1) / d), shift};
+}
+FUSED_CNN_HD int operator/(int n, const Divisor& by) {
+  return static_cast<int>(static_cast<uint64_t>(n) * by.inverse >> by.shift);
+}
 
 struct Sliding {
   const void *x, *weight;
@@ -31,11 +46,18 @@ struct Sliding {
   int chunks, units, buffers, plane;
   int pixels;  // of a tile
   int buffer_bytes;
-  int lanes;                                 // log2 of the threads that bring a pixel
-  int passes;                                // in which a chunk's pixels are brought, of each step
-  int pass_images, pass_rows, pass_columns;  // from a thread's pixel to that of its next pass
+  int lanes;   // log2 of the threads that bring a pixel
+  int passes;  // in which a chunk's pixels are brought, of each step
+  // From a thread's pixel to that of its next pass: so many images, rows and columns, and elements of x; and how many
+  // more of these where it comes to another row, or to another image.
+  int pass_images, pass_rows, pass_columns;
+  int64_t pass_distance, next_row, next_image;
+  int64_t weights_of_32;  // elements from an output's to those of the 32nd behind it
+  Divisor by_line, by_frame;
   int row_tiles, column_tiles;
-  GemmEpilogue epilogue;
+  const void* bias;
+  Rows residual, out;
+  bool relu;
 };
 
 constexpr int sliding_slot_bytes(int columns) {
@@ -45,7 +67,8 @@ inline int sliding_bytes(const Sliding& s, int columns) {
   return kSlidingZeros + kSlidingSlots * sliding_slot_bytes(columns) + s.buffers * s.buffer_bytes;
 }
 
-// For tiles of so many rows and columns; its `chunks` are 0 where shared memory does not hold the pixels.
+// For tiles of so many rows and columns; its `chunks` are 0 where shared memory does not hold the pixels. No side is
+// padded by more than the window's reach, so that the result's rows and columns end where those of the line do.
 inline Sliding sliding_plan(const Convolution& conv, int rows, int columns) {
   const auto ceil_div = [](int a, int b) { return (a + b - 1) / b; };
   const auto size = [&](int axis) {
@@ -67,13 +90,21 @@ inline Sliding sliding_plan(const Convolution& conv, int rows, int columns) {
             .frame = conv.size[0] + conv.padding[0],
             .taps = conv.kernel[0] * conv.kernel[1],
             .kernel_width = conv.kernel[1],
-            .epilogue = conv.epilogue};
+            .weights_of_32 = int64_t{32} * conv.kernel[0] * conv.kernel[1] * conv.inputs,
+            .bias = conv.epilogue.bias,
+            .residual = conv.epilogue.residual,
+            .out = conv.epilogue.slice[0].rows,
+            .relu = conv.epilogue.relu};
   s.column_tiles = ceil_div(s.outputs, columns);
   const int64_t positions = int64_t{s.images} * s.frame * s.line, row_tiles = (positions + rows - 1) / rows;
   const int64_t reach = int64_t{s.line} * conv.dilation[0] * (conv.kernel[0] - 1);
   constexpr int64_t kMost = INT32_MAX / 2 - kSlidingShared;  // of a sum of two, and what a tile adds, still an int
   if (reach > kSlidingShared / 32 || positions > kMost || row_tiles * s.column_tiles > kMost) return s;
   s.row_tiles = static_cast<int>(row_tiles);
+  s.by_line = divisor(s.line);
+  s.by_frame = divisor(s.frame * s.line);
+  s.next_row = s.row - s.line * s.pixel;
+  s.next_image = s.image - s.frame * s.row;
   s.tap_row = conv.dilation[0] * s.line;
   s.tap_column = conv.dilation[1];
   s.before = conv.padding[0] * s.line + conv.padding[1];
@@ -102,6 +133,7 @@ inline Sliding sliding_plan(const Convolution& conv, int rows, int columns) {
       s.pass_columns = pass % s.line;
       s.pass_rows = pass / s.line % s.frame;
       s.pass_images = pass / s.line / s.frame;
+      s.pass_distance = s.pass_images * s.image + s.pass_rows * s.row + s.pass_columns * s.pixel;
       least = all;
       best = s;
     }

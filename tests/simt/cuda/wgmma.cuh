@@ -15,6 +15,10 @@ inline SharedOperand shared_operand(const void* at, int next, int rows = 8 * 16)
   return {static_cast<const unsigned char*>(at), next, rows};
 }
 
+inline int warpgroup() {
+  return static_cast<int>(threadIdx.x) / 128;
+}
+
 // The 16 elements of a row. Shared memory is the library's own data: there is nothing to check.
 template <typename T>
 __attribute__((no_sanitize("kernel-address"))) inline void row_of(const SharedOperand& operand, int row,
