@@ -61,10 +61,10 @@ def _convolution(
     return Case("conv_bias_relu_fwd", (images, weight, bias, added, *geometry, True), expected)
 
 
-def _inception(whole: Callable[..., Tensor], size: Sequence[int]) -> Case:
+def _inception(whole: Callable[..., Tensor], size: Sequence[int], projected: int = 24) -> Case:
     images, *sides = size
     x = whole(1, images, 72, *sides)
-    shapes = ((136, 72, 1), (24, 72, 1), (40, 24, 3), (16, 72, 1), (8, 16, 5), (24, 72, 1))
+    shapes = ((136, 72, 1), (24, 72, 1), (40, 24, 3), (16, 72, 1), (8, 16, 5), (projected, 72, 1))
     weights = [whole(1, out, inputs, side, side) for out, inputs, side in shapes]
     biases = [whole(8, out) for out, *_ in shapes]
 
@@ -90,6 +90,11 @@ def cases() -> Iterator[Case]:
     yield _convolution(whole, (3, 72, 11, 13), 200, 3, 2, 1, residual=True)
     yield _convolution(whole, (3, 3, 45, 37), 72, 7, 2, 3, residual=False)
     yield _inception(whole, (3, 11, 13))
+    # The pool and its projection: several tiles for a block, of parts of an image and of several small ones; tiles
+    # beside each other; more outputs than a block has.
+    yield _inception(whole, (70, 28, 27), 72)
+    yield _inception(whole, (801, 7, 7), 136)
+    yield _inception(whole, (3, 9, 75), 40)
     yield _stem(whole, (3, 3, 75, 52), 3, 1, False)
     # Rows on 16 bytes, in tiles as wide as there are: bands of many rows, several for a block, and one for each.
     yield _stem(whole, (40, 3, 39, 232), 3, 1, False)

@@ -161,7 +161,7 @@ def wanted(name: str, arch: str) -> tuple[str, ...]:
     """The instructions that a kernel is nothing without."""
     if name.startswith("product"):
         return ("wgmma" if arch == "sm_90a" else "mma", "store 16")
-    if name.startswith("stem_kernel"):
+    if name.startswith(("pooled_pointwise_kernel", "stem_kernel")):
         return ("mma", "copy 16", "store 16")
     if "true" not in name:  # the path for what does not lie on 16 bytes
         return ()

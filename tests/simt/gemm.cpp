@@ -14,6 +14,7 @@ constexpr Tile kTiles[] = {
     {TileKind::product, 128, 128, 64, kSm80Tiles[0].when, ""},
     {TileKind::product, 64, 64, 64, tiles::always, ""},
     {TileKind::stem, 112, 64, 16, [](const Problem& problem, int) { return problem.pooled != 0; }, ""},
+    {TileKind::pooled_product, 256, 128, 64, tiles::always, ""},
     {TileKind::space_to_depth, 128, 64, 64, tiles::always, ""},
     {TileKind::convolution, 128, 64, 64, tiles::always, ""},
     {TileKind::library, 0, 0, 0, tiles::always, ""},

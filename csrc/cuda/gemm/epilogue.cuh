@@ -10,7 +10,8 @@ namespace fused_cnn {
 
 // pairs[o] holds columns 2q and 2q + 1 of group o, where q is the thread's place in its quad; then columns 2r and
 // 2r + 1 of group q in pairs[r].
-__device__ inline void exchange_in_quad(float (&pairs)[4][2]) {
+template <typename V>
+__device__ inline void exchange_in_quad(V (&pairs)[4][2]) {
 #pragma unroll
   for (int step = 1; step <= 2; step *= 2) {
     const bool upper = threadIdx.x & step;
@@ -19,8 +20,8 @@ __device__ inline void exchange_in_quad(float (&pairs)[4][2]) {
       if (o & step) continue;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float kept = upper ? pairs[o + step][i] : pairs[o][i];
-        const float got = __shfl_xor_sync(0xffffffffu, upper ? pairs[o][i] : pairs[o + step][i], step);
+        const V kept = upper ? pairs[o + step][i] : pairs[o][i];
+        const V got = __shfl_xor_sync(0xffffffffu, upper ? pairs[o][i] : pairs[o + step][i], step);
         pairs[o][i] = upper ? got : kept;
         pairs[o + step][i] = upper ? kept : got;
       }
