@@ -188,7 +188,12 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
             "1));",
             OUTSIDE,
         ),
-        "the row above a tile that is pooled": ("cuda/pooled_pointwise.cu", "area.top = row > 0;", "area.top = 0;", "error="),
+        "the row above a tile that is pooled": (
+            "cuda/pooled_pointwise.cu",
+            "area.top = row > 0;",
+            "area.top = 0;",
+            "error=",
+        ),
         "a column of the pool left out": (
             "cuda/pooled_pointwise.cu",
             "max_of_words<T>(both, values[3]);",

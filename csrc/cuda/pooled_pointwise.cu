@@ -1,14 +1,14 @@
-// A 3x3 max pool of stride 1 and the 1x1 convolution behind it in one kernel, for which x is read from memory once.
-// What the pool gives stays in registers: a tensor core's product takes it from the very threads that found it.
+// A 3x3 max pool of stride 1 and the 1x1 convolution behind it in one kernel, which reads x from memory once. What the
+// pool gives is in no memory: the threads that find it hand it to tensor cores from their registers.
 //
-// Four neighbouring threads have a patch of 4 x 2 pixels, of which each takes 8 of 32 channels at a time: 6 x 4 vectors
-// of x, read from shared memory, give 8 maxima. A pixel outside is the window's next inside. A sum's order is free, so
-// that these are two steps of a product whose rows are the pixels of a warp's 8 patches, 64 of them by up to 64 outputs
-// in its registers. Weights are read the same way. Of each 128 bytes in shared memory, a pixel's or an output's, the
-// halves lie the other way round in every second of those that neighbours read, so that no bank is met twice.
+// Four neighbouring threads have a patch of 4 x 2 pixels, and each of them 4 of a step's 16 channels: 6 x 4 values of
+// x, read from shared memory 8 bytes at a time, give 8 maxima. A pixel outside is the window's next inside. A warp's 8
+// patches are 64 rows of a product, whose sums for up to 64 outputs stay in its registers; weights are read as x is,
+// because a sum's order is free. Of each 128 bytes in shared memory, 64 channels of a pixel or of an output, the four
+// steps' parts lie in an order of their own in each of four that neighbours read, so that no bank is met twice.
 //
-// A persistent block takes tiles of an image or of several small ones; a stage of its shared memory has 64 channels of
-// the tile's pixels, with those around it, and of the weights. Stages are filled in the order of all its tiles, while
+// A persistent block takes tiles, of an image or of several small ones. A stage of its shared memory has 64 channels of
+// a tile's pixels, with those around it, and of the weights; stages are filled in the order of all its tiles, while
 // tensor cores are at work on another.
 #include "cuda/pooled_pointwise.h"
 #include <algorithm>
@@ -153,14 +153,15 @@ __global__ void __launch_bounds__(kMostThreads<kOutputs>, kWarpsAtOnce<kOutputs>
   int stage = 0;
   for (unsigned item = blockIdx.x; item < static_cast<unsigned>(s.items); item += gridDim.x) {
     const Area area = area_of(s, static_cast<int>(item));
-    const int first_result = area.first + (patch_image * s.height + patch_row) * s.width + patch_column;
+    const int image = std::min(patch_image, area.images - 1);
+    const int first_result = area.first + (image * s.height + patch_row) * s.width + patch_column;
     const int rows_here = patch_image < area.images ? area.rows - patch_row : 0;
     const int columns_here = area.columns - patch_column;
     int rows[kPatchRows + 2], columns[kPatchColumns + 2];  // of x around the patch, in bytes
 #pragma unroll
     for (int i = 0; i < kPatchRows + 2; ++i) {
       const int row = std::min(std::max(area.top + patch_row - 1 + i, 0), area.image_rows - 1);
-      rows[i] = (std::min(patch_image, area.images - 1) * area.image_rows + row) * area.x_columns * kPixelBytes;
+      rows[i] = (image * area.image_rows + row) * area.x_columns * kPixelBytes;
     }
 #pragma unroll
     for (int j = 0; j < kPatchColumns + 2; ++j) {
@@ -250,14 +251,13 @@ __global__ void __launch_bounds__(kMostThreads<kOutputs>, kWarpsAtOnce<kOutputs>
 }
 
 struct Device {
-  int multiprocessors = 0, shared = 0,
-      shared_of_block = 0;  // bytes of a multiprocessor's, and of what a block may have
+  int multiprocessors = 0, shared = 0, shared_of_block = 0;  // bytes that a multiprocessor has, and a block may have
 
   explicit Device(int device) {
     cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
     cudaDeviceGetAttribute(&shared_of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    shared_of_block = std::min(shared_of_block, kMostShared);
+    shared_of_block = std::min({shared_of_block, shared - kReservedShared, kMostShared});
     FUSED_CNN_CHECK(multiprocessors > 0 && shared_of_block > 0, "CUDA device ", device, " has no multiprocessors");
   }
 };
