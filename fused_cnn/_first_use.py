@@ -61,11 +61,13 @@ def _convolution(
     return Case("conv_bias_relu_fwd", (images, weight, bias, added, *geometry, True), expected)
 
 
-def _inception(whole: Callable[..., Tensor], size: Sequence[int]) -> Case:
+def _inception(whole: Callable[..., Tensor], size: Sequence[int], projected: int = 24, windows: bool = True) -> Case:
+    """Without `windows` the weights of what is not 1x1 are zero: among many sums some are past 256, which the library
+    rounds to bfloat16 before it adds the bias."""
     images, *sides = size
     x = whole(1, images, 72, *sides)
-    shapes = ((136, 72, 1), (24, 72, 1), (40, 24, 3), (16, 72, 1), (8, 16, 5), (24, 72, 1))
-    weights = [whole(1, out, inputs, side, side) for out, inputs, side in shapes]
+    shapes = ((136, 72, 1), (24, 72, 1), (40, 24, 3), (16, 72, 1), (8, 16, 5), (projected, 72, 1))
+    weights = [whole(int(windows or side == 1), out, inputs, side, side) for out, inputs, side in shapes]
     biases = [whole(8, out) for out, *_ in shapes]
 
     def conv(i: int, of: Tensor) -> Tensor:
@@ -102,6 +104,11 @@ def cases() -> Iterator[Case]:
     yield _convolution(whole, (3, 16, 11, 13), 24, 5, 1, 2, residual=False)
     yield _convolution(whole, (1, 1032, 7, 7), 72, 1, 1, 0, residual=True)  # split among as many blocks as there may be
     yield _convolution(whole, (3, 3, 45, 37), 72, 7, 2, 3, residual=False)
+    # The pool and its projection: several tiles for a block, of parts of an image and of several small ones; tiles
+    # beside each other; more outputs than a block has.
+    yield _inception(whole, (70, 28, 27), 72, windows=False)
+    yield _inception(whole, (801, 7, 7), 136, windows=False)
+    yield _inception(whole, (3, 9, 75), 40, windows=False)
     yield _stem(whole, (3, 3, 75, 52), 3, 1, False)
     # Rows on 16 bytes, in tiles as wide as there are: bands of many rows, several for a block, and one for each.
     yield _stem(whole, (40, 3, 39, 232), 3, 1, False)

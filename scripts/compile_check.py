@@ -163,7 +163,7 @@ def wanted(name: str, arch: str) -> tuple[str, ...]:
         return ("wgmma" if arch == "sm_90a" else "mma", "store 16")
     if name.startswith(("sliding_kernel", "split_kernel")):
         return ("wgmma", "copy 16", "store 16")
-    if name.startswith("stem_kernel"):
+    if name.startswith(("pooled_pointwise_kernel", "stem_kernel")):
         return ("mma", "copy 16", "store 16")
     if "true" not in name:  # the path for what does not lie on 16 bytes
         return ()

@@ -76,7 +76,7 @@ def build(csrc: Path, rooms: Sequence[str]) -> Path:
     if "cuda/max_pool.h" in used:
         sources.append(csrc / "cuda" / "max_pool.cu")
     if "cuda/gemm/" in used:
-        sources += [csrc / "cuda" / "choices.cu", csrc / "cuda" / "stem.cu"]
+        sources += [csrc / "cuda" / f"{name}.cu" for name in ("choices", "pooled_pointwise", "stem")]
         jobs[f"products-{headers}"] = [*STABLE, *CHECKED, SIMT / "gemm.cpp"]
     for path in sources:
         jobs[f"{path.parent.name}-{path.stem}-{_digest(headers, path)}"] = [*STABLE, *CHECKED, register, path]

@@ -188,6 +188,36 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
             "1));",
             OUTSIDE,
         ),
+        "the row above a tile that is pooled": (
+            "cuda/pooled_pointwise.cu",
+            "area.top = row > 0;",
+            "area.top = 0;",
+            "error=",
+        ),
+        "a column of the pool left out": (
+            "cuda/pooled_pointwise.cu",
+            "max_of_words<T>(both, values[3]);",
+            "both;",
+            "error=",
+        ),
+        "a stage that is still in use": (
+            "cuda/pooled_pointwise.cu",
+            "load(memory + (stage == 0 ? s.stages - 1 : stage - 1) * s.stage_bytes);",
+            "load(memory + stage * s.stage_bytes);",
+            "error=",
+        ),
+        "a missing barrier before the product of pooled pixels": (
+            "cuda/pooled_pointwise.cu",
+            "await_copies(s.stages - 2);\n      __syncthreads();",
+            "await_copies(s.stages - 2);",
+            "error=",
+        ),
+        "channels behind the last that a stage had before": (
+            "cuda/pooled_pointwise.cu",
+            "step < kSteps && first + step * kStep < s.inputs;",
+            "step < kSteps;",
+            "error=",
+        ),
     },
     "stem": {
         "the row that two windows share": (
@@ -386,6 +416,88 @@ def test_a_stem_and_its_pool_are_what_the_parts_are_to_the_bit(checked_memory: N
         y = torch.relu(torch.conv2d(x.float(), weight.float(), bias.float(), 2, 3))
         expected = torch.max_pool2d(y, 3, 2, pool_padding, ceil_mode=ceil_mode)
         assert torch.equal(stem(last(x), weight, bias, **how, backend="simt"), expected.half())
+
+
+POOLED = (8, 256, 128, 64)  # the tile whose kernel pools and projects
+POOL_BEFORE = 2  # in a problem's last place
+
+
+def last_branch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """An Inception block's, of which the others have 24 channels."""
+    shapes = weight_shapes(x.size(1), (8, 8, 8, 8, 8, weight.size(0)), (3, 3))
+    weights = [*(torch.zeros(shape, dtype=x.dtype) for shape in shapes[:-1]), weight]
+    biases = [*(torch.zeros(shape[0], dtype=x.dtype) for shape in shapes[:-1]), bias]
+    return lambda: inception(x, weights, biases, backend="simt")[:, 24:]
+
+
+def pooled_and_projected(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    pooled = torch.max_pool2d(x.double(), 3, 1, 1)
+    return torch.relu(torch.conv2d(pooled, weight.double(), bias.double()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "outputs"),
+    [
+        *(((2, 16, h, w), 8) for h in (1, 2, 3) for w in (1, 2, 3, 5)),
+        ((1, 8, 1, 5), 32),
+        ((3, 24, 2, 9), 40),
+        ((1, 72, 3, 2), 64),
+        ((9, 200, 7, 7), 128),  # several images in a tile, and not in the last
+        ((1, 832, 7, 7), 128),
+        ((70, 40, 7, 6), 64),  # several tiles of several images for a block
+        ((11, 72, 14, 14), 72),  # several tiles of an image for a block
+        ((2, 104, 9, 30), 136),  # more outputs than a block has
+        ((3, 192, 28, 28), 32),
+        ((1, 24, 13, 70), 48),  # tiles beside each other
+        ((1, 8, 3, 300), 96),
+        ((1, 56, 131, 3), 24),
+    ],
+    ids=str,
+)
+def test_a_pool_and_its_projection_are_what_the_parts_are_to_the_bit(shape: tuple[int, ...], outputs: int) -> None:
+    # The order of a sum is another: whole numbers do not show it.
+    library = simt_backend.install()
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.randint(-2, 3, shape).to(dtype)
+        weight, bias = (torch.randint(-1, 2, s).to(dtype) for s in ((outputs, shape[1], 1, 1), (outputs,)))
+        work = last_branch(last(x), weight, bias)
+        *_, problem = [p for p in _library.problems_of(library, work) if p[-1] == POOL_BEFORE]
+        assert _library.tiles_of(library, problem) == [POOLED, (3, 0, 0, 0)]
+        found = work()
+        _library.choose_tile(library, problem, (3, 0, 0, 0))
+        parts = work()
+        _library.choose_tile(library, problem, None)
+        assert torch.equal(found, pooled_and_projected(x, weight, bias).to(dtype))
+        assert torch.equal(found, parts)
+
+
+def test_a_pool_and_its_projection_take_what_is_not_finite_every_layout_and_any_values() -> None:
+    images, weight, bias = (torch.randn(s).half() / 4 for s in ((3, 88, 10, 11), (40, 88, 1, 1), (40,)))
+    weight += weight.sign() / 64  # none is zero, whose product with an infinity is NaN
+    layouts = {
+        "channels_last": last,
+        "contiguous": lambda x: x,
+        "a slice": lambda x: last(torch.cat([x, x, x], 1))[:, 88:176],
+        "a slice off 16 bytes": lambda x: last(torch.nn.functional.pad(x, (0, 0, 0, 0, 3, 5)))[:, 3:91],
+        "memory off 16 bytes": lambda x: (
+            torch.cat([x.new_zeros(1), last(x).permute(0, 2, 3, 1).flatten()])[1:]
+            .view(3, 10, 11, 88)
+            .permute(0, 3, 1, 2)
+        ),
+    }
+    shifted = torch.cat([bias.new_zeros(1), bias])[1:], torch.cat([weight.new_zeros(1), weight.flatten()])[1:]
+    for name, layout in layouts.items():
+        for special in (None, float("nan"), float("-inf"), float("inf")):
+            x = images.clone()
+            if special is not None:
+                x[0, 5, 0, 0] = x[1, 80, 4:9, 2:8] = x[2, :, 9, 10] = special
+                x[1, 40] = -3
+            expected = pooled_and_projected(x, weight, bias)
+            for w, b in ((weight, bias), (shifted[1].view_as(weight), shifted[0])):
+                found = last_branch(layout(x), w, b)().double()
+                torch.testing.assert_close(
+                    found, expected, rtol=1e-3, atol=2e-3, equal_nan=True, msg=f"{name}, {special}"
+                )
 
 
 def test_parallel_weights_that_lie_below_each_other_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,8 @@ __device__ inline uint32_t max_of_pairs(uint32_t a, uint32_t b) {
 }
 
 // 16 bytes into shared memory, or zeros where `inside` does not hold; they are there for this thread behind
-// await_copies(), for the block behind the barrier that follows.
+// await_copies(), or behind await_copies(left) where no more than `left`, at most 2, commit_copies() came after theirs;
+// for the block behind the barrier that follows.
 __device__ inline void copy_16_async(void* to, const void* from, bool inside) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(inside ? 16 : 0)
@@ -81,6 +82,18 @@ __device__ inline void copy_16_async(void* to, const void* from, bool inside) {
 }
 __device__ inline void await_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
+}
+__device__ inline void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+__device__ inline void await_copies(int left) {
+  if (left == 0) {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+  } else if (left == 1) {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+  } else {
+    asm volatile("cp.async.wait_group 2;" ::: "memory");
+  }
 }
 
 }  // namespace fused_cnn

@@ -76,10 +76,6 @@ __device__ inline void keep(float (&sums)[kEights][4]) {
   }
 }
 
-// A group of this thread's copies (copy_16_async) ends here.
-__device__ inline void end_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
 // All groups but the last kRunning are done, and what they brought is visible to products behind the next barrier.
 template <int kRunning>
 __device__ inline void await_copies_for_products() {

@@ -1,12 +1,38 @@
 // fused_cnn::inception_fwd on CUDA: a whole Inception block, BatchNorm folded. The three 1x1 convolutions of x are one
-// product with three destinations, branch 1's slice of the output and the two reductions; the pool's projection writes
-// into its slice too, and so do the k x k convolutions (cuda/gemm/convolve.cuh).
+// product with three destinations, branch 1's slice of the output and the two reductions; the pool's projection, in one
+// kernel with the pool where that is faster, writes into its slice too, and so do the k x k convolutions
+// (cuda/gemm/convolve.cuh).
 #include "cuda/gemm/convolve.cuh"
 #include "cuda/max_pool.h"
+#include "cuda/pooled_pointwise.h"
 #include "inception/checks.h"
 
 namespace fused_cnn {
 namespace {
+
+// Whether the pool and its projection are one kernel; else the projection is a problem of its own.
+bool runs_pooled(const Tensor& x, const GemmSlice& out) {
+  const DType dtype = dtype_of("inception", "x", x);
+  if (!gemm_supports(dtype, row_count(x), x.size(1), out.columns) || out.columns % 8 != 0 ||
+      !aligned16(out.rows, x.element_size())) {
+    return false;
+  }
+  const GemmKernels kernels(x.get_device_index());
+  if (!kernels) return false;
+  const Problem problem{.device = kernels.device,
+                        .dtype = static_cast<int64_t>(dtype),
+                        .m = row_count(x),
+                        .n = out.columns,
+                        .k = x.size(1),
+                        .residual = 0,
+                        .slices = 1,
+                        .kernel_height = 1,
+                        .kernel_width = 1,
+                        .stride = 1,
+                        .library_takes_all = 0,
+                        .pooled = kPoolBefore};
+  return kernels.tile_for(problem).kind == TileKind::pooled_product;
+}
 
 Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
   const char* op = "inception_fwd";
@@ -30,20 +56,25 @@ Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<T
             {biases[kBranch1], biases[kReduce3], biases[kReduce5]}, /*residual=*/{}, /*relu=*/true,
             {next_branch(kBranch1), slice(rows_of(reduced3), kReduce3), slice(rows_of(reduced5), kReduce5)});
 
-  const auto branch = [&](const Tensor& from, int i) {
+  const auto branch = [&](const Tensor& from, int i, const GemmSlice& to) {
     const ConvParams params = same_padding(weights[i].size(2));
     const std::array<int64_t, 2> size{x.size(2), x.size(3)};
     const Tile* tile = tile_of(from, weights[i], params, /*residual=*/false, /*relu=*/true, size, /*own=*/false);
-    convolve(from, weights[i], torch::stable::contiguous(biases[i]), /*residual=*/{}, params, /*relu=*/true, size,
-             next_branch(i), tile);
+    convolve(from, weights[i], torch::stable::contiguous(biases[i]), /*residual=*/{}, params, /*relu=*/true, size, to,
+             tile);
   };
-  branch(reduced3, kConv3);
-  branch(reduced5, kConv5);
+  branch(reduced3, kConv3, next_branch(kConv3));
+  branch(reduced5, kConv5, next_branch(kConv5));
 
+  const GemmSlice projected = next_branch(kPoolProj);
+  if (runs_pooled(x, projected)) {
+    run_pooled_pointwise(x, on_16_bytes(rows_of(x)), on_16_bytes(dense(weights[kPoolProj], MemoryFormat::Contiguous)),
+                         on_16_bytes(torch::stable::contiguous(biases[kPoolProj])), projected);
+    return out.finish();
+  }
   const Tensor pooled = empty_result(x, x.size(1), x.size(2), x.size(3));
   max_pool(x, rows_of(x), pooled, {.kernel = {3, 3}, .stride = {1, 1}, .padding = {1, 1}, .dilation = {1, 1}});
-  pointwise(pooled, rows_of(pooled), {weights[kPoolProj]}, {torch::stable::contiguous(biases[kPoolProj])},
-            /*residual=*/{}, /*relu=*/true, {next_branch(kPoolProj)});
+  branch(pooled, kPoolProj, projected);
   return out.finish();
 }
 

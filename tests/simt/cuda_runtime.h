@@ -76,6 +76,11 @@ float dot(const float* a, const float* b, float sum);
 inline float __shfl_xor_sync(unsigned, float value, int lanes) {
   return simt::shuffle_xor(value, lanes);
 }
+inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int lanes) {
+  uint32_t all[32];
+  simt::exchange(&value, sizeof(value), all);
+  return all[threadIdx.x % 32 ^ lanes];
+}
 
 inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int lanes) {
   uint32_t all[32];
@@ -87,9 +92,15 @@ inline void __syncthreads() {
   simt::barrier();
 }
 
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 8 : 4;
+  constexpr int kValues[] = {4, 8, 164 << 10, 163 << 10};
+  *value = kValues[attribute];
   return cudaSuccess;
 }
 

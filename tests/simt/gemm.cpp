@@ -9,7 +9,7 @@
 
 extern "C" int simt_gemm_tile, simt_sliding_buffers;
 int simt_sliding_buffers = 0;  // of the last convolution by a sliding tile
-int simt_gemm_tile = -1;  // of the last product or convolution, its place in kTiles
+int simt_gemm_tile = -1;       // of the last product or convolution, its place in kTiles
 
 namespace fused_cnn {
 namespace {
@@ -23,6 +23,7 @@ constexpr Tile kTiles[] = {
     {TileKind::product, 128, 128, 64, kSm80Tiles[0].when, ""},
     {TileKind::product, 64, 64, 64, tiles::always, ""},
     {TileKind::stem, 112, 64, 16, [](const Problem& problem, int) { return problem.pooled != 0; }, ""},
+    {TileKind::pooled_product, 256, 128, 64, tiles::always, ""},
     {TileKind::space_to_depth, 128, 64, 64, tiles::always, ""},
     {TileKind::sliding, 256, 64, 64, tiles::never, ""},
     {TileKind::sliding, 256, 32, 64, tiles::never, ""},

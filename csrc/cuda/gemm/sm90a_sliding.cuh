@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kSlidingThreads, 2) sliding_kernel(const __gri
 #pragma unroll 1
   for (int i = 0; i < kSlidingAhead; ++i) {
     load_weights(i);
-    end_copies();
+    commit_copies();
   }
   int slot = 0, buffer = 0;
 #pragma unroll 1
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kSlidingThreads, 2) sliding_kernel(const __gri
 #pragma unroll 1
         for (int i = 0; i < s.passes; ++i) pixels.pass(s);
       }
-      end_copies();
+      commit_copies();
       await_products<1>();
       slot = (slot + 1) % kSlidingSlots;
     }
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kSlidingThreads, 2) sliding_kernel(const __gri
 #pragma unroll 1
         for (int i = 0; i < s.passes; ++i) pixels.pass(s);
       }
-      end_copies();
+      commit_copies();
     }
     if (is_last) {
       await_products<0>();

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kSplitThreads) split_kernel(const __grid_const
 #pragma unroll
   for (int i = 0; i < kSplitAhead; ++i) {
     if (first_step + i < last_step) load(first_step + i, i);
-    end_copies();
+    commit_copies();
   }
   float sums[kColumns / 8][4];
   int slot = 0;
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kSplitThreads) split_kernel(const __grid_const
     end_products();
     // This slot was read by the product before the last, which is done.
     if (step + kSplitAhead < last_step) load(step + kSplitAhead, (slot + kSplitAhead) % kSplitSlots);
-    end_copies();
+    commit_copies();
     await_products<1>();
     slot = (slot + 1) % kSplitSlots;
   }

@@ -10,18 +10,31 @@ namespace fused_cnn {
 // result is one slice, over x itself or, for a window of stride 2 over few channels, over x with each 2 x 2 pixels as
 // the channels of one (space_to_depth.cuh); the library's convolution and one pass for what follows (a strided 1x1
 // window is then a product over a copy of the pixels that it reads); the library's convolution with bias and ReLU; for
-// a network's first convolution and the pool behind it, a kernel of both (cuda/stem.h); or a tile of the implicit
-// product whose pixels are brought once for all taps of a window of stride 1 (sliding.h), or whose inner dimension is
-// split among a cluster's blocks (sm90a_split.cuh).
-enum class TileKind { product, convolution, space_to_depth, library, library_fused, stem, sliding, split };
+// a network's first convolution and the pool behind it (cuda/stem.h), and for a 1x1 convolution and the pool before it
+// (cuda/pooled_pointwise.h), a kernel of both; or a tile of the implicit product whose pixels are brought once for all
+// taps of a window of stride 1 (sliding.h), or whose inner dimension is split among a cluster's blocks
+// (sm90a_split.cuh).
+enum class TileKind {
+  product,
+  convolution,
+  space_to_depth,
+  library,
+  library_fused,
+  stem,
+  sliding,
+  split,
+  pooled_product,
+};
 
 constexpr int kMostStemInputs = 4, kMostStemKernel = 8;           // of space_to_depth
 constexpr int kStemInputs = 3, kStemKernel = 7, kStemStride = 2;  // of stem: at most so many, and just these
+constexpr int kPoolBehind = 1, kPoolBefore = 2;                   // of a problem that is pooled
 
 // A problem as the tables have it (fused_cnn/_tables.py): m rows and n columns of the result, k channels under the
 // window. One of float32 is in TF32: where that is not allowed there is none, and the library computes exactly.
 // `library_takes_all`: it is what library_fused may do, with a result of its own under ReLU and no residual. `pooled`:
-// a max pool follows; where its tile is the library's, the convolution is a problem of its own, and the pool a pass.
+// a max pool follows, or a 3x3 one of stride 1 comes before; where its tile is the library's, the convolution is a
+// problem of its own, and the pool a pass.
 struct Problem {
   int64_t device, dtype, m, n, k, residual, slices, kernel_height, kernel_width, stride, library_takes_all, pooled;
 
@@ -43,7 +56,9 @@ struct Tile {
     return is_library() || (kind == TileKind::stem ? vector == 8 : k == 8 * vector);
   }
   constexpr bool is_library() const { return kind == TileKind::library || kind == TileKind::library_fused; }
-  constexpr bool is_instance() const { return !is_library() && kind != TileKind::stem; }  // of instances.h
+  constexpr bool is_instance() const {  // of instances.h
+    return !is_library() && kind != TileKind::stem && kind != TileKind::pooled_product;
+  }
   bool suits(const Problem& problem) const {
     const int vector = in_16_bytes(static_cast<DType>(problem.dtype));
     const bool whole_vectors = problem.inputs() % vector == 0;
@@ -52,6 +67,10 @@ struct Tile {
       return problem.slices == 1 && !problem.residual && problem.stride == kStemStride &&
              problem.kernel_height == kStemKernel && problem.kernel_width == kStemKernel &&
              problem.inputs() <= kStemInputs;
+    }
+    if (kind == TileKind::pooled_product) {
+      return problem.pooled == kPoolBefore && problem.is_product() && whole_vectors && problem.slices == 1 &&
+             !problem.residual;
     }
     if (problem.pooled) return kind == TileKind::library;
     if (kind == TileKind::product) {
@@ -95,6 +114,7 @@ inline constexpr Tile kSm80Tiles[] = {
      .measured = ""},
     {.kind = TileKind::product, .m = 64, .n = 64, .k = 64, .when = tiles::always, .measured = ""},
     {.kind = TileKind::stem, .m = 112, .n = 64, .k = 16, .when = tiles::always, .measured = ""},
+    {.kind = TileKind::pooled_product, .m = 256, .n = 128, .k = 64, .when = tiles::always, .measured = ""},
     {.kind = TileKind::library_fused, .m = 0, .n = 0, .k = 0, .when = tiles::never, .measured = ""},
     {.kind = TileKind::library, .m = 0, .n = 0, .k = 0, .when = tiles::always, .measured = ""},
 };
@@ -145,6 +165,7 @@ inline constexpr Tile kSm90aTiles[] = {
      .when = tiles::always,
      .measured = "7x7 stride 2 of 3 channels at 224, batch 256: 437, cuDNN's fused call: 2063"},
     {.kind = TileKind::stem, .m = 112, .n = 64, .k = 16, .when = tiles::never, .measured = ""},
+    {.kind = TileKind::pooled_product, .m = 256, .n = 128, .k = 64, .when = tiles::never, .measured = ""},
     {.kind = TileKind::convolution,
      .m = 128,
      .n = 192,

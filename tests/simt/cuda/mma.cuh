@@ -70,9 +70,15 @@ inline void copy_16_async(void* to, const void* from, bool inside) {
       },
       &copy, sizeof(copy));
 }
-inline void await_copies() {
+inline void commit_copies() {
   simt::end_group(simt::kCopies);
-  simt::finish(simt::kCopies, 0);
+}
+inline void await_copies(int left) {
+  simt::finish(simt::kCopies, left);
+}
+inline void await_copies() {
+  commit_copies();
+  await_copies(0);
 }
 
 }  // namespace fused_cnn

@@ -65,9 +65,6 @@ inline void await_products() {
 template <int kEights>
 inline void keep(float (&)[kEights][4]) {}
 
-inline void end_copies() {
-  simt::end_group(simt::kCopies);
-}
 template <int kRunning>
 inline void await_copies_for_products() {
   simt::finish(simt::kCopies, kRunning);
