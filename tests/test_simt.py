@@ -274,6 +274,24 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
             "% 1 != 0) return",
             "aten::convolution",
         ),
+        "weights that are still on their way": (
+            "cuda/gemm/sm90a_sliding.cuh",
+            "await_copies_for_products<kSlidingAhead - 1>()",
+            "await_copies_for_products<kSlidingAhead>()",
+            "caught",
+        ),
+        "no zeros between rows": (
+            "cuda/gemm/sliding.h",
+            ".line = conv.size[1] + conv.padding[1],",
+            ".line = conv.size[1],",
+            "caught",
+        ),
+        "a part of a split sum left out": (
+            "cuda/gemm/sm90a_split.cuh",
+            "for (int block = 0; block < s.splits;",
+            "for (int block = s.splits / 2; block < s.splits;",
+            "caught",
+        ),
         "pixels of another column in the stem": (
             "cuda/gemm/space_to_depth.cuh",
             "x = left + place % 2;",

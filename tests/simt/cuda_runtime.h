@@ -82,12 +82,6 @@ inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int lanes) {
   return all[threadIdx.x % 32 ^ lanes];
 }
 
-inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int lanes) {
-  uint32_t all[32];
-  simt::exchange(&value, sizeof(value), all);
-  return all[threadIdx.x % 32 ^ lanes];
-}
-
 inline void __syncthreads() {
   simt::barrier();
 }
