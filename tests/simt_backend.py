@@ -141,12 +141,18 @@ def main(op: str, folders: Sequence[str]) -> None:
 def verdict(csrc: Path, op: str) -> str:
     """ "passed", or "caught" and what was."""
     room = next(room for room, ops in ROOMS.items() if op in ops)
-    install(csrc, ("conv", "inception") if room == "inception" else (room,)).simt_install(True)
+    library = install(csrc, ("conv", "inception") if room == "inception" else (room,))
+    library.simt_install(True)
+    late = ctypes.c_int.in_dll(library, "simt_late")
     _backends.BACKENDS = (*_backends.BACKENDS, "simt")
     torch.backends.cudnn.allow_tf32 = False  # float32's bounds are those of float32
+    copies, products = 0, 1  # that come as late as they may
+    runs = [(torch.float32, "channels_last", copies), (torch.float16, "offset", copies)]
+    if op == "conv_bias_relu":  # which has products that run on
+        runs.append((torch.float16, "offset", products))
     for cases in all_cases():
         for case in cases.cases if cases.name == op else ():
-            for dtype, layout in ((torch.float32, "channels_last"), (torch.float16, "offset")):
+            for dtype, layout, late.value in runs:
                 try:
                     passes = (True, False) if op == "max_pool2d" else (True,)  # with and without places
                     found = [c for p in passes for c in compare(cases, case, "simt", dtype, layout, backward=p)]

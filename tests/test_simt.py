@@ -280,16 +280,22 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
             "await_copies_for_products<kSlidingAhead>()",
             "caught",
         ),
+        "weights in a slot that is still read": (
+            "cuda/gemm/sliding.h",
+            "kSlidingSlots = kSlidingAhead + 2;",
+            "kSlidingSlots = kSlidingAhead + 1;",
+            "caught",
+        ),
         "no zeros between rows": (
             "cuda/gemm/sliding.h",
             ".line = conv.size[1] + conv.padding[1],",
             ".line = conv.size[1],",
             "caught",
         ),
-        "a part of a split sum left out": (
+        "rows that begin without their padding": (
             "cuda/gemm/sm90a_split.cuh",
-            "for (int block = 0; block < s.splits;",
-            "for (int block = s.splits / 2; block < s.splits;",
+            "* s.stride[0] - s.padding[0] :",
+            "* s.stride[0] :",
             "caught",
         ),
         "pixels of another column in the stem": (
