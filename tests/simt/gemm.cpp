@@ -29,7 +29,7 @@ constexpr Tile kTiles[] = {
     {TileKind::sliding, 256, 32, 64, tiles::never, ""},
     {TileKind::sliding, 128, 64, 64, is_narrow, ""},
     {TileKind::split, 64, 64, 64, tiles::never, ""},
-    {TileKind::split, 64, 32, 64, is_narrow, ""},
+    {TileKind::split, 64, 32, 64, [](const Problem& problem, int) { return problem.stride > 1; }, ""},
     {TileKind::convolution, 128, 64, 64, tiles::always, ""},
     {TileKind::product, 128, 128, 32, tiles::always, ""},
     {TileKind::convolution, 128, 64, 32, tiles::always, ""},
