@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from conftest import DEVICE
 from torch import Tensor
 
-from fused_cnn import _library
+from fused_cnn import _first_use, _library
+from fused_cnn._trees import mapped
 from fused_cnn.ops import conv_bias_relu, inception
 from fused_cnn.ops.inception.op import weight_shapes
 
@@ -26,6 +27,7 @@ COPIES, PRODUCTS = 0, 1
 CASES: dict[str, tuple[tuple[int, ...], int, Any, int, Any, int]] = {
     "units that do not fill a step": ((1, 8, 5, 6), 8, 3, 1, 1, 1),
     "several tiles, chunks of unequal units, ragged outputs": ((2, 72, 11, 13), 72, 3, 1, 1, 1),
+    "a tap a step": ((1, 120, 5, 9), 72, 3, 1, 1, 1),
     "several tiles for a block": ((1, 72, 15, 60), 136, 3, 1, 1, 1),
     "several tiles for a block, in one buffer": ((1, 72, 3, 200), 136, 3, 1, 1, 1),
     "no padding": ((2, 24, 9, 7), 40, 3, 1, 0, 1),
@@ -98,6 +100,21 @@ def test_every_geometry_is_right_to_the_bit(library: ctypes.CDLL, name: str, lat
         assert [tile for tile, out in found if not torch.equal(out, expected)] == []
     if name.startswith("several tiles"):
         assert ctypes.c_int.in_dll(library, "simt_sliding_buffers").value == (1 if "one buffer" in name else 2)
+
+
+def test_the_library_gives_what_the_first_comparison_expects(library: ctypes.CDLL) -> None:
+    """Beside the tile that is compared: it rounds to bfloat16 twice."""
+    (case,) = (case for case in _first_use.convolutions() if case.op == "inception_fwd")
+    arguments = mapped(lambda t: t.bfloat16(), case.arguments, Tensor)
+    problems = _library.problems_of(library, lambda: _library.kernel(case.op, "simt")(*arguments))
+    try:
+        for problem in problems:
+            _library.choose_tile(library, problem, _first_use.LIBRARY)
+        found = _library.kernel(case.op, "simt")(*arguments)
+    finally:
+        for problem in problems:
+            _library.choose_tile(library, problem, None)
+    assert torch.equal(found, case.expected.bfloat16())
 
 
 def test_they_write_into_the_slices_of_a_block(library: ctypes.CDLL) -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import DEVICE
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import weight_norm
 
 from fused_cnn import fold_normalization, fuse_
 from fused_cnn.nn import ConvBNReLU
@@ -58,7 +60,9 @@ def test_a_fused_block_follows() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((nn.Linear(3, 3), MEAN[:3], STD[:3]), TypeError, "must be a Conv2d, got Linear"),
+        ((nn.Linear(3, 3), MEAN[:3], STD[:3]), TypeError, "must be an nn.Conv2d, got .*Linear"),
+        ((weight_norm(nn.Conv2d(3, 8, 3)), MEAN[:3], STD[:3]), TypeError, "weight must be a plain parameter"),
+        ((nn.LazyConv2d(8, 3), MEAN[:3], STD[:3]), TypeError, "got UninitializedParameter"),
         ((nn.Conv2d(3, 8, 3), MEAN[:2], STD[:3]), ValueError, "mean must be 3 finite numbers.*got"),
         ((nn.Conv2d(3, 8, 3), MEAN[:3], (1.0, float("nan"), 1.0)), ValueError, "std must be 3 finite numbers"),
         ((nn.Conv2d(3, 8, 3), MEAN[:3], (0.2, 0.0, 0.2)), ValueError, "std must be positive"),
@@ -67,7 +71,14 @@ def test_a_fused_block_follows() -> None:
     ],
 )
 def test_bad_input_changes_nothing(arguments: Any, error: type[Exception], message: str) -> None:
-    before = [p.clone() for p in arguments[0].parameters()]
+    before = [p.clone() for p in arguments[0].parameters() if not is_lazy(p)]
     with pytest.raises(error, match=message):
         fold_normalization(*arguments)
-    assert all(torch.equal(a, b) for a, b in zip(before, arguments[0].parameters(), strict=True))
+    after = [p for p in arguments[0].parameters() if not is_lazy(p)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_it_folds_what_has_no_values_yet() -> None:
+    conv = nn.Conv2d(3, 8, 3, bias=False, device="meta")
+    fold_normalization(conv, MEAN[:3], STD[:3])
+    assert conv.bias is not None and conv.bias.is_meta

@@ -4,9 +4,13 @@
 
 namespace fused_cnn {
 
-// Behind it what the cluster's threads wrote into shared memory before is there for all of them.
-__device__ inline void cluster_barrier() {
-  cooperative_groups::this_cluster().sync();
+// A barrier of the cluster's threads: what they did with shared memory before they arrived is done for all of them
+// behind the wait.
+__device__ inline void cluster_arrive() {
+  cooperative_groups::this_cluster().barrier_arrive();
+}
+__device__ inline void cluster_wait() {
+  cooperative_groups::this_cluster().barrier_wait();
 }
 
 // Where the cluster's block `rank` has what lies at `own` in this block's shared memory.

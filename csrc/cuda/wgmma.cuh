@@ -17,7 +17,8 @@ struct SharedOperand {
   __device__ uint64_t descriptor() const { return static_cast<uint64_t>(rows) << 32 | at; }
 };
 __device__ inline SharedOperand shared_operand(const void* at, int next, int rows = 8 * 16) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(at));
+  constexpr uint32_t kOfBlock = (1 << 18) - 1;  // above that an address has the block's rank in its cluster
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(at)) & kOfBlock;
   return {address >> 4 | static_cast<uint32_t>(next >> 4) << 16, static_cast<uint32_t>(rows >> 4)};
 }
 
@@ -40,7 +41,6 @@ struct WarpgroupProduct;
   };
 FUSED_CNN_WGMMA(32)
 FUSED_CNN_WGMMA(64)
-FUSED_CNN_WGMMA(96)
 #undef FUSED_CNN_WGMMA
 
 // sums = a b + (add ? sums : 0), which are there behind await_products(). Lane l of warp w has rows 16 w + l / 4 and 8

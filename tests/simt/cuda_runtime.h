@@ -25,6 +25,9 @@ extern dim3 gridDim, blockDim, blockIdx, threadIdx;
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline void __stwb(uint4* to, uint4 value) {
   *to = value;
 }
@@ -53,8 +56,11 @@ constexpr unsigned kMostCluster = 8;
 constexpr size_t kMostShared = 227 << 10;  // bytes of a block
 
 void barrier();
-void cluster_barrier();
+void cluster_arrive();
+void cluster_wait();
 unsigned cluster_rank();
+// Where the running block's part of such memory is, filled with NaN when its first thread asks.
+unsigned char* shared_of_block(unsigned char* of_all);
 cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*), const void* arguments);
 const char* last_error();
 

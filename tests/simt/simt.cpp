@@ -43,6 +43,7 @@ struct Fibre {
   jmp_buf place;
   std::vector<char> stack = std::vector<char>(kStack);
   bool started = false, done = true;
+  int arrived_in = 0;  // the turn of the cluster's barrier
 };
 std::vector<Fibre> fibres;
 jmp_buf scheduler;
@@ -50,6 +51,7 @@ size_t current;
 bool running;    // inside a kernel
 size_t arrived;  // threads at the cluster's barrier
 int turns_of_cluster;
+bool has_shared[simt::kMostCluster];  // blocks of the cluster that runs
 void (*body)(const void*);
 const void* body_arguments;
 uintptr_t launcher;  // an address on the launching thread's stack, where the arguments are
@@ -164,10 +166,19 @@ void barrier() {
 }
 
 // Blocks of a cluster need not have come by the same number of barriers. All threads leave it in the same turn.
-void cluster_barrier() {
-  const int before = turns_of_cluster;
+void cluster_arrive() {
   ++arrived;
-  while (turns_of_cluster == before) yield();
+  fibres[current].arrived_in = turns_of_cluster;
+}
+void cluster_wait() {
+  while (turns_of_cluster == fibres[current].arrived_in) yield();
+}
+
+unsigned char* shared_of_block(unsigned char* of_all) {
+  unsigned char* const found = of_all + cluster_rank() * kMostShared;
+  if (!has_shared[cluster_rank()]) std::memset(found, 0xff, kMostShared);
+  has_shared[cluster_rank()] = true;
+  return found;
 }
 
 unsigned cluster_rank() {
@@ -251,6 +262,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*)
         for (size_t t = 0; t < threads; ++t) fibres[t].done = false;
         if (at_work.size() < threads || some_late) at_work.assign(threads, std::deque<std::vector<Work>>(1));
         some_late = false;
+        std::fill(std::begin(has_shared), std::end(has_shared), false);
         for (bool some = true; some;) {  // a turn takes every thread to its next barrier or its end
           some = false;
           for (size_t turn = 0; turn < threads; ++turn) {

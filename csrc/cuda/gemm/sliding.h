@@ -7,6 +7,7 @@
 // computed behind the rows of the result is not stored.
 #pragma once
 #include <algorithm>
+#include "cuda/divisor.h"
 #include "cuda/gemm/gemm.h"
 
 namespace fused_cnn {
@@ -18,21 +19,6 @@ constexpr int kSlidingAhead = 2;                  // steps by which weights are 
 constexpr int kSlidingSlots = kSlidingAhead + 2;  // a step's for each of them, the one that runs and the one before
 constexpr int kSlidingZeros = 1024 + 128;  // bytes, of which 128 stand for 64 rows, and others for the 64 behind them
 constexpr int kSlidingShared = 113 << 10;  // bytes, so that two blocks share a multiprocessor
-
-// n / divisor(d), for 0 <= n and 0 < d, is their quotient by one multiplication: n d' >> shift with d' = 2^shift / d,
-// rounded up, is too large by less than n / 2^31.
-struct Divisor {
-  uint32_t inverse;
-  int shift;
-};
-inline Divisor divisor(int d) {
-  int shift = 31;
-  while (int64_t{1} << (shift - 31) < d) ++shift;
-  return {static_cast<uint32_t>(((uint64_t{1} << shift) + d - 1) / d), shift};
-}
-FUSED_CNN_HD int operator/(int n, const Divisor& by) {
-  return static_cast<int>(static_cast<uint64_t>(n) * by.inverse >> by.shift);
-}
 
 struct Sliding {
   const void *x, *weight;

@@ -167,148 +167,151 @@ __global__ void __launch_bounds__(kSlidingThreads, 2) sliding_kernel(const __gri
   int slot = 0, buffer = 0;
 #pragma unroll 1
   while (at.item < items) {
-    SlidingStep next = at;
-    next.next_chunk(s);
-    const bool is_last = next.item != at.item, more = next.item < items;
-    const int units = s.taps * at.units;
-    int depth = 0, column = 0, shift = 0;  // of a unit: which of its tap, the tap's column, and its distance
+    const int item = at.item;
 #pragma unroll 1
-    for (; at.step < at.steps; ++at.step) {
-      // What one buffer has was brought behind all else, what two have long before.
-      s.buffers == 1 && at.step == 0 ? await_copies_for_products<0>() : await_copies_for_products<kSlidingAhead - 1>();
-      const SharedOperand first = shared_operand(buffers + buffer * s.buffer_bytes + first_row * 16, s.plane);
-      // Without branches between products, which would make them groups of their own. Past the chunk's last unit
-      // weights are zeros, and so are these pixels.
-      SharedOperand pixels_of[kSlidingUnits];
-      const auto next_tap = [&](bool is_tap) {
-        column += is_tap;
-        shift += is_tap ? s.tap_column : 0;
-        const bool is_row = column == s.kernel_width;
-        column = is_row ? 0 : column;
-        shift += is_row ? s.tap_row - s.kernel_width * s.tap_column : 0;
-      };
-      if (at.units == kSlidingUnits) {  // the step is a tap
+    while (at.item == item) {
+      SlidingStep next = at;
+      next.next_chunk(s);
+      const bool more = next.item < items;
+      const int units = s.taps * at.units;
+      int depth = 0, column = 0, shift = 0;  // of a unit: which of its tap, the tap's column, and its distance
+#pragma unroll 1
+      for (; at.step < at.steps; ++at.step) {
+        // What one buffer has was brought behind all else, what two have long before.
+        s.buffers == 1 && at.step == 0 ? await_copies_for_products<0>()
+                                       : await_copies_for_products<kSlidingAhead - 1>();
+        const SharedOperand first = shared_operand(buffers + buffer * s.buffer_bytes + first_row * 16, s.plane);
+        // Without branches between products, which would make them groups of their own. Past the chunk's last unit
+        // weights are zeros, and so are these pixels.
+        SharedOperand pixels_of[kSlidingUnits];
+        const auto next_tap = [&](bool is_tap) {
+          column += is_tap;
+          shift += is_tap ? s.tap_column : 0;
+          const bool is_row = column == s.kernel_width;
+          column = is_row ? 0 : column;
+          shift += is_row ? s.tap_row - s.kernel_width * s.tap_column : 0;
+        };
+        if (at.units == kSlidingUnits) {  // the step is a tap
 #pragma unroll
-        for (int u = 0; u < kSlidingUnits; ++u) pixels_of[u] = first + (u * (s.plane / 8) + shift);
-        next_tap(true);
-      } else {
+          for (int u = 0; u < kSlidingUnits; ++u) pixels_of[u] = first + (u * (s.plane / 8) + shift);
+          next_tap(true);
+        } else {
+#pragma unroll
+          for (int u = 0; u < kSlidingUnits; ++u) {
+            const bool inside = at.step * kSlidingUnits + u < units;
+            pixels_of[u] = inside ? first + (depth * (s.plane / 8) + shift) : zeros;
+            const bool is_tap = ++depth == at.units;
+            depth = is_tap ? 0 : depth;
+            next_tap(is_tap);
+          }
+        }
+        const SharedOperand weights_of = shared_operand(slots + slot * kSlotBytes, kPlane);
+        __syncthreads();
+        begin_products();
 #pragma unroll
         for (int u = 0; u < kSlidingUnits; ++u) {
-          const bool inside = at.step * kSlidingUnits + u < units;
-          pixels_of[u] = inside ? first + (depth * (s.plane / 8) + shift) : zeros;
-          const bool is_tap = ++depth == at.units;
-          depth = is_tap ? 0 : depth;
-          next_tap(is_tap);
-        }
-      }
-      const SharedOperand weights_of = shared_operand(slots + slot * kSlotBytes, kPlane);
-      __syncthreads();
-      begin_products();
+          const bool add = u > 0 || at.step > 0 || at.chunk > 0;
 #pragma unroll
-      for (int u = 0; u < kSlidingUnits; ++u) {
-        const bool add = u > 0 || at.step > 0 || at.chunk > 0;
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          multiply_add<T, kColumns>(sums[part], pixels_of[u] + 64 * part, weights_of + u * (2 * kPlane / 16), add);
+          for (int part = 0; part < kParts; ++part) {
+            multiply_add<T, kColumns>(sums[part], pixels_of[u] + 64 * part, weights_of + u * (2 * kPlane / 16), add);
+          }
         }
-      }
-      end_products();
-      // The slot and the buffer that are filled now were read by the products before the last, which are done.
-      load_weights((slot + kSlidingAhead) % kSlidingSlots);
-      if (s.buffers == 2 && more && at.step > 0) {
-        if (at.step == 1) pixels.begin(s, kRows, next, buffers + (1 - buffer) * s.buffer_bytes);
+        end_products();
+        // The slot and the buffer that are filled now were read by the products before the last, which are done.
+        load_weights((slot + kSlidingAhead) % kSlidingSlots);
+        if (s.buffers == 2 && more && at.step > 0) {
+          if (at.step == 1) pixels.begin(s, kRows, next, buffers + (1 - buffer) * s.buffer_bytes);
 #pragma unroll 1
-        for (int i = 0; i < s.passes; ++i) pixels.pass(s);
+          for (int i = 0; i < s.passes; ++i) pixels.pass(s);
+        }
+        commit_copies();
+        await_products<1>();
+        slot = (slot + 1) % kSlidingSlots;
       }
-      commit_copies();
-      await_products<1>();
-      slot = (slot + 1) % kSlidingSlots;
-    }
-    if (s.buffers == 2) {
-      buffer = 1 - buffer;
-    } else {
-      await_products<0>();
-      __syncthreads();
-      if (more) {
-        pixels.begin(s, kRows, next, buffers);
+      if (s.buffers == 2) {
+        buffer = 1 - buffer;
+      } else {
+        await_products<0>();
+        __syncthreads();
+        if (more) {
+          pixels.begin(s, kRows, next, buffers);
 #pragma unroll 1
-        for (int i = 0; i < s.passes; ++i) pixels.pass(s);
+          for (int i = 0; i < s.passes; ++i) pixels.pass(s);
+        }
+        commit_copies();
       }
-      commit_copies();
+      at = next;
     }
-    if (is_last) {
-      await_products<0>();
-      int rows[kParts][2];  // of the result, or none: those of this thread's pairs, which lie 8 from each other
+    await_products<0>();
+    int rows[kParts][2];  // of the result, or none: those of this thread's pairs, which lie 8 from each other
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      keep(sums[part]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first_row + 64 * part + thread % 128 / 32 * 16 + thread % 32 / 4 + 8 * half;
+        const SlidingPlace place(s, item / s.column_tiles * kRows + row);
+        const bool inside = place.image < s.images && place.y < s.out_height && place.x < s.out_width;
+        rows[part][half] = inside ? (place.image * s.out_height + place.y) * s.out_width + place.x : -1;
+      }
+    }
+    const T* const bias = static_cast<const T*>(s.bias);
+    const int first_output = item % s.column_tiles * kColumns, q = thread % 4;
+#pragma unroll
+    for (int group = 0; group < kColumns / 32; ++group) {
+      const int column = first_output + 32 * group, own = column + 8 * q;
+      const bool there = own < s.outputs;
+      float biases[4][2] = {};
+#pragma unroll
+      for (int o = 0; o < 4; ++o) {
+        const int output = column + 8 * o + 2 * q;
+        if (!bias || output >= s.outputs) continue;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) biases[o][i] = to_compute(bias[output + i]);
+      }
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        keep(sums[part]);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = first_row + 64 * part + thread % 128 / 32 * 16 + thread % 32 / 4 + 8 * half;
-          const SlidingPlace place(s, at.item / s.column_tiles * kRows + row);
-          const bool inside = place.image < s.images && place.y < s.out_height && place.x < s.out_width;
-          rows[part][half] = inside ? (place.image * s.out_height + place.y) * s.out_width + place.x : -1;
-        }
-      }
-      const T* const bias = static_cast<const T*>(s.bias);
-      const int first_output = at.item % s.column_tiles * kColumns, q = thread % 4;
-#pragma unroll
-      for (int group = 0; group < kColumns / 32; ++group) {
-        const int column = first_output + 32 * group, own = column + 8 * q;
-        const bool there = own < s.outputs;
-        float biases[4][2] = {};
-#pragma unroll
-        for (int o = 0; o < 4; ++o) {
-          const int output = column + 8 * o + 2 * q;
-          if (!bias || output >= s.outputs) continue;
-#pragma unroll
-          for (int i = 0; i < 2; ++i) biases[o][i] = to_compute(bias[output + i]);
-        }
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          // Pairs of columns of the two rows: a thread's own, where it computes; of 8 columns, where it loads and
-          // stores.
-          uint32_t pairs[4][2] = {};
-          if (s.residual.data) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              if (!there || rows[part][half] < 0) continue;
-              const Vec8<T> residual = load_vec8<true>(s.residual.at<const T>(rows[part][half]) + own);
-              uint32_t words[4];
-              memcpy(words, &residual, sizeof(words));
-#pragma unroll
-              for (int o = 0; o < 4; ++o) pairs[o][half] = words[o];
-            }
-            exchange_in_quad(pairs);
-          }
-#pragma unroll
-          for (int o = 0; o < 4; ++o) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              float both[2];
-#pragma unroll
-              for (int i = 0; i < 2; ++i) both[i] = sums[part][4 * group + o][2 * half + i] + biases[o][i];
-              if (s.residual.data) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) both[i] += half_of<T>(pairs[o][half], i);
-              }
-              const uint32_t pair = pair_of<T>(both[0], both[1]);
-              pairs[o][half] = s.relu ? max_of_pairs<T>(pair, 0) : pair;
-            }
-          }
-          exchange_in_quad(pairs);
+        // Pairs of columns of the two rows: a thread's own, where it computes; of 8 columns, where it loads and
+        // stores.
+        uint32_t pairs[4][2] = {};
+        if (s.residual.data) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             if (!there || rows[part][half] < 0) continue;
-            const uint32_t words[] = {pairs[0][half], pairs[1][half], pairs[2][half], pairs[3][half]};
-            Vec8<T> out;
-            memcpy(&out, words, sizeof(out));
-            store_vec8<true>(s.out.at<T>(rows[part][half]) + own, out);
+            const Vec8<T> residual = load_vec8<true>(s.residual.at<const T>(rows[part][half]) + own);
+            uint32_t words[4];
+            memcpy(words, &residual, sizeof(words));
+#pragma unroll
+            for (int o = 0; o < 4; ++o) pairs[o][half] = words[o];
           }
+          exchange_in_quad(pairs);
+        }
+#pragma unroll
+        for (int o = 0; o < 4; ++o) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float both[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) both[i] = sums[part][4 * group + o][2 * half + i] + biases[o][i];
+            if (s.residual.data) {
+#pragma unroll
+              for (int i = 0; i < 2; ++i) both[i] += half_of<T>(pairs[o][half], i);
+            }
+            const uint32_t pair = pair_of<T>(both[0], both[1]);
+            pairs[o][half] = s.relu ? max_of_pairs<T>(pair, 0) : pair;
+          }
+        }
+        exchange_in_quad(pairs);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (!there || rows[part][half] < 0) continue;
+          const uint32_t words[] = {pairs[0][half], pairs[1][half], pairs[2][half], pairs[3][half]};
+          Vec8<T> out;
+          memcpy(&out, words, sizeof(out));
+          store_vec8<true>(s.out.at<T>(rows[part][half]) + own, out);
         }
       }
     }
-    at = next;
   }
 }
 

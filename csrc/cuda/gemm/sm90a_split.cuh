@@ -7,6 +7,7 @@
 // step's pixels and weights in each.
 #pragma once
 #include "cuda/cluster.cuh"
+#include "cuda/divisor.h"
 #include "cuda/gemm/epilogue.cuh"
 #include "cuda/gemm/instances.h"
 #include "cuda/wgmma.cuh"
@@ -18,11 +19,12 @@ constexpr int kSplitUnit = 16, kSplitUnits = 4;      // channels of one tap; uni
 constexpr int kSplitAhead = 4, kSplitSlots = kSplitAhead + 2;
 constexpr int kMostSplits = 8;  // blocks of a cluster, as many as every GPU of the architecture takes
 
-struct Split {
+struct SplitProduct {
   const void *x, *weight;
   int64_t pixel, row, image;  // distances in x, in elements
   int inputs, outputs, height, width, out_height, out_width;
   int taps, kernel_width;
+  Divisor by_kernel_width, by_units;  // of the window; of a tap
   int stride[2], padding[2], dilation[2];
   int rows, units_a_tap, steps;  // of the whole product
   int splits, column_tiles;
@@ -38,7 +40,7 @@ constexpr int split_bytes(int columns) {
 
 // A cluster a tile.
 template <typename T, int kColumns>
-__global__ void __launch_bounds__(kSplitThreads) split_kernel(const __grid_constant__ Split s) {
+__global__ void __launch_bounds__(kSplitThreads) split_kernel(const __grid_constant__ SplitProduct s) {
   // Bytes from 8 channels' to the next 8's, an odd number of 16: threads beside each other write to banks of their own.
   constexpr int kPixelPlane = (kSplitRows + 1) * 16, kWeightPlane = (kColumns + 1) * 16;
   constexpr int kWeightsAt = 2 * kSplitUnits * kPixelPlane, kSlotBytes = split_slot_bytes(kColumns);
@@ -60,9 +62,9 @@ __global__ void __launch_bounds__(kSplitThreads) split_kernel(const __grid_const
     from[i] = row / size * s.image + top[i] * s.row + left[i] * s.pixel;
   }
   const auto load = [&](int step, int slot) {
-    const int unit = step * kSplitUnits + eight / 2, tap = unit / s.units_a_tap;
+    const int unit = step * kSplitUnits + eight / 2, tap = unit / s.by_units, tap_row = tap / s.by_kernel_width;
     const int channel = (unit - tap * s.units_a_tap) * kSplitUnit + eight % 2 * 8;
-    const int down = tap / s.kernel_width * s.dilation[0], along = tap % s.kernel_width * s.dilation[1];
+    const int down = tap_row * s.dilation[0], along = (tap - tap_row * s.kernel_width) * s.dilation[1];
     const bool inside = tap < s.taps && channel < s.inputs;
     const T* const x = static_cast<const T*>(s.x);
     const T* const weight = static_cast<const T*>(s.weight);
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(kSplitThreads) split_kernel(const __grid_const
   keep(sums);
   const int warp = thread / 32, pair = thread % 4 * 2, row_of_pair = 16 * warp + thread % 32 / 4;
   // Each block's part, in place of its slots.
-  constexpr int kPartRow = kColumns + 4;  // rows on 16 bytes, neighbours in banks of their own
+  constexpr int kPartRow = kColumns + 4;  // rows on 16 bytes
   float* const part = reinterpret_cast<float*>(memory);
   __syncthreads();
 #pragma unroll
@@ -123,21 +125,40 @@ __global__ void __launch_bounds__(kSplitThreads) split_kernel(const __grid_const
 #pragma unroll
     for (int i = 0; i < 4; ++i) part[(row_of_pair + i / 2 * 8) * kPartRow + 8 * j + pair + i % 2] = sums[j][i];
   }
-  cluster_barrier();
-  const int rows = kSplitRows / s.splits;  // that each block finishes
-  for (int i = thread; i < rows * (kColumns / kVec); i += kSplitThreads) {
-    const int row = rank * rows + i / (kColumns / kVec), column = i % (kColumns / kVec) * kVec;
-    float values[kVec] = {};
-    for (int block = 0; block < s.splits; ++block) {
-      const float* const theirs = in_block(part, block) + row * kPartRow + column;
+  cluster_arrive();
+  cluster_wait();
+  // Each block finishes some rows, a thread 8 columns of one at a time.
+  constexpr int kVectors = kColumns / kVec, kTurns = kSplitRows * kVectors / kSplitThreads;
+  const int rows = kSplitRows / s.splits;
+  float values[kTurns][kVec] = {};
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) values[j] += theirs[j];
-    }
-    if (first_row + row < s.rows && first_output + column < s.outputs) {
-      finish_and_store<T>(s.epilogue, values, first_row + row, first_output + column);
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const int i = thread + turn * kSplitThreads, row = rank * rows + i / kVectors, column = i % kVectors * kVec;
+    if (i >= rows * kVectors) continue;
+#pragma unroll
+    for (int block = 0; block < kMostSplits; ++block) {
+      if (block >= s.splits) continue;
+      const float4* const theirs = reinterpret_cast<const float4*>(in_block(part, block) + row * kPartRow + column);
+#pragma unroll
+      for (int j = 0; j < kVec / 4; ++j) {
+        const float4 four = theirs[j];
+        values[turn][4 * j] += four.x;
+        values[turn][4 * j + 1] += four.y;
+        values[turn][4 * j + 2] += four.z;
+        values[turn][4 * j + 3] += four.w;
+      }
     }
   }
-  cluster_barrier();  // no block ends while others read what it has
+  cluster_arrive();  // before the stores, for which it would wait
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const int i = thread + turn * kSplitThreads, row = first_row + rank * rows + i / kVectors;
+    const int column = first_output + i % kVectors * kVec;
+    if (i < rows * kVectors && row < s.rows && column < s.outputs) {
+      finish_and_store<T>(s.epilogue, values[turn], row, column);
+    }
+  }
+  cluster_wait();  // no block ends while others read what it has
 }
 
 template <typename T, int kRows, int kColumns>
@@ -149,28 +170,30 @@ cudaError_t sm90a_split(const Convolution& conv, int multiprocessors, cudaStream
                conv.stride[axis] +
            1;
   };
-  Split s{.x = conv.x,
-          .weight = conv.weight,
-          .pixel = conv.pixel,
-          .row = conv.row,
-          .image = conv.image,
-          .inputs = conv.inputs,
-          .outputs = conv.outputs,
-          .height = conv.size[0],
-          .width = conv.size[1],
-          .out_height = size(0),
-          .out_width = size(1),
-          .taps = conv.kernel[0] * conv.kernel[1],
-          .kernel_width = conv.kernel[1],
-          .stride = {conv.stride[0], conv.stride[1]},
-          .padding = {conv.padding[0], conv.padding[1]},
-          .dilation = {conv.dilation[0], conv.dilation[1]},
-          .splits = 1,
-          .column_tiles = ceil_div(conv.outputs, kColumns),
-          .epilogue = conv.epilogue};
+  SplitProduct s{.x = conv.x,
+                 .weight = conv.weight,
+                 .pixel = conv.pixel,
+                 .row = conv.row,
+                 .image = conv.image,
+                 .inputs = conv.inputs,
+                 .outputs = conv.outputs,
+                 .height = conv.size[0],
+                 .width = conv.size[1],
+                 .out_height = size(0),
+                 .out_width = size(1),
+                 .taps = conv.kernel[0] * conv.kernel[1],
+                 .kernel_width = conv.kernel[1],
+                 .stride = {conv.stride[0], conv.stride[1]},
+                 .padding = {conv.padding[0], conv.padding[1]},
+                 .dilation = {conv.dilation[0], conv.dilation[1]},
+                 .splits = 1,
+                 .column_tiles = ceil_div(conv.outputs, kColumns),
+                 .epilogue = conv.epilogue};
   s.rows = conv.images * s.out_height * s.out_width;
   s.units_a_tap = ceil_div(s.inputs, kSplitUnit);
   s.steps = ceil_div(s.taps * s.units_a_tap, kSplitUnits);
+  s.by_units = divisor(s.units_a_tap);
+  s.by_kernel_width = divisor(s.kernel_width);
   const int64_t tiles = int64_t{ceil_div(s.rows, kSplitRows)} * s.column_tiles;
   // As many as there are multiprocessors for, and two steps for each at least.
   while (s.splits < kMostSplits && 2 * s.splits * tiles <= multiprocessors && 4 * s.splits <= s.steps) s.splits *= 2;

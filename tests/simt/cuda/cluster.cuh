@@ -4,8 +4,11 @@
 
 namespace fused_cnn {
 
-inline void cluster_barrier() {
-  simt::cluster_barrier();
+inline void cluster_arrive() {
+  simt::cluster_arrive();
+}
+inline void cluster_wait() {
+  simt::cluster_wait();
 }
 
 template <typename T>

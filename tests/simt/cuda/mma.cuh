@@ -9,7 +9,7 @@ namespace fused_cnn {
 #define FUSED_CNN_DYNAMIC_SHARED(name, most_bytes)                                        \
   static_assert((most_bytes) <= simt::kMostShared);                                       \
   alignas(16) static unsigned char name##_of_all[simt::kMostCluster * simt::kMostShared]; \
-  unsigned char* const name = name##_of_all + simt::cluster_rank() * simt::kMostShared
+  unsigned char* const name = simt::shared_of_block(name##_of_all)
 
 template <typename T>
 inline float half_of(uint32_t pair, int i) {
