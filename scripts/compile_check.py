@@ -76,7 +76,9 @@ INSTRUCTIONS = {
     "load 16": re.compile(r"\bLDG\.E\S*\.128\b"),
     "copy 16": re.compile(r"\bLDGSTS\.E\S*\.128\b"),  # into shared memory
     "store 16": re.compile(r"\bSTG\.E\S*\.128\b"),
+    "TMA store": re.compile(r"\bUTMASTG\b"),
 }
+WARNED = re.compile("warning|Performance Loss|is injected")  # the last of a wait between products
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -150,17 +152,17 @@ def cuobjdump() -> str | None:
 
 def readable(name: str) -> str:
     """A kernel's name without its parameters; of CUTLASS's kernels what tells them apart."""
-    if "cutlass::" in name:
-        types = re.search(r"SliceEpilogue<(\w+), (\w+)>", name)
-        tile = re.search(r"tuple<cute::C<(\d+)>, cute::C<(\d+)>, cute::C<64> ?>", name)
-        return f"product of {types[1]} to {types[2]} in tiles of {tile[1]} x {tile[2]}" if types and tile else name
+    for kind, universal in (("product", "GemmUniversal"), ("convolution", "ConvUniversal")):
+        if universal in name:  # the longest of these names c++filt leaves as they are
+            tile = re.search(r"tuple<cute::C<(\d\d+)>, cute::C<(\d\d+)>, cute::C<\d+> ?>", name)
+            return f"{kind} in tiles of {tile[1]} x {tile[2]}" if tile else kind
     return re.sub(r"^void |(?<=>)\(.*", "", name)
 
 
 def wanted(name: str, arch: str) -> tuple[str, ...]:
     """The instructions that a kernel is nothing without."""
-    if name.startswith("product"):
-        return ("wgmma" if arch == "sm_90a" else "mma", "store 16")
+    if name.startswith(("product", "convolution")):
+        return ("wgmma", "TMA store") if arch == "sm_90a" else ("mma", "store 16")
     if name.startswith(("sliding_kernel", "split_kernel")):
         return ("wgmma", "copy 16", "store 16")
     if name.startswith(("pooled_pointwise_kernel", "stem_kernel")):
@@ -211,9 +213,7 @@ def cuda_kernels(skipped: list[str], broken: list[str]) -> list[Kernel]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         codes = list(pool.map(code_in, objects, logs))
     for file, text, code in zip(objects, logs, codes, strict=True):
-        broken += [
-            f"{file.stem}: {line}" for line in text.splitlines() if "warning" in line or "Performance Loss" in line
-        ]
+        broken += [f"{file.stem}: {line}" for line in text.splitlines() if WARNED.search(line)]
         matches = list(PTXAS.finditer(text))
         for m, demangled_name in zip(matches, demangled([m["name"] for m in matches]), strict=True):
             shared = re.search(r"(\d+) bytes smem", m["rest"])
