@@ -204,13 +204,13 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
             "cuda/pooled_pointwise.cu",
             "load(memory + (stage == 0 ? s.stages - 1 : stage - 1) * s.stage_bytes);",
             "load(memory + stage * s.stage_bytes);",
-            "error=",
+            "differ",
         ),
         "a missing barrier before the product of pooled pixels": (
             "cuda/pooled_pointwise.cu",
             "await_copies(s.stages - 2);\n      __syncthreads();",
             "await_copies(s.stages - 2);",
-            "error=",
+            "differ",
         ),
         "channels behind the last that a stage had before": (
             "cuda/pooled_pointwise.cu",
