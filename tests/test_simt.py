@@ -154,6 +154,7 @@ def test_results_are_bitwise_equal_in_reruns() -> None:
     assert all(torch.equal(first, run()) for _ in range(3))
 
 
+SPLIT = [(7, 64, 64, 64), (7, 64, 32, 64)]  # the tiles that share a product among blocks
 OUTSIDE, OFF = "outside of every tensor", "on a multiple of 16 bytes at another address"
 # Mistakes that the checks must notice, by op: a file, a piece of it, what stands there instead, and
 # what is said of it.
@@ -334,15 +335,17 @@ def test_the_table_decides_which_tile_a_product_runs_with(
     X, W = (last(torch.randn(shape, dtype=torch.float16)) for shape in ((1, 16, 4, 4), (24, 16, 1, 1)))
     (problem,) = _library.problems_of(library, work)
     assert problem[2:] == (16, 24, 16, 0, 1, 1, 1, 1, 1, 0)
-    large, small, of_library = _library.tiles_of(library, problem)
-    assert (large, small, of_library) == ((0, 128, 128, 64), (0, 64, 64, 64), (3, 0, 0, 0))
-    assert _library.tiles_of(library, (*problem[:-3], 2, 1, 0)) == [(1, 128, 64, 64), of_library]
+    large, small, *split, of_library = tiles = _library.tiles_of(library, problem)
+    assert (large, small, split, of_library) == ((0, 128, 128, 64), (0, 64, 64, 64), SPLIT, (3, 0, 0, 0))
+    assert _library.tiles_of(library, (*problem[:-3], 2, 1, 0)) == [*SPLIT, (1, 128, 64, 64), of_library]
     used = ctypes.c_int.in_dll(library, "simt_gemm_tile")
 
     def tile_of(run: Callable[[], object]) -> _library.Tile:
-        used.value = 2
+        used.value = -1
         run()
-        return (large, small, of_library)[used.value]  # in the stand-in's order
+        return {0: large, 1: small, 8: split[0], 9: split[1], -1: of_library}[
+            used.value
+        ]  # places in the stand-in's list
 
     assert tile_of(work) == small  # for so small a product
     table = _tables.Table()
@@ -353,7 +356,7 @@ def test_the_table_decides_which_tile_a_product_runs_with(
 
     monkeypatch.setattr(tuning, "_seconds", first_wins)
     tuning.measure_tiles(work, X.device, library, table)
-    seconds = {str(large): 0.0, str(small): 1.0, str(of_library): 2.0}
+    seconds = {str(tile): float(i) for i, tile in enumerate(tiles)}
     assert table.tiles == {(_tables.GEMM, *problem[1:]): {"best": list(large), "seconds": seconds}}
     assert tile_of(work) == large
     with pytest.raises(ValueError, match="no tile"):
@@ -585,7 +588,7 @@ def test_a_tile_that_is_wrong_is_found_before_its_first_use_and_never_runs(monke
         assert _library.tiles_of(library, problem)[0] == wrong
         try:
             _library.refuse_tile(library, problem, wrong)
-            assert _library.tiles_of(library, problem) == [right, (3, 0, 0, 0)]
+            assert _library.tiles_of(library, problem) == [right, *SPLIT, (3, 0, 0, 0)]
             with pytest.raises(ValueError, match="no tile"):
                 _library.choose_tile(library, problem, wrong)
             assert _library.tiles_of(library, (-1, 3, *problem[2:]))[0] == wrong  # in bfloat16 it may
