@@ -1,9 +1,14 @@
-// Division by a number that a launch knows and the compiler does not.
+// Division: rounded up, and by a number that a launch knows and the compiler does not.
 #pragma once
 #include <cstdint>
 #include "shared/dtype.h"
 
 namespace fused_cnn {
+
+template <typename T>
+constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
 
 // n / divisor(d), for 0 <= n and 0 < d, is their quotient by one multiplication: n d' >> shift, where d' = 2^shift / d,
 // rounded up, makes it too large by less than n / 2^31.

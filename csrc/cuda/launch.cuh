@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include "shared/checks.h"
+#include "cuda/divisor.h"
 #include "cuda/stream.cuh"
 
 namespace fused_cnn {
@@ -48,11 +49,6 @@ class Launch {
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 };
-
-template <typename T>
-constexpr T ceil_div(T a, T b) {
-  return (a + b - 1) / b;
-}
 
 }  // namespace fused_cnn
 

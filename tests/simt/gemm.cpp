@@ -137,11 +137,6 @@ __global__ void convolution_kernel(Convolution conv, int height, int width) {
 
 template <typename T>
 cudaError_t convolution(const Convolution& conv, int multiprocessors, cudaStream_t stream) {
-  const auto size = [&](int axis) {
-    return (conv.size[axis] + 2 * conv.padding[axis] - conv.dilation[axis] * (conv.kernel[axis] - 1) - 1) /
-               conv.stride[axis] +
-           1;
-  };
   simt_gemm_tile = static_cast<int>(conv.tile - kTiles);
   if constexpr (!std::is_same_v<T, float>) {
     if (conv.tile->kind == TileKind::split) {
@@ -156,8 +151,8 @@ cudaError_t convolution(const Convolution& conv, int multiprocessors, cudaStream
     }
   }
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(conv.images * size(0) * size(1));
-  return cudaLaunchKernelEx(&config, convolution_kernel<T>, conv, size(0), size(1));
+  config.gridDim = dim3(conv.images * conv.result_size(0) * conv.result_size(1));
+  return cudaLaunchKernelEx(&config, convolution_kernel<T>, conv, conv.result_size(0), conv.result_size(1));
 }
 
 template <typename Body>

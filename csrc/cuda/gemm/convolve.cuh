@@ -100,8 +100,7 @@ inline const Tile* tile_of(const Tensor& x, const Tensor& weight, const ConvPara
 }
 
 // `conv` over x itself.
-inline void run_convolution(const GemmKernels& kernels, const Tensor& x, const Tensor& weight, const ConvParams& params,
-                            Convolution conv) {
+inline void run_convolution(const GemmKernels& kernels, const Tensor& x, const Tensor& weight, Convolution conv) {
   const RowView in = on_16_bytes(rows_of(x));
   const Tensor filter = on_16_bytes(dense(weight, MemoryFormat::ChannelsLast));
   conv.x = in.data;
@@ -109,7 +108,7 @@ inline void run_convolution(const GemmKernels& kernels, const Tensor& x, const T
   conv.row = in.pitch * x.size(3);
   conv.image = conv.row * x.size(2);
   conv.weight = filter.data_ptr();
-  kernels.run(Launch(x), with_sizes(conv, x, weight, params));
+  kernels.run(Launch(x), conv);
 }
 
 // `conv` over x with each 2 x 2 pixels as the channels of one.
@@ -168,12 +167,11 @@ inline void convolve(const Tensor& x, const Tensor& weight, const std::optional<
     Convolution conv{
         .tile = tile,
         .dtype = dtype_of("convolve", "x", x),
-        .images = static_cast<int>(x.size(0)),
-        .outputs = static_cast<int>(weight.size(0)),
         .epilogue = {.bias = bias ? vector.data_ptr() : nullptr, .residual = addend, .relu = relu, .slices = 1}};
     conv.epilogue.slice[0] = out;
+    conv = with_sizes(conv, x, weight, params);
     return tile->kind == TileKind::space_to_depth ? run_space_to_depth(kernels, x, weight, params, size, conv)
-                                                  : run_convolution(kernels, x, weight, params, conv);
+                                                  : run_convolution(kernels, x, weight, conv);
   }
   if (is_pointwise(weight, params)) {
     if (params.stride != Ints{1, 1}) {

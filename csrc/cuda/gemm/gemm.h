@@ -53,6 +53,10 @@ struct Convolution {
   int images, inputs, outputs;
   std::array<int, 2> size, kernel, stride, padding, dilation;
   GemmEpilogue epilogue;
+
+  int result_size(int axis) const {
+    return (size[axis] + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) / stride[axis] + 1;
+  }
 };
 
 }  // namespace fused_cnn

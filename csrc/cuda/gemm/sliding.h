@@ -56,10 +56,6 @@ inline int sliding_bytes(const Sliding& s, int columns) {
 // For tiles of so many rows and columns; its `chunks` are 0 where shared memory does not hold the pixels. No side is
 // padded by more than the window's reach, so that the result's rows and columns end where those of the line do.
 inline Sliding sliding_plan(const Convolution& conv, int rows, int columns) {
-  const auto ceil_div = [](int a, int b) { return (a + b - 1) / b; };
-  const auto size = [&](int axis) {
-    return conv.size[axis] + 2 * conv.padding[axis] - conv.dilation[axis] * (conv.kernel[axis] - 1);
-  };
   Sliding s{.x = conv.x,
             .weight = conv.weight,
             .pixel = conv.pixel,
@@ -70,8 +66,8 @@ inline Sliding sliding_plan(const Convolution& conv, int rows, int columns) {
             .outputs = conv.outputs,
             .height = conv.size[0],
             .width = conv.size[1],
-            .out_height = size(0),
-            .out_width = size(1),
+            .out_height = conv.result_size(0),
+            .out_width = conv.result_size(1),
             .line = conv.size[1] + conv.padding[1],
             .frame = conv.size[0] + conv.padding[0],
             .taps = conv.kernel[0] * conv.kernel[1],
@@ -82,7 +78,7 @@ inline Sliding sliding_plan(const Convolution& conv, int rows, int columns) {
             .out = conv.epilogue.slice[0].rows,
             .relu = conv.epilogue.relu};
   s.column_tiles = ceil_div(s.outputs, columns);
-  const int64_t positions = int64_t{s.images} * s.frame * s.line, row_tiles = (positions + rows - 1) / rows;
+  const int64_t positions = int64_t{s.images} * s.frame * s.line, row_tiles = ceil_div<int64_t>(positions, rows);
   const int64_t reach = int64_t{s.line} * conv.dilation[0] * (conv.kernel[0] - 1);
   constexpr int64_t kMost = INT32_MAX / 2 - kSlidingShared;  // of a sum of two, and what a tile adds, still an int
   if (reach > kSlidingShared / 32 || positions > kMost || row_tiles * s.column_tiles > kMost) return s;

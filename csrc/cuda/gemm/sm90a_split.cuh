@@ -164,12 +164,6 @@ __global__ void __launch_bounds__(kSplitThreads) split_kernel(const __grid_const
 template <typename T, int kRows, int kColumns>
 cudaError_t sm90a_split(const Convolution& conv, int multiprocessors, cudaStream_t stream) {
   static_assert(kRows == kSplitRows);
-  const auto ceil_div = [](int a, int b) { return (a + b - 1) / b; };
-  const auto size = [&](int axis) {
-    return (conv.size[axis] + 2 * conv.padding[axis] - conv.dilation[axis] * (conv.kernel[axis] - 1) - 1) /
-               conv.stride[axis] +
-           1;
-  };
   SplitProduct s{.x = conv.x,
                  .weight = conv.weight,
                  .pixel = conv.pixel,
@@ -179,8 +173,8 @@ cudaError_t sm90a_split(const Convolution& conv, int multiprocessors, cudaStream
                  .outputs = conv.outputs,
                  .height = conv.size[0],
                  .width = conv.size[1],
-                 .out_height = size(0),
-                 .out_width = size(1),
+                 .out_height = conv.result_size(0),
+                 .out_width = conv.result_size(1),
                  .taps = conv.kernel[0] * conv.kernel[1],
                  .kernel_width = conv.kernel[1],
                  .stride = {conv.stride[0], conv.stride[1]},
