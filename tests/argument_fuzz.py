@@ -206,10 +206,16 @@ class Fuzz:
         actual = self.attempt(Call(call.op, *pytree.tree_map_only(Tensor, other, (call.args, call.kwargs))))
         assert not isinstance(expected, Exception), expected
         assert not isinstance(actual, Exception), actual
-        # PyTorch's own convolution, which some ops contain, adds up in another order in another layout.
-        torch.testing.assert_close(
-            actual, expected, equal_nan=True, msg=lambda m: f"{m}\n{Path('/dev/fd').joinpath(str(self.last))}"
-        )
+        for mine, truth in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
+            if not isinstance(truth, Tensor):
+                assert mine == truth
+                continue
+            # PyTorch's own convolution, which some ops contain, adds up in another order in another layout; where the
+            # processor has no float16, it rounds its partial sums too: some units of the largest value.
+            finite = truth[truth.isfinite()].double()
+            unit = torch.finfo(truth.dtype).eps if truth.is_floating_point() else 0
+            largest = finite.abs().max().item() if finite.numel() else 0
+            torch.testing.assert_close(mine, truth, equal_nan=True, rtol=0, atol=32 * unit * largest)
 
     def reference(self, draw: Draw, op_cases: OpCases, cases: list[Case]) -> None:
         case, maker = pick(draw, cases), Maker(torch.float32, seed=draw(st.integers(0, 9)))

@@ -21,7 +21,7 @@ needs_pictures = pytest.mark.skipif(
     reason="verify needs torchvision, scikit-image and matplotlib",
 )
 SUFFIX = "-cuda" if DEVICE == "cuda" else ""  # of tables and plots
-SMALL = ("--model", "resnet18", "--size", "64", "--batch", "2", "--seconds", "0")
+SMALL = ("--model", "resnet18", "--size", "64", "--batch", "8", "--seconds", "0")
 
 
 def run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

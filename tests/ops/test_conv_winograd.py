@@ -79,7 +79,7 @@ def test_what_takes_this_form_and_what_does_not() -> None:
     for dtype, size, expected in (
         (torch.float32, (1, 64, 56, 56), True),
         (torch.float32, (8, 512, 7, 7), True),
-        (torch.float32, (1, 512, 7, 7), False),  # reading the weights would take longer than the sums
+        (torch.float32, (1, 512, 2, 4), False),  # reading the weights would take longer than the sums
         (torch.float32, (1, 3, 56, 56), False),  # so would the transforms
     ):
         x, weight, bias = inputs(size, 64, dtype)
@@ -87,6 +87,16 @@ def test_what_takes_this_form_and_what_does_not() -> None:
         assert transforms(x, weight) is expected, size
         assert weights_read(x, weight) <= packed.data.numel()
     assert not transforms(*inputs((1, 64, 56, 56), 64, torch.float32)[:2], in_place=True)  # type: ignore[misc]
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("shape", [(64, 64, 3, 3), (6, 20, 3, 3), (33, 3, 7, 7), (5, 70, 1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_of_a_packed_weight_is_left_as_it_was_in_memory(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    # Whether weights are stale is told by comparing what is packed byte by byte.
+    weight = torch.zeros(shape, dtype=dtype)
+    packed, _ = pack_conv(weight, None, like=weight)
+    assert not (packed.data & 0x7F).any()  # all zeros but for their signs
 
 
 @pytest.mark.usefixtures("level")
@@ -101,6 +111,16 @@ def test_what_is_not_finite_reaches_its_neighbours_only(value: float) -> None:
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.isinf(), expected.isinf())
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("shape", [(64, 64, 3, 3), (6, 20, 3, 3), (33, 3, 7, 7), (5, 70, 1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_of_a_packed_weight_is_left_as_it_was_in_memory(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    # Whether weights are stale is told by comparing what is packed byte by byte.
+    weight = torch.zeros(shape, dtype=dtype)
+    packed, _ = pack_conv(weight, None, like=weight)
+    assert not (packed.data & 0x7F).any()  # all zeros but for their signs
 
 
 @pytest.mark.usefixtures("level")

@@ -2,6 +2,7 @@
 // instruction set. Memory: one scratch buffer per thread, kept between calls; everything else is the caller's.
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <numeric>
 #include <vector>
 #include "cpu/engine/conv_plan.h"
@@ -240,6 +241,9 @@ ConvWork conv_work(const ConvShape& s, DType dtype, bool in_place) {
 void pack_weight(const ConvShape& shape, DType dtype, const void* const* weight, const float* const* bias,
                  void* packed) {
   const Plan plan = plan_weight(shape, dtype, packed);
+  // Lanes past a destination's last channel, steps past a run, and what lies between the parts: equal weights are then
+  // packed into equal bytes.
+  std::memset(packed, 0, plan.packed_bytes);
   const auto pack_panel = kernels(dtype).pack_panel;
   torch::stable::parallel_for(0, plan.panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; panel++) pack_panel(plan, weight, bias, panel);

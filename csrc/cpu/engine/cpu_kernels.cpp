@@ -62,8 +62,6 @@ void pack_direct(const Plan& plan, const void* const* weight, const float* const
   const int64_t steps = r.padded / P, spatial = s.kernel.h * s.kernel.w, vectors = vectors_of(plan, panel);
   float* packed_bias = (float*)plan.bias + panel * kPanelVectors * kFloats;  // the plan is of memory to be written here
   Element* packed_weight = (Element*)((char*)plan.weight + panel * plan.panel_bytes);
-  memset(packed_bias, 0, vectors * kFloats * sizeof(float));
-  memset(packed_weight, 0, plan.panel_bytes / kPanelVectors * vectors);
 
   for (int64_t v = 0; v < vectors; v++) {
     const PackedVector of = packed_vector(plan, panel * kPanelVectors + v);
