@@ -114,16 +114,6 @@ def test_what_is_not_finite_reaches_its_neighbours_only(value: float) -> None:
 
 
 @pytest.mark.usefixtures("level")
-@pytest.mark.parametrize("shape", [(64, 64, 3, 3), (6, 20, 3, 3), (33, 3, 7, 7), (5, 70, 1, 1)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nothing_of_a_packed_weight_is_left_as_it_was_in_memory(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    # Whether weights are stale is told by comparing what is packed byte by byte.
-    weight = torch.zeros(shape, dtype=dtype)
-    packed, _ = pack_conv(weight, None, like=weight)
-    assert not (packed.data & 0x7F).any()  # all zeros but for their signs
-
-
-@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("value", [1e4, 1e8, 1e20])
 def test_a_large_pixel_costs_its_tile_digits_in_proportion_and_no_other(value: float) -> None:
     x, weight, bias = inputs((1, 32, 16, 16), 40, torch.float32)
