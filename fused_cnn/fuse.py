@@ -12,8 +12,10 @@ from itertools import chain
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ._backends import BACKENDS, outlook
+from ._layout import asks_for_channels_last
 from .adapters import BLOCKS, NETWORKS, NETWORKS_OF_BLOCKS
 from .adapters._common import full_name
 from .nn import FusedModule, ResidualStage
@@ -42,7 +44,7 @@ _IN_PLACE = (
 @dataclass
 class FusionReport:
     """What fuse_ did: `fused` and `skipped` list one Entry for each block that was looked at; `runs` says which backend
-    will run on the model's device, and what is missing for a better one."""
+    will run on the model's device, and what is missing for a better one, a layout among it."""
 
     fused: list[Entry] = field(default_factory=list)
     skipped: list[Entry] = field(default_factory=list)
@@ -107,6 +109,10 @@ def fuse_(
     weight = next(chain(model.parameters(), model.buffers()), None)
     report = FusionReport(runs="" if weight is None else outlook(backend, weight.device))
     _Walk(backend, filter_fn, report).visit("", model)
+    weights = [p for p in model.parameters() if not is_lazy(p) and p.dim() == 4]
+    if report.fused and not any(map(asks_for_channels_last, weights)):
+        # As in eager, what comes in contiguous then stays so: each op copies it to channels_last and back.
+        report.runs += "; its weights are contiguous: model.to(memory_format=torch.channels_last) makes it faster"
     if strict and not report.fused:
         raise ValueError(f"fuse_: nothing in {type(model).__name__} could be fused\n{report}")
     return report

@@ -33,7 +33,7 @@ MODELS = ("resnet50", "googlenet")
 NETWORKS = (*(argument for model in MODELS for argument in ("--model", model)), "--dtype", "bfloat16")
 TINY = ("--model", "resnet18", "--size", "64", "--dtype", "float32", "--batch", "2")
 # What decides which candidates run: the tiles of the convolutions, and of the stem with its pool.
-CANDIDATES = [f"{network} --batch 256 --backend native" for network in MODELS]
+CANDIDATES = [f"{network} --batch {n} --backend native" for n in (256, 1) for network in MODELS]
 TUNED = [f"{network} --batch {of}" for of in ("256", "256 --train", "32") for network in MODELS]
 SANITIZED = ("memcheck native", "racecheck native", "initcheck native", "memcheck triton")
 
@@ -108,7 +108,7 @@ def timings() -> list[Piece]:
     kernels = profile("--pass", "inference", "--pass", "training", *fused, "--batch", "256")
     host = profile("--pass", "inference", *fused, "--batch", "1", "--host")
     return [
-        Piece("candidates", tuner(CANDIDATES, "bfloat16"), 40, needed=True),
+        Piece("candidates", tuner(CANDIDATES, "bfloat16"), 55, needed=True),
         Piece("networks", networks, 160, "networks", bench("inference", *TINY, seconds=0), needed=True),
         Piece("quiet", forget, 10, needed=True),
         Piece("compiled", compiled, 90, "networks", needed=True),
@@ -160,6 +160,7 @@ def leftovers() -> list[Piece]:
     return [
         Piece("host training", host, 30, "kernels", tiny_host),
         Piece("tune", tuner(TUNED, "bfloat16"), 50, dry=tuner(["resnet18 --size 64"], "float32")),
+        Piece("tf32", tuner(CANDIDATES, "float32"), 40),  # as PyTorch's switch for cuDNN stands
     ]
 
 

@@ -75,8 +75,9 @@ def build(csrc: Path, rooms: Sequence[str]) -> Path:
     used = "".join(path.read_text() for path in sources)
     if "cuda/max_pool.h" in used:
         sources.append(csrc / "cuda" / "max_pool.cu")
-    if "cuda/gemm/" in used:
-        sources += [csrc / "cuda" / f"{name}.cu" for name in ("choices", "pooled_pointwise", "stem")]
+    if "cuda/convolve.h" in used:
+        parts = ("choices", "convolve", "pointwise", "pooled_pointwise", "stem")
+        sources += [csrc / "cuda" / f"{name}.cu" for name in parts]
         jobs[f"products-{headers}"] = [*STABLE, *CHECKED, SIMT / "gemm.cpp"]
     for path in sources:
         jobs[f"{path.parent.name}-{path.stem}-{_digest(headers, path)}"] = [*STABLE, *CHECKED, register, path]

@@ -182,8 +182,12 @@ def test_a_library_of_other_sources_is_said_to_be_one(gpu: Callable[..., None]) 
 
 def test_fuse_says_which_backend_will_run() -> None:
     torchvision = pytest.importorskip("torchvision")
-    report = fused_cnn.fuse_(torchvision.models.resnet18(weights=None))
+    network = torchvision.models.resnet18(weights=None)
+    report = fused_cnn.fuse_(network)
     assert report.runs.startswith("native on cpu: C++ kernels, instruction set ") and report.runs in str(report)
+    assert report.runs.endswith("model.to(memory_format=torch.channels_last) makes it faster")
+    fused_cnn.unfuse_(network).to(memory_format=torch.channels_last)
+    assert "channels_last" not in fused_cnn.fuse_(network).runs
     empty = fused_cnn.fuse_(torch.nn.Sequential(torch.nn.ReLU()))
     assert empty.runs == ""  # nowhere yet
 

@@ -104,8 +104,8 @@ pathlib.Path.is_file = lambda p: "cutlass_library" not in str(p) and is_file(p)
 FEW = (
     "conv/cuda_add_relu.cu",
     "conv/cuda.cu",
-    "cuda/gemm/sm80_bf16.cu",
-    "cuda/gemm/sm90a_bf16_128x128.cu",
+    "cuda/gemm/sm80.cu",
+    "cuda/gemm/sm90a_128x128.cu",
     "conv/cpu.cpp",
 )
 
@@ -260,7 +260,7 @@ def test_products_are_built_for_their_own_architectures(
     (headers / "version.h").write_text("#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 2\n#define CUTLASS_PATCH 0\n")
     done = build(tree, PYTHONPATH=str(tree / "site"), TORCH_CUDA_ARCH_LIST=archs, **fake_tools)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name, expected in (("sm90a_bf16_128x128", hopper), ("sm80_bf16", others)):
+    for name, expected in (("sm90a_128x128", hopper), ("sm80", others)):
         calls = nvcc_calls(tree, f"csrc/cuda/gemm/{name}.cu")
         assert len(calls) == bool(expected)
         assert all(f"code={code}" in call for call in calls for code in expected)
@@ -278,7 +278,7 @@ def test_without_cutlass_the_rest_is_built_and_a_line_says_what_is_missing(
     assert (
         "CUTLASS's headers were not found" in done.stdout and "`pip install --no-deps nvidia-cutlass==" in done.stdout
     )
-    assert not nvcc_calls(tree, "csrc/cuda/gemm/sm90a_bf16_128x128.cu")
+    assert not nvcc_calls(tree, "csrc/cuda/gemm/sm90a_128x128.cu")
     (room,) = nvcc_calls(tree, "csrc/conv/cuda.cu")
     assert "-DFUSED_CNN_GEMM_SM90A=0" in room
 

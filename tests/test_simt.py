@@ -184,7 +184,7 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
             OUTSIDE,
         ),
         "the weights of a slice between tiles": (
-            "cuda/gemm/pointwise.cuh",
+            "cuda/pointwise.cu",
             "kernels.cores->slice_step));",
             "1));",
             OUTSIDE,

@@ -1,8 +1,8 @@
 // fused_cnn::conv_bias_relu_fwd and _bwd on CUDA. Forward is a kernel of our own where that is faster than the library
-// (cuda/gemm/convolve.cuh); the convolution's gradients are cuDNN's, behind one pass for ReLU's mask and the bias's
+// (cuda/convolve.h); the convolution's gradients are cuDNN's, behind one pass for ReLU's mask and the bias's
 // gradient.
 #include "conv/backward.h"
-#include "cuda/gemm/convolve.cuh"
+#include "cuda/convolve.h"
 
 namespace fused_cnn {
 namespace {

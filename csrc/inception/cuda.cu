@@ -1,8 +1,8 @@
 // fused_cnn::inception_fwd on CUDA: a whole Inception block, BatchNorm folded. The three 1x1 convolutions of x are one
 // product with three destinations, branch 1's slice of the output and the two reductions; the pool's projection, in one
 // kernel with the pool where that is faster, writes into its slice too, and so do the k x k convolutions
-// (cuda/gemm/convolve.cuh).
-#include "cuda/gemm/convolve.cuh"
+// (cuda/convolve.h).
+#include "cuda/convolve.h"
 #include "cuda/max_pool.h"
 #include "cuda/pooled_pointwise.h"
 #include "inception/checks.h"

@@ -1,7 +1,8 @@
 // fused_cnn::stem_fwd on CUDA: a convolution, bias, ReLU and the 3x3 max pool of stride 2 behind it, in one kernel
 // where that is faster than two (cuda/stem.h).
-#include "cuda/gemm/convolve.cuh"
+#include "cuda/convolve.h"
 #include "cuda/max_pool.h"
+#include "cuda/stem.h"
 #include "max_pool/checks.h"
 
 namespace fused_cnn {

@@ -125,4 +125,9 @@ cudaError_t run_sm80(const Gemm& gemm, int multiprocessors, cudaStream_t stream)
   }
 }
 
+template <typename T>
+cudaError_t sm80_product(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
+  return run_sm80<T>(gemm, multiprocessors, stream);
+}
+
 }  // namespace fused_cnn

@@ -40,4 +40,9 @@ struct Sm90aProduct {
   }
 };
 
+template <typename T, int kRows, int kColumns>
+cudaError_t sm90a_product(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
+  return Sm90aProduct<T, kRows, kColumns>::run(gemm, multiprocessors, stream);
+}
+
 }  // namespace fused_cnn

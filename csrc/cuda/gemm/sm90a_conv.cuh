@@ -50,4 +50,9 @@ struct Sm90aConvolution {
   }
 };
 
+template <typename T, int kRows, int kColumns>
+cudaError_t sm90a_convolution(const Convolution& conv, cudaStream_t stream) {
+  return Sm90aConvolution<T, kRows, kColumns>::run(conv, stream);
+}
+
 }  // namespace fused_cnn

@@ -1,20 +1,19 @@
-// Convolutions with what follows them, into one slice of rows or a tensor: the 1x1 product, the implicit product, a
-// network's first convolution, or the library's convolution and one pass.
-#pragma once
-#include "cuda/gemm/pointwise.cuh"
+// See convolve.h.
+#include "cuda/convolve.h"
 #include "cuda/gemm/sliding.h"
 #include "cuda/gemm/space_to_depth.cuh"
 #include "cuda/stem.h"
 
 namespace fused_cnn {
+namespace {
 
 // At any stride; Problem::is_product() asks for stride 1.
-inline bool is_pointwise(const Tensor& weight, const ConvParams& params) {
+bool is_pointwise(const Tensor& weight, const ConvParams& params) {
   return weight.size(2) == 1 && weight.size(3) == 1 && params.groups == 1 && params.padding == Ints{0, 0};
 }
 
 // The pixels that a strided 1x1 convolution reads, as a view.
-inline Tensor strided_slice(const Tensor& x, const Ints& stride) {
+Tensor strided_slice(const Tensor& x, const Ints& stride) {
   const std::optional<int64_t> whole;
   Tensor view = x;
   for (int64_t axis = 0; axis < 2; ++axis) {
@@ -27,7 +26,7 @@ inline Tensor strided_slice(const Tensor& x, const Ints& stride) {
 
 // Whether tensor cores may run it; for other than 1x1 windows what TMA's im2col mode takes: offsets of the window's
 // taps and its corners within a byte, strides up to 8.
-inline bool convolution_supports(DType dtype, const Tensor& x, const Tensor& weight, const ConvParams& p) {
+bool convolution_supports(DType dtype, const Tensor& x, const Tensor& weight, const ConvParams& p) {
   const int vector = in_16_bytes(dtype);
   if (!tensor_cores_take(dtype) || p.groups != 1 || weight.size(0) % vector || x.size(1) == 0 || x.numel() > INT_MAX ||
       p.stride[0] != p.stride[1] || p.stride[0] > 8 || (x.size(1) % vector && p.dilation != Ints{1, 1})) {
@@ -42,7 +41,7 @@ inline bool convolution_supports(DType dtype, const Tensor& x, const Tensor& wei
 
 // Whether cuDNN's fused call may be made: PyTorch takes neither its switch for cuDNN nor the one for deterministic
 // algorithms into account there.
-inline bool library_may_fuse() {
+bool library_may_fuse() {
   if (!fused_cnn_context || !fused_cnn_cudnn_enabled || !fused_cnn_cudnn_deterministic || !fused_cnn_deterministic) {
     return false;
   }
@@ -51,12 +50,12 @@ inline bool library_may_fuse() {
          !fused_cnn_deterministic(context);
 }
 
-inline std::array<int, 2> int_pair(int64_t a, int64_t b) {
+std::array<int, 2> int_pair(int64_t a, int64_t b) {
   return {static_cast<int>(a), static_cast<int>(b)};
 }
 
 // `conv` with the sizes of a convolution over x itself.
-inline Convolution with_sizes(Convolution conv, const Tensor& x, const Tensor& weight, const ConvParams& params) {
+Convolution with_sizes(Convolution conv, const Tensor& x, const Tensor& weight, const ConvParams& params) {
   conv.images = static_cast<int>(x.size(0));
   conv.inputs = static_cast<int>(x.size(1));
   conv.outputs = static_cast<int>(weight.size(0));
@@ -68,39 +67,12 @@ inline Convolution with_sizes(Convolution conv, const Tensor& x, const Tensor& w
   return conv;
 }
 
-inline bool sliding_fits(const Tile& tile, const Tensor& x, const Tensor& weight, const ConvParams& params) {
+bool sliding_fits(const Tile& tile, const Tensor& x, const Tensor& weight, const ConvParams& params) {
   return sliding_plan(with_sizes({}, x, weight, params), tile.m, tile.n).chunks > 0;
 }
 
-// How a convolution into one slice runs; null: by the library and one pass. `own` says that its result is a tensor of
-// its own; with `pooled` it is how the convolution and the pool behind it run.
-inline const Tile* tile_of(const Tensor& x, const Tensor& weight, const ConvParams& params, bool residual, bool relu,
-                           const std::array<int64_t, 2>& size, bool own, bool pooled = false) {
-  const DType dtype = dtype_of("convolve", "x", x);
-  const int64_t rows = x.size(0) * size[0] * size[1];
-  if (!convolution_supports(dtype, x, weight, params) || rows > kMostRows) return nullptr;
-  const GemmKernels kernels(x.get_device_index());
-  if (!kernels) return nullptr;
-  const Problem problem{.device = kernels.device,
-                        .dtype = static_cast<int64_t>(dtype),
-                        .m = rows,
-                        .n = weight.size(0),
-                        .k = weight.size(1) * weight.size(2) * weight.size(3),
-                        .residual = residual,
-                        .slices = 1,
-                        .kernel_height = weight.size(2),
-                        .kernel_width = weight.size(3),
-                        .stride = params.stride[0],
-                        .library_takes_all = !pooled && own && relu && !residual &&
-                                             x.size(1) % in_16_bytes(dtype) == 0 && rows * weight.size(0) <= INT_MAX &&
-                                             library_may_fuse(),
-                        .pooled = pooled};
-  const Tile* tile = &kernels.tile_for(problem);
-  return tile->kind == TileKind::sliding && !sliding_fits(*tile, x, weight, params) ? nullptr : tile;
-}
-
 // `conv` over x itself.
-inline void run_convolution(const GemmKernels& kernels, const Tensor& x, const Tensor& weight, Convolution conv) {
+void run_convolution(const GemmKernels& kernels, const Tensor& x, const Tensor& weight, Convolution conv) {
   const RowView in = on_16_bytes(rows_of(x));
   const Tensor filter = on_16_bytes(dense(weight, MemoryFormat::ChannelsLast));
   conv.x = in.data;
@@ -112,8 +84,8 @@ inline void run_convolution(const GemmKernels& kernels, const Tensor& x, const T
 }
 
 // `conv` over x with each 2 x 2 pixels as the channels of one.
-inline void run_space_to_depth(const GemmKernels& kernels, const Tensor& x, const Tensor& weight,
-                               const ConvParams& params, const std::array<int64_t, 2>& size, Convolution conv) {
+void run_space_to_depth(const GemmKernels& kernels, const Tensor& x, const Tensor& weight, const ConvParams& params,
+                        const std::array<int64_t, 2>& size, Convolution conv) {
   const int64_t taps_h = ceil_div<int64_t>(weight.size(2), 2), taps_w = ceil_div<int64_t>(weight.size(3), 2);
   const int64_t height = size[0] + taps_h - 1, width = size[1] + taps_w - 1;
   const Tensor deep = empty_result(x, kDepth, height, width);
@@ -150,11 +122,50 @@ inline void run_space_to_depth(const GemmKernels& kernels, const Tensor& x, cons
   kernels.run(launch, conv);
 }
 
-// relu(convolution + bias + residual), (N, out, H', W'), into rows, with the tile that tile_of found; `size` is
-// (H', W').
-inline void convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const RowView& residual,
-                     const ConvParams& params, bool relu, const std::array<int64_t, 2>& size, const GemmSlice& out,
-                     const Tile* tile) {
+// The library's own convolution with bias and ReLU; nothing where it has none that fits.
+std::optional<Tensor> library_fused(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                                    const ConvParams& params) {
+  const Tensor rows = rows_of(aligned_for_cudnn(x)).tensor;
+  if (bias) bias = aligned_for_cudnn(*bias);
+  try {
+    const auto found = call_operator("aten::cudnn_convolution_relu", "", rows, aligned_for_cudnn(weight), bias,
+                                     params.stride, params.padding, params.dilation, params.groups);
+    return torch::stable::detail::to<Tensor>(found[0]);
+  } catch (const std::runtime_error&) {
+    return std::nullopt;
+  }
+}
+
+}  // namespace
+
+const Tile* tile_of(const Tensor& x, const Tensor& weight, const ConvParams& params, bool residual, bool relu,
+                    const std::array<int64_t, 2>& size, bool own, bool pooled) {
+  const DType dtype = dtype_of("convolve", "x", x);
+  const int64_t rows = x.size(0) * size[0] * size[1];
+  if (!convolution_supports(dtype, x, weight, params) || rows > kMostRows) return nullptr;
+  const GemmKernels kernels(x.get_device_index());
+  if (!kernels) return nullptr;
+  const Problem problem{.device = kernels.device,
+                        .dtype = static_cast<int64_t>(dtype),
+                        .m = rows,
+                        .n = weight.size(0),
+                        .k = weight.size(1) * weight.size(2) * weight.size(3),
+                        .residual = residual,
+                        .slices = 1,
+                        .kernel_height = weight.size(2),
+                        .kernel_width = weight.size(3),
+                        .stride = params.stride[0],
+                        .library_takes_all = !pooled && own && relu && !residual &&
+                                             x.size(1) % in_16_bytes(dtype) == 0 && rows * weight.size(0) <= INT_MAX &&
+                                             library_may_fuse(),
+                        .pooled = pooled};
+  const Tile* tile = &kernels.tile_for(problem);
+  return tile->kind == TileKind::sliding && !sliding_fits(*tile, x, weight, params) ? nullptr : tile;
+}
+
+void convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const RowView& residual,
+              const ConvParams& params, bool relu, const std::array<int64_t, 2>& size, const GemmSlice& out,
+              const Tile* tile) {
   if (x.size(0) * size[0] * size[1] == 0 || weight.size(0) == 0) return;
   const bool as_convolution = tile && !tile->is_library() && tile->kind != TileKind::product;
   if (as_convolution && aligned16(out.rows, x.element_size())) {
@@ -187,29 +198,8 @@ inline void convolve(const Tensor& x, const Tensor& weight, const std::optional<
   finish_convolution(aten_convolution(x, weight, std::nullopt, params), bias, residual, relu, {out});
 }
 
-// The library's own convolution with bias and ReLU; nothing where it has none that fits.
-inline std::optional<Tensor> library_fused(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
-                                           const ConvParams& params) {
-  const Tensor rows = rows_of(aligned_for_cudnn(x)).tensor;
-  if (bias) bias = aligned_for_cudnn(*bias);
-  try {
-    const auto found = call_operator("aten::cudnn_convolution_relu", "", rows, aligned_for_cudnn(weight), bias,
-                                     params.stride, params.padding, params.dilation, params.groups);
-    return torch::stable::detail::to<Tensor>(found[0]);
-  } catch (const std::runtime_error&) {
-    return std::nullopt;
-  }
-}
-
-inline std::array<int64_t, 2> size_of_result(const Tensor& x, const Tensor& weight, const ConvParams& params) {
-  const Ints kernel{weight.size(2), weight.size(3)};
-  return {conv_out_size(x.size(2), kernel, params, 0), conv_out_size(x.size(3), kernel, params, 1)};
-}
-
-// relu(convolution + bias + residual) as a tensor of this format.
-inline Tensor conv_bias_relu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
-                             const std::optional<Tensor>& residual, const ConvParams& params, bool relu,
-                             MemoryFormat format) {
+Tensor conv_bias_relu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                      const std::optional<Tensor>& residual, const ConvParams& params, bool relu, MemoryFormat format) {
   const std::array<int64_t, 2> size = size_of_result(x, weight, params);
   if (weight.size(0) == 0) return RowResult(x, 0, size[0], size[1], format).finish();
   if (bias) bias = torch::stable::contiguous(*bias);

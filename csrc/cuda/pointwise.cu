@@ -1,29 +1,12 @@
-// 1x1 convolutions over rows of channels: a product on tensor cores where the shape and the type allow one, else
-// cuDNN's convolution and one pass for what follows it (bias_residual_relu.cuh). Float32 takes tensor cores where
-// PyTorch's switch for cuDNN allows TF32, and is cuDNN's, exactly, where it does not.
-#pragma once
-#include <climits>
+// See pointwise.h.
+#include "cuda/pointwise.h"
 #include "cuda/bias_residual_relu.cuh"
-#include "cuda/gemm/context.h"
-#include "cuda/gemm/tiles.h"
-#include "shared/aten_conv.h"
 
 namespace fused_cnn {
-
-constexpr int64_t kMostRows = INT_MAX - 256;  // the largest tile's more are still an int
-
-// The switch may be another at the next call.
-inline bool tensor_cores_take(DType dtype) {
-  return dtype == DType::f16 || dtype == DType::bf16 || (dtype == DType::f32 && tf32_allowed());
-}
-
-inline bool gemm_supports(DType dtype, int64_t rows, int64_t inputs, int64_t outputs) {
-  return tensor_cores_take(dtype) && rows > 0 && inputs > 0 && outputs > 0 && inputs % in_16_bytes(dtype) == 0 &&
-         outputs % in_16_bytes(dtype) == 0 && std::max({rows, inputs, outputs}) <= kMostRows;
-}
+namespace {
 
 // Tensors one below the other, each from a multiple of `step` rows on; what lies between is not initialised.
-inline Tensor concatenated(const std::vector<Tensor>& tensors, int64_t step = 1) {
+Tensor concatenated(const std::vector<Tensor>& tensors, int64_t step = 1) {
   std::vector<Tensor> parts;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& part = tensors[i];
@@ -38,62 +21,46 @@ inline Tensor concatenated(const std::vector<Tensor>& tensors, int64_t step = 1)
   return dense(torch::stable::detail::to<Tensor>(found[0]), MemoryFormat::Contiguous);
 }
 
-// A contiguous tensor, copied where it does not lie on 16 bytes.
-inline Tensor on_16_bytes(const Tensor& t) {
-  return aligned16(t.data_ptr()) ? t : torch::stable::clone(t);
+const char* storage_of(const Tensor& t) {
+  int64_t offset = 0;
+  FUSED_CNN_CHECK(aoti_torch_get_storage_offset(t.get(), &offset) == 0, "a tensor has no storage");
+  return static_cast<const char*>(t.data_ptr()) - offset * t.element_size();
 }
 
-inline RowView on_16_bytes(const RowView& rows) {
-  const Tensor& t = rows.tensor;
-  if (aligned16(rows, t.element_size())) return rows;
-  Tensor copy = empty_result(t, t.size(1), t.size(2), t.size(3));
-  torch::stable::copy_(copy, t);
-  return {{copy.data_ptr(), t.size(1)}, copy};
+// Whether tensors lie one below the other in one memory, each from a multiple of `step` of its rows on, as
+// pack_inception in Python lays them.
+bool lie_stacked(const std::vector<Tensor>& parts, int64_t step) {
+  const Tensor& first = parts[0];
+  const char* expected = static_cast<const char*>(first.data_ptr());
+  if (!aligned16(expected)) return false;
+  for (const Tensor& part : parts) {
+    if (part.data_ptr() != expected || !part.is_contiguous() || storage_of(part) != storage_of(first)) return false;
+    const int64_t rows = part.size(0);
+    if (rows > 0) expected += ceil_div(rows, step) * step * (part.numel() / rows) * part.element_size();
+  }
+  return true;
 }
 
-inline int device_attribute(cudaDeviceAttr attribute, int device) {
-  int value = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, device);
-  FUSED_CNN_CHECK(error == cudaSuccess, "no attribute ", static_cast<int>(attribute), " of CUDA device ", device, ": ",
-                  cudaGetErrorString(error));
-  return value;
+// The (outputs, in, 1, 1) tensor that begins with the rows of `first`.
+Tensor whole_of(const Tensor& first, int64_t outputs) {
+  const Ints size{outputs, first.size(1), 1, 1}, stride{first.size(1), 1, 1, 1};
+  const auto found = call_operator("aten::as_strided", "", first, size, stride, std::optional<int64_t>());
+  return torch::stable::detail::to<Tensor>(found[0]);
 }
 
-// The kernels of this build for a device; false where it has none.
-struct GemmKernels {
-  const TensorCores* cores;
-  int device, multiprocessors;
+// (out, in, 1, 1) tensors, or vectors, one below the other, each from a multiple of `step` rows on: its memory is what
+// counts, not its size. Where they do not lie so, they are copied; what is between them then is not initialised, and no
+// result depends on it.
+Tensor stacked(const std::vector<Tensor>& parts, int64_t step) {
+  if (parts.size() == 1) return dense(parts[0], MemoryFormat::Contiguous);
+  if (lie_stacked(parts, step)) return parts[0];
+  return concatenated(parts, step);
+}
 
-  explicit GemmKernels(int device)
-      : cores(tensor_cores(device_attribute(cudaDevAttrComputeCapabilityMajor, device))),
-        device(device),
-        multiprocessors(device_attribute(cudaDevAttrMultiProcessorCount, device)) {}
-  explicit operator bool() const { return cores != nullptr; }
+}  // namespace
 
-  const Tile& tile_for(const Problem& problem) const {
-    return fused_cnn::tile_for(problem, cores->tiles, multiprocessors);
-  }
-  void run(const Launch& launch, const Gemm& gemm) const {
-    check(cores->product(gemm, multiprocessors, launch.stream()), "product of ", gemm.m, " x ", gemm.k, " and ", gemm.k,
-          " x ", gemm.n);
-  }
-  void run(const Launch& launch, const Convolution& conv) const {
-    check(cores->convolution(conv, multiprocessors, launch.stream()), "convolution of ", conv.images, " x ",
-          conv.size[0], " x ", conv.size[1], " pixels of ", conv.inputs, " channels");
-  }
-
- private:
-  template <typename... Words>
-  static void check(cudaError_t error, const Words&... what) {
-    if (error != cudaSuccess) cudaGetLastError();  // or this library's next check would report it once more
-    FUSED_CNN_CHECK(error == cudaSuccess, what..., ": launch failed: ", cudaGetErrorString(error));
-  }
-};
-
-// relu(convolution + bias + residual) of a convolution's result, its channels into the slices in order. bias is
-// contiguous.
-inline void finish_convolution(const Tensor& convolution, const std::optional<Tensor>& bias, const RowView& residual,
-                               bool relu, const std::vector<GemmSlice>& slices) {
+void finish_convolution(const Tensor& convolution, const std::optional<Tensor>& bias, const RowView& residual,
+                        bool relu, const std::vector<GemmSlice>& slices) {
   const RowView y = rows_of(convolution);
   std::vector<BiasResidualRelu> branches;
   int64_t first = 0;
@@ -108,48 +75,9 @@ inline void finish_convolution(const Tensor& convolution, const std::optional<Te
   bias_residual_relu</*kWideBias=*/false>(convolution, branches, relu, row_count(convolution));
 }
 
-inline const char* storage_of(const Tensor& t) {
-  int64_t offset = 0;
-  FUSED_CNN_CHECK(aoti_torch_get_storage_offset(t.get(), &offset) == 0, "a tensor has no storage");
-  return static_cast<const char*>(t.data_ptr()) - offset * t.element_size();
-}
-
-// Whether tensors lie one below the other in one memory, each from a multiple of `step` of its rows on, as
-// pack_inception in Python lays them.
-inline bool lie_stacked(const std::vector<Tensor>& parts, int64_t step) {
-  const Tensor& first = parts[0];
-  const char* expected = static_cast<const char*>(first.data_ptr());
-  if (!aligned16(expected)) return false;
-  for (const Tensor& part : parts) {
-    if (part.data_ptr() != expected || !part.is_contiguous() || storage_of(part) != storage_of(first)) return false;
-    const int64_t rows = part.size(0);
-    if (rows > 0) expected += ceil_div(rows, step) * step * (part.numel() / rows) * part.element_size();
-  }
-  return true;
-}
-
-// The (outputs, in, 1, 1) tensor that begins with the rows of `first`.
-inline Tensor whole_of(const Tensor& first, int64_t outputs) {
-  const Ints size{outputs, first.size(1), 1, 1}, stride{first.size(1), 1, 1, 1};
-  const auto found = call_operator("aten::as_strided", "", first, size, stride, std::optional<int64_t>());
-  return torch::stable::detail::to<Tensor>(found[0]);
-}
-
-// (out, in, 1, 1) tensors, or vectors, one below the other, each from a multiple of `step` rows on: its memory is what
-// counts, not its size. Where they do not lie so, they are copied; what is between them then is not initialised, and no
-// result depends on it.
-inline Tensor stacked(const std::vector<Tensor>& parts, int64_t step) {
-  if (parts.size() == 1) return dense(parts[0], MemoryFormat::Contiguous);
-  if (lie_stacked(parts, step)) return parts[0];
-  return concatenated(parts, step);
-}
-
-// relu(x weights^T + biases + residual), its columns into the slices in order. x has (N, C, H, W), `in` its rows; there
-// is a weight (out, C, 1, 1) and a bias (out,), or no bias at all, for each slice, contiguous and of x's type. The
-// tile is the one that the caller found for it, or of its own problem.
-inline void pointwise(const Tensor& x, const RowView& in, const std::vector<Tensor>& weights,
-                      const std::vector<Tensor>& biases, const RowView& residual, bool relu,
-                      const std::vector<GemmSlice>& slices, const Tile* found = nullptr) {
+void pointwise(const Tensor& x, const RowView& in, const std::vector<Tensor>& weights,
+               const std::vector<Tensor>& biases, const RowView& residual, bool relu,
+               const std::vector<GemmSlice>& slices, const Tile* found) {
   const DType dtype = dtype_of("pointwise", "x", x);
   const int64_t rows = row_count(x), inputs = x.size(1);
   int64_t outputs = 0;

@@ -1,6 +1,0 @@
-#include "cuda/gemm/sm90a_conv.cuh"
-
-template <>
-cudaError_t fused_cnn::sm90a_convolution<fused_cnn::bf16_t, 128, 192>(const Convolution& conv, cudaStream_t stream) {
-  return Sm90aConvolution<bf16_t, 128, 192>::run(conv, stream);
-}

@@ -1,6 +1,0 @@
-#include "cuda/gemm/sm90a_conv.cuh"
-
-template <>
-cudaError_t fused_cnn::sm90a_convolution<fused_cnn::f16_t, 128, 64>(const Convolution& conv, cudaStream_t stream) {
-  return Sm90aConvolution<f16_t, 128, 64>::run(conv, stream);
-}
