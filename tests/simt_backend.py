@@ -10,6 +10,7 @@ fused_cnn._library.
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,13 +64,22 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+def _with_headers(path: Path, csrc: Path) -> set[Path]:
+    """A source and those of csrc's files that it includes, by itself or by way of others."""
+    found, todo = set(), [path]
+    while todo:
+        found.add(path := todo.pop())
+        named = (csrc / name for name in re.findall(r'#include "([^"]+)"', path.read_text()))
+        todo += [header for header in named if header.is_file() and header not in found]
+    return found
+
+
 def build(csrc: Path, rooms: Sequence[str]) -> Path:
     """The library of these rooms' kernels, in build/simt, where each object is compiled once for what it is made of."""
     torch_root = Path(torch.__file__).parent
     compile_it = [compiler(), *FLAGS, f"-I{SIMT}", f"-I{csrc}", f"-isystem{torch_root / 'include'}", "-c"]
     register = f"-DFUSED_CNN_CUDA_IMPL(m)=STABLE_TORCH_LIBRARY_IMPL({NAMESPACE}, CPU, m)"
     stand_in = _digest(torch.__version__, repr((FLAGS, STABLE, CHECKED)), *_files(SIMT))
-    headers = _digest(stand_in, *(path for path in _files(csrc) if path.suffix != ".cu"))
     jobs = {f"simt-{stand_in}": [SIMT / "simt.cpp"]}
     sources = sorted(path for room in rooms for path in (csrc / room).glob("*.cu"))
     used = "".join(path.read_text() for path in sources)
@@ -78,9 +88,10 @@ def build(csrc: Path, rooms: Sequence[str]) -> Path:
     if "cuda/convolve.h" in used:
         parts = ("choices", "convolve", "pointwise", "pooled_pointwise", "stem")
         sources += [csrc / "cuda" / f"{name}.cu" for name in parts]
-        jobs[f"products-{headers}"] = [*STABLE, *CHECKED, SIMT / "gemm.cpp"]
+        sources.append(SIMT / "gemm.cpp")
     for path in sources:
-        jobs[f"{path.parent.name}-{path.stem}-{_digest(headers, path)}"] = [*STABLE, *CHECKED, register, path]
+        made_of = _digest(stand_in, *sorted(_with_headers(path, csrc)))
+        jobs[f"{path.parent.name}-{path.stem}-{made_of}"] = [*STABLE, *CHECKED, register, path]
     library = BUILD / f"{_digest(*jobs)}.so"
 
     def make(command: list[Any], made: Path) -> None:

@@ -101,13 +101,7 @@ import pathlib
 is_file = pathlib.Path.is_file
 pathlib.Path.is_file = lambda p: "cutlass_library" not in str(p) and is_file(p)
 """
-FEW = (
-    "conv/cuda_add_relu.cu",
-    "conv/cuda.cu",
-    "cuda/gemm/sm80.cu",
-    "cuda/gemm/sm90a_128x128.cu",
-    "conv/cpu.cpp",
-)
+FEW = ("conv/cuda_add_relu.cu", "conv/cuda.cu", "cuda/gemm/sm80.cu", "cuda/gemm/sm90a_128x128.cu", "conv/cpu.cpp")
 
 
 @pytest.fixture

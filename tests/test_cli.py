@@ -250,7 +250,7 @@ def test_bench_times_a_network_and_counts_its_memory(capfd: pytest.CaptureFixtur
         "--model",
         "resnet18",
         "--dtype",
-        "bfloat16",
+        "float32",
         "--batch",
         "2",
         "--size",

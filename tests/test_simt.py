@@ -183,12 +183,7 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
             "",
             OUTSIDE,
         ),
-        "the weights of a slice between tiles": (
-            "cuda/pointwise.cu",
-            "kernels.cores->slice_step));",
-            "1));",
-            OUTSIDE,
-        ),
+        "the weights of a slice between tiles": ("cuda/pointwise.cu", "kernels.cores->slice_step));", "1));", OUTSIDE),
         "the row above a tile that is pooled": (
             "cuda/pooled_pointwise.cu",
             "area.top = row > 0;",
