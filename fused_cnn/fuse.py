@@ -110,7 +110,7 @@ def fuse_(
     report = FusionReport(runs="" if weight is None else outlook(backend, weight.device))
     _Walk(backend, filter_fn, report).visit("", model)
     weights = [p for p in model.parameters() if not is_lazy(p) and p.dim() == 4]
-    if report.fused and not any(map(asks_for_channels_last, weights)):
+    if report.fused and weights and not any(map(asks_for_channels_last, weights)):
         # As in eager, what comes in contiguous then stays so: each op copies it to channels_last and back.
         report.runs += "; its weights are contiguous: model.to(memory_format=torch.channels_last) makes it faster"
     if strict and not report.fused:

@@ -188,6 +188,8 @@ def test_fuse_says_which_backend_will_run() -> None:
     assert report.runs.endswith("model.to(memory_format=torch.channels_last) makes it faster")
     fused_cnn.unfuse_(network).to(memory_format=torch.channels_last)
     assert "channels_last" not in fused_cnn.fuse_(network).runs
+    pool = torch.nn.Sequential(torch.nn.Linear(2, 2), fused_cnn.nn.MaxPool2d(2, backend="reference"))
+    assert "channels_last" not in fused_cnn.fuse_(pool).runs
     empty = fused_cnn.fuse_(torch.nn.Sequential(torch.nn.ReLU()))
     assert empty.runs == ""  # nowhere yet
 
