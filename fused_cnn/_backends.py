@@ -149,8 +149,9 @@ def architecture(device: torch.device) -> str:
 usable._dynamo_marked_constant = architecture._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def outlook(backend: str | None, device: torch.device) -> str:
-    """In a line: which backend will run on a device, and what is missing for a better one."""
+def outlook(backend: str | None, device: torch.device, advice: str = "") -> str:
+    """In a line: which backend will run on a device, and what is missing for a better one; `advice` where kernels of
+    ours run."""
     by_itself = ["native", *(["triton"] if device.type == "cuda" else []), "reference"]
     states = [status(name, device) for name in (by_itself if backend in (None, "auto") else [backend])]
     found = next((i for i, state in enumerate(states) if state.on), None)
@@ -158,4 +159,5 @@ def outlook(backend: str | None, device: torch.device) -> str:
     if found is None:
         return f"nothing will run on {device}{missing}"
     best = states[found]
-    return f"{best.backend} on {device}: {best.reason}{f'; {best.hint}' if best.hint else ''}{missing}"
+    hints = "".join(f"; {hint}" for hint in (best.hint, advice if best.backend != "reference" else "") if hint)
+    return f"{best.backend} on {device}: {best.reason}{hints}{missing}"

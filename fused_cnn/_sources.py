@@ -4,6 +4,7 @@ The build reads this file too, so it imports nothing that is not Python's own.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -56,6 +57,16 @@ def kernel_hash(room: str, backend: str, device: str) -> str | None:
         return None
     found = [path for top in ("shared", device, room) for path in files_under(CSRC / top)]
     return digest([path for path in found if _serves(path, device)], CSRC)
+
+
+def with_headers(path: Path, csrc: Path = CSRC) -> set[Path]:
+    """A source and those of csrc's files that it includes, by itself or by way of others."""
+    found, todo = set(), [path]
+    while todo:
+        found.add(path := todo.pop())
+        named = (csrc / name for name in re.findall(r'#include "([^"]+)"', path.read_text()))
+        todo += [header for header in named if header.is_file() and header not in found]
+    return found
 
 
 def hashes(device: str) -> dict[str, dict[str, str | None]]:

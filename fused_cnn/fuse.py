@@ -107,15 +107,22 @@ def fuse_(
     if backend not in (None, "auto", *BACKENDS):
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None (auto), got {backend!r}")
     weight = next(chain(model.parameters(), model.buffers()), None)
-    report = FusionReport(runs="" if weight is None else outlook(backend, weight.device))
+    report = FusionReport()
     _Walk(backend, filter_fn, report).visit("", model)
-    weights = [p for p in model.parameters() if not is_lazy(p) and p.dim() == 4]
-    if report.fused and weights and not any(map(asks_for_channels_last, weights)):
-        # As in eager, what comes in contiguous then stays so: each op copies it to channels_last and back.
-        report.runs += "; its weights are contiguous: model.to(memory_format=torch.channels_last) makes it faster"
+    if weight is not None:
+        report.runs = outlook(backend, weight.device, _advice(model) if report.fused else "")
     if strict and not report.fused:
         raise ValueError(f"fuse_: nothing in {type(model).__name__} could be fused\n{report}")
     return report
+
+
+def _advice(model: nn.Module) -> str:
+    """What would make the fused kernels faster: as in eager, what comes in contiguous stays so behind contiguous
+    weights, and each op copies it to channels_last and back."""
+    weights = [p for p in model.parameters() if not is_lazy(p) and p.dim() == 4]
+    if not weights or any(map(asks_for_channels_last, weights)):
+        return ""
+    return "its weights are contiguous: model.to(memory_format=torch.channels_last) makes it faster"
 
 
 def _check_module(function: str, model: object) -> None:

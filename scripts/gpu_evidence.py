@@ -25,7 +25,7 @@ from pathlib import Path
 from gpu_runner import NOT_DRY, ROOT, Piece, Runner, read_json, write_json
 from gpu_summary import summary, tests
 
-MINUTES = 9.4
+MINUTES = 9.25
 SITE = ROOT / "build" / "wheels"  # where wheels are installed to: the machine's own packages stay as they are
 # The tests that say most, lest the others take their time.
 FIRST = ("test_ops", "test_triton", "test_networks", "test_full_size")
@@ -108,11 +108,11 @@ def timings() -> list[Piece]:
     kernels = profile("--pass", "inference", "--pass", "training", *fused, "--batch", "256")
     host = profile("--pass", "inference", *fused, "--batch", "1", "--host")
     return [
-        Piece("candidates", tuner(CANDIDATES, "bfloat16"), 50, needed=True),
+        Piece("candidates", tuner(CANDIDATES, "bfloat16"), 60, needed=True),
         Piece("networks", networks, 160, "networks", bench("inference", *TINY, seconds=0), needed=True),
         Piece("quiet", forget, 10, needed=True),
         Piece("compiled", compiled, 90, "networks", needed=True),
-        Piece("ops", ops, 75, "ops", one_op, needed=True),
+        Piece("ops", ops, 55, "ops", one_op, needed=True),
         Piece("kernels", kernels, 55, "kernels", needed=True),
         Piece("host inference", host, 30, "kernels", needed=True),
     ]

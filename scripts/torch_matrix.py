@@ -11,7 +11,6 @@ includes them, the CUDA ones by way of the stand-in in tests/simt. It takes a mi
 
 import argparse
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,8 @@ from pathlib import Path
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+
+from fused_cnn._sources import with_headers
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "out" / "torch-matrix"
@@ -79,14 +80,9 @@ def unpacked(version: str) -> Path:
     return folder
 
 
-def reads_torch(path: Path, seen: set[Path]) -> bool:
+def reads_torch(path: Path) -> bool:
     """Whether a source includes PyTorch's headers, by itself or by way of the project's own."""
-    if path in seen:
-        return False
-    seen.add(path)
-    text = path.read_text()
-    own = (ROOT / "csrc" / name for name in re.findall(r'#include "([^"]+)"', text))
-    return "#include <torch/" in text or any(reads_torch(name, seen) for name in own if name.exists())
+    return any("#include <torch/" in file.read_text() for file in with_headers(path))
 
 
 def syntax(version: str) -> list[str]:
@@ -95,9 +91,7 @@ def syntax(version: str) -> list[str]:
     compiler = os.environ.get("CXX") or shutil.which("g++") or "clang++"
     stable = ["-std=c++20", "-fsyntax-only", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", include]
     simt = ["-x", "c++", "-DUSE_CUDA", "-DFUSED_CNN_GEMM_SM80=1", "-DFUSED_CNN_GEMM_SM90A=1", "-Itests/simt"]
-    sources = [
-        p for p in sorted((ROOT / "csrc").rglob("*.c*")) if p.suffix in (".cpp", ".cu") and reads_torch(p, set())
-    ]
+    sources = [p for p in sorted((ROOT / "csrc").rglob("*.c*")) if p.suffix in (".cpp", ".cu") and reads_torch(p)]
 
     def check(path: Path) -> str:
         wrong = run([compiler, *stable, *(simt if path.suffix == ".cu" else []), "-Icsrc", path])

@@ -210,12 +210,13 @@ class Fuzz:
             if not isinstance(truth, Tensor):
                 assert mine == truth
                 continue
-            # PyTorch's own convolution, which some ops contain, adds up in another order in another layout; where the
-            # processor has no float16, it rounds its partial sums too: some units of the largest value.
-            finite = truth[truth.isfinite()].double()
-            unit = torch.finfo(truth.dtype).eps if truth.is_floating_point() else 0
-            largest = finite.abs().max().item() if finite.numel() else 0
-            torch.testing.assert_close(mine, truth, equal_nan=True, rtol=0, atol=32 * unit * largest)
+            # PyTorch's own convolution, which some ops contain, adds up in another order in another layout. Where the
+            # processor has no float16, it rounds float16's partial sums too: up to 8 units of the largest value seen.
+            of_partial_sums = {}
+            if truth.dtype == torch.float16 and truth.isfinite().any():
+                largest = truth[truth.isfinite()].abs().max().item()
+                of_partial_sums = {"rtol": 1e-3, "atol": 16 * torch.finfo(truth.dtype).eps * largest}
+            torch.testing.assert_close(mine, truth, equal_nan=True, **of_partial_sums)
 
     def reference(self, draw: Draw, op_cases: OpCases, cases: list[Case]) -> None:
         case, maker = pick(draw, cases), Maker(torch.float32, seed=draw(st.integers(0, 9)))

@@ -10,7 +10,6 @@ fused_cnn._library.
 import ctypes
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import torch
 from filelock import FileLock
 
 from fused_cnn import _backends, _library
+from fused_cnn._sources import with_headers
 from fused_cnn.testing import all_cases, compare
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,16 +64,6 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _with_headers(path: Path, csrc: Path) -> set[Path]:
-    """A source and those of csrc's files that it includes, by itself or by way of others."""
-    found, todo = set(), [path]
-    while todo:
-        found.add(path := todo.pop())
-        named = (csrc / name for name in re.findall(r'#include "([^"]+)"', path.read_text()))
-        todo += [header for header in named if header.is_file() and header not in found]
-    return found
-
-
 def build(csrc: Path, rooms: Sequence[str]) -> Path:
     """The library of these rooms' kernels, in build/simt, where each object is compiled once for what it is made of."""
     torch_root = Path(torch.__file__).parent
@@ -90,7 +80,7 @@ def build(csrc: Path, rooms: Sequence[str]) -> Path:
         sources += [csrc / "cuda" / f"{name}.cu" for name in parts]
         sources.append(SIMT / "gemm.cpp")
     for path in sources:
-        made_of = _digest(stand_in, *sorted(_with_headers(path, csrc)))
+        made_of = _digest(stand_in, *sorted(with_headers(path, csrc)))
         jobs[f"{path.parent.name}-{path.stem}-{made_of}"] = [*STABLE, *CHECKED, register, path]
     library = BUILD / f"{_digest(*jobs)}.so"
 

@@ -186,6 +186,7 @@ def test_fuse_says_which_backend_will_run() -> None:
     report = fused_cnn.fuse_(network)
     assert report.runs.startswith("native on cpu: C++ kernels, instruction set ") and report.runs in str(report)
     assert report.runs.endswith("model.to(memory_format=torch.channels_last) makes it faster")
+    assert "channels_last" not in fused_cnn.fuse_(fused_cnn.unfuse_(network), backend="reference").runs
     fused_cnn.unfuse_(network).to(memory_format=torch.channels_last)
     assert "channels_last" not in fused_cnn.fuse_(network).runs
     pool = torch.nn.Sequential(torch.nn.Linear(2, 2), fused_cnn.nn.MaxPool2d(2, backend="reference"))

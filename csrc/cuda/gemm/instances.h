@@ -1,5 +1,5 @@
-// The kernels that are compiled, CUTLASS's one tile to a file of this folder, for all its types: the first takes nvcc a
-// minute, another type 10 to 20 s more.
+// The kernels that are compiled. Hopper's of CUTLASS one tile to a file of this folder, for all its types: the first
+// takes nvcc a minute, another type 10 to 20 s more; the others take seconds.
 #pragma once
 #include "cuda/gemm/gemm.h"
 
