@@ -299,6 +299,8 @@ class Build(build_ext):
         if cutlass:
             source = cutlass[0].parent
             products = ["-isystem", str(cutlass[0]), "-isystem", str(source / "tools/util/include"), "-DNDEBUG"]
+            # It would ask the driver for its functions at every descriptor; csrc/cuda/gemm/driver.cu does so once.
+            products.append("-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL")
         jobs = [
             (
                 str(path.relative_to(ROOT)),

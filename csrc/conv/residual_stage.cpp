@@ -1,16 +1,14 @@
-// fused_cnn::residual_stage_packed_fwd on the CPU: residual blocks one after the other in eval form, BatchNorm folded.
-//   block(x) = relu(conv_n(... relu(conv_1(x))) + shortcut(x)),   shortcut of the first block: nothing, x, or a
-//   convolution of x; of the later ones: their input
+// fused_cnn::residual_stage_packed_fwd on the CPU (residual_stage.h).
 // A few images go through all the blocks before the next ones: what lies between the convolutions then stays in cache,
 // and memory sees x and the result alone. A projection is written where the result goes, and added there; a block that
 // ends in a 1x1 convolution adds to its input where it lies.
+#include "conv/residual_stage.h"
 #include "cpu/conv.h"
 #include "cpu/parallel.h"
 
 namespace fused_cnn {
 namespace {
 
-constexpr int64_t kGeometry = 10;         // in and out channels; kernel, stride, padding and dilation, (h, w) each
 constexpr int64_t kCacheBytes = 4 << 20;  // a thread's share of the caches, for what lies between the convolutions
 
 struct Convolution {
@@ -21,48 +19,28 @@ struct Convolution {
 Tensor residual_stage_packed_fwd(const Tensor& x, std::vector<Tensor> packed, Ints geometry, Ints lengths,
                                  bool shortcut, bool projects) {
   const char* op = "residual_stage_packed_fwd";
-  check_4d(op, "x", x);
   const DType dtype = engine_dtype(op, x);
-  FUSED_CNN_CHECK(geometry.size() == kGeometry * packed.size(), op, ": ", kGeometry,
-                  " values of geometry per packed weight are wanted, got ", geometry.size(), " for ", packed.size());
-  int64_t convolutions = projects;
-  for (const int64_t length : lengths) {
-    FUSED_CNN_CHECK(length >= 1, op, ": a block must have at least 1 convolution, got ", length);
-    convolutions += length;
-  }
-  FUSED_CNN_CHECK(!lengths.empty() && convolutions == int64_t(packed.size()), op, ": blocks of ", convolutions,
-                  " convolutions in all, the projection among them, need as many packed weights, got ", packed.size());
-  std::vector<Convolution> chain;
-  Ints size{x.size(1), x.size(2), x.size(3)};  // of what the next convolution reads
-  const auto next_of_size = [&](size_t index) {
-    const int64_t* g = &geometry[index * kGeometry];
-    FUSED_CNN_CHECK(g[0] == size[0], op, ": a convolution of ", g[0], " channels meets an input of ", size[0]);
-    FUSED_CNN_CHECK(g[1] >= 1, op, ": a convolution must have at least 1 channel, got ", g[1]);
-    const Ints kernel{g[2], g[3]};
-    const ConvParams params{.stride = {g[4], g[5]}, .padding = {g[6], g[7]}, .dilation = {g[8], g[9]}, .groups = 1};
-    check_geometry(op, size[1], size[2], kernel, params);
-    const engine::ConvShape shape = conv_shape({0, size[0], size[1], size[2]}, g[1], kernel, params);
-    check_packed(op, packed[index], shape, dtype);
-    FUSED_CNN_CHECK(addressable({g[1], shape.out.h, shape.out.w}), op, ": an image of ", g[1], " channels and ",
-                    shape.out.h, " x ", shape.out.w, " pixels is too large");
-    return Convolution{shape, packed[index].data_ptr()};
+  const ResidualStage stage = checked_stage(op, x, packed.size(), geometry, lengths, shortcut, projects);
+  const auto packed_of = [&](const StageConvolution& c, const Tensor& weight) {
+    const engine::ConvShape shape = conv_shape({0, c.in[0], c.in[1], c.in[2]}, c.out[0], c.kernel, c.params);
+    check_packed(op, weight, shape, dtype);
+    return Convolution{shape, weight.data_ptr()};
   };
-  const auto size_of = [](const Convolution& c) { return Ints{c.shape.out_channels[0], c.shape.out.h, c.shape.out.w}; };
+  std::vector<Convolution> chain;
+  for (const StageConvolution& c : stage.chain) chain.push_back(packed_of(c, packed[chain.size()]));
   std::optional<Convolution> projection;
-  if (projects) projection = next_of_size(packed.size() - 1);
+  if (projects) projection = packed_of(*stage.projection, packed.back());
   int64_t between[2] = {0, 0};  // elements of an image, in turn
-  for (size_t b = 0; b < lengths.size(); ++b) {
-    const Ints added = b == 0 && projects ? size_of(*projection) : size;
-    for (int64_t i = 0; i < lengths[b]; ++i) {
-      chain.push_back(next_of_size(chain.size()));
-      size = size_of(chain.back());
-      if (i + 1 < lengths[b]) between[i % 2] = std::max(between[i % 2], size[0] * size[1] * size[2]);
+  size_t first = 0;
+  for (const int64_t length : lengths) {
+    for (int64_t i = 0; i + 1 < length; ++i) {
+      const ImageSize& out = stage.chain[first + i].out;
+      between[i % 2] = std::max(between[i % 2], out[0] * out[1] * out[2]);
     }
-    FUSED_CNN_CHECK(!(b > 0 || shortcut || projects) || added == size, op, ": the shortcut gives (", added[0], ", ",
-                    added[1], ", ", added[2], "), but the convolutions give (", size[0], ", ", size[1], ", ", size[2],
-                    ")");
+    first += length;
   }
 
+  const ImageSize& size = stage.chain.back().out;
   const int64_t channels = size[0];
   const Tensor out = empty_result(x, channels, size[1], size[2]);
   if (out.numel() == 0) return dense(out, result_format(x));

@@ -202,7 +202,7 @@ Tensor conv_bias_relu(const Tensor& x, const Tensor& weight, std::optional<Tenso
                       const std::optional<Tensor>& residual, const ConvParams& params, bool relu, MemoryFormat format) {
   const std::array<int64_t, 2> size = size_of_result(x, weight, params);
   if (weight.size(0) == 0) return RowResult(x, 0, size[0], size[1], format).finish();
-  if (bias) bias = torch::stable::contiguous(*bias);
+  if (bias) bias = dense_vector(*bias);
   const Tile* tile = tile_of(x, weight, params, residual.has_value(), relu, size, /*own=*/true);
   if (tile && tile->kind == TileKind::library_fused) {
     if (const std::optional<Tensor> out = library_fused(x, weight, bias, params)) return dense(*out, format);

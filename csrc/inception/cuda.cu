@@ -1,7 +1,7 @@
-// fused_cnn::inception_fwd on CUDA: a whole Inception block, BatchNorm folded. The three 1x1 convolutions of x are one
-// product with three destinations, branch 1's slice of the output and the two reductions; the pool's projection, in one
-// kernel with the pool where that is faster, writes into its slice too, and so do the k x k convolutions
-// (cuda/convolve.h).
+// fused_cnn::inception_fwd and inception_packed_fwd on CUDA: a whole Inception block, BatchNorm folded. The three 1x1
+// convolutions of x are one product with three destinations, branch 1's slice of the output and the two reductions; the
+// pool's projection, in one kernel with the pool where that is faster, writes into its slice too, and so do the k x k
+// convolutions (cuda/convolve.h).
 #include "cuda/convolve.h"
 #include "cuda/max_pool.h"
 #include "cuda/pooled_pointwise.h"
@@ -60,8 +60,7 @@ Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<T
     const ConvParams params = same_padding(weights[i].size(2));
     const std::array<int64_t, 2> size{x.size(2), x.size(3)};
     const Tile* tile = tile_of(from, weights[i], params, /*residual=*/false, /*relu=*/true, size, /*own=*/false);
-    convolve(from, weights[i], torch::stable::contiguous(biases[i]), /*residual=*/{}, params, /*relu=*/true, size, to,
-             tile);
+    convolve(from, weights[i], dense_vector(biases[i]), /*residual=*/{}, params, /*relu=*/true, size, to, tile);
   };
   branch(reduced3, kConv3, next_branch(kConv3));
   branch(reduced5, kConv5, next_branch(kConv5));
@@ -69,7 +68,7 @@ Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<T
   const GemmSlice projected = next_branch(kPoolProj);
   if (runs_pooled(x, projected)) {
     run_pooled_pointwise(x, on_16_bytes(rows_of(x)), on_16_bytes(dense(weights[kPoolProj], MemoryFormat::Contiguous)),
-                         on_16_bytes(torch::stable::contiguous(biases[kPoolProj])), projected);
+                         on_16_bytes(dense_vector(biases[kPoolProj])), projected);
     return out.finish();
   }
   const Tensor pooled = empty_result(x, x.size(1), x.size(2), x.size(3));
@@ -78,9 +77,28 @@ Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<T
   return out.finish();
 }
 
+// The same of what pack_inception in Python made once: the six weights, then the six biases, as inception_fwd likes
+// them best. `channels` and `kernels` say again what their shapes do.
+Tensor inception_packed_fwd(const Tensor& x, std::vector<Tensor> packed, Ints channels, Ints kernels) {
+  const char* op = "inception_packed_fwd";
+  FUSED_CNN_CHECK(packed.size() == 2 * kConvolutions && channels.size() == kConvolutions && kernels.size() == 2, op,
+                  ": six weights and six biases, six channel counts and two kernel sizes are wanted, got ",
+                  packed.size(), ", ", channels.size(), " and ", kernels.size());
+  const std::vector<Tensor> weights(packed.begin(), packed.begin() + kConvolutions);
+  for (int i = 0; i < kConvolutions; ++i) {
+    check_4d(op, "weight", weights[i]);
+    const int64_t kernel = i == kConv3 ? kernels[0] : i == kConv5 ? kernels[1] : 1;
+    FUSED_CNN_CHECK(weights[i].size(0) == channels[i] && weights[i].size(2) == kernel, op, ": weight ", i,
+                    " must have ", channels[i], " outputs and a kernel of ", kernel, ", got shape ",
+                    shape_of(weights[i]));
+  }
+  return inception_fwd(x, weights, {packed.begin() + kConvolutions, packed.end()});
+}
+
 }  // namespace
 }  // namespace fused_cnn
 
 FUSED_CNN_CUDA_IMPL(m) {
   m.impl("inception_fwd", FUSED_CNN_BOX(&fused_cnn::inception_fwd));
+  m.impl("inception_packed_fwd", FUSED_CNN_BOX(&fused_cnn::inception_packed_fwd));
 }

@@ -132,8 +132,24 @@ inline bool addressable(std::initializer_list<int64_t> sizes) {
   return left > 0;
 }
 
+// Whether a tensor of 4 dimensions lies in memory as this format has it.
+inline bool is_dense(const Tensor& t, MemoryFormat format) {
+  int64_t expected = 1;
+  for (const int dim : format == MemoryFormat::ChannelsLast ? std::array{1, 3, 2, 0} : std::array{3, 2, 1, 0}) {
+    const int64_t size = t.size(dim);
+    if (size != 1 && t.stride(dim) != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// Asked first: PyTorch's own answer comes through its dispatcher.
 inline Tensor dense(const Tensor& t, MemoryFormat format) {
-  return torch::stable::contiguous(t, format);
+  return t.dim() == 4 && t.numel() > 0 && is_dense(t, format) ? t : torch::stable::contiguous(t, format);
+}
+
+inline Tensor dense_vector(const Tensor& t) {
+  return t.numel() <= 1 || t.stride(0) == 1 ? t : torch::stable::contiguous(t);
 }
 
 inline Tensor empty_nchw(const Tensor& like, int64_t channels, int64_t height, int64_t width, MemoryFormat format) {

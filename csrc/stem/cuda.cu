@@ -22,7 +22,7 @@ Tensor stem_fwd(const Tensor& x, const Tensor& weight, std::optional<Tensor> bia
   const int pad = static_cast<int>(pool_padding);
   const Tile* tile = tile_of(x, weight, params, /*residual=*/false, /*relu=*/true, size, /*own=*/true, /*pooled=*/true);
   if (tile && tile->kind == TileKind::stem) {
-    if (bias) bias = torch::stable::contiguous(*bias);
+    if (bias) bias = dense_vector(*bias);
     run_stem(x, weight, bias, padding, /*relu=*/true, size, StemPool{pad, height, width}, out);
   } else {
     const Tensor y = conv_bias_relu(x, weight, bias, std::nullopt, params, /*relu=*/true, MemoryFormat::ChannelsLast);

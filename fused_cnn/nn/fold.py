@@ -163,11 +163,6 @@ def fold_tensors(sources: Sources, eps: float) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
-def sum_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Of two biases."""
-    return b if a is None else a if b is None else a + b
-
-
 def geometry(conv: nn.Conv2d) -> dict[str, Any]:
     """conv2d's keyword arguments."""
     return {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}

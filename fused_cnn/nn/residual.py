@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from .._layout import asks_for_channels_last, in_channels_last
 from ..ops import BatchNormArgs, PackedResidualStage, bn_add_relu, pack_residual_block, residual_stage
-from ..ops._conv import autocast, on_16_bytes, packable
+from ..ops._conv import autocast, is_one_op, on_16_bytes, packable
+from ..ops.conv.stage import sum_of
 from .cache import Form, Kind
 from .calls import is_traced
-from .fold import FoldedPair, Pair, fold, pair_problem, skip_problem, sum_of, wants_gradient
+from .fold import FoldedPair, Pair, fold, pair_problem, skip_problem, wants_gradient
 from .module import FusedBlock, Replaced, Understanding, block_problem
 from .traced import traced_conv, traced_stage
 
@@ -154,13 +155,16 @@ class ResidualBlock(FusedBlock):
         return self.backend, self.fused_adds_shortcut(), self.fused_has("projection"), self.downsample is None
 
     def fused_is_one_op(self, x: Tensor) -> bool:
-        """Whether the native op takes the whole block, with inputs such as x."""
+        """Whether a native op takes the whole block, with inputs such as x."""
+        return self._fused_fits_one_op() and is_one_op(autocast(x)[0], "residual_stage_packed_fwd", self.backend)
+
+    def fused_is_one_node(self, x: Tensor) -> bool:
+        """The same in a graph, which leaves convolutions on a GPU to the compiler's memory and streams."""
+        return self._fused_fits_one_op() and packable(autocast(x)[0], "residual_stage_packed_fwd", self.backend)
+
+    def _fused_fits_one_op(self) -> bool:
         adds_another = self.fused_adds_shortcut() and self.downsample is not None and not self.fused_has("projection")
-        return (
-            not adds_another
-            and packable(autocast(x)[0], "conv_bias_relu_fwd", self.backend)
-            and all(conv.groups == 1 for conv, _ in self.fused_pairs())
-        )
+        return not adds_another and all(conv.groups == 1 for conv, _ in self.fused_pairs())
 
     def fused_gives_channels_last(self) -> bool:
         """Whether the result is channels_last however x lies; the sum is where the convolutions before it are."""
@@ -197,7 +201,7 @@ class ResidualBlock(FusedBlock):
 
     def fused_run_traced(self, x: Tensor) -> Tensor:
         convs, projection = self.fused_convs(), self.fused_projection()
-        if self.fused_is_one_op(x):
+        if self.fused_is_one_node(x):
             (x,) = autocast(x)
             x = in_channels_last(x) if self.fused_gives_channels_last() else x
             return traced_stage(x, [convs], projection, shortcut=self.fused_adds_shortcut())
@@ -311,8 +315,8 @@ class ResidualStage(FusedBlock, nn.Sequential):
         return nn.Sequential.forward(self, input)
 
     def forward(self, input: Tensor) -> Tensor:  # as nn.Sequential names it
-        if not isinstance(input, Tensor) or not input.is_cpu:
-            return self.fused_plain_forward(input)  # on a GPU the blocks have nothing to gain from each other
+        if not isinstance(input, Tensor):
+            return self.fused_plain_forward(input)
         known = None if is_traced(input) else self._fused_owner.known
         if known is not None and wants_gradient(input, known.tensors):
             return self.fused_plain_forward(input)
@@ -372,7 +376,7 @@ class ResidualStage(FusedBlock, nn.Sequential):
     def fused_run_traced(self, x: Tensor) -> Tensor:
         blocks, backend = self._fused_blocks(), self.backend
         first = blocks[0]
-        if not all(b.fused_is_one_op(x) and b.backend == backend for b in blocks):
+        if not all(b.fused_is_one_node(x) and b.backend == backend for b in blocks):
             return self.fused_plain_forward(x)
         (x,) = autocast(x)
         x = in_channels_last(x) if any(block.fused_gives_channels_last() for block in blocks) else x

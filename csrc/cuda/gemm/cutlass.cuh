@@ -5,6 +5,7 @@
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 #include <cutlass/half.h>
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <initializer_list>
 #include <type_traits>
@@ -30,6 +31,21 @@ inline bool refused(std::initializer_list<const cute::TmaDescriptor*> made) {
   return std::any_of(made.begin(), made.end(), [&](auto* d) { return std::memcmp(d, &empty, sizeof empty) == 0; });
 }
 
+// What a kernel's shared memory is allowed to be, said once a device: each call to the driver is a good part of what a
+// launch costs the host.
+template <class Kernel>
+cudaError_t allow_shared_memory() {
+  static std::atomic<uint64_t> allowed = 0;  // a bit for each of the first 64 devices
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (allowed & bit) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(
+      cutlass::device_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SharedStorageSize);
+  if (error == cudaSuccess) allowed |= bit;
+  return error;
+}
+
 template <class Kernel>
 cudaError_t launch_kernel(const typename Kernel::Params& parameters, cudaStream_t stream) {
   if constexpr (requires { parameters.mainloop.tma_load_a; }) {
@@ -43,8 +59,7 @@ cudaError_t launch_kernel(const typename Kernel::Params& parameters, cudaStream_
   }
   const auto kernel = cutlass::device_kernel<Kernel>;
   if (Kernel::SharedStorageSize >= 48 << 10) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SharedStorageSize);
+    const cudaError_t error = allow_shared_memory<Kernel>();
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config{};

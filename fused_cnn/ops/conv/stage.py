@@ -2,8 +2,9 @@
 
     block(x) = relu(conv_n(... relu(conv_1(x))) + shortcut(x))
 
-The native CPU form of what is otherwise one conv_bias_relu after the other. A few images at a time go through all the
-blocks, so that what lies between the convolutions stays in the processor's cache: memory sees x and the result alone.
+The native form of what is otherwise one conv_bias_relu after the other. On a CPU a few images at a time go through all
+the blocks, so that what lies between the convolutions stays in the processor's cache: memory sees x and the result
+alone. On a GPU one call launches the kernels of all blocks, which the host could not do one by one as fast as they run.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..._candidates import refuse_transforms
+from ..._candidates import NATIVE, REFERENCE, offer, refuse_transforms
 from ..._layout import empty_nchw
 from ..._library import define, kernel
-from .._conv import IntPair, out_size, packable, pair
+from .._conv import IntPair, is_one_op, out_size, pair
 from .._flops import flop_formula
-from .op import pack_conv
+from .op import PackedConv, pack_conv
 
 GEOMETRY = 10  # in and out channels; kernel, stride, padding and dilation, (h, w) each
 
@@ -32,12 +33,10 @@ def _results(height: int, width: int, geometry: Sequence[int]) -> Iterator[tuple
         yield height, width, out, channels * kh * kw
 
 
-def fake_stage(
-    x: Tensor, convolutions: int, geometry: Sequence[int], lengths: Sequence[int], shortcut: bool, projects: bool
-) -> Tensor:
+def fake_stage(x: Tensor, geometry: Sequence[int], lengths: Sequence[int], shortcut: bool, projects: bool) -> Tensor:
     """The result's shape and layout."""
     channels, height, width = x.shape[1:]
-    results = _results(height, width, geometry[: GEOMETRY * (convolutions - projects)])
+    results = _results(height, width, geometry[: len(geometry) - GEOMETRY * projects])
     *_, (height, width, channels, _) = ((height, width, channels, 0), *results)
     return empty_nchw(x, channels, height, width)
 
@@ -45,8 +44,9 @@ def fake_stage(
 define(
     "residual_stage_packed_fwd(Tensor x, Tensor[] packed, SymInt[] geometry, SymInt[] lengths, bool shortcut, bool "
     "projects) -> Tensor",
-    lambda x, packed, *rest: fake_stage(x, len(packed), *rest),
+    lambda x, packed, *rest: fake_stage(x, *rest),
 )
+offer("residual_stage_packed_fwd", NATIVE, REFERENCE)  # the reference is one conv_bias_relu after the other
 
 
 @flop_formula("residual_stage_packed_fwd")
@@ -70,12 +70,17 @@ class FoldedConv(NamedTuple):
     groups: int = 1
 
 
+def sum_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Of two biases."""
+    return b if a is None else a if b is None else a + b
+
+
 class PackedResidualStage(NamedTuple):
-    """The weights of residual blocks in the layout that the native CPU convolution reads, and their shapes; good on
-    this machine only.
+    """The weights of residual blocks as the native kernels read them, and their shapes; good on this machine only.
 
     `data` and `geometry` hold the convolutions in order, then the first block's projection; `lengths` counts each
-    block's convolutions.
+    block's convolutions. In `data` a convolution is one tensor of bytes on a CPU, and on a GPU its weight,
+    channels_last, and its bias, which is empty where there is none.
     """
 
     data: list[Tensor]
@@ -87,7 +92,8 @@ class PackedResidualStage(NamedTuple):
     def then(self, block: PackedResidualStage) -> PackedResidualStage:
         """This, with one more block behind it, which must add its own input."""
         assert len(block.lengths) == 1 and block.shortcut and not block.projects
-        split, ints = len(self.data) - self.projects, len(self.geometry) - GEOMETRY * self.projects
+        ints = len(self.geometry) - GEOMETRY * self.projects
+        split = len(self.data) * ints // len(self.geometry)
         return self._replace(
             data=[*self.data[:split], *block.data, *self.data[split:]],
             geometry=[*self.geometry[:ints], *block.geometry, *self.geometry[ints:]],
@@ -106,29 +112,35 @@ def pack_residual_block(
     """A stage of one block, to call residual_stage with many times, without gradients, on inputs of `like`'s dtype and
     device.
 
-    None where the native CPU convolution does not take it (another device or dtype, groups): then run one
-    conv_bias_relu after the other. `shortcut` adds x, or its `projection` where that is given, before the last ReLU.
+    None where no native kernel takes it (another device or dtype, groups): then run one conv_bias_relu after the other.
+    `shortcut` adds x, or its `projection` where that is given, before the last ReLU.
     """
     units = [*convolutions, *([projection] if projection else [])]
-    if any(u.groups != 1 for u in units) or not packable(like, "conv_bias_relu_fwd", backend):
+    if any(u.groups != 1 for u in units) or not is_one_op(like, "residual_stage_packed_fwd", backend):
         return None
-    packed = [
-        pack_conv(u.weight, u.bias, like=like, stride=u.stride, dilation=u.dilation, backend=backend)[0] for u in units
-    ]
+    if like.is_cuda and projection is not None:
+        # Its bias is added with the last convolution's: without one the library's result needs no pass behind it.
+        last = units[-2]
+        units[-2:] = last._replace(bias=sum_of(last.bias, projection.bias)), projection._replace(bias=None)
+    data: list[Tensor] = []
     geometry: list[int] = []
     for u in units:
+        how: Any = {"stride": u.stride, "dilation": u.dilation, "backend": backend}
+        weight, bias = pack_conv(u.weight, u.bias, like=like, **how)
+        if isinstance(weight, PackedConv):
+            data.append(weight.data)
+        else:
+            data += [weight, like.new_empty(0) if bias is None else bias]
         pairs = (pair(u.stride), pair(u.padding), pair(u.dilation))
         geometry += [u.weight.size(1), u.weight.size(0), *u.weight.shape[2:], *chain(*pairs)]
-    return PackedResidualStage(
-        [p.data for p in packed], geometry, [len(convolutions)], shortcut, projection is not None
-    )
+    return PackedResidualStage(data, geometry, [len(convolutions)], shortcut, projection is not None)
 
 
 def residual_stage(x: Tensor, stage: PackedResidualStage) -> Tensor:
     """Whole residual blocks (arXiv 1512.03385, figures 2 and 5), one after the other, in eval form.
 
     Args:
-        x: (N, C, H, W), float32 or bfloat16 on the CPU, any strides.
+        x: (N, C, H, W), float32 or bfloat16 on a CPU, any floating point on a GPU; any strides.
         stage: what pack_residual_block made of a block's convolutions, and `then` of more blocks that keep their
             input's shape.
 

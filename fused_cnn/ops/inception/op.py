@@ -14,12 +14,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._candidates import REFERENCE, TRITON, Candidate, Measurement, best, offer, refuse_transforms, resolve, tunable
+from ..._candidates import (
+    NATIVE,
+    REFERENCE,
+    TRITON,
+    Candidate,
+    Measurement,
+    best,
+    offer,
+    refuse_transforms,
+    resolve,
+    tunable,
+)
 from ..._checks import check_nchw, check_same, check_vector
 from ..._layout import empty_nchw
 from ..._library import define, define_triton, kernel, slice_step
 from .._autograd import kernel_or, needs_grad, on_a_backend
-from .._conv import autocast, packable, runs_on_gpu_kernels
+from .._conv import autocast, is_one_op, runs_on_gpu_kernels
 from .._flops import flop_formula
 from ..conv import reference as conv_reference
 from ..max_pool.op import Pooled
@@ -47,6 +58,7 @@ define(
     lambda x, packed, channels, kernels: empty_nchw(x, sum(channels[i] for i in OUTPUTS), *x.shape[2:]),
 )
 define_triton("inception", "inception_fwd")
+offer("inception_packed_fwd", NATIVE, REFERENCE)  # the reference takes plain weights
 
 
 def weight_shapes(in_channels: int, channels: Sequence[int], kernels: Sequence[int]) -> list[tuple[int, int, int, int]]:
@@ -89,7 +101,9 @@ offer(
 
 
 class PackedInception(NamedTuple):
-    """The block's weights and biases in the layout that the native CPU kernels read; good on this machine only."""
+    """The block's weights and biases as the native kernels read them; good on this machine only. On a CPU four tensors
+    of bytes; on a GPU the six weights, channels_last, of which those of one product lie one below the other, and the
+    six biases."""
 
     data: list[Tensor]
     in_channels: int
@@ -101,24 +115,21 @@ def pack_inception(
     weights: Sequence[Tensor], biases: Sequence[Tensor], *, like: Tensor, backend: str | None = None
 ) -> tuple[Sequence[Tensor] | PackedInception, Sequence[Tensor]]:
     """The weights and biases to call inception with many times, without gradients, on inputs of `like`'s dtype and
-    device.
-
-    Packed where the native CPU kernels will run; where CUDA kernels may, the weights of one product lie one below the
-    other, which spares a copy of them at every call.
-    """
+    device; packed where the native kernels will run, biases included."""
+    channels, in_channels = tuple(w.size(0) for w in weights), weights[0].size(1)
+    kernels = (weights[2].size(2), weights[4].size(2))
     weights = [w.to(like.dtype) for w in weights]
-    if packable(like, "inception_fwd", backend):
-        data = kernel("inception_pack", "native")(weights, biases)
-        channels = tuple(w.size(0) for w in weights)
-        return PackedInception(data, weights[0].size(1), channels, (weights[2].size(2), weights[4].size(2))), ()
+    packs = is_one_op(like, "inception_packed_fwd", backend)
+    if packs and not like.is_cuda:
+        return PackedInception(kernel("inception_pack", "native")(weights, biases), in_channels, channels, kernels), ()
     biases = [b.to(like.dtype) for b in biases]
-    if runs_on_gpu_kernels(like, "inception_fwd", backend):
+    if runs_on_gpu_kernels(like, "inception_fwd", backend):  # which otherwise copy them at every call
         step = slice_step(like.device) if like.dtype in (torch.float16, torch.bfloat16) else 1
         weights = [w.contiguous(memory_format=torch.channels_last) for w in weights]
         for found, every in ((weights, step), (biases, 1)):
             for i, part in zip(PARALLEL, one_below_the_other([found[i] for i in PARALLEL], every), strict=True):
                 found[i] = part
-    return weights, biases
+    return (PackedInception([*weights, *biases], in_channels, channels, kernels), ()) if packs else (weights, biases)
 
 
 def one_below_the_other(parts: Sequence[Tensor], step: int) -> list[Tensor]:
