@@ -527,7 +527,7 @@ def test_parallel_weights_that_lie_below_each_other_are_not_copied(monkeypatch: 
     step = library.fused_cnn_slice_step(9)
     op = sys.modules["fused_cnn.ops.inception.op"]
     monkeypatch.setattr(op, "runs_on_gpu_kernels", lambda *args: True)
-    monkeypatch.setattr(op, "packable", lambda *args: False)
+    monkeypatch.setattr(op, "runs_packed", lambda *args: False)
     monkeypatch.setattr(op, "slice_step", lambda device: step)
     x = last(torch.randn(1, 8, 5, 5, dtype=torch.float16))
     for dtype in (torch.float16, torch.float32):
@@ -657,6 +657,97 @@ def test_what_is_not_finite_reaches_one_pixel_further_behind_an_odd_stem() -> No
     rows, columns = (expected.any(axis).nonzero().flatten() for axis in (1, 0))
     expected[rows[0] - 1 : rows[-1] + 1, columns[0] - 1 : columns[-1] + 1] = True
     assert torch.equal(found, expected)
+
+
+# name: x's shape, and each block's convolutions (out, kernel, stride, padding, dilation); what the first one's shortcut
+# is: nothing, x, or a convolution (out, kernel, stride).
+STAGES: dict[str, tuple[Any, ...]] = {
+    "bottlenecks, projected": ((2, 16, 9, 7), 2 * [[(8, 1, 1, 0, 1), (8, 3, 1, 1, 1), (32, 1, 1, 0, 1)]], (32, 1, 1)),
+    "basic, strided": ((2, 8, 9, 9), [[(16, 3, 2, 1, 1), (16, 3, 1, 1, 1)]], (16, 1, 2)),
+    "plain, dilated": ((3, 8, 6, 6), [[(8, 3, 1, 2, 2)], [(8, 1, 1, 0, 1)]], None),
+    "odd channels": ((1, 5, 4, 4), 3 * [[(7, 1, 1, 0, 1), (5, 3, 1, 1, 1)]], "x"),
+    "empty batch": ((0, 8, 5, 5), [[(8, 3, 1, 1, 1)]], "x"),
+}
+
+
+@pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_is_its_convolutions_one_by_one(name: str, dtype: torch.dtype, format: torch.memory_format) -> None:
+    simt_backend.install()
+    shape, blocks, shortcut = STAGES[name]
+    x = torch.randn(shape, dtype=dtype).contiguous(memory_format=format)
+    data: list[torch.Tensor] = []
+    geometry: list[int] = []
+
+    def convolution(of: torch.Tensor, out: int, kernel: int, stride: int, padding: int = 0, dilation: int = 1) -> Any:
+        """What runs it, on `of` at first."""
+        weight = last(torch.randn(out, of.size(1), kernel, kernel, dtype=dtype) / (of.size(1) * kernel**2) ** 0.5)
+        bias = torch.randn(out if out != 16 else 0, dtype=dtype)  # that there may be none
+        data.extend([weight, bias])
+        geometry.extend([of.size(1), out, kernel, kernel, stride, stride, padding, padding, dilation, dilation])
+        window = ((stride, stride), (padding, padding), (dilation, dilation), 1)
+        run = _library.kernel("conv_bias_relu_fwd", "simt")
+        return lambda y, added, relu: run(y, weight, bias if bias.numel() else None, added, *window, relu)
+
+    y = last(x)
+    runs: list[Any] = []
+    added = None
+    for i, block in enumerate(blocks):
+        read = y
+        for conv in block:
+            if conv is block[-1] and (i > 0 or shortcut == "x"):
+                added = read
+            if conv is block[-1] and i == 0 and isinstance(shortcut, tuple):
+                at = len(data), len(geometry)
+                added = convolution(read, *shortcut)(read, None, False)
+                runs = [data[at[0] :], geometry[at[1] :]]
+                del data[at[0] :], geometry[at[1] :]
+            y = convolution(y, *conv)(y, added if conv is block[-1] else None, True)
+    stage = _library.kernel("residual_stage_packed_fwd", "simt")
+    lengths, projects = [len(block) for block in blocks], isinstance(shortcut, tuple)
+    arguments = ([*data, *(runs[0] if runs else [])], [*geometry, *(runs[1] if runs else [])], lengths)
+    before, out = x.clone(), stage(x, *arguments, shortcut is not None, projects)
+    torch.testing.assert_close(out, y, rtol=0, atol=0)  # the same kernels in the same order
+    assert out.is_contiguous(memory_format=format) and torch.equal(x, before)
+    if x.numel():
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            known = _library.kernel("residual_stage_packed_fwd", "native")
+            fake = known(mode.from_tensor(x), *arguments, shortcut is not None, projects)
+        assert fake.shape == out.shape and fake.stride() == out.stride()
+
+
+def test_what_a_stage_is_given_is_looked_at_first() -> None:
+    simt_backend.install()
+    run = _library.kernel("residual_stage_packed_fwd", "simt")
+    x, weight, bias = last(torch.randn(1, 8, 5, 5)), last(torch.randn(8, 8, 3, 3)), torch.randn(8)
+    geometry = [8, 8, 3, 3, 1, 1, 1, 1, 1, 1]
+    wrong: dict[str, Any] = {
+        "a weight and a bias of each convolution are wanted, got 1": ([weight], geometry),
+        r"packed weight 0 must have shape \(8, 8, 3, 3\), got \(8, 8, 1, 1\)": ([weight[:, :, :1, :1], bias], geometry),
+        r"packed bias must have shape \(8\), got \(7\)": ([weight, bias[:7]], geometry),
+        "packed weight must have the dtype of x": ([weight.half(), bias], geometry),
+        "10 values of geometry per packed weight": ([weight, bias], geometry[1:]),
+        "a convolution of 7 channels meets an input of 8": ([weight, bias], [7, *geometry[1:]]),
+    }
+    for message, (data, shapes) in wrong.items():
+        with pytest.raises(RuntimeError, match=message):
+            run(x, data, shapes, [1], True, False)
+
+
+def test_a_packed_block_is_the_block() -> None:
+    simt_backend.install()
+    x = last(torch.randn(1, 8, 5, 5, dtype=torch.float16))
+    channels, kernels = (8, 16, 8, 8, 8, 8), (3, 5)
+    shapes = weight_shapes(8, channels, kernels)
+    weights, biases = [torch.randn(s).half() / 4 for s in shapes], [torch.randn(s[0]).half() for s in shapes]
+    expected = inception(x, weights, biases, backend="simt")
+    run = _library.kernel("inception_packed_fwd", "simt")
+    torch.testing.assert_close(run(x, [*weights, *biases], channels, kernels), expected, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match=r"weight 4 must have 8 outputs and a kernel of 3, got shape \(8, 8, 5, 5\)"):
+        run(x, [*weights, *biases], channels, (3, 3))
+    with pytest.raises(RuntimeError, match=r"six weights and six biases, .* are wanted, got 11"):
+        run(x, [*weights, *biases[1:]], channels, kernels)
 
 
 def test_slices_without_columns_are_left_out() -> None:

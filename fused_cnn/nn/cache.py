@@ -39,6 +39,14 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
+def _stream_by_its_object(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+# Asked at every call: PyTorch's own number, where it has one, without the object around it.
+_stream_of: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _stream_by_its_object)
+
+
 class StaleWeightsError(RuntimeError):
     """Folded weights are not what their sources are today: found by `detect_stale_weights`."""
 
@@ -113,10 +121,11 @@ class Form:
 
     def join(self) -> None:
         """Let the current stream read: it waits for the one that made the weights, and keeps their memory."""
-        stream, capturing = torch.cuda.current_stream(self.device), torch.cuda.is_current_stream_capturing()
+        capturing = torch.cuda.is_current_stream_capturing()
         self.captured = self.captured or capturing
-        if stream.cuda_stream in self.streams:
+        if _stream_of(self.device.index) in self.streams:
             return
+        stream = torch.cuda.current_stream(self.device)
         if not capturing:  # who captures has waited for all that came before
             assert self.made is not None
             stream.wait_event(self.made)

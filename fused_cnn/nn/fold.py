@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._candidates import measuring
 from .._layout import asks_for_channels_last, in_channels_last
+from .._library import kernel
 from ..ops import FoldedConv, PackedConv, PackedInception, conv_bias_relu, pack_conv, pack_inception, stem
-from ..ops._conv import autocast
+from ..ops._conv import ConvGeometry, autocast, runs_packed
 from .snapshot import COMPUTING, LIBRARY, SHARDED, call_problem, hooks
 
 Norm = nn.BatchNorm2d | None  # a convolution may have none
@@ -164,8 +166,9 @@ def fold_tensors(sources: Sources, eps: float) -> tuple[Tensor, Tensor | None]:
 
 
 def geometry(conv: nn.Conv2d) -> dict[str, Any]:
-    """conv2d's keyword arguments."""
-    return {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
+    """conv2d's keyword arguments, in its order."""
+    window: Any = (conv.stride, conv.padding, conv.dilation)
+    return ConvGeometry.of(*window, conv.groups)._asdict()
 
 
 class FoldedInception(NamedTuple):
@@ -182,11 +185,13 @@ class FoldedInception(NamedTuple):
 
 
 class FoldedPair(NamedTuple):
-    """A convolution and its BatchNorm as conv_bias_relu takes them, packed where that is possible."""
+    """A convolution and its BatchNorm as conv_bias_relu takes them, packed where that is possible. Where `on_gpu` says
+    so a GPU's kernel is called as it is, without the public function's choice and checks, which it makes again."""
 
     weight: Tensor | PackedConv
     bias: Tensor | None
     geometry: dict[str, Any]
+    on_gpu: bool
     x_channels_last: bool  # whether x is to be, so that the result is
     y_channels_last: bool  # whether the result is to be: an x of one channel lies both ways
 
@@ -197,7 +202,8 @@ class FoldedPair(NamedTuple):
         how: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups, "backend": backend}
         asks, has_one = asks_for_channels_last(conv.weight), conv.in_channels == 1
         packed = pack_conv(weight, bias, like=like, **how)
-        return cls(*packed, geometry(conv), asks and not has_one, asks and has_one)
+        on_gpu = like.is_cuda and runs_packed(like, "conv_bias_relu_fwd", backend)
+        return cls(*packed, geometry(conv), on_gpu, asks and not has_one, asks and has_one)
 
     def run(self, x: Tensor, residual: Tensor | None = None, *, relu: bool, backend: str | None) -> Tensor:
         """relu(bn(conv(x)) + residual), in the convolution's dtype."""
@@ -205,7 +211,11 @@ class FoldedPair(NamedTuple):
         residual = None if residual is None else residual.to(x.dtype)
         if self.x_channels_last:
             x = in_channels_last(x)
-        y = conv_bias_relu(x, self.weight, self.bias, residual, **self.geometry, relu=relu, backend=backend)
+        if self.on_gpu and measuring.record is None:
+            window = self.geometry.values()
+            y = kernel("conv_bias_relu_fwd", "native")(x, self.weight, self.bias, residual, *window, relu)
+        else:
+            y = conv_bias_relu(x, self.weight, self.bias, residual, **self.geometry, relu=relu, backend=backend)
         return in_channels_last(y) if self.y_channels_last else y
 
     def run_pooled(self, x: Tensor, *, pool_padding: int, ceil_mode: bool, backend: str | None) -> Tensor:
@@ -213,7 +223,10 @@ class FoldedPair(NamedTuple):
         assert isinstance(self.weight, Tensor)
         (x,) = autocast(x)
         x = in_channels_last(x) if self.x_channels_last else x
-        stride, padding = self.geometry["stride"], self.geometry["padding"]
-        how: dict[str, Any] = {"pool_padding": pool_padding, "ceil_mode": ceil_mode, "backend": backend}
-        y = stem(x, self.weight, self.bias, stride=stride, padding=padding, **how)
+        window = self.geometry["stride"], self.geometry["padding"]
+        if self.on_gpu and measuring.record is None:
+            y = kernel("stem_fwd", "native")(x, self.weight, self.bias, *window, pool_padding, ceil_mode)
+        else:
+            how: dict[str, Any] = {"pool_padding": pool_padding, "ceil_mode": ceil_mode, "backend": backend}
+            y = stem(x, self.weight, self.bias, stride=window[0], padding=window[1], **how)
         return in_channels_last(y) if self.y_channels_last else y

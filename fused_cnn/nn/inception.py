@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._candidates import is_recording
 from .._layout import asks_for_channels_last, in_channels_last, result_format
-from ..ops import BatchNormArgs, bn_relu_concat, concat_bias_relu, inception
+from ..ops import BatchNormArgs, PackedInception, bn_relu_concat, concat_bias_relu, inception
 from ..ops._conv import autocast, on_16_bytes, packable, pair
 from .cache import Form, Kind
 from .conv_bn_relu import ConvBNReLU
@@ -111,9 +111,12 @@ class Inception(FusedBlock):
         return FoldedInception.of(folded, autocast(x)[0], self.backend), self._fused_gives_channels_last()
 
     def fused_run_folded(self, x: Tensor, folded: tuple[FoldedInception, bool]) -> Tensor:
-        weights, channels_last = folded
+        (weights, biases), channels_last = folded
         (x,) = autocast(x)
-        return inception(in_channels_last(x) if channels_last else x, *weights, backend=self.backend)
+        x = in_channels_last(x) if channels_last else x
+        if isinstance(weights, PackedInception):
+            return weights.run(x)
+        return inception(x, weights, biases, backend=self.backend)
 
     def fused_run_traced(self, x: Tensor) -> Tensor:
         if not self.fused_has("one op"):

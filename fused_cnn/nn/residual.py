@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._layout import asks_for_channels_last, in_channels_last
 from ..ops import BatchNormArgs, PackedResidualStage, bn_add_relu, pack_residual_block, residual_stage
-from ..ops._conv import autocast, is_one_op, on_16_bytes, packable
+from ..ops._conv import autocast, on_16_bytes, packable, runs_packed
 from ..ops.conv.stage import sum_of
 from .cache import Form, Kind
 from .calls import is_traced
@@ -156,7 +156,7 @@ class ResidualBlock(FusedBlock):
 
     def fused_is_one_op(self, x: Tensor) -> bool:
         """Whether a native op takes the whole block, with inputs such as x."""
-        return self._fused_fits_one_op() and is_one_op(autocast(x)[0], "residual_stage_packed_fwd", self.backend)
+        return self._fused_fits_one_op() and runs_packed(autocast(x)[0], "residual_stage_packed_fwd", self.backend)
 
     def fused_is_one_node(self, x: Tensor) -> bool:
         """The same in a graph, which leaves convolutions on a GPU to the compiler's memory and streams."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._backends import usable
-from .._candidates import measuring, resolve_behind_graphs, transforms_active
+from .._candidates import resolve_behind_graphs, transforms_active
 from .._checks import check_nchw, check_same, check_vector
 from .._layout import empty_nchw
 from .._library import has_kernel
@@ -73,15 +73,14 @@ def packable(like: Tensor, op: str, backend: str | None) -> bool:
     return like.dtype in (torch.float32, torch.bfloat16)
 
 
-def is_one_op(like: Tensor, op: str, backend: str | None) -> bool:
-    """Whether calls on inputs such as `like` will run as one native op that takes a whole block's weights, made ready
-    once. On a GPU not while `tune` listens: it measures the parts, whose tiles are the op's."""
+def runs_packed(like: Tensor, op: str, backend: str | None) -> bool:
+    """Whether calls on inputs such as `like` will run as a native op on weights that are made ready once: on a CPU
+    packed ones, on a GPU as its kernels like them best. In torch.compile's trace a GPU's are made in the graph."""
     if like.device.type == "cpu":
         return packable(like, op, backend)
-    if like.device.type != "cuda" or backend not in (None, "auto", "native"):
+    if transforms_active() or torch.compiler.is_compiling() or not runs_on_gpu_kernels(like, op, backend):
         return False
-    quiet = measuring.record is None and not torch.compiler.is_compiling()
-    return quiet and resolve_behind_graphs(op, backend, like) == "native"
+    return resolve_behind_graphs(op, "native", like) == "native"  # and the kernels have their tiles from then on
 
 
 def runs_on_gpu_kernels(like: Tensor, op: str, backend: str | None) -> bool:

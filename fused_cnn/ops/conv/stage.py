@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..._candidates import NATIVE, REFERENCE, offer, refuse_transforms
+from ..._candidates import measuring, refuse_transforms
 from ..._layout import empty_nchw
 from ..._library import define, kernel
-from .._conv import IntPair, is_one_op, out_size, pair
+from .._conv import IntPair, out_size, pair, runs_packed
 from .._flops import flop_formula
-from .op import PackedConv, pack_conv
+from .op import PackedConv, conv_bias_relu, pack_conv
 
 GEOMETRY = 10  # in and out channels; kernel, stride, padding and dilation, (h, w) each
 
@@ -46,7 +46,6 @@ define(
     "projects) -> Tensor",
     lambda x, packed, *rest: fake_stage(x, *rest),
 )
-offer("residual_stage_packed_fwd", NATIVE, REFERENCE)  # the reference is one conv_bias_relu after the other
 
 
 @flop_formula("residual_stage_packed_fwd")
@@ -116,7 +115,7 @@ def pack_residual_block(
     `shortcut` adds x, or its `projection` where that is given, before the last ReLU.
     """
     units = [*convolutions, *([projection] if projection else [])]
-    if any(u.groups != 1 for u in units) or not is_one_op(like, "residual_stage_packed_fwd", backend):
+    if any(u.groups != 1 for u in units) or not runs_packed(like, "residual_stage_packed_fwd", backend):
         return None
     if like.is_cuda and projection is not None:
         # Its bias is added with the last convolution's: without one the library's result needs no pass behind it.
@@ -136,6 +135,26 @@ def pack_residual_block(
     return PackedResidualStage(data, geometry, [len(convolutions)], shortcut, projection is not None)
 
 
+def _one_by_one(x: Tensor, stage: PackedResidualStage) -> Tensor:
+    """A GPU's stage as calls of conv_bias_relu."""
+
+    def conv(i: int, y: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
+        weight, bias = stage.data[2 * i : 2 * i + 2]
+        stride, padding, dilation = (tuple(stage.geometry[GEOMETRY * i + at :][:2]) for at in (4, 6, 8))
+        window: Any = {"stride": stride, "padding": padding, "dilation": dilation}
+        return conv_bias_relu(y, weight, bias if bias.numel() else None, residual, **window, relu=relu)
+
+    at = 0
+    for block, length in enumerate(stage.lengths):
+        y, last = x, at + length - 1
+        for i in range(at, last):
+            y = conv(i, y)
+        projected = block == 0 and stage.projects
+        shortcut = conv(len(stage.data) // 2 - 1, x, relu=False) if projected else x
+        x, at = conv(last, y, shortcut if projected or block > 0 or stage.shortcut else None), last + 1
+    return x
+
+
 def residual_stage(x: Tensor, stage: PackedResidualStage) -> Tensor:
     """Whole residual blocks (arXiv 1512.03385, figures 2 and 5), one after the other, in eval form.
 
@@ -153,4 +172,6 @@ def residual_stage(x: Tensor, stage: PackedResidualStage) -> Tensor:
         BackendUnavailable: under a transform of torch.func or a forward-mode derivative.
     """
     refuse_transforms("residual_stage")
+    if measuring.record is not None and x.is_cuda:  # `tune` measures the parts, whose tiles are the op's
+        return _one_by_one(x, stage)
     return kernel("residual_stage_packed_fwd", "native")(x, *stage)
