@@ -11,9 +11,8 @@ namespace fused_cnn {
 // the channels of one (space_to_depth.cuh); the library's convolution and one pass for what follows (a strided 1x1
 // window is then a product over a copy of the pixels that it reads); the library's convolution with bias and ReLU; for
 // a network's first convolution and the pool behind it (cuda/stem.h), and for a 1x1 convolution and the pool before it
-// (cuda/pooled_pointwise.h), a kernel of both; or a tile of the implicit product whose pixels are brought once for all
-// taps of a window of stride 1 (sliding.h), or whose inner dimension is split among a cluster's blocks
-// (sm90a_split.cuh).
+// (cuda/pooled_pointwise.h), a kernel of both; or a tile of the implicit product whose inner dimension is split among
+// a cluster's blocks (sm90a_split.cuh).
 enum class TileKind {
   product,
   convolution,
@@ -21,7 +20,6 @@ enum class TileKind {
   library,
   library_fused,
   stem,
-  sliding,
   split,
   pooled_product,
 };
@@ -77,10 +75,7 @@ struct Tile {
       return problem.is_product() && whole_vectors && (problem.slices == 1 || !problem.residual);
     }
     if (kind == TileKind::split) return whole_vectors && problem.slices == 1;
-    if (kind == TileKind::convolution || kind == TileKind::sliding) {
-      return !problem.is_product() && whole_vectors && problem.slices == 1 &&
-             (kind == TileKind::convolution || problem.stride == 1);
-    }
+    if (kind == TileKind::convolution) return !problem.is_product() && whole_vectors && problem.slices == 1;
     if (kind == TileKind::space_to_depth) {
       return problem.slices == 1 && problem.stride == 2 && problem.inputs() <= kMostStemInputs &&
              std::max(problem.kernel_height, problem.kernel_width) <= kMostStemKernel;
@@ -178,11 +173,7 @@ inline constexpr Tile kSm90aTiles[] = {
      .k = 64,
      .when = tiles::never,
      .measured = "3x3, 64 -> 64 at 56, batch 256: 198; cuDNN's fused call: 146"},
-    {.kind = TileKind::sliding, .m = 256, .n = 64, .k = 64, .when = tiles::never, .measured = ""},
-    {.kind = TileKind::sliding, .m = 256, .n = 32, .k = 64, .when = tiles::never, .measured = ""},
-    {.kind = TileKind::sliding, .m = 128, .n = 64, .k = 64, .when = tiles::never, .measured = ""},
     {.kind = TileKind::split, .m = 64, .n = 64, .k = 64, .when = tiles::never, .measured = ""},
-    {.kind = TileKind::split, .m = 64, .n = 32, .k = 64, .when = tiles::never, .measured = ""},
     // The host takes longer over this call than over two others.
     {.kind = TileKind::library_fused,
      .m = 0,
