@@ -100,11 +100,6 @@ def convolutions() -> Iterator[Case]:
 def cases() -> Iterator[Case]:
     yield from convolutions()
     whole = functools.partial(_whole, torch.Generator("cpu").manual_seed(1))
-    # What brings pixels once for a window: several tiles for a persistent block, of several chunks of channels, their
-    # pixels in two buffers and, where rows are long, in one.
-    yield _convolution(whole, (9, 72, 46, 47), 296, 3, 1, 1, residual=True)
-    yield _convolution(whole, (3, 72, 24, 200), 328, 3, 1, 1, residual=False)
-    yield _convolution(whole, (9, 120, 24, 47), 296, 3, 1, 1, residual=False)  # chunks of as many units as a step has
     yield _convolution(whole, (3, 16, 11, 13), 24, 5, 1, 2, residual=False)
     yield _convolution(whole, (1, 1032, 7, 7), 72, 1, 1, 0, residual=True)  # split among as many blocks as there may be
     yield _convolution(whole, (3, 3, 45, 37), 72, 7, 2, 3, residual=False)

@@ -163,7 +163,7 @@ def wanted(name: str, arch: str) -> tuple[str, ...]:
     """The instructions that a kernel is nothing without."""
     if name.startswith(("product", "convolution")):
         return ("wgmma", "TMA store") if arch == "sm_90a" else ("mma", "store 16")
-    if name.startswith(("sliding_kernel", "split_kernel")):
+    if name.startswith("split_kernel"):
         return ("wgmma", "copy 16", "store 16")
     if name.startswith(("pooled_pointwise_kernel", "stem_kernel")):
         return ("mma", "copy 16", "store 16")

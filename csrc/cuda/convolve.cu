@@ -1,6 +1,5 @@
 // See convolve.h.
 #include "cuda/convolve.h"
-#include "cuda/gemm/sliding.h"
 #include "cuda/gemm/space_to_depth.cuh"
 #include "cuda/stem.h"
 
@@ -65,10 +64,6 @@ Convolution with_sizes(Convolution conv, const Tensor& x, const Tensor& weight, 
   conv.padding = int_pair(params.padding[0], params.padding[1]);
   conv.dilation = int_pair(params.dilation[0], params.dilation[1]);
   return conv;
-}
-
-bool sliding_fits(const Tile& tile, const Tensor& x, const Tensor& weight, const ConvParams& params) {
-  return sliding_plan(with_sizes({}, x, weight, params), tile.m, tile.n).chunks > 0;
 }
 
 // `conv` over x itself.
@@ -159,8 +154,7 @@ const Tile* tile_of(const Tensor& x, const Tensor& weight, const ConvParams& par
                                              x.size(1) % in_16_bytes(dtype) == 0 && rows * weight.size(0) <= INT_MAX &&
                                              library_may_fuse(),
                         .pooled = pooled};
-  const Tile* tile = &kernels.tile_for(problem);
-  return tile->kind == TileKind::sliding && !sliding_fits(*tile, x, weight, params) ? nullptr : tile;
+  return &kernels.tile_for(problem);
 }
 
 void convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const RowView& residual,

@@ -70,9 +70,7 @@ constexpr TensorCores kSm90a{
             using T = decltype(element);
             const auto run = [&](auto place) {
               constexpr Tile tile = kSm90aTiles[place];
-              if constexpr (tile.kind == TileKind::sliding) {
-                return sm90a_sliding<T, tile.m, tile.n>(conv, multiprocessors, stream);
-              } else if constexpr (tile.kind == TileKind::split) {
+              if constexpr (tile.kind == TileKind::split) {
                 return sm90a_split<T, tile.m, tile.n>(conv, multiprocessors, stream);
               } else {
                 return sm90a_convolution<T, tile.m, tile.n>(conv, stream);

@@ -7,24 +7,21 @@
 
 namespace fused_cnn {
 
-// A product's operand in shared memory, on 16 bytes: 8 elements of 8 rows, one row behind the other, 16 bytes of each;
-// these rows' next 8 elements `next` bytes from them, and the next 8 rows `rows` bytes. A sum with n is as far behind
-// it as n rows.
+// A product's operand in shared memory, on 16 bytes: 8 elements of each row, one row behind the other, 16 bytes of
+// each; these rows' next 8 elements `next` bytes from them. A sum with n is as far behind it as n rows.
 struct SharedOperand {
-  uint32_t at, rows;
+  uint32_t at;
 
-  __device__ SharedOperand operator+(int n) const { return {at + n, rows}; }
-  __device__ uint64_t descriptor() const { return static_cast<uint64_t>(rows) << 32 | at; }
+  __device__ SharedOperand operator+(int n) const { return {at + n}; }
+  __device__ uint64_t descriptor() const {
+    constexpr uint64_t kEightRows = 8;  // from 8 rows to the next 8, in units of 16 bytes
+    return kEightRows << 32 | at;
+  }
 };
-__device__ inline SharedOperand shared_operand(const void* at, int next, int rows = 8 * 16) {
+__device__ inline SharedOperand shared_operand(const void* at, int next) {
   constexpr uint32_t kOfBlock = (1 << 18) - 1;  // above that an address has the block's rank in its cluster
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(at)) & kOfBlock;
-  return {address >> 4 | static_cast<uint32_t>(next >> 4) << 16, static_cast<uint32_t>(rows >> 4)};
-}
-
-// Of a thread, as one value a warp, by which descriptors are cheap.
-__device__ inline int warpgroup() {
-  return __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  return {address >> 4 | static_cast<uint32_t>(next >> 4) << 16};
 }
 
 // Whose sums follow the sum of T's products of 16 elements: 64 rows of a, kColumns rows of b.
@@ -39,7 +36,6 @@ struct WarpgroupProduct;
   struct WarpgroupProduct<f16_t, columns>                                                                              \
       : cute::SM90::GMMA::MMA_64x##columns##x16_F32F16F16_SS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K> { \
   };
-FUSED_CNN_WGMMA(32)
 FUSED_CNN_WGMMA(64)
 #undef FUSED_CNN_WGMMA
 

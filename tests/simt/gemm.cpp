@@ -3,21 +3,14 @@
 // sm_80's; it finds the weights of several slices where sm_90a's does. Of float32, which sm_80's does not take, a
 // thread takes a row, and operands are rounded to TF32 as TMA does.
 #include "cuda/gemm/epilogue.cuh"
-#include "cuda/gemm/sm90a_sliding.cuh"
 #include "cuda/gemm/sm90a_split.cuh"
 #include "cuda/gemm/tiles.h"
 
-extern "C" int simt_gemm_tile, simt_sliding_buffers;
-int simt_sliding_buffers = 0;  // of the last convolution by a sliding tile
-int simt_gemm_tile = -1;       // of the last product or convolution, its place in kTiles
+extern "C" int simt_gemm_tile;
+int simt_gemm_tile = -1;  // of the last product or convolution, its place in kTiles
 
 namespace fused_cnn {
 namespace {
-
-// By our own kernels, which take longer here.
-bool is_narrow(const Problem& problem, int) {
-  return !problem.is_product() && problem.k <= 9 * 64;
-}
 
 constexpr Tile kTiles[] = {
     {TileKind::product, 128, 128, 64, kSm80Tiles[0].when, ""},
@@ -25,11 +18,7 @@ constexpr Tile kTiles[] = {
     {TileKind::stem, 112, 64, 16, [](const Problem& problem, int) { return problem.pooled != 0; }, ""},
     {TileKind::pooled_product, 256, 128, 64, tiles::always, ""},
     {TileKind::space_to_depth, 128, 64, 64, tiles::always, ""},
-    {TileKind::sliding, 256, 64, 64, tiles::never, ""},
-    {TileKind::sliding, 256, 32, 64, tiles::never, ""},
-    {TileKind::sliding, 128, 64, 64, is_narrow, ""},
-    {TileKind::split, 64, 64, 64, tiles::never, ""},
-    {TileKind::split, 64, 32, 64, [](const Problem& problem, int) { return problem.stride > 1; }, ""},
+    {TileKind::split, 64, 64, 64, [](const Problem& problem, int) { return problem.stride > 1; }, ""},
     {TileKind::convolution, 128, 64, 64, tiles::always, ""},
     {TileKind::product, 128, 128, 32, tiles::always, ""},
     {TileKind::convolution, 128, 64, 32, tiles::always, ""},
@@ -139,16 +128,7 @@ template <typename T>
 cudaError_t convolution(const Convolution& conv, int multiprocessors, cudaStream_t stream) {
   simt_gemm_tile = static_cast<int>(conv.tile - kTiles);
   if constexpr (!std::is_same_v<T, float>) {
-    if (conv.tile->kind == TileKind::split) {
-      return conv.tile->n == 32 ? sm90a_split<T, 64, 32>(conv, multiprocessors, stream)
-                                : sm90a_split<T, 64, 64>(conv, multiprocessors, stream);
-    }
-    if (conv.tile->kind == TileKind::sliding) {
-      simt_sliding_buffers = sliding_plan(conv, conv.tile->m, conv.tile->n).buffers;
-      return conv.tile->n == 32    ? sm90a_sliding<T, 256, 32>(conv, multiprocessors, stream)
-             : conv.tile->m == 128 ? sm90a_sliding<T, 128, 64>(conv, multiprocessors, stream)
-                                   : sm90a_sliding<T, 256, 64>(conv, multiprocessors, stream);
-    }
+    if (conv.tile->kind == TileKind::split) return sm90a_split<T, 64, 64>(conv, multiprocessors, stream);
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(conv.images * conv.result_size(0) * conv.result_size(1));

@@ -17,7 +17,4 @@ cudaError_t sm90a_convolution(const Convolution& conv, cudaStream_t stream);
 template <typename T, int kRows, int kColumns>
 cudaError_t sm90a_split(const Convolution& conv, int multiprocessors, cudaStream_t stream);
 
-template <typename T, int kRows, int kColumns>
-cudaError_t sm90a_sliding(const Convolution& conv, int multiprocessors, cudaStream_t stream);
-
 }  // namespace fused_cnn

@@ -11,9 +11,8 @@ namespace fused_cnn {
 // the channels of one (space_to_depth.cuh); the library's convolution and one pass for what follows (a strided 1x1
 // window is then a product over a copy of the pixels that it reads); the library's convolution with bias and ReLU; for
 // a network's first convolution and the pool behind it (cuda/stem.h), and for a 1x1 convolution and the pool before it
-// (cuda/pooled_pointwise.h), a kernel of both; or a tile of the implicit product whose pixels are brought once for all
-// taps of a window of stride 1 (sliding.h), or whose inner dimension is split among a cluster's blocks
-// (sm90a_split.cuh).
+// (cuda/pooled_pointwise.h), a kernel of both; or a tile of the implicit product whose inner dimension is split among
+// a cluster's blocks (sm90a_split.cuh).
 enum class TileKind {
   product,
   convolution,
@@ -21,7 +20,6 @@ enum class TileKind {
   library,
   library_fused,
   stem,
-  sliding,
   split,
   pooled_product,
 };
@@ -77,10 +75,7 @@ struct Tile {
       return problem.is_product() && whole_vectors && (problem.slices == 1 || !problem.residual);
     }
     if (kind == TileKind::split) return whole_vectors && problem.slices == 1;
-    if (kind == TileKind::convolution || kind == TileKind::sliding) {
-      return !problem.is_product() && whole_vectors && problem.slices == 1 &&
-             (kind == TileKind::convolution || problem.stride == 1);
-    }
+    if (kind == TileKind::convolution) return !problem.is_product() && whole_vectors && problem.slices == 1;
     if (kind == TileKind::space_to_depth) {
       return problem.slices == 1 && problem.stride == 2 && problem.inputs() <= kMostStemInputs &&
              std::max(problem.kernel_height, problem.kernel_width) <= kMostStemKernel;
@@ -101,6 +96,10 @@ inline bool never(const Problem&, int) {
 inline bool fills(const Problem& problem, int rows, int columns, int multiprocessors) {
   return (problem.m + rows - 1) / rows * ((problem.n + columns - 1) / columns) >= multiprocessors;
 }
+// A window whose bias and ReLU would be a pass behind the library's convolution.
+inline bool needs_pass(const Problem& problem) {
+  return !problem.library_takes_all && problem.kernel_height * problem.kernel_width > 1;
+}
 }  // namespace tiles
 
 // Of 16-bit types alone: cp.async leaves float32 as it is, and mma.sync would cut it off to TF32, not round it.
@@ -119,7 +118,8 @@ inline constexpr Tile kSm80Tiles[] = {
     {.kind = TileKind::library, .m = 0, .n = 0, .k = 0, .when = tiles::always, .measured = ""},
 };
 
-// Each line of `measured` is of bfloat16 on an H100, 2026-11-27, in microseconds; (m, k) x (k, n).
+// Each line of `measured` is of an H100, 2026-11-28, in microseconds: of bfloat16 but for tiles of 32 in k, which are
+// float32's; (m, k) x (k, n). "A block" is the time of a whole Inception block, of which this is one convolution.
 inline constexpr Tile kSm90aTiles[] = {
     {.kind = TileKind::product,
      .m = 256,
@@ -130,7 +130,7 @@ inline constexpr Tile kSm90aTiles[] = {
            return problem.n > 64 && (problem.residual || problem.slices > 1 || problem.k <= 256) &&
                   tiles::fills(problem, 256, 128, multiprocessors);
          },
-     .measured = "(802816, 64) x (64, 256) + residual: 341; 128 x 128: 407; cuDNN's fused call: 483"},
+     .measured = "(802816, 64) x (64, 256) + residual: 345; 128 x 128: 416; the library and a pass: 673"},
     {.kind = TileKind::product,
      .m = 128,
      .n = 128,
@@ -139,58 +139,94 @@ inline constexpr Tile kSm90aTiles[] = {
          [](const Problem& problem, int multiprocessors) {
            return problem.n > 64 && problem.slices == 1 && tiles::fills(problem, 128, 128, multiprocessors);
          },
-     .measured = "(200704, 512) x (512, 256): 112; 256 x 128: 123; cuDNN's fused call: 123"},
+     .measured = "(200704, 512) x (512, 256): 120; 256 x 128: 132; cuDNN's fused call: 128"},
     {.kind = TileKind::product,
      .m = 128,
      .n = 64,
      .k = 64,
      .when = [](const Problem& problem,
-                int multiprocessors) { return tiles::fills(problem, 128, 64, multiprocessors / 2); },
-     .measured = "(802816, 256) x (256, 64): 176; 128 x 128: 198; cuDNN's fused call: 181"},
+                int multiprocessors) { return tiles::fills(problem, 128, 64, multiprocessors); },
+     .measured = "(802816, 256) x (256, 64): 183; 128 x 128: 204; cuDNN's fused call: 187"},
     {.kind = TileKind::product,
      .m = 64,
      .n = 64,
      .k = 64,
      .when = tiles::always,
-     .measured = "(49, 2048) x (2048, 512): 8; 128 x 64: 11; cuDNN's fused call: 6, of which the host takes longer"},
+     .measured = "(784, 128) x (128, 512) + residual: 8; 128 x 64: 9; the library and a pass: 12"},
     // Of float32 in TF32. The product's accumulators are all that a warpgroup's registers hold, its six stages with the
     // epilogue all of the shared memory, and the other warpgroup's products hide the epilogue. Wider than 64 columns a
     // convolution's block would be alone on its multiprocessor.
-    {.kind = TileKind::product, .m = 128, .n = 128, .k = 32, .when = tiles::never, .measured = ""},
-    {.kind = TileKind::convolution, .m = 128, .n = 64, .k = 32, .when = tiles::never, .measured = ""},
+    {.kind = TileKind::product,
+     .m = 128,
+     .n = 128,
+     .k = 32,
+     .when =
+         [](const Problem& problem, int multiprocessors) {
+           return !problem.library_takes_all && tiles::fills(problem, 128, 128, multiprocessors / 2);
+         },
+     .measured = "(802816, 64) x (64, 256) + residual: 700; the library and a pass: 1237"},
+    {.kind = TileKind::convolution,
+     .m = 128,
+     .n = 64,
+     .k = 32,
+     .when = [](const Problem& problem, int) { return tiles::needs_pass(problem) && problem.k <= 512; },
+     .measured = "3x3, 32 -> 128 at 14, batch 256: a block 572; the library and a pass: 585, ahead for more channels"},
     {.kind = TileKind::space_to_depth,
      .m = 128,
      .n = 64,
      .k = 64,
      .when = tiles::always,
-     .measured = "7x7 stride 2 of 3 channels at 224, batch 256: 437, cuDNN's fused call: 2063"},
-    {.kind = TileKind::stem, .m = 112, .n = 64, .k = 16, .when = tiles::never, .measured = ""},
-    {.kind = TileKind::pooled_product, .m = 256, .n = 128, .k = 64, .when = tiles::never, .measured = ""},
+     .measured = "7x7 stride 2 of 3 channels at 224, batch 256, and its pool: 652; the library's and its pool: 2320"},
+    {.kind = TileKind::stem,
+     .m = 112,
+     .n = 64,
+     .k = 16,
+     .when = tiles::always,
+     .measured =
+         "7x7 stride 2 of 3 channels at 224, batch 256, and its pool: 282; the pool behind the tile above: 652"},
+    {.kind = TileKind::pooled_product,
+     .m = 256,
+     .n = 128,
+     .k = 64,
+     .when = [](const Problem& problem,
+                int multiprocessors) { return tiles::fills(problem, 256, 128, multiprocessors); },
+     .measured =
+         "(200704, 256) x (256, 64): a block 436, 505 with a pool of its own; (196, 480) x (480, 64): 54 and 40"},
     {.kind = TileKind::convolution,
      .m = 128,
      .n = 192,
      .k = 64,
-     .when = [](const Problem& problem, int) { return problem.inputs() == 64 && problem.n == 192; },
-     .measured = "3x3, 64 -> 192 at 56, batch 256: 431; cuDNN's fused call: 681, which is ahead on all others"},
+     .when =
+         [](const Problem& problem, int multiprocessors) {
+           return problem.n % 192 == 0 && (tiles::needs_pass(problem) || problem.inputs() <= 64) &&
+                  tiles::fills(problem, 128, 192, multiprocessors);
+         },
+     .measured = "3x3, 64 -> 192 at 56, batch 256: 440; 128 x 64: 587; cuDNN's fused call: 700"},
+    {.kind = TileKind::split,
+     .m = 64,
+     .n = 64,
+     .k = 64,
+     .when =
+         [](const Problem& problem, int multiprocessors) {
+           return tiles::needs_pass(problem) && !tiles::fills(problem, 128, 64, multiprocessors / 10);
+         },
+     .measured = "3x3, 192 -> 384 at 7, batch 1: a block 49; the library and a pass: 51; the tile below: 53"},
     {.kind = TileKind::convolution,
      .m = 128,
      .n = 64,
      .k = 64,
-     .when = tiles::never,
-     .measured = "3x3, 64 -> 64 at 56, batch 256: 198; cuDNN's fused call: 146"},
-    {.kind = TileKind::sliding, .m = 256, .n = 64, .k = 64, .when = tiles::never, .measured = ""},
-    {.kind = TileKind::sliding, .m = 256, .n = 32, .k = 64, .when = tiles::never, .measured = ""},
-    {.kind = TileKind::sliding, .m = 128, .n = 64, .k = 64, .when = tiles::never, .measured = ""},
-    {.kind = TileKind::split, .m = 64, .n = 64, .k = 64, .when = tiles::never, .measured = ""},
-    {.kind = TileKind::split, .m = 64, .n = 32, .k = 64, .when = tiles::never, .measured = ""},
-    // The host takes longer over this call than over two others.
+     .when =
+         [](const Problem& problem, int multiprocessors) {
+           return tiles::needs_pass(problem) && problem.k <= 1152 &&
+                  !tiles::fills(problem, 128, 64, 2 * multiprocessors);
+         },
+     .measured = "3x3, 48 -> 128 at 7, batch 256: a block 131; the library and a pass: 141"},
     {.kind = TileKind::library_fused,
      .m = 0,
      .n = 0,
      .k = 0,
-     .when = [](const Problem& problem,
-                int) { return problem.m >= 1 << 14 && static_cast<DType>(problem.dtype) != DType::f32; },
-     .measured = "3x3, 64 -> 64 at 56, batch 256: 146; with a pass of our own: 220"},
+     .when = tiles::always,
+     .measured = "3x3, 64 -> 64 at 56: batch 256: 149, with a pass of our own 222; batch 1: 9, with a pass 13"},
     {.kind = TileKind::library, .m = 0, .n = 0, .k = 0, .when = tiles::always, .measured = ""},
 };
 

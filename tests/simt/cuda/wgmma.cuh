@@ -8,15 +8,11 @@ namespace fused_cnn {
 
 struct SharedOperand {
   const unsigned char* at;
-  int next, rows;
-  SharedOperand operator+(int n) const { return {at + 16 * n, next, rows}; }
+  int next;
+  SharedOperand operator+(int n) const { return {at + 16 * n, next}; }
 };
-inline SharedOperand shared_operand(const void* at, int next, int rows = 8 * 16) {
-  return {static_cast<const unsigned char*>(at), next, rows};
-}
-
-inline int warpgroup() {
-  return static_cast<int>(threadIdx.x) / 128;
+inline SharedOperand shared_operand(const void* at, int next) {
+  return {static_cast<const unsigned char*>(at), next};
 }
 
 // The 16 elements of a row. Shared memory is the library's own data: there is nothing to check.
@@ -25,7 +21,7 @@ __attribute__((no_sanitize("kernel-address"))) inline void row_of(const SharedOp
                                                                   float (&values)[16]) {
   T elements[16];
   for (int half = 0; half < 2; ++half) {
-    std::memcpy(elements + 8 * half, operand.at + row / 8 * operand.rows + row % 8 * 16 + half * operand.next, 16);
+    std::memcpy(elements + 8 * half, operand.at + row * 16 + half * operand.next, 16);
   }
   for (int i = 0; i < 16; ++i) values[i] = to_compute(elements[i]);
 }
