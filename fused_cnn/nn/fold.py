@@ -167,8 +167,8 @@ def fold_tensors(sources: Sources, eps: float) -> tuple[Tensor, Tensor | None]:
 
 def geometry(conv: nn.Conv2d) -> dict[str, Any]:
     """conv2d's keyword arguments, in its order."""
-    window: Any = (conv.stride, conv.padding, conv.dilation)
-    return ConvGeometry.of(*window, conv.groups)._asdict()
+    window: Any = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return ConvGeometry.of(*window)._asdict()
 
 
 class FoldedInception(NamedTuple):
