@@ -25,8 +25,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import fused_cnn
 from fused_cnn import StaleWeightsError, detect_stale_weights, fuse_, refresh, unfuse_
 from fused_cnn.nn import FusedModule, cache, fold, snapshot
+from fused_cnn.nn.module import FusedBlock
 from fused_cnn.nn.snapshot import Snapshot
-from fused_cnn.nn.stem import BlockStemmedNetwork
 
 
 def twins(name: str = "resnet18", **options: object) -> tuple[nn.Module, nn.Module, Tensor]:
@@ -432,7 +432,7 @@ def folded_tensors(model: nn.Module) -> list[weakref.ref[Tensor]]:
 FREEING: dict[str, Callable[[nn.Module], object]] = {
     "meta": lambda m: m.to("meta"),
     "bfloat16": lambda m: m.bfloat16(),
-    "share_memory": lambda m: m.share_memory(),
+    **({"share_memory": lambda m: m.share_memory()} if DEVICE == "cpu" else {}),  # a GPU's weights stay as they are
     "unfuse_": unfuse_,
 }
 
@@ -493,7 +493,8 @@ def test_threads_that_look_for_the_first_time_at_once() -> None:
     for name in ("resnet18", "googlenet"):
         eager, fused, x = twins(name)
         blocks = [m for m in fused.modules() if isinstance(m, FusedModule)]
-        first = next(b for b in blocks if not isinstance(b, BlockStemmedNetwork))
+        # On a GPU GoogLeNet's first convolution is not asked what it is: the network runs it with the pool behind it.
+        first = next(b for b in blocks if isinstance(b, FusedBlock) and b is not getattr(fused, "conv1", None))
         original = FusedModule._fused_understand
 
         def looking(block: FusedModule, watched: str | None, original: Any = original, x: Tensor = x) -> Any:
@@ -634,7 +635,11 @@ def test_transforms_give_what_eager_gives(how: str, grad_mode: bool) -> None:
     with torch.set_grad_enabled(grad_mode):
         fused(x)  # folded weights are at hand
         function = TRANSFORMS.get(how, dual)
-        mine, theirs = function(fused, x), function(eager, x)
+        try:
+            theirs = function(eager, x)
+        except RuntimeError as error:
+            pytest.skip(f"eager PyTorch cannot: {error}")
+        mine = function(fused, x)
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)  # reason: as close()
 
 
@@ -645,7 +650,13 @@ def test_mixed_dtypes_are_refused_by_name() -> None:
             fused.train(train)(x.half())
         assert "the input is torch.float16, but conv1.weight is torch.float32" in str(error.value)
     _, googlenet, x = twins("googlenet")
-    with pytest.raises(TypeError, match=r"BasicConv2d: the input is torch.bfloat16, but conv.weight is torch.float32"):
+    # On a GPU the network runs its first convolution with the pool behind it.
+    who = (
+        "BasicConv2d: the input is torch.bfloat16, but"
+        if DEVICE == "cpu"
+        else "GoogLeNet: the input is torch.bfloat16, but conv1."
+    )
+    with pytest.raises(TypeError, match=rf"{who} ?conv.weight is torch.float32"):
         googlenet(x.bfloat16())
 
 

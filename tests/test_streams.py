@@ -10,7 +10,7 @@ import torch
 from conftest import DEVICE
 from torch import Tensor, nn
 
-from fused_cnn import fuse_, models, refresh
+from fused_cnn import fuse_, models, refresh, unfuse_
 from fused_cnn.bench.peers import graphed
 from fused_cnn.nn import FusedModule
 
@@ -102,7 +102,8 @@ def test_a_capture_without_a_call_before_it_folds_nothing() -> None:
     model, x = network("resnet18"), images(0)
     expected = network("resnet18")
     expected.load_state_dict(model.state_dict())
-    true = expected(x)  # which also sets up the libraries
+    true = expected(x)
+    unfuse_(expected)(x)  # cuDNN must have met the plain convolutions, which run in the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = model(x)

@@ -368,9 +368,15 @@ class ResidualStage(FusedBlock, nn.Sequential):
         for block, part in zip(self._fused_blocks(), form.value.forms, strict=True):
             block.fused_check(part, x)
 
+    def _fused_run_form(self, x: Tensor, form: Form) -> Tensor:
+        out = super()._fused_run_form(x, form)
+        for part in form.value.forms:  # of whose memory the stage's is made
+            part.uses += 1
+            if x.is_cuda:
+                part.captured, part.streams = part.captured or form.captured, part.streams | form.streams
+        return out
+
     def fused_run_folded(self, x: Tensor, folded: FoldedStage) -> Tensor:
-        for form in folded.forms:
-            form.uses += 1
         return folded.op.run(x)
 
     def fused_run_traced(self, x: Tensor) -> Tensor:
