@@ -45,15 +45,31 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
+struct DeviceFacts {
+  int major, multiprocessors;
+};
+
+// Asked of the driver once a thread and device: a convolution asks several times.
+inline DeviceFacts device_facts(int device) {
+  thread_local int known = -1;
+  thread_local DeviceFacts facts{};
+  if (device < 0 || device != known) {
+    facts = {device_attribute(cudaDevAttrComputeCapabilityMajor, device),
+             device_attribute(cudaDevAttrMultiProcessorCount, device)};
+    known = device;
+  }
+  return facts;
+}
+
 // The kernels of this build for a device; false where it has none.
 struct GemmKernels {
   const TensorCores* cores;
   int device, multiprocessors;
 
   explicit GemmKernels(int device)
-      : cores(tensor_cores(device_attribute(cudaDevAttrComputeCapabilityMajor, device))),
+      : cores(tensor_cores(device_facts(device).major)),
         device(device),
-        multiprocessors(device_attribute(cudaDevAttrMultiProcessorCount, device)) {}
+        multiprocessors(device_facts(device).multiprocessors) {}
   explicit operator bool() const { return cores != nullptr; }
 
   const Tile& tile_for(const Problem& problem) const {
