@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_cnn
 from fused_cnn import _library, models
 from fused_cnn.analysis import count, minimum_traffic, op_costs, reduction, saved_bytes, summary
 from fused_cnn.analysis.op_costs import FUSED_COSTS
 from fused_cnn.analysis.paper import agrees
+from fused_cnn.ops.conv.cases import stage_cost
 
 
 def table(name, **options):
@@ -321,3 +323,16 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameters():
 def test_saved_bytes_excludes_buffers():
     bn = nn.BatchNorm2d(4).eval()
     assert saved_bytes(bn, X) == IMAGE
+
+
+def test_a_stage_on_a_gpu_reads_its_weights_and_what_lies_between() -> None:
+    """Of tensors that stand for a GPU's: there each convolution reads and writes memory."""
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 6, 6, device="cuda")
+        packed = [torch.empty(16, 8, 1, 1, device="cuda"), torch.empty(16, device="cuda")] * 3
+        pointwise, square = [8, 16, 1, 1, 1, 1, 0, 0, 1, 1], [16, 16, 3, 3, 1, 1, 1, 1, 1, 1]
+        geometry = [*pointwise, *square, *pointwise]  # the last is the projection
+        arguments = {"x": x, "packed": packed, "geometry": geometry, "lengths": [2], "shortcut": True, "projects": True}
+        cost = stage_cost(arguments, x)
+    assert cost.launches == 3 and cost.reads == {"packed": 1, "x": 2} and cost.rewrites == cost.flops_saved == 0
+    assert cost.scratch == 2 * (2 * 16 * 6 * 6 * 4)  # what the first convolution gives, and the projection

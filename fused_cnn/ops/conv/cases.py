@@ -107,28 +107,34 @@ def packed_cost(args: Arguments, out: Tensor) -> Cost:
 
 
 def stage_cost(args: Arguments, out: Tensor) -> Cost:
-    """One convolution after the other. x is read by the first and by the first shortcut; a projection is written where
-    the result goes, and read there by the block's last convolution. What one block hands to the next stays inside, as
-    what lies between the convolutions does, and is read again by the next block's shortcut."""
+    """One convolution after the other. x is read by the first and by the first shortcut. What one block hands to the
+    next stays inside, as what lies between the convolutions does, and is read again by the next block's shortcut. On a
+    CPU a projection is written where the result goes, and read there by the block's last convolution."""
     x, geometry, lengths, projects = (args[name] for name in ("x", "geometry", "lengths", "projects"))
     convolutions = [geometry[i : i + GEOMETRY] for i in range(0, len(geometry), GEOMETRY)]
+    on_gpu = x.device.type == "cuda"
 
     def run(read: Tensor, conv: Sequence[int], in_place: bool = False) -> tuple[Tensor, Cost]:
         channels, out_channels, kh, kw, *pairs = conv
-        return engine_conv(read, (out_channels, channels, kh, kw), pairs[:2], pairs[2:4], pairs[4:], in_place=in_place)
+        shape, window = (out_channels, channels, kh, kw), (pairs[:2], pairs[2:4], pairs[4:])
+        if on_gpu:
+            return empty_result(read.to("meta"), shape, *window), Cost()
+        return engine_conv(read, shape, *window, in_place=in_place)
 
-    made, costs = [x], [run(x, convolutions[-1])[1]] if projects else []
+    projected = [run(x, convolutions[-1])] if projects else []
+    made, costs = [x], [cost for _, cost in projected]
     for i, conv in enumerate(convolutions[:-1] if projects else convolutions, 1):
         result, cost = run(made[-1], conv, in_place=projects and i == lengths[0])
         made.append(result)
         costs.append(cost)
     handed_on = [made[i] for i in accumulate(lengths[:-1])]
+    between = [*made[1:-1], *(result for result, _ in projected if on_gpu)]
     return Cost(
         len(convolutions),
-        {"packed": 0, "x": 1 + args["shortcut"]},
+        {"packed": int(on_gpu), "x": 1 + args["shortcut"]},
         reads_more=sum(cost.reads_more for cost in costs) + sum(map(tensor_bytes, handed_on)),
-        rewrites=int(projects),
-        scratch=sum(map(tensor_bytes, made[1:-1])),
+        rewrites=int(projects and not on_gpu),
+        scratch=sum(map(tensor_bytes, between)),
         flops_saved=sum(cost.flops_saved for cost in costs),
     )
 
