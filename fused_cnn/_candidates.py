@@ -154,7 +154,7 @@ def resolve_behind_graphs(op: str, backend: str | None, x: Tensor, *problem: Any
         raise BackendUnavailable(
             f"backend 'triton' cannot run {op} in float64: its kernels compute in float32; use backend=None"
         )
-    if not _ready(backend, x.device):
+    if not ready(backend, x.device):
         state = status(backend, x.device)
         raise BackendUnavailable(f"backend {backend!r} cannot run {op} on {device_type}: {state.reason}; {state.hint}")
     if not _library.has_kernel(op, backend, device_type):
@@ -177,12 +177,12 @@ def _runs(op: str, candidate: Candidate[str], device: torch.device, dtype: torch
     if backend == "triton" and (device.type != "cuda" or dtype == torch.float64):  # its interpreter is for tests
         return False
     # What is ready may have been found to lack the kernel just then.
-    if not _ready(backend, device) or not _library.has_kernel(op, backend, device.type):
+    if not ready(backend, device) or not _library.has_kernel(op, backend, device.type):
         return False
     return not candidate.architectures or architecture(device) in candidate.architectures
 
 
-def _ready(backend: str, device: torch.device) -> bool:
+def ready(backend: str, device: torch.device) -> bool:
     """Whether a backend can run on a device. Before native kernels run on a GPU its table is read, which hands them
     their tiles, though nobody may ask it: a call with an explicit backend does not, nor does a compiled one."""
     if not usable(backend, device):
@@ -192,7 +192,7 @@ def _ready(backend: str, device: torch.device) -> bool:
     return True
 
 
-_ready._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as usable is
+ready._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as usable is
 
 
 class _Measuring:

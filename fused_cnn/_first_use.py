@@ -32,6 +32,7 @@ POOLS = (
     "max_pool2d_index_fwd",
     "max_pool2d_index_bwd",
     "inception_fwd",
+    "inception_packed_fwd",
     "stem_fwd",
 )  # run one another
 

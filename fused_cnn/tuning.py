@@ -153,7 +153,7 @@ def tune(
 
     Returns:
         What was measured now. Later calls with backend=None use it, in this process at once and in others from their
-        start.
+        start; folded blocks on a GPU, which are native, use its tiles, PyTorch's own convolution among them.
 
     Raises:
         ValueError: "reference" is not a candidate, or the model calls no op with backend=None.

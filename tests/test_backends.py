@@ -1,6 +1,8 @@
 """Which backend is chosen where something is missing: the next best for "auto", one clear error for an explicit one."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import fused_cnn
 from fused_cnn import _backends, _builds, _candidates, _library
 from fused_cnn._backends import BackendUnavailable
 from fused_cnn._tables import Table
+from fused_cnn.ops import _conv
 from fused_cnn.ops._conv import on_16_bytes
 
 CUDA = torch.device("cuda", 0)
@@ -241,3 +244,20 @@ def test_what_the_librarys_gradients_are_given_on_a_gpu_lies_on_16_bytes(
 
     given = Given()
     assert on_16_bytes(given) == ("a copy" if copied else given)  # type: ignore[arg-type]
+
+
+def test_a_block_is_packed_for_kernels_that_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for one that gave wrong results on this GPU, which is known once the GPU's table has been read; nor for
+    another backend."""
+    like: Any = SimpleNamespace(device=torch.device("cuda"))
+    key = ("inception_packed_fwd", "native", "cuda")
+
+    def read(backend: str, device: torch.device) -> bool:
+        monkeypatch.setitem(_library._implemented, key, verdict)
+        return True
+
+    monkeypatch.setattr(_conv, "ready", read)
+    monkeypatch.setitem(_library._implemented, key, True)
+    for verdict in (False, True):
+        assert _conv.runs_packed(like, key[0], None) == _conv.runs_packed(like, key[0], "native") == verdict
+        assert not _conv.runs_packed(like, key[0], "triton") and not _conv.runs_packed(like, key[0], "reference")

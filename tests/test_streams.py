@@ -2,6 +2,7 @@
 forward pass."""
 
 import contextlib
+import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from fused_cnn import fuse_, models, refresh, unfuse_
 from fused_cnn.bench.peers import graphed
-from fused_cnn.nn import FusedModule
+from fused_cnn.nn import BasicBlock, FusedModule, ResidualStage
 
 THREADS = 4
 
@@ -127,3 +128,24 @@ def test_another_stream_waits_for_the_folding() -> None:
         out = model(x)
     torch.cuda.synchronize()
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_stage_waits_for_its_blocks_weights() -> None:
+    """Which another stream is still folding when the stage, made of them, runs for the first time."""
+    stage = ResidualStage(BasicBlock(8, 8), BasicBlock(8, 8)).eval().to(DEVICE)
+    x = torch.randn(2, 8, 16, 16, device=DEVICE)
+    expected = unfuse_(copy.deepcopy(stage))(x)
+    stage(x)  # sets up the libraries
+    forget(stage)
+    torch.cuda.synchronize()
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(first):
+        torch.cuda._sleep(200_000_000)  # a tenth of a second, behind which the weights are folded
+        for block in stage:
+            block(x)
+    with torch.cuda.stream(second):
+        out = stage(x)
+    torch.cuda.synchronize()
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)  # the library's sums in another order

@@ -29,15 +29,14 @@ Tensor residual_stage_packed_fwd(const Tensor& x, std::vector<Tensor> packed, In
   if (projects) check(*stage.projection, stage.chain.size());
 
   const MemoryFormat format = result_format(x);
-  if (x.numel() == 0) {
-    const ImageSize& size = stage.chain.back().out;
-    return empty_nchw(x, size[0], size[1], size[2], format);
-  }
+  const ImageSize& size = stage.chain.back().out;
+  if (x.size(0) * size[0] * size[1] * size[2] == 0) return empty_nchw(x, size[0], size[1], size[2], format);
   const auto run = [&](const StageConvolution& c, size_t index, const Tensor& from,
-                       const std::optional<Tensor>& residual, bool relu) {
+                       const std::optional<Tensor>& residual, bool relu,
+                       MemoryFormat of_result = MemoryFormat::ChannelsLast) {
     std::optional<Tensor> bias;
     if (packed[2 * index + 1].numel() > 0) bias = packed[2 * index + 1];
-    return conv_bias_relu(from, packed[2 * index], bias, residual, c.params, relu, MemoryFormat::ChannelsLast);
+    return conv_bias_relu(from, packed[2 * index], bias, residual, c.params, relu, of_result);
   };
   Tensor input = rows_of(x).tensor;  // of other layouts one copy, not one for each reader
   size_t next = 0;
@@ -52,10 +51,11 @@ Tensor residual_stage_packed_fwd(const Tensor& x, std::vector<Tensor> packed, In
     } else if (b > 0 || shortcut) {
       added = input;
     }
-    input = run(stage.chain[next], next, y, added, /*relu=*/true);
+    const bool is_last = b + 1 == lengths.size();
+    input = run(stage.chain[next], next, y, added, /*relu=*/true, is_last ? format : MemoryFormat::ChannelsLast);
     ++next;
   }
-  return dense(input, format);
+  return input;
 }
 
 }  // namespace

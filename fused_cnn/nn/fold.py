@@ -16,8 +16,18 @@ from torch import Tensor, nn
 
 from .._candidates import measuring
 from .._layout import asks_for_channels_last, in_channels_last
-from .._library import kernel
-from ..ops import FoldedConv, PackedConv, PackedInception, conv_bias_relu, pack_conv, pack_inception, stem
+from .._library import has_kernel, kernel
+from ..ops import (
+    FoldedConv,
+    PackedConv,
+    PackedInception,
+    PackedResidualStage,
+    conv_bias_relu,
+    pack_conv,
+    pack_inception,
+    residual_stage,
+    stem,
+)
 from ..ops._conv import ConvGeometry, autocast, runs_packed
 from .snapshot import COMPUTING, LIBRARY, SHARDED, call_problem, hooks
 
@@ -186,7 +196,7 @@ class FoldedInception(NamedTuple):
 
 class FoldedPair(NamedTuple):
     """A convolution and its BatchNorm as conv_bias_relu takes them, packed where that is possible. Where `on_gpu` says
-    so a GPU's kernel is called as it is, without the public function's choice and checks, which it makes again."""
+    so a GPU's kernel is called as it is: it has the public function's checks, and PyTorch's own among its tiles."""
 
     weight: Tensor | PackedConv
     bias: Tensor | None
@@ -224,9 +234,31 @@ class FoldedPair(NamedTuple):
         (x,) = autocast(x)
         x = in_channels_last(x) if self.x_channels_last else x
         window = self.geometry["stride"], self.geometry["padding"]
-        if self.on_gpu and measuring.record is None:
+        if self.on_gpu and measuring.record is None and has_kernel("stem_fwd", "native", "cuda"):
             y = kernel("stem_fwd", "native")(x, self.weight, self.bias, *window, pool_padding, ceil_mode)
         else:
             how: dict[str, Any] = {"pool_padding": pool_padding, "ceil_mode": ceil_mode, "backend": backend}
             y = stem(x, self.weight, self.bias, stride=window[0], padding=window[1], **how)
         return in_channels_last(y) if self.y_channels_last else y
+
+
+class FoldedBlock(NamedTuple):
+    """A block's convolutions one by one, where no op takes the whole of it."""
+
+    convolutions: list[FoldedPair]
+    projection: FoldedPair | None
+
+
+class OneOp(NamedTuple):
+    """The weights of one block or more as one op takes them, and whether its result is channels_last however x lies."""
+
+    stage: PackedResidualStage
+    channels_last: bool
+
+    def then(self, block: OneOp) -> OneOp:
+        return OneOp(self.stage.then(block.stage), self.channels_last or block.channels_last)
+
+    def run(self, x: Tensor) -> Tensor:
+        (x,) = autocast(x)
+        y = residual_stage(in_channels_last(x) if self.channels_last else x, self.stage)
+        return in_channels_last(y) if self.channels_last else y  # an x of one channel lies both ways

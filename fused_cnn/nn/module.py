@@ -162,10 +162,10 @@ class FusedModule(nn.Module):
         return not x.is_cpu or self.backend is not None or pays_on_cpu(x, pairs, in_nchw=self.fused_pays_in_nchw)
 
     def _fused_run_form(self, x: Tensor, form: Form) -> Tensor:
-        if detect_stale_weights.on:
-            self.fused_check(form, x)
         if x.is_cuda:
             form.join()
+        if detect_stale_weights.on:
+            self.fused_check(form, x)
         form.uses += 1
         return self.fused_run_folded(x, form.value)
 

@@ -8,28 +8,14 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from .._layout import asks_for_channels_last, in_channels_last
-from ..ops import BatchNormArgs, PackedResidualStage, bn_add_relu, pack_residual_block, residual_stage
+from ..ops import BatchNormArgs, bn_add_relu, pack_residual_block
 from ..ops._conv import autocast, on_16_bytes, packable, runs_packed
 from ..ops.conv.stage import sum_of
 from .cache import Form, Kind
 from .calls import is_traced
-from .fold import FoldedPair, Pair, fold, pair_problem, skip_problem, wants_gradient
+from .fold import FoldedBlock, FoldedPair, OneOp, Pair, fold, pair_problem, skip_problem, wants_gradient
 from .module import FusedBlock, Replaced, Understanding, block_problem
 from .traced import traced_conv, traced_stage
-
-
-class OneOp(NamedTuple):
-    """The weights of one block or more as one op takes them, and whether its result is channels_last however x lies."""
-
-    stage: PackedResidualStage
-    channels_last: bool
-
-    def then(self, block: OneOp) -> OneOp:
-        return OneOp(self.stage.then(block.stage), self.channels_last or block.channels_last)
-
-    def run(self, x: Tensor) -> Tensor:
-        (x,) = autocast(x)
-        return residual_stage(in_channels_last(x) if self.channels_last else x, self.stage)
 
 
 class FoldedStage(NamedTuple):
@@ -37,13 +23,6 @@ class FoldedStage(NamedTuple):
 
     op: OneOp
     forms: list[Form]
-
-
-class FoldedBlock(NamedTuple):
-    """A block's convolutions one by one, where no op takes the whole of it."""
-
-    convolutions: list[FoldedPair]
-    projection: FoldedPair | None
 
 
 class ResidualBlock(FusedBlock):
@@ -159,8 +138,8 @@ class ResidualBlock(FusedBlock):
         return self._fused_fits_one_op() and runs_packed(autocast(x)[0], "residual_stage_packed_fwd", self.backend)
 
     def fused_is_one_node(self, x: Tensor) -> bool:
-        """The same in a graph, which leaves convolutions on a GPU to the compiler's memory and streams."""
-        return self._fused_fits_one_op() and packable(autocast(x)[0], "residual_stage_packed_fwd", self.backend)
+        """The same in a graph; on a GPU it has convolutions."""
+        return self._fused_fits_one_op() and packable(autocast(x)[0], "conv_bias_relu_fwd", self.backend)
 
     def _fused_fits_one_op(self) -> bool:
         adds_another = self.fused_adds_shortcut() and self.downsample is not None and not self.fused_has("projection")
@@ -191,6 +170,9 @@ class ResidualBlock(FusedBlock):
         if isinstance(folded, OneOp):
             return folded.run(x)
         convs, projection = folded
+        own = [] if projection is not None or self.downsample is None else list(self.downsample.parameters())
+        if wants_gradient(x, own):  # the shortcut's, of which nobody else asks
+            return self.fused_run_unfolded(x)
         y = x
         for conv in convs[:-1]:
             y = conv.run(y, relu=True, backend=self.backend)
@@ -362,6 +344,8 @@ class ResidualStage(FusedBlock, nn.Sequential):
 
     def fused_fold(self, x: Tensor) -> FoldedStage | None:
         forms = self._fused_ready_forms(x)
+        for form in forms or () if x.is_cuda else ():
+            form.join()  # another stream may still be making it
         return None if forms is None else FoldedStage(reduce(OneOp.then, [f.value for f in forms]), forms)
 
     def fused_check(self, form: Form, x: Tensor) -> None:
@@ -372,8 +356,9 @@ class ResidualStage(FusedBlock, nn.Sequential):
         out = super()._fused_run_form(x, form)
         for part in form.value.forms:  # of whose memory the stage's is made
             part.uses += 1
-            if x.is_cuda:
-                part.captured, part.streams = part.captured or form.captured, part.streams | form.streams
+            if form.captured or not form.streams <= part.streams:
+                part.captured |= form.captured
+                part.streams |= form.streams
         return out
 
     def fused_run_folded(self, x: Tensor, folded: FoldedStage) -> Tensor:

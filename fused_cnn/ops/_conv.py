@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._backends import usable
-from .._candidates import resolve_behind_graphs, transforms_active
+from .._candidates import ready, resolve_behind_graphs, transforms_active
 from .._checks import check_nchw, check_same, check_vector
 from .._layout import empty_nchw
 from .._library import has_kernel
@@ -76,11 +76,13 @@ def packable(like: Tensor, op: str, backend: str | None) -> bool:
 def runs_packed(like: Tensor, op: str, backend: str | None) -> bool:
     """Whether calls on inputs such as `like` will run as a native op on weights that are made ready once: on a CPU
     packed ones, on a GPU as its kernels like them best. In torch.compile's trace a GPU's are made in the graph."""
+    if backend not in (None, "auto", "native"):
+        return False
     if like.device.type == "cpu":
         return packable(like, op, backend)
-    if transforms_active() or torch.compiler.is_compiling() or not runs_on_gpu_kernels(like, op, backend):
+    if like.device.type != "cuda" or transforms_active() or torch.compiler.is_compiling():
         return False
-    return resolve_behind_graphs(op, "native", like) == "native"  # and the kernels have their tiles from then on
+    return ready("native", like.device) and has_kernel(op, "native", "cuda")
 
 
 def runs_on_gpu_kernels(like: Tensor, op: str, backend: str | None) -> bool:

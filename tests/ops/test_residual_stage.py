@@ -334,3 +334,27 @@ def test_unfusing_keeps_what_was_done_to_a_stage_since() -> None:
         and [b is blocks[i] for b, i in zip(model[0], (0, 2, 3), strict=True)] == [True] * 3
     )
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_shortcut_of_ones_own_has_its_gradients() -> None:
+    """Though the block's own convolutions are frozen, and its input asks for none."""
+    down = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16))
+    block, x = fused_cnn.nn.BasicBlock(8, 16, 2, down).eval(), torch.randn(2, 8, 6, 6)
+    for name, p in block.named_parameters():
+        p.requires_grad_(name.startswith("downsample"))
+    with torch.no_grad():
+        block(x)  # folded weights are at hand
+    plain = fused_cnn.unfuse_(copy.deepcopy(block))
+    for module in (block, plain):
+        module(x).square().sum().backward()
+    for mine, theirs in zip(block.downsample.parameters(), plain.downsample.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_block_of_one_channel_is_channels_last_where_its_weights_are() -> None:
+    down = nn.Sequential(nn.Conv2d(1, 16, 1), nn.BatchNorm2d(16))
+    block = fused_cnn.nn.BasicBlock(1, 16, 1, down).eval().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 1, 6, 6)
+    plain = fused_cnn.unfuse_(copy.deepcopy(block))
+    assert block(x).stride() == plain(x).stride()

@@ -7,10 +7,14 @@ namespace {
 
 template <typename Function>
 Function* driver_function(const char* name) {
-  constexpr unsigned kSince = 12000;  // the version of CUDA that has these signatures
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 13000
+  constexpr unsigned kSince = 12000;  // the version of CUDA that has these signatures
   const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &found, kSince, cudaEnableDefault, &result);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
+#endif
   return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Function*>(found) : nullptr;
 }
 
