@@ -141,7 +141,7 @@ def can_be_constant(pair: Pair) -> bool:
     return has_running_statistics(pair) and not getattr(pair[0], SHARDED, False)
 
 
-def wants_gradient(x: Tensor, tensors: Sequence[Tensor]) -> bool:
+def wants_gradient(x: Tensor, tensors: Iterable[Tensor]) -> bool:
     """Whether autograd records what is done with x and these tensors."""
     return torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
 

@@ -170,7 +170,7 @@ class ResidualBlock(FusedBlock):
         if isinstance(folded, OneOp):
             return folded.run(x)
         convs, projection = folded
-        own = [] if projection is not None or self.downsample is None else list(self.downsample.parameters())
+        own = () if projection is not None or self.downsample is None else self.downsample.parameters()
         if wants_gradient(x, own):  # the shortcut's, of which nobody else asks
             return self.fused_run_unfolded(x)
         y = x
