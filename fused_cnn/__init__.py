@@ -17,10 +17,12 @@ from .ops import (
     max_pool2d,
     stem,
 )
+from .plan.optimized import OptimizedModel, optimize
 
 __version__ = "0.1.0"
 __all__ = [
     "FusionReport",
+    "OptimizedModel",
     "StaleWeightsError",
     "add_relu",
     "bn_add_relu",
@@ -37,6 +39,7 @@ __all__ = [
     "max_pool2d",
     "nn",
     "ops",
+    "optimize",
     "refresh",
     "stem",
     "unfuse_",

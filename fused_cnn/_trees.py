@@ -31,5 +31,5 @@ def mapped(function: Callable[[Any], Any], value: Any, kind: type) -> Any:
         items = [mapped(function, item, kind) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        return {key: mapped(function, item, kind) for key, item in value.items()}
+        return type(value)((key, mapped(function, item, kind)) for key, item in value.items())
     return value

@@ -25,9 +25,9 @@ struct ResidualStage {
   std::optional<StageConvolution> projection;
 };
 
-inline ResidualStage checked_stage(const char* op, const Tensor& x, int64_t weights, const Ints& geometry,
+// `size` is of the stage's input.
+inline ResidualStage checked_stage(const char* op, ImageSize size, int64_t weights, const Ints& geometry,
                                    const Ints& lengths, bool shortcut, bool projects) {
-  check_4d(op, "x", x);
   FUSED_CNN_CHECK(int64_t(geometry.size()) == kGeometry * weights, op, ": ", kGeometry,
                   " values of geometry per packed weight are wanted, got ", geometry.size(), " for ", weights);
   int64_t convolutions = projects;
@@ -39,7 +39,7 @@ inline ResidualStage checked_stage(const char* op, const Tensor& x, int64_t weig
                   " convolutions in all, the projection among them, need as many packed weights, got ", weights);
   ResidualStage stage;
   stage.chain.reserve(weights);
-  ImageSize size{x.size(1), x.size(2), x.size(3)};  // of what the next convolution reads
+  // From here on `size` is that of what the next convolution reads.
   const auto of_size = [&](int64_t index) {
     const int64_t* g = &geometry[index * kGeometry];
     FUSED_CNN_CHECK(g[0] == size[0], op, ": a convolution of ", g[0], " channels meets an input of ", size[0]);

@@ -13,7 +13,9 @@ Tensor residual_stage_packed_fwd(const Tensor& x, std::vector<Tensor> packed, In
   const char* op = "residual_stage_packed_fwd";
   FUSED_CNN_CHECK(packed.size() % 2 == 0, op, ": a weight and a bias of each convolution are wanted, got ",
                   packed.size(), " tensors");
-  const ResidualStage stage = checked_stage(op, x, packed.size() / 2, geometry, lengths, shortcut, projects);
+  check_4d(op, "x", x);
+  const ResidualStage stage =
+      checked_stage(op, {x.size(1), x.size(2), x.size(3)}, packed.size() / 2, geometry, lengths, shortcut, projects);
   const auto check = [&](const StageConvolution& c, size_t index) {
     const Tensor &weight = packed[2 * index], &bias = packed[2 * index + 1];
     check_4d(op, "packed weight", weight);

@@ -62,8 +62,14 @@ void* Workspace::at_least(int64_t bytes) {
     data_.reset(std::aligned_alloc(kPage, (bytes + kPage - 1) / kPage * kPage));
     FUSED_CNN_CHECK(data_ != nullptr, "out of memory: ", bytes, " bytes of scratch memory");
     bytes_ = bytes;
+    if (bytes >= kLarge) use_huge_pages(data_.get(), bytes);
   }
   return data_.get();
+}
+
+Scratch::Scratch(int64_t bytes) {
+  thread_local Workspace kept;
+  data_ = (bytes > torch::stable::get_num_threads() * kCacheBytes ? own_ : kept).at_least(bytes);
 }
 
 }  // namespace fused_cnn

@@ -11,6 +11,7 @@
 namespace fused_cnn {
 
 constexpr int64_t kGrain = 1 << 15;
+constexpr int64_t kCacheBytes = 4 << 20;  // a thread's share of the caches, for what lies between convolutions
 
 // body(begin, end) over [begin, end): as many rows at a time as stay in the second-level cache while several branches,
 // or several passes, work on them.
@@ -67,6 +68,18 @@ class Workspace {
  private:
   std::unique_ptr<void, void (*)(void*)> data_{nullptr, std::free};
   int64_t bytes_ = 0;
+};
+
+// A call's scratch memory: what its thread keeps from call to call, which is mapped and perhaps in cache, or memory of
+// its own where it needs more than a thread should keep.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes);
+  void* data() const { return data_; }
+
+ private:
+  Workspace own_;
+  void* data_;
 };
 
 }  // namespace fused_cnn

@@ -82,7 +82,7 @@ class Form:
         self.uses = 0  # on its own sources
         self.misses = 0  # of a form that is not made: calls on others
         self.stale = False  # told so, by an optimizer or by refresh
-        self.captured = False  # a CUDA graph reads it, so its memory must stay where it is
+        self.captured = False  # a CUDA graph or a plan reads it, so its memory must stay where it is
         self.streams: set[int] = set()  # those that may read it
         self.made: torch.cuda.Event | None = None
         _forms.add(self)
@@ -107,9 +107,10 @@ class Form:
         if captured is not None:
             old, new = list(tensors(captured.value)), list(tensors(value))
             if [(t.shape, t.dtype) for t in old] == [(t.shape, t.dtype) for t in new]:
-                here = torch.cuda.current_stream(self.device)
-                for reading in captured.streams - {here.cuda_stream}:  # they may still read what it held
-                    here.wait_stream(torch.cuda.ExternalStream(reading, self.device))
+                for reading in captured.streams:  # they may still read what it held
+                    here = torch.cuda.current_stream(self.device)
+                    if reading != here.cuda_stream:
+                        here.wait_stream(torch.cuda.ExternalStream(reading, self.device))
                 for to, t in zip(old, new, strict=True):
                     to.copy_(t)
                 held = iter(old)
@@ -205,6 +206,11 @@ class Owner:
         """From how long a form that is no longer the block's was of use."""
         has_paid = form.value is not None and form.uses >= PAYS
         self.patience = 0 if has_paid else min(2 * self.patience + 1, PAYS)
+
+    def pin(self) -> None:
+        """Have the forms that there are stay where they are in memory, and be made again there: a plan reads them."""
+        for form in self.forms:
+            form.captured = True
 
     def tidy(self) -> None:
         """Let go of what the block was, and of forms of it; but for those that graphs read, which wait for what shall
