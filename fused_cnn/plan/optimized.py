@@ -271,24 +271,22 @@ class OptimizedModel(nn.Module):
         return Table.of(self)
 
     def refresh(self) -> OptimizedModel:
-        """Take in changes of the model's weights, in place: plans and graphs stay what they are where the weights lie
-        where they did, and are made anew where not. Nothing else may run this meanwhile.
+        """Take in changes of the model's weights, which in between may show in some layers and not in others: in place,
+        so that plans and graphs stay what they are; where other tensors or modules are in the place of what was there,
+        all is made anew. Nothing else may run this meanwhile.
 
         Returns itself.
         """
         with _lock, torch.inference_mode(False), self._context():
-            if not _share(self._fused, self.model):
+            plans = [p.plan if isinstance(p, GraphedPlan) else p for p in self._plans.values()]
+            if not _same_tensors(self._fused, self.model) or not all(plan.still_valid() for plan in plans):
                 self._start()
                 return self
             refresh(self._fused)
-            plans = [p.plan if isinstance(p, GraphedPlan) else p for p in self._plans.values()]
-            if all(plan.still_valid() for plan in plans):
-                for plan in plans:
-                    plan.refill()
-                if self._graphs is not None:
-                    self._graphs.is_used()
-            else:
-                self._plans = {}
+            for plan in plans:
+                plan.refill()
+            if self._graphs is not None:
+                self._graphs.is_used()
         return self
 
     # As a module: what has no meaning for something frozen says so.
@@ -327,20 +325,17 @@ def _in_channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def _share(fused: nn.Module, model: nn.Module) -> bool:
-    """Give the copy the parameters and buffers that the model has now; False where it is another network now."""
+def _same_tensors(fused: nn.Module, model: nn.Module) -> bool:
+    """Whether the model has the modules, parameters and buffers that it had when it was copied."""
     copies, originals = dict(fused.named_modules()), dict(model.named_modules())
-    if copies.keys() != originals.keys():
-        return False
-    for name, module in originals.items():
+    return copies.keys() == originals.keys() and all(
+        of_copy.keys() == of_model.keys() and all(of_copy[key] is t for key, t in of_model.items())
+        for name, module in originals.items()
         for of_copy, of_model in (
             (copies[name]._parameters, module._parameters),
             (copies[name]._buffers, module._buffers),
-        ):
-            if of_copy.keys() != of_model.keys():
-                return False
-            of_copy.update(of_model)
-    return True
+        )
+    )
 
 
 def _check_agrees(out: Tensor, expected: Tensor) -> None:
