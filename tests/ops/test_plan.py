@@ -61,8 +61,9 @@ class Drawn:
 
 def draw_program(data: Any, x: Tensor) -> Drawn:
     drawn = Drawn(x)
-    for _ in range(data.draw(st.integers(1, 9))):
-        read = data.draw(st.integers(0, len(drawn.values) - 1))
+    for _ in range(data.draw(st.integers(1, 14))):
+        newest = len(drawn.values) - 1
+        read = data.draw(st.integers(max(0, newest - 2), newest))  # of what lies further back little would be read
         kind = data.draw(st.sampled_from(["conv", "conv", "residual", "pool", "average", "cat", "cat"]))
         if kind in ("conv", "residual"):
             kernel, stride = data.draw(st.sampled_from([(1, 1), (1, 2), (3, 1), (3, 2)]))
@@ -93,8 +94,8 @@ def test_any_program_gives_what_its_steps_give_and_leaves_what_is_beside_the_are
     drawn = draw_program(data, x)
     program = encode(drawn.steps)
     assert list(decode(program)) == drawn.steps
-    steps = range(1, len(drawn.values))
-    results = data.draw(st.lists(st.sampled_from(list(steps)), min_size=1, max_size=3, unique=True))
+    newest = len(drawn.values) - 1
+    results = [newest, *data.draw(st.lists(st.integers(1, max(1, newest - 1)), max_size=newest > 3))]
     size, without_overlap = arena_bytes([x], program, results)
     assert size <= without_overlap
     memory = torch.full((size + 192,), GUARD, dtype=torch.uint8)
