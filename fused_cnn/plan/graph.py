@@ -54,6 +54,11 @@ class Device:
             return graph.replay, out, torch.cuda.memory_reserved(self.device) - before
 
 
+def graphs_on(device: torch.device) -> Device | None:
+    """What captures plans for a device; None where they run as they are."""
+    return Device(device) if device.type == "cuda" else None
+
+
 class GraphedPlan:
     """A plan whose calls a graph has. Not safe for two threads at once: the model that it is of sees to that."""
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .._trees import mapped, tensors
 from ..fuse import FusionReport, _check_module, fuse_, refresh
 from ..nn import FusedModule
-from .graph import Device, GraphedPlan
+from .graph import GraphedPlan, graphs_on
 from .plan import Plan
 from .record import NotRecordable, record
 from .table import Table
@@ -77,7 +77,8 @@ def optimize(
             backend or batch sizes that are none; `pad_batches` without sizes.
     """
     _check_module("optimize", model)
-    example = [example_inputs] if isinstance(example_inputs, Tensor) else list(example_inputs)
+    several = isinstance(example_inputs, (list, tuple))
+    example = list(example_inputs) if several else [example_inputs]
     if not example or not all(isinstance(x, Tensor) and x.dim() > 0 for x in example):
         raise TypeError(f"optimize: example_inputs must be a tensor or several, with a batch, got {example_inputs!r}")
     if dtype not in (None, torch.bfloat16, torch.float16):
@@ -116,7 +117,7 @@ class OptimizedModel(nn.Module):
         self.batch_sizes, self.pad_batches = tuple(sorted(set(batch_sizes))), pad_batches
         self._like = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in example]
         self._device = example[0].device
-        self._graphs = Device(self._device) if self._device.type == "cuda" else None
+        self._graphs = graphs_on(self._device)
         self._replays = threading.Lock()
         self._clock = itertools.count()
         self._start()
@@ -133,6 +134,8 @@ class OptimizedModel(nn.Module):
         shared = {id(t): t for t in chain(self.model.parameters(), self.model.buffers())}
         fused = copy.deepcopy(self.model, shared).eval()
         self.report = fuse_(fused, backend=self.backend)
+        for module in _fused_modules(fused):
+            module._fused_owner.patience = 0  # a copy waits with folding until it is called again: this one will be
         vars(self)["_fused"] = fused
         self._plans: dict[Shapes, Plan | GraphedPlan] = {}
         self._used: dict[Shapes, int] = {}  # when each was last called
@@ -248,9 +251,8 @@ class OptimizedModel(nn.Module):
         """A plan that gives what the network gives, also on other inputs than those that it was recorded on."""
         self._fused(*inputs)  # folds and packs
         plan = Plan(record(self._fused, inputs), inputs)
-        for module in self._fused.modules():
-            if isinstance(module, FusedModule):
-                module._fused_owner.pin()
+        for module in _fused_modules(self._fused):
+            module._fused_owner.pin()
         others = [torch.rand_like(x) if x.is_floating_point() else x.flip(0) for x in inputs]
         for out, expected in zip(tensors(plan.run(others)), tensors(self._fused(*others)), strict=True):
             _check_agrees(out, expected)
@@ -315,6 +317,10 @@ def _again(model: nn.Module, described: Any, device: torch.device, options: Any)
     for x in example:
         x.normal_() if x.is_floating_point() else x.zero_()
     return OptimizedModel(model, example, *options)
+
+
+def _fused_modules(network: nn.Module) -> Iterator[FusedModule]:
+    return (module for module in network.modules() if isinstance(module, FusedModule))
 
 
 def _shapes(inputs: Sequence[Tensor]) -> Shapes:

@@ -90,6 +90,9 @@ class Plan:
         for number, position, flat in program.deliveries:
             values[number] = made[position].flatten(1) if flat else made[position]
 
+    def __reduce__(self) -> Any:
+        raise TypeError("a plan has packed weights, which are good on this machine only: save the OptimizedModel")
+
     def still_valid(self) -> bool:
         """Whether the constants lie where they did."""
         return self.addresses == [t.data_ptr() for t in self.tape.constants()]
