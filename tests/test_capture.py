@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE
 from test_optimize import Network, agree, change, images, pooled, resnet
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fused_cnn
 from fused_cnn import optimize
 from fused_cnn.plan import graph
 from fused_cnn.plan import optimized as optimized_module
@@ -246,8 +244,3 @@ def test_graphs_are_released_with_the_network() -> None:
     del network
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= before
-
-
-def test_the_stand_in_is_for_machines_without_a_gpu() -> None:
-    assert DEVICE == "cuda" or graph.graphs_on(torch.device("cpu")) is None
-    assert fused_cnn.optimize is optimize

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._backends import status
+from .._library import cpu_level
 from .._trees import tensors
 from ..measure import interleaved
 from ..nn import FusedModule
@@ -126,6 +127,7 @@ class _Rows:
 
     def _row(self, layer: str, op: str, runs: str, why: str, out: Tensor, moved: int, flops: int, took: float) -> Row:
         name = str(out.dtype).removeprefix("torch.")
+        name = name if name in self.limits.product else "float32"  # in which our kernels then compute
         predicted = self.limits.limit(moved, flops, name)[0] if out.is_floating_point() else 0.0
         return Row(0, layer, op, runs, why, list(out.shape), moved, flops, predicted, took)
 
@@ -216,4 +218,6 @@ def _names(fused: nn.Module) -> dict[int, str]:
 def _ceilings(device: torch.device, dtypes: set[torch.dtype]) -> Ceilings:
     from ..bench import ceilings
 
+    if device.type == "cpu" and cpu_level() not in ("avx512_bf16", "amx"):
+        dtypes = dtypes - {torch.bfloat16, torch.float16}  # PyTorch's products in them would take a minute
     return ceilings.measure(device.type, sorted(dtypes, key=str), seconds=0.2)
