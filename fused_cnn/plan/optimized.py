@@ -77,8 +77,7 @@ def optimize(
             backend or batch sizes that are none; `pad_batches` without sizes.
     """
     _check_module("optimize", model)
-    several = isinstance(example_inputs, (list, tuple))
-    example = list(example_inputs) if several else [example_inputs]
+    example: list[Any] = list(example_inputs) if isinstance(example_inputs, (list, tuple)) else [example_inputs]
     if not example or not all(isinstance(x, Tensor) and x.dim() > 0 for x in example):
         raise TypeError(f"optimize: example_inputs must be a tensor or several, with a batch, got {example_inputs!r}")
     if dtype not in (None, torch.bfloat16, torch.float16):
