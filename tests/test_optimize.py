@@ -312,6 +312,26 @@ def test_batches_are_planned_ahead_and_smaller_ones_run_in_the_next_larger() -> 
     assert {shapes[0][0] for shapes in network._plans} == {1, 2, 4, 8, 9}
 
 
+def test_only_rows_are_padded() -> None:
+    """A result that has no row for each image would be cut in the wrong place."""
+    model = Network(lambda net, x: (pooled(net, x), net.features(x).mean(0), net.linear.bias)).to(DEVICE).eval()
+    network = optimize(model, images(4), batch_sizes=(4,), pad_batches=True)
+    with torch.no_grad():
+        for out, expected in zip(network(images(3)), model(images(3)), strict=True):
+            agree(out, expected)
+
+
+def test_plans_made_ahead_stay() -> None:
+    network = optimize(resnet(), images(1), batch_sizes=(1, 2))
+    for batch in range(3, 3 + SHAPES):
+        network(images(batch, 32))
+    with pytest.warns(RuntimeWarning, match="without a plan"):
+        network(images(1, 48))
+    network(images(1, 48))
+    sizes = [shapes[0][0] for shapes in network._plans]
+    assert {1, 2} <= set(sizes) and (tuple(images(1).shape),) in network._plans
+
+
 def test_an_empty_batch_runs() -> None:
     assert optimize(resnet(), images())(images()[:0]).shape == (0, 11)
 

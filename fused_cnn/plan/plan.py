@@ -20,7 +20,8 @@ class Plan:
     of. Any thread may run it, and several at once.
 
     `bytes` is what activations take between the programs' inputs and results, and `bytes_without_overlap` what they
-    would if none lay where another had been; both 0 on a GPU, where the graph's pool has them (graph.py).
+    would if none lay where another had been; both 0 on a GPU, where the graph's pool has them (graph.py). `gives_rows`
+    says that each result has a row for each image.
     """
 
     def __init__(self, tape: Tape, inputs: Sequence[Tensor]) -> None:
@@ -33,6 +34,10 @@ class Plan:
         self._arenas: dict[int, list[Tensor]] = {}  # by the program's place, those that no thread uses just now
         self._last = self._last_uses()
         self.addresses = [t.data_ptr() for t in tape.constants()]
+        batch = inputs[0].size(0)
+        results = [tape.like[n] for n in values_in(tape.result)]
+        constant = next(tensors(tape.result), None) is not None
+        self.gives_rows = not constant and all(t.dim() > 0 and t.size(0) == batch for t in results)
         self.bytes = self.bytes_without_overlap = 0
         for part in self.parts:
             if isinstance(part, Program):
