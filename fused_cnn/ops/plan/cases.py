@@ -55,12 +55,14 @@ def plan_cost(args: Arguments, results: Sequence[Tensor]) -> Cost:
     values = results_of(steps, [x.to("meta") for x in inputs])
     made = values[len(inputs) :]
     costs = [step_cost(step, values, out, constants) for step, out in zip(steps, made, strict=True)]
-    inside = sum(c.written for c in costs) - sum(map(tensor_bytes, results))
+    # An arena and seconds that were given are written tensors, and counted as such.
+    given = sum(tensor_bytes(args[name]) for name in ("arena", "seconds") if args[name] is not None)
+    scratch = max(0, sum(c.written for c in costs) - sum(map(tensor_bytes, results)) - given)
     return Cost(
         sum(c.launches for c in costs),
         dict.fromkeys(("inputs", "constants", "arena", "seconds"), 0),
-        reads_more=sum(c.read for c in costs) - inside,
-        scratch=inside,
+        reads_more=sum(c.read for c in costs) - scratch,
+        scratch=scratch,
         flops_saved=sum(c.flops_saved for c in costs),
     )
 

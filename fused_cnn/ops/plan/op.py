@@ -127,10 +127,9 @@ def _fake(inputs: Sequence[Tensor], constants: Any, program: Sequence[int], resu
 
 
 define(
-    # int, not SymInt, of which each takes as long as five: a network's geometry is never dynamic. The arena is scratch
-    # memory: what is in it before and after a call is nothing to anybody, so that it is not said to be written.
-    "run_plan(Tensor[] inputs, Tensor[] constants, int[] program, int[] results, Tensor? arena=None, "
-    "Tensor(a!)? seconds=None) -> Tensor[]",
+    # int, not SymInt, of which each takes as long as five: a network's geometry is never dynamic.
+    "run_plan(Tensor[] inputs, Tensor[] constants, int[] program, int[] results, Tensor(a!)? arena=None, "
+    "Tensor(b!)? seconds=None) -> Tensor[]",
     _fake,
 )
 
