@@ -19,7 +19,7 @@ from conftest import DEVICE
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fused_cnn
+import fused_cnn.analysis
 from fused_cnn import models, optimize
 from fused_cnn.bench.networks import make_statistics_real
 from fused_cnn.plan import optimized as optimized_module
@@ -127,11 +127,12 @@ def test_a_whole_network_is_one_call(name: str) -> None:
     fused = copy.deepcopy(model)
     fused_cnn.fuse_(fused)
     with torch.no_grad():
-        fused(x)
+        for _ in range(3):  # a copy folds at its second call
+            fused(x)
         with Dispatches() as launched:
             fused(x)
-    assert optimized.names == ["fused_cnn::run_plan", "aten::view"]
-    assert len(launched.names) > 8
+    assert optimized.names == ["aten::empty_like", "fused_cnn::run_plan_into", "aten::view"]
+    assert len(launched.names) > len(optimized.names)
     assert 0 < plan.bytes < plan.bytes_without_overlap / 2
 
 
