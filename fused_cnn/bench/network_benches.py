@@ -109,17 +109,15 @@ class NetworkBench(Bench):
             counted["peak"] = {name: peak_on_gpu(model, variants[name]) for name, model in pair.models.items()}
             graphs = {"fused graph": "fused", "graph": "eager"}
             captures: Makers = {name: partial(peers.graphed, variants[of]) for name, of in graphs.items()}
-            captured: Makers = (
-                {} if self.training else {"optimized": lambda: work(self.optimized(pair, images), images)}
-            )
-            prepared.captures = {**captured, **captures}
+            plans: Makers = {} if self.training else {"optimized": lambda: work(self.optimized(pair, images), images)}
+            prepared.captures = {**plans, **captures}
         else:
             counted["launches"] = {name: c.launches for name, c in counts.items()}
             counted["traffic"] = {name: c.bytes for name, c in counts.items()}
             counted["unknown"] = {name: c.unknown for name, c in counts.items() if c.unknown}
-            calls = {name: partial(self.variant, name) for name in pair.models}
-            calls |= {} if self.training else {"optimized": self.start}
-            counted["peak"] = peaks_in_children(calls)
+            first_calls: Makers = {name: partial(self.variant, name) for name in pair.models}
+            starts: Makers = {} if self.training else {"optimized": self.start}
+            counted["peak"] = peaks_in_children({**first_calls, **starts})
         return prepared
 
     def optimized(self, pair: Pair, images: Tensor) -> OptimizedModel:
