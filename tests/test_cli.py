@@ -251,11 +251,12 @@ def test_optimize_prints_a_plan_for_each_batch(capfd: pytest.CaptureFixture[str]
 @needs_pictures
 @pytest.mark.usefixtures("known_limits")
 def test_optimize_json_has_steps_memory_and_what_was_not_fused(capfd: pytest.CaptureFixture[str]) -> None:
-    code, text, _ = run(capfd, "optimize", "mobilenet_v2", "--size", "64", "--json")
+    code, text, _ = run(capfd, "optimize", "mobilenet_v2", "--size", "64", "--dtype", "bfloat16", "--json")
     found = json.loads(text)
     assert code == 0 and found["ok"] and found["model"] == "mobilenet_v2" and found["versions"]["torch"]
     (plan,) = found["plans"]
     assert plan["batch"] == 1 and plan["start"] > 0 and plan["scores"]["ok"]
+    assert plan["scores"]["error"] > 1e-3  # it does compute in bfloat16
     assert [row["step"] for row in plan["rows"]] == list(range(1, len(plan["rows"]) + 1))
     assert any(row["layer"].startswith("features.18") and row["why"] for row in plan["rows"])
     assert {"arena", "without_overlap"} <= plan.keys() and any("nothing was fused" in note for note in plan["notes"])
@@ -331,11 +332,11 @@ def test_bench_times_a_network_and_counts_its_memory(capfd: pytest.CaptureFixtur
         "--out",
         str(file),
     )
-    code, _, _ = run(capfd, "bench", "models", *options)
+    code, text, _ = run(capfd, "bench", "models", *options)
     inference, training = json.loads(file.read_text())["rows"]
     assert code == 0 and inference["pass"] == "inference" and training["pass"] == "training step"
     assert inference["launches"]["fused"] < inference["launches"]["eager"]
-    assert "optimized" in inference["times"] and "optimized" not in training["times"]
+    assert "optimized" in inference["times"] and "optimized ms" in text and "optimized" not in training["times"]
     if DEVICE == "cpu":  # on a GPU it is a graph, of which nothing is counted
         assert inference["launches"]["optimized"] == inference["launches"]["fused"]
         assert inference["traffic"]["optimized"] > inference["bytes"] and inference["peak"]["optimized"] > 1 << 20
