@@ -13,9 +13,8 @@ from conftest import DEVICE
 
 from fused_cnn import cli
 from fused_cnn import optimize as optimized_for
-from fused_cnn.bench import ceilings, numbers, verify
+from fused_cnn.bench import numbers, verify
 from fused_cnn.bench.benches import Prepared
-from fused_cnn.bench.ceilings import Ceilings, short
 from fused_cnn.bench.report import rewrite
 from fused_cnn.measure import Work
 
@@ -231,14 +230,7 @@ def test_verify_notices_wrong_numbers_of_the_optimized_network(
     assert found["scores"]["ok"] and not found["scores_optimized"]["ok"] and not found["ok"]
 
 
-@pytest.fixture
-def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ceilings that are not measured: a product in bfloat16 takes seconds where the processor has none."""
-    monkeypatch.setattr(ceilings, "measure", lambda _, dtypes, **__: Ceilings(1e10, {short(d): 1e11 for d in dtypes}))
-
-
 @needs_pictures
-@pytest.mark.usefixtures("known_limits")
 def test_optimize_prints_a_plan_for_each_batch(capfd: pytest.CaptureFixture[str]) -> None:
     options = ("resnet18", "--batch", "1", "--batch", "3", "--size", "64", "--dtype", "bfloat16")
     code, text, _ = run(capfd, "optimize", *options)
@@ -249,7 +241,6 @@ def test_optimize_prints_a_plan_for_each_batch(capfd: pytest.CaptureFixture[str]
 
 
 @needs_pictures
-@pytest.mark.usefixtures("known_limits")
 def test_optimize_json_has_steps_memory_and_what_was_not_fused(capfd: pytest.CaptureFixture[str]) -> None:
     code, text, _ = run(capfd, "optimize", "mobilenet_v2", "--size", "64", "--dtype", "bfloat16", "--json")
     found = json.loads(text)
@@ -263,7 +254,6 @@ def test_optimize_json_has_steps_memory_and_what_was_not_fused(capfd: pytest.Cap
 
 
 @needs_pictures
-@pytest.mark.usefixtures("known_limits")
 def test_optimize_notices_wrong_numbers(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["fused_cnn.cli.optimize"], "optimized_for", off)
     code, text, _ = run(capfd, "optimize", "resnet18", "--size", "64")
