@@ -120,16 +120,16 @@ def compare_scores(pair: Pair, images: Tensor, **others: nn.Module) -> tuple[lis
     with torch.no_grad():
         truth = copy.deepcopy(pair.eager).double()(images.double())
         eager = pair.eager(images)
-        found = {name: model(images) for name, model in {"fused": pair.fused, **others}.items()}
+        fused = pair.fused(images)
+        found = {"scores": fused, **{f"scores, {name}": model(images) for name, model in others.items()}}
         other = contiguous(pair.eager)(images.contiguous())
     eager_error = max(relative(eager, truth), relative(other, truth))
     # The scores' dtype: under autocast the images have another.
     bound = bound_of(eager_error, OUT_FACTOR, ROUNDING * torch.finfo(eager.dtype).eps, LARGEST[eager.dtype])
     numbers = [
-        Comparison(f"scores, {name}", relative(out, truth), eager_error, bound, relative(out, eager))
-        for name, out in found.items()
+        Comparison(name, relative(out, truth), eager_error, bound, relative(out, eager)) for name, out in found.items()
     ]
-    return numbers, {"fused_and_eager": top5(found["fused"], eager), "eager_and_float64": top5(eager, truth)}
+    return numbers, {"fused_and_eager": top5(fused, eager), "eager_and_float64": top5(eager, truth)}
 
 
 def top5(a: Tensor, b: Tensor) -> float:

@@ -38,21 +38,22 @@ def optimize(
         say("making the network and its statistics")
         each = networks.photographs(len(networks.PHOTOGRAPHS), size).to(device())
         network = networks.network(model, each)
-        eager = network if computes_in is None else Autocast(network, computes_in)
-        for n in batches:
+    eager = network if computes_in is None else Autocast(network, computes_in)
+    for n in batches:
+        with progress(f"{model}, batch {n}") as say:
             images = networks.photographs(n, size).to(device())
-            say(f"batch {n}: folding, packing, planning")
+            say("folding, packing, planning")
             start = time.perf_counter()
             optimized = optimized_for(network, images, dtype=computes_in, backend=chosen)
             taken = time.perf_counter() - start
-            say(f"batch {n}: comparing scores with float64")
+            say("comparing scores with float64")
             (scores,), _ = compare_scores(Pair(eager, optimized, optimized.report), images)
-            say(f"batch {n}: timing each step")
+            say("timing each step")
             table = optimized.table()
-            result["plans"].append({"batch": n, "start": taken, "scores": scores.to_dict(), **table.to_dict()})
-            if not json:
-                title = f"{model}, {n} x 3 x {size} x {size}, {dtype}: started in {taken:.2f} s"
-                _print(title, scores.to_dict(), *table.text(), table.notes)
+        result["plans"].append({"batch": n, "start": taken, "scores": scores.to_dict(), **table.to_dict()})
+        if not json:
+            title = f"{model}, {n} x 3 x {size} x {size}, {dtype}: started in {taken:.2f} s"
+            _print(title, scores.to_dict(), *table.text(), table.notes)
     result["ok"] = all(plan["scores"]["ok"] for plan in result["plans"])
     if json:
         emit(result)
