@@ -16,6 +16,7 @@ from .._library import kernel
 from ..ops.plan.op import Kind, Step, encode
 from .record import Call, Tape, Value, values_in
 
+LINEAR = ("aten::addmm", "aten::mm")
 DTYPES = (torch.float32, torch.bfloat16)  # the engine's
 
 
@@ -261,7 +262,6 @@ _RULES: dict[str, Rule] = {
     "aten::_adaptive_avg_pool2d": _average_pool,
     "aten::as_strided_": _shape,
     **dict.fromkeys(("aten::view", "aten::_unsafe_view", "aten::squeeze", "aten::unsqueeze"), _shape),
-    "aten::addmm": _linear,
-    "aten::mm": _linear,
+    **dict.fromkeys(LINEAR, _linear),
     "aten::cat": _concatenation,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Sequence
@@ -11,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._backends import status
 from .._library import cpu_level
 from .._trees import tensors
 from ..measure import interleaved
 from ..nn import FusedModule
 from ..ops.plan.op import Kind, Step, results_of
 from .graph import GraphedPlan
-from .lower import Program
+from .lower import LINEAR, Program
 from .record import Call, of_values, values_in
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ ROUNDS = 7  # that steps are timed in
 @dataclass
 class Row:
     """A step: its place, the module whose weights it reads, what runs it and why, its result's shape, the bytes that it
-    reads and writes, its operations, the seconds that the device needs for these at least and that the step took, and
-    the share of that limit that it reached."""
+    reads and writes, its operations, the seconds that the device needs for these at least, what sets that limit
+    (bench/ceilings.py: where it is the cache, the operations alone are a bound), and the seconds that it took."""
 
     step: int
     layer: str
@@ -44,6 +44,7 @@ class Row:
     bytes: int
     flops: int
     predicted: float
+    bound: str
     measured: float
 
     @property
@@ -73,7 +74,8 @@ class Table:
         for row in self.rows:
             shape = "x".join(map(str, row.out))
             figures = [f"{row.bytes / 1e6:.2f}", f"{row.flops / 1e9:.2f}"]
-            times = [f"{row.predicted * 1e6:.1f}", f"{row.measured * 1e6:.1f}", f"{row.of_the_limit:.0%}"]
+            share = f"{row.of_the_limit:.0%}" if row.predicted else "in cache"
+            times = [f"{row.predicted * 1e6:.1f}" if row.predicted else "", f"{row.measured * 1e6:.1f}", share]
             body.append([str(row.step), row.layer, row.op, row.runs, row.why, shape, *figures, *times])
         return headings, body
 
@@ -96,20 +98,24 @@ class Table:
         limits = _ceilings(plan)  # before, as autocast would reach into it
         with torch.inference_mode(False), optimized._context():
             rows = _Rows(plan, optimized._fused, limits).timed()
-        where = "a graph's pool" if isinstance(found, GraphedPlan) else "one arena"
-        shared = f", {plan.bytes_without_overlap / 1e6:.1f} MB without sharing" if plan.bytes_without_overlap else ""
-        notes = [f"activations: {plan.bytes / 1e6:.1f} MB in {where}{shared}", *notes]
+        if isinstance(found, GraphedPlan):
+            notes = [f"activations: {plan.bytes / 1e6:.1f} MB in a graph's pool", *notes]
+        elif plan.bytes:
+            arena, without = plan.bytes / 1e6, plan.bytes_without_overlap / 1e6
+            notes = [f"activations of native steps: {arena:.1f} MB in one arena, {without:.1f} without sharing", *notes]
         return cls(rows, plan.bytes, plan.bytes_without_overlap, notes)
 
 
 class _Rows:
     def __init__(self, plan: Plan, fused: nn.Module, limits: Ceilings) -> None:
         self.plan, self.names, self.limits = plan, _names(fused), limits
-        for repack in plan.repacks:
-            self.names[_address(repack.packed)] = self.names.get(_address(repack.weight), "")
         self.like = plan.tape.like
         self.device = plan.device
-        self.ours = {b: status(b, plan.device).reason for b in ("native", "triton")}
+        for call, made in plan.tape.derived:
+            for t in made:
+                self.names.setdefault(_address(t), self._layer(list(tensors((call.args, call.kwargs)))))
+        for repack in plan.repacks:
+            self.names[_address(repack.packed)] = self.names.get(_address(repack.weight), "")
 
     def timed(self) -> list[Row]:
         inputs = [torch.randn_like(x, device=self.device) for x in self.like[: self.plan.tape.inputs]]
@@ -127,8 +133,8 @@ class _Rows:
     def _row(self, layer: str, op: str, runs: str, why: str, out: Tensor, moved: int, flops: int, took: float) -> Row:
         name = str(out.dtype).removeprefix("torch.")
         name = name if name in self.limits.product else "float32"  # in which our kernels then compute
-        predicted = self.limits.limit(moved, flops, name)[0] if out.is_floating_point() else 0.0
-        return Row(0, layer, op, runs, why, list(out.shape), moved, flops, predicted, took)
+        predicted, bound = self.limits.limit(moved, flops, name) if out.is_floating_point() else (0.0, "")
+        return Row(0, layer, op, runs, why, list(out.shape), moved, flops, predicted, bound, took)
 
     def _program(self, place: int, program: Program, values: dict[int, Tensor]) -> list[Row]:
         from ..ops.plan.cases import step_cost
@@ -141,16 +147,14 @@ class _Rows:
         taken = [statistics.median(of) for of in zip(*samples, strict=True)]
         known = results_of(program.steps, [self.like[n] for n in program.inputs])
         rows = []
-        for step, out, took in zip(program.steps, known[len(program.inputs) :], taken, strict=True):
+        made = zip(program.steps, program.calls, known[len(program.inputs) :], taken, strict=True)
+        for step, call, out, took in made:
             cost = step_cost(step, known, out, program.constants)
-            form = " (Winograd's form)" if cost.flops_saved else ""
-            why = f"{self.ours['native']}{form}"
+            why = "Winograd's form spares products" if cost.flops_saved else "the engine knows it"
             layer = self._layer(program.constants[step.constants[0] :][: step.constants[1]])
-            op = step.kind.name.lower().replace("_", " ")
+            op = "linear" if self.plan.tape.calls[call].name in LINEAR else _described(step)
             done = cost.flops - cost.flops_saved
-            rows.append(
-                self._row(layer, _described(op, step), "native", why, out, cost.read + cost.written, done, took)
-            )
+            rows.append(self._row(layer, op, "native", why, out, cost.read + cost.written, done, took))
         return rows
 
     def _call(self, call: Call, values: dict[int, Tensor]) -> list[Row]:
@@ -175,7 +179,7 @@ class _Rows:
                 samples.append(time.perf_counter() - start)
             took = statistics.median(samples)
         backend = {"fused_cnn": "native", "fused_cnn_triton": "triton"}.get(call.op.namespace)
-        why = self.ours[backend] if backend else "no step of ours: PyTorch's own operator"
+        why = f"{backend} knows it" if backend else "no step of ours"
         layer = self._layer(list(tensors((call.args, call.kwargs))))
         done = counts.flops - counts.flops_saved
         return [
@@ -186,7 +190,8 @@ class _Rows:
         return next((name for t in constants if (name := self.names.get(_address(t)))), "")
 
 
-def _described(op: str, step: Step) -> str:
+def _described(step: Step) -> str:
+    op = step.kind.name.lower().replace("_", " ")
     if step.kind is Kind.CONVOLUTION:
         kh, kw = step.numbers[2:4]
         more = (" + residual" if len(step.reads) > 1 else "") + (" + ReLU" if step.numbers[-1] else "")
@@ -215,9 +220,14 @@ def _names(fused: nn.Module) -> dict[int, str]:
 
 
 def _ceilings(plan: Plan) -> Ceilings:
-    from ..bench import ceilings
-
     dtypes = {x.dtype for x in plan.tape.like if x.is_floating_point()}
     if plan.device.type == "cpu" and cpu_level() not in ("avx512_bf16", "amx"):
         dtypes -= {torch.bfloat16, torch.float16}  # PyTorch's products in them would take a minute
-    return ceilings.measure(plan.device.type, sorted(dtypes, key=str), seconds=0.2)
+    return _measured_ceilings(plan.device.type, tuple(sorted(dtypes, key=str)))
+
+
+@functools.cache
+def _measured_ceilings(device_type: str, dtypes: tuple[torch.dtype, ...]) -> Ceilings:
+    from ..bench import ceilings
+
+    return ceilings.measure(device_type, dtypes, seconds=0.3)
