@@ -102,7 +102,7 @@ class Table:
             notes = [f"activations: {plan.bytes / 1e6:.1f} MB in a graph's pool", *notes]
         elif plan.bytes:
             arena, without = plan.bytes / 1e6, plan.bytes_without_overlap / 1e6
-            notes = [f"activations of native steps: {arena:.1f} MB in one arena, {without:.1f} without sharing", *notes]
+            notes = [f"activations: {arena:.1f} MB in one arena, {without:.1f} MB without sharing", *notes]
         return cls(rows, plan.bytes, plan.bytes_without_overlap, notes)
 
 
