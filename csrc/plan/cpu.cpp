@@ -1,4 +1,5 @@
-// fused_cnn::run_plan on the CPU: a network's steps one after the other, its activations in one arena (program.h).
+// fused_cnn::run_plan and plan_fwd on the CPU: a network's steps one after the other, its activations in one arena
+// (program.h).
 #include <chrono>
 #include "cpu/parallel.h"
 #include "cpu/passes.h"
@@ -157,6 +158,11 @@ std::vector<Tensor> run_plan(std::vector<Tensor> inputs, std::vector<Tensor> con
   return finished(made);
 }
 
+// In memory of its own, untimed: what a graph may hold, as it writes to no argument.
+std::vector<Tensor> plan_fwd(std::vector<Tensor> inputs, std::vector<Tensor> constants, Ints numbers, Ints results) {
+  return run_plan(std::move(inputs), std::move(constants), std::move(numbers), std::move(results), {}, {});
+}
+
 }  // namespace
 }  // namespace plan
 }  // namespace fused_cnn
@@ -184,4 +190,5 @@ FUSED_CNN_EXPORT int64_t fused_cnn_plan_bytes(const int64_t* inputs, int64_t inp
 
 STABLE_TORCH_LIBRARY_IMPL(fused_cnn, CPU, m) {
   m.impl("run_plan", FUSED_CNN_BOX(&fused_cnn::plan::run_plan));
+  m.impl("plan_fwd", FUSED_CNN_BOX(&fused_cnn::plan::plan_fwd));
 }

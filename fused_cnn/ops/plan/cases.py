@@ -65,5 +65,5 @@ def plan_cost(args: Arguments, results: Sequence[Tensor]) -> Cost:
     )
 
 
-COSTS = {"run_plan": plan_cost}
+COSTS = {"run_plan": plan_cost, "plan_fwd": plan_cost}
 CASES: list[OpCases] = []

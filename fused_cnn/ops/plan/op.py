@@ -1,4 +1,5 @@
-"""run_plan: a network in eval form as one op: its steps one after the other, its activations in one arena.
+"""run_plan: a network in eval form as one op: its steps one after the other, its activations in one arena; and plan_fwd,
+the same for graphs.
 
 Values are activations (N, C, H, W), numbered: the inputs, then each step's result. csrc/plan/program.h says how a step
 is written as numbers; `encode` does so, and `decode` reads them back.
@@ -133,6 +134,8 @@ define(
     "Tensor(a!)? seconds=None) -> Tensor[]",
     _fake,
 )
+# For torch.export, which takes no op that writes to an argument and returns a list.
+define("plan_fwd(Tensor[] inputs, Tensor[] constants, int[] program, int[] results) -> Tensor[]", _fake)
 
 
 def step_flops(step: Step, values: Sequence[Tensor], out: Tensor) -> int:
@@ -148,7 +151,7 @@ def step_flops(step: Step, values: Sequence[Tensor], out: Tensor) -> int:
     return 0
 
 
-@flop_formula("run_plan")
+@flop_formula("run_plan", "plan_fwd")
 def _flops(inputs: Sequence[Tensor], constants: Any, program: Sequence[int], *_: Any, out_val: Any) -> int:
     steps = list(decode(program))
     values = results_of(steps, [x.to("meta") for x in inputs])
