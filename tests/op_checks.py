@@ -96,4 +96,6 @@ def call_packed_forms(dtype: torch.dtype) -> None:
     ]
     constants = [conv.data, *block.data, *packed.data]
     arena, seconds = torch.empty(1 << 16, dtype=torch.uint8), torch.zeros(len(steps), dtype=torch.float64)
-    torch.ops.fused_cnn.run_plan([x], constants, encode(steps), [6, 7], arena, seconds)
+    outs = torch.ops.fused_cnn.run_plan([x], constants, encode(steps), [6, 7])
+    outs = [out.contiguous(memory_format=torch.channels_last) for out in outs]
+    torch.ops.fused_cnn.run_plan_into([x], constants, encode(steps), [6, 7], outs, arena, seconds)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._backends import outlook
 from .._trees import mapped, tensors
 from ..fuse import FusionReport, _check_module, fuse_, refresh
 from ..nn import FusedModule
@@ -67,7 +68,8 @@ def optimize(
         backend: "reference", "native", "triton", or None for the best at hand.
         clone_outputs: on a GPU False leaves results in the graph's memory, which the next call overwrites.
         batch_sizes: batches for which plans are made now.
-        pad_batches: have a batch that has no plan run in the next larger of `batch_sizes`.
+        pad_batches: have a batch that has no plan run in the next larger of `batch_sizes`, where every result has a row
+            an image; no image's may depend on the others.
 
     Returns:
         An OptimizedModel, to be called as the model is, from any thread and on any stream.
@@ -133,6 +135,7 @@ class OptimizedModel(nn.Module):
         shared = {id(t): t for t in chain(self.model.parameters(), self.model.buffers())}
         fused = copy.deepcopy(self.model, shared).eval()
         self.report = fuse_(fused, backend=self.backend)
+        self.report.runs = outlook(self.backend, self._device)
         for module in _fused_modules(fused):
             module._fused_owner.patience = 0  # a copy waits with folding until it is called again: this one will be
         vars(self)["_fused"] = fused
@@ -145,22 +148,23 @@ class OptimizedModel(nn.Module):
     # Calls.
 
     def forward(self, *inputs: Tensor) -> Any:
-        """The network's result.
+        """The network's result, its images channels_last.
 
         Raises:
             TypeError, ValueError: inputs of another number, dtype, device or channels than the example's.
             RuntimeError: gradients are asked for.
         """
         self._check(inputs)
-        with self._context():
-            if inputs[0].size(0) == 0 or (self._graphs and self._graphs.capturing()):
-                return self._fused(*inputs)  # into whoever's graph it is
+        found = None
+        if inputs[0].size(0) > 0 and not (self._graphs and self._graphs.capturing()):  # it would be in that graph
             shapes = _shapes(inputs)
             found = self._find(inputs, shapes)
-            if found is None:
+        if found is None:
+            with self._context():
                 return self._fused(*inputs)
-            of, plan = found
-            self._used[of] = next(self._clock)
+        of, plan = found
+        self._used[of] = next(self._clock)
+        with torch.no_grad(), _without_autocast(self._device.type):  # which what was recorded has been through
             return self._run(plan, inputs, missing=of[0][0] - shapes[0][0])
 
     def _run(self, plan: Plan | GraphedPlan, inputs: Sequence[Tensor], *, missing: int) -> Any:
@@ -193,14 +197,11 @@ class OptimizedModel(nn.Module):
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
-        """No gradients; the dtype that was asked for, whatever autocast is on around it."""
-        with torch.no_grad():
-            if self.dtype is None and not torch.is_autocast_enabled(self._device.type):
-                yield
-                return
-            enabled = self.dtype is not None
-            with torch.autocast(self._device.type, self.dtype, enabled=enabled, cache_enabled=False):
-                yield
+        """As the network runs by itself: no gradients, and the dtype that was asked for, whatever is on around it."""
+        kind, dtype = self._device.type, self.dtype
+        casts = torch.autocast(kind, dtype, cache_enabled=False) if dtype else _without_autocast(kind)
+        with torch.no_grad(), casts:
+            yield
 
     # Plans.
 
@@ -211,11 +212,12 @@ class OptimizedModel(nn.Module):
             return shapes, plan
         for n in self.batch_sizes if self.pad_batches else ():
             larger = tuple((n, *shape[1:]) for shape in shapes)
-            if n > inputs[0].size(0) and larger in self._plans:
-                return larger, self._plans[larger]
+            plan = self._plans.get(larger) if n > inputs[0].size(0) else None
+            if plan is not None and plan.gives_rows:
+                return larger, plan
         if self._reason:
             return None
-        if len(self._plans) >= SHAPES + len(self.batch_sizes) and shapes not in self._seen:
+        if len(self._unprepared()) >= SHAPES and shapes not in self._seen:
             self._seen = {*list(self._seen)[-SHAPES:], shapes}
             if not self._told:
                 self._told = True
@@ -239,12 +241,18 @@ class OptimizedModel(nn.Module):
             except NotRecordable as reason:
                 self._reason = str(reason)
                 return None
-            while len(self._plans) >= SHAPES + len(self.batch_sizes):
-                oldest = min(self._plans, key=lambda key: self._used.get(key, -1))
-                self._plans.pop(oldest)
-            self._plans = {**self._plans, shapes: made}
+            others = sorted(self._unprepared(), key=lambda key: self._used.get(key, -1))
+            room = SHAPES - (shapes[0][0] not in self.batch_sizes)
+            dropped = others[: max(0, len(others) - room)]
+            for key in dropped:
+                self._used.pop(key, None)
             self._used[shapes] = next(self._clock)
+            self._plans = {key: plan for key, plan in self._plans.items() if key not in dropped} | {shapes: made}
             return made
+
+    def _unprepared(self) -> list[Shapes]:
+        """The shapes of plans that were made as they came."""
+        return [shapes for shapes in self._plans if shapes[0][0] not in self.batch_sizes]
 
     def _made(self, inputs: Sequence[Tensor]) -> Plan | GraphedPlan:
         """A plan that gives what the network gives, also on other inputs than those that it was recorded on."""
@@ -316,6 +324,12 @@ def _again(model: nn.Module, described: Any, device: torch.device, options: Any)
     for x in example:
         x.normal_() if x.is_floating_point() else x.zero_()
     return OptimizedModel(model, example, *options)
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _fused_modules(network: nn.Module) -> Iterator[FusedModule]:

@@ -54,6 +54,9 @@ class Drawn:
     def concatenation(self, reads: Sequence[int]) -> None:
         self.add(Step(Kind.CONCATENATION, tuple(reads)), torch.cat([self.values[i] for i in reads], 1))
 
+    def run(self, inputs: list[Tensor], results: list[int]) -> list[Tensor]:
+        return torch.ops.fused_cnn.run_plan(inputs, self.constants, encode(self.steps), results)
+
     def alike(self, read: int) -> list[int]:
         """The values as high and wide."""
         return [i for i, v in enumerate(self.values) if v.shape[2:] == self.values[read].shape[2:]]
@@ -101,15 +104,17 @@ def test_any_program_gives_what_its_steps_give_and_leaves_what_is_beside_the_are
     memory = torch.full((size + 192,), GUARD, dtype=torch.uint8)
     start = -memory.data_ptr() % 64 + 64
     arena = memory[start : start + size]
-    made = torch.ops.fused_cnn.run_plan([x], drawn.constants, program, results, arena)
-    for out, i in zip(made, results, strict=True):
+    shapes = [drawn.values[i].shape for i in results]
+    outs = [torch.full(shape, torch.nan).contiguous(memory_format=torch.channels_last) for shape in shapes]
+    torch.ops.fused_cnn.run_plan_into([x], drawn.constants, program, results, outs, arena, None)
+    for out, i in zip(outs, results, strict=True):
         truth = drawn.values[i]
         # Chains of float32 sums of up to 360 products each, relative to the largest; a wrong address is off by as much.
         assert out.shape == truth.shape
         assert (out - truth).abs().max() <= 1e-4 * truth.abs().max().clamp_min(1e-3), (i, drawn.steps)
     assert bool((memory[:start] == GUARD).all() and (memory[start + size :] == GUARD).all())
     again = torch.ops.fused_cnn.run_plan([x], drawn.constants, program, results)  # in memory of its own
-    assert all(map(torch.equal, made, again))
+    assert all(map(torch.equal, outs, again))
 
 
 def chain(x: Tensor, widths: Sequence[int]) -> Drawn:
@@ -132,11 +137,21 @@ def test_a_chain_takes_the_memory_of_two_activations_and_a_concatenation_that_of
     assert arena_bytes([x], encode(branches.steps), [6]) == (4 * one, 4 * one)  # their input, and all three as one
 
 
+def into(inputs: list[Tensor], drawn: Drawn, results: list[int], **given: Any) -> list[Tensor]:
+    """run_plan_into, with what is not given as it should be."""
+    program = encode(drawn.steps)
+    outs = [out.contiguous(memory_format=torch.channels_last) for out in drawn.run(inputs, results)]
+    memory = torch.empty(arena_bytes(inputs, program, results)[0] + 64, dtype=torch.uint8)
+    given = {"outs": outs, "arena": memory[-memory.data_ptr() % 64 :], "seconds": None, **given}
+    torch.ops.fused_cnn.run_plan_into(inputs, drawn.constants, program, results, *given.values())
+    return given["outs"]
+
+
 def test_each_step_says_what_it_took() -> None:
     x = Maker(torch.float32, grad=False).activation(2, 16, 8, 8)
     drawn = chain(x, [16] * 3)
     seconds = torch.full((3,), -1.0, dtype=torch.float64)
-    torch.ops.fused_cnn.run_plan([x], drawn.constants, encode(drawn.steps), [3], None, seconds)
+    into([x], drawn, [3], seconds=seconds)
     assert bool((seconds > 0).all() and (seconds < 10).all())
 
 
@@ -185,28 +200,35 @@ def test_a_wrong_program_is_an_error_before_memory_is_touched(name: str) -> None
             arena_bytes([x], program, results)
 
 
-def test_inputs_arena_and_seconds_are_checked() -> None:
+def test_inputs_outs_arena_and_seconds_are_checked() -> None:
     x, other = torch.zeros(1, 16, 8, 8), torch.zeros(2, 16, 8, 8)
     drawn = chain(x, [16])
-    program = encode(drawn.steps)
-
-    def run(inputs: list[Tensor], *more: Tensor | None) -> None:
-        torch.ops.fused_cnn.run_plan(inputs, drawn.constants, program, [len(inputs)], *more)
-
-    run([x, x])
-    for inputs, more, message in (
-        ([], (), "an input at least"),
-        ([x[0]], (), "4 dimensions"),
-        ([x, other], (), "as many images"),
-        ([x, x.bfloat16()], (), "dtype"),
-        ([x.double()], (), "float32 or bfloat16"),
-        ([x], (torch.zeros(64),), "arena"),
-        ([x], (torch.zeros(65, dtype=torch.uint8)[1:],), "arena"),
-        ([x], (None, torch.zeros(2, dtype=torch.float64)), "seconds"),
-        ([x], (None, torch.zeros(1)), "seconds"),
+    for inputs, message in (
+        ([], "an input at least"),
+        ([x[0]], "4 dimensions"),
+        ([x, other], "as many images"),
+        ([x, x.bfloat16()], "dtype"),
+        ([x.double()], "float32 or bfloat16"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            run(inputs, *more)
+            drawn.run(inputs, [len(inputs)])
+    assert torch.equal(into([x], drawn, [1])[0], drawn.run([x], [1])[0])
+    strided = torch.zeros(1, dtype=torch.float64).expand(2)[::2]
+    into([x], drawn, [1], arena=torch.empty(0, dtype=torch.uint8), seconds=strided)  # then it has one of its own
+    assert strided[0] > 0
+    for wrong, message in (
+        ({"arena": torch.zeros(64)}, "arena"),
+        ({"arena": torch.zeros(129, dtype=torch.uint8)[1:]}, "arena"),
+        ({"seconds": torch.zeros(2, dtype=torch.float64)}, "seconds"),
+        ({"seconds": torch.zeros(1)}, "seconds"),
+        ({"outs": []}, "as many outs"),
+        ({"outs": [x, x]}, "as many outs"),
+        ({"outs": [other]}, "the result's shape"),
+        ({"outs": [x]}, "channels_last"),
+        ({"outs": [x.bfloat16()]}, "dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            into([x], drawn, [1], **wrong)
 
 
 def test_the_average_is_exact_to_the_last_place_however_many_pixels() -> None:
