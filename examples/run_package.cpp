@@ -4,9 +4,8 @@
 //   run_package PACKAGE.pt2 INPUTS.pt RESULTS.pt [_C.so]
 //
 // It is compiled against PyTorch alone (`torch` is the folder of an installed torch):
-//   g++ -std=c++20 -O1 run_package.cpp -o run_package -isystem torch/include -isystem
-//   torch/include/torch/csrc/api/include
-//       -Ltorch/lib -Wl,-rpath,torch/lib -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10 -ldl
+//   g++ -std=c++20 -O1 -isystem torch/include -isystem torch/include/torch/csrc/api/include run_package.cpp
+//       -o run_package -Ltorch/lib -Wl,-rpath,torch/lib -ltorch_cpu -lc10 -ldl
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/serialization/pickle.h>

@@ -14,7 +14,7 @@ from runpy import run_path
 import pytest
 import torch
 
-from fused_cnn import _builds, _library
+from fused_cnn import _builds, _library, _sources
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ("setup.py", "--quiet", "build_ext", "--inplace")
@@ -232,6 +232,28 @@ def test_nothing_stays_of_a_source_that_went(tree: Path, fake_tools: dict[str, s
     done = build(tree, TORCH_CUDA_ARCH_LIST="9.0a", **fake_tools)
     assert done.returncode == 0 and (made / "conv_cuda.o").exists(), done.stdout + done.stderr
     assert not list(made.glob("conv_cuda_add_relu.*"))
+
+
+def test_a_changed_schema_is_compiled_and_makes_another_library(tree: Path, fake_tools: dict[str, str]) -> None:
+    shutil.copy(ROOT / "csrc" / "schemas.cpp", tree / "csrc")
+    op, found = tree / "fused_cnn" / "ops" / "room" / "op.py", []
+    op.parent.mkdir(parents=True)
+    for argument in ("Tensor x", "Tensor y"):
+        op.write_text(f'import torch\ndefine(\n    "f({argument}) "\n    "-> Tensor",\n    None,\n)\n')
+        done = build(tree, FORCE_CUDA="0", **fake_tools)
+        assert done.returncode == 0, done.stdout + done.stderr
+        call = [line for line in (tree / "calls").read_text().splitlines() if "-c csrc/schemas.cpp" in line][-1]
+        assert f'-DFUSED_CNN_SCHEMAS="f({argument}) -> Tensor", ' in call
+        found.append(run_path(str(tree / "fused_cnn" / "_sources.py"))["library_hash"]("cpu"))
+    assert found[0] != found[1]
+
+
+def test_the_library_has_the_schema_of_every_op() -> None:
+    schemas = {schema.partition("(")[0]: schema for schema in _sources.schemas()}
+    assert sorted(schemas) == _library.op_names()
+    for name, schema in schemas.items():
+        assert str(torch._C.parse_schema(f"fused_cnn::{schema}")) == str(_library.kernel(name, "native")._schema)
+        assert not _library.cpu.facts or schema.encode() in _library.cpu.file.read_bytes()
 
 
 def nvcc_calls(tree: Path, file: str) -> list[str]:

@@ -1,7 +1,7 @@
 """An optimised network for a process without Python: its plan as a graph of torch.export's, and as a package of
 AOTInductor's, which a C++ program loads (examples/run_package.cpp).
 
-A graph has the packed weights as constants, and a call of the op `plan_fwd` for each of the plan's programs. They are
+A graph has the packed weights as constants, and a call of the op `run_plan` for each of the plan's programs. They are
 packed for the instruction set that the processor has here (`fused_cnn_cpu_level`), and good where that is the same.
 """
 
@@ -19,7 +19,7 @@ from .._library import cpu_level, kernel
 from .._trees import mapped, tensors
 from .graph import GraphedPlan
 from .lower import Program
-from .optimized import OptimizedModel, _in_channels_last
+from .optimized import OptimizedModel, _in_channels_last, _without_autocast
 from .plan import Plan, _run_call
 from .record import of_values
 
@@ -67,7 +67,7 @@ def _exported(optimized: OptimizedModel, *, copies: bool) -> torch.export.Export
     if plan is None or isinstance(plan, GraphedPlan):
         why = optimized._reason or "other shapes took its place"
         raise ValueError(f"exported: the example's shape has no plan: {why}")
-    with torch.no_grad():
+    with torch.no_grad(), _without_autocast("cpu"):
         return torch.export.export(_Planned(plan, copies=copies), tuple(example))
 
 
@@ -88,7 +88,7 @@ class _Planned(nn.Module):
         values = {number: _in_channels_last(x) for number, x in enumerate(inputs)}
         for part in self.plan.parts:
             if isinstance(part, Program):
-                made = kernel("plan_fwd", "native")(
+                made = kernel("run_plan", "native")(
                     [values[n] for n in part.inputs], self._packed(part.constants), part.numbers, part.results
                 )
                 for number, place, flat in part.deliveries:
