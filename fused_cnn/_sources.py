@@ -38,8 +38,8 @@ def _serves(path: Path, device: str) -> bool:
 
 
 def schemas() -> list[str]:
-    """What the calls of `define` in fused_cnn/ops state: the ops that have kernels in C++. They stand by themselves, and
-    their first argument is a literal."""
+    """What the calls of `define` in fused_cnn/ops state: the ops that have kernels in C++. A call is a statement of its
+    module, and its first argument a literal."""
     texts = [path.read_text() for path in files_under(PACKAGE / "ops") if path.suffix == ".py"]
     statements = [node for text in texts if "\ndefine(" in text for node in ast.parse(text).body]
     calls = [node.value for node in statements if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
