@@ -265,6 +265,9 @@ class Build(build_ext):
                     (relative, f"{name}_{level}.o", [*base, *flags, f"-DFUSED_CNN_LEVEL={level}"])
                     for level, flags in CPU_LEVELS.items()
                 ]
+            elif name == "schemas":
+                literals = "".join(f"{json.dumps(schema)}," for schema in SOURCES["schemas"]())
+                jobs.append((relative, f"{name}.o", [*base, f"-DFUSED_CNN_SCHEMAS={literals}"]))
             elif name != "build_facts":
                 jobs.append((relative, f"{name}.o", base))
         return facts, jobs, [compiler], "a C++20 compiler (g++ >= 11 or clang++ >= 14) is needed"

@@ -1,8 +1,10 @@
-"""Hashes of the kernels' sources, by which a measurement is known to be of these kernels or of older ones.
+"""Hashes of the kernels' sources, by which a measurement is known to be of these kernels or of older ones; and the ops'
+schemas, which the CPU's library is built with.
 
 The build reads this file too, so it imports nothing that is not Python's own.
 """
 
+import ast
 import hashlib
 import re
 from collections.abc import Iterable
@@ -35,9 +37,22 @@ def _serves(path: Path, device: str) -> bool:
     return device == "cpu" if path.suffix == ".cpp" or path.name.startswith("cpu") else True
 
 
+def schemas() -> list[str]:
+    """What the calls of `define` in fused_cnn/ops state: the ops that have kernels in C++. A call is a statement of its
+    module, and its first argument a literal."""
+    texts = [path.read_text() for path in files_under(PACKAGE / "ops") if path.suffix == ".py"]
+    statements = [node for text in texts if "\ndefine(" in text for node in ast.parse(text).body]
+    calls = [node.value for node in statements if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
+    defines = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "define"]
+    return sorted(ast.literal_eval(call.args[0]) for call in defines)
+
+
 def library_hash(device: str) -> str:
-    """Of everything that a device's native library is compiled from."""
-    return digest([path for path in files_under(CSRC) if _serves(path, device)], CSRC)
+    """Of everything that a device's native library is compiled from; the CPU's has the schemas in it."""
+    found = digest([path for path in files_under(CSRC) if _serves(path, device)], CSRC)
+    if device == "cpu":
+        found = hashlib.sha256("\n".join([found, *schemas()]).encode()).hexdigest()[:16]
+    return found
 
 
 def kernel_hash(room: str, backend: str, device: str) -> str | None:

@@ -14,7 +14,7 @@ from runpy import run_path
 import pytest
 import torch
 
-from fused_cnn import _builds, _library
+from fused_cnn import _builds, _library, _sources
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ("setup.py", "--quiet", "build_ext", "--inplace")
@@ -234,6 +234,28 @@ def test_nothing_stays_of_a_source_that_went(tree: Path, fake_tools: dict[str, s
     assert not list(made.glob("conv_cuda_add_relu.*"))
 
 
+def test_a_changed_schema_is_compiled_and_makes_another_library(tree: Path, fake_tools: dict[str, str]) -> None:
+    shutil.copy(ROOT / "csrc" / "schemas.cpp", tree / "csrc")
+    op, found = tree / "fused_cnn" / "ops" / "room" / "op.py", []
+    op.parent.mkdir(parents=True)
+    for argument in ("Tensor x", "Tensor y"):
+        op.write_text(f'import torch\ndefine(\n    "f({argument}) "\n    "-> Tensor",\n    None,\n)\n')
+        done = build(tree, FORCE_CUDA="0", **fake_tools)
+        assert done.returncode == 0, done.stdout + done.stderr
+        call = [line for line in (tree / "calls").read_text().splitlines() if "-c csrc/schemas.cpp" in line][-1]
+        assert f'-DFUSED_CNN_SCHEMAS="f({argument}) -> Tensor", ' in call
+        found.append(run_path(str(tree / "fused_cnn" / "_sources.py"))["library_hash"]("cpu"))
+    assert found[0] != found[1]
+
+
+def test_the_library_has_the_schema_of_every_op() -> None:
+    schemas = {schema.partition("(")[0]: schema for schema in _sources.schemas()}
+    assert sorted(schemas) == _library.op_names()
+    for name, schema in schemas.items():
+        assert str(torch._C.parse_schema(f"fused_cnn::{schema}")) == str(_library.kernel(name, "native")._schema)
+        assert not _library.cpu.facts or schema.encode() in _library.cpu.file.read_bytes()
+
+
 def nvcc_calls(tree: Path, file: str) -> list[str]:
     return [call for call in (tree / "calls").read_text().splitlines() if f"-c {file}" in call]
 
@@ -310,7 +332,7 @@ def test_the_cpu_library_registers_what_its_facts_say() -> None:
 ASKED_IF_THERE = {
     *("PyDict_GetItemWithError", "PyDict_Next", "PyDict_Size", "PyErr_Clear", "PyObject_GetAttr", "PyObject_Type"),
     *("PyBool_FromLong", "PyByteArray_AsString", "PyBytes_AsString", "PyBytes_FromStringAndSize", "PyCFunction_NewEx"),
-    *("PyTuple_GetItem", "PyTuple_Size", "Py_DecRef"),
+    *("PyTuple_GetItem", "PyTuple_Size", "Py_DecRef", "Py_IsInitialized"),
     *("_ZNK2at10TensorBase8_versionEv", "_ZN2at13globalContextEv", "_ZNK2at7Context16userEnabledCuDNNEv"),
     *("_ZNK2at7Context18deterministicCuDNNEv", "_ZNK2at7Context23deterministicAlgorithmsEv"),
     "_ZNK2at7Context14allowTF32CuDNNESt8optionalINS_9Float32OpEE",
@@ -329,7 +351,8 @@ def test_a_library_needs_no_python() -> None:
             ).stdout
             wanted = re.findall(r"(?m)^ +([Uw]) ([^\s@]+)$", listed)  # what is versioned is the C library's
             strange = [(k, n) for k, n in wanted if re.match(r"Py|_ZNK?[0-9]*(c10|2at|5torch)", n)]
-            # csrc/unchanged.cpp asks the interpreter that is there, by its stable interface, and does without it.
+            # csrc/unchanged.cpp and define_ops.cpp ask the interpreter that is there, by its stable interface, and do
+            # without it.
             strange = [n for kind, n in strange if kind == "U" or n not in ASKED_IF_THERE]
             assert wanted and not strange, f"{library.file.name} wants {strange}"
 

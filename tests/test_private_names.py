@@ -21,6 +21,7 @@ WITHOUT_IT = {
     "torch._C._get_dispatch_mode": "blocks and ops run as in a recorded graph under any dispatch mode",
     "torch.overrides._get_current_function_mode_stack": "blocks run unfused under any mode",
     "torch.utils._python_dispatch._get_current_dispatch_mode_stack": "blocks run unfused under any mode",
+    "torch._inductor": "an exported plan is not packaged (plan/export.py), which the documented call of that name does",
     "torch._inductor.config": "a peer in a benchmark: its column is left out, with the reason",
 }
 
