@@ -12,13 +12,10 @@ import io
 import ipaddress
 import itertools
 import json
-import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -34,8 +31,8 @@ from serve import OUTSTANDING, Variant
 
 from fused_cnn.bench.facts import facts_of_run
 
-START_SECONDS, ANSWER_SECONDS = 300, 60
-AGREES = 1e-3  # of a probability; eager's own differ by a thousandth of that from batch to batch
+START_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 60, 60, 60
+AGREES = 5e-3  # of a probability: on a GPU the variants' convolutions round differently, to TF32
 COLOURS = {"eager": "#9aa5b1", "fused": "#1f77b4", "optimized": "#0b3d66"}
 
 
@@ -92,39 +89,44 @@ def service(variant: str, network: str, size: int, host: str) -> Iterator[int]:
                     time.sleep(0.1)
             yield port
         finally:
-            process.send_signal(signal.SIGTERM)
+            process.terminate()  # it answers what it has, and exits
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def one_round(
     host: str, port: int, files: Sequence[bytes], clients: int, requests: int, seconds: float
-) -> tuple[list[float], float, Counter[str]]:
-    """So many requests, or so many seconds: each answer's time, how long all took, and what went wrong how often."""
-    numbers, times, errors, lock = itertools.count(), [], Counter[str](), threading.Lock()
+) -> tuple[list[float], float]:
+    """So many requests, or so many seconds: each answer's time, and how long all took. A lost one is an error."""
+    numbers, times = itertools.count(), list[float]()
     start = time.monotonic()
 
     def one_client() -> None:
         client = Client(host, port)
         while (number := next(numbers)) < requests and time.monotonic() < start + seconds:
             sent = time.perf_counter()
-            try:
-                client.classify(files[number % len(files)])
-            except OSError as error:
-                client = Client(host, port)
-                with lock:
-                    errors[str(error)] += 1
-                continue
+            client.classify(files[number % len(files)])
             times.append(time.perf_counter() - sent)
 
     with ThreadPoolExecutor(clients) as threads:
         for done in [threads.submit(one_client) for _ in range(clients)]:
             done.result()
-    return times, time.monotonic() - start, errors
+    return times, time.monotonic() - start
 
 
-def mean_batch(host: str, port: int) -> float:
-    text = Client(host, port).ask("GET", "/metrics")[1].decode()
-    found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    return float(found["serve_batch_size_sum"]) / float(found["serve_batch_size_count"])
+def batches(host: str, port: int) -> tuple[float, float]:
+    """How many pictures the service has answered, in how many batches."""
+    lines = Client(host, port).ask("GET", "/metrics")[1].decode().splitlines()
+    found = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return float(found["serve_batch_size_sum"]), float(found["serve_batch_size_count"])
+
+
+def compare(variant: str, mine: dict[int, float], eager: dict[int, float]) -> None:
+    """Refuses an answer that is not eager's; of a class that is not among my five, I say no more than of the fifth."""
+    if max(abs(mine.get(c, min(mine.values())) - p) for c, p in eager.items()) > AGREES:
+        raise SystemExit(f"{variant} answers otherwise than eager: {mine} instead of {eager}")
 
 
 def quantile(seconds: Sequence[float], q: float) -> float:
@@ -143,12 +145,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
         rates.bar(place, row["images_per_second"], 0.6, color=colour)
         rates.plot([place] * len(row["rounds"]), row["rounds"], "o", color="black", markersize=3)
     waits.set(xlabel="milliseconds from request to answer", ylabel="share of the answers", xlim=0, ylim=(0, 1))
-    waits.legend(frameon=False, loc="lower right")
     rates.set_xticks(range(len(result["variants"])), list(result["variants"]))
     rates.set(ylabel="images a second (bar: median of rounds)")
     for axes in (waits, rates):
         axes.spines[["top", "right"]].set_visible(False)
     title = f"{result['network']}, {result['clients']} clients, {result['device_name']}, {result['date'][:10]}"
+    figure.legend(frameon=False, loc="outside lower center", ncols=3)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path.with_suffix(".png"), dpi=110)
 
@@ -174,40 +176,34 @@ def main(
 ) -> None:
     """Compare eager, fused and optimized behind the same service, under the same load, on this machine."""
     files = photographs()
-    found: dict[str, dict[str, Any]] = {v.value: {"seconds": [], "rounds": [], "errors": Counter()} for v in Variant}
+    found: dict[str, dict[str, Any]] = {v.value: {"seconds": [], "rounds": []} for v in Variant}
     with ExitStack() as stack:
         ports = {variant: stack.enter_context(service(variant, network, size, host)) for variant in found}
-        answers = {variant: [Client(host, port).classify(file) for file in files] for variant, port in ports.items()}
-        for variant, given in answers.items():
-            for mine, eager in zip(given, answers["eager"], strict=True):
-                if max(abs(mine.get(c, 0.0) - p) for c, p in eager.items()) > AGREES:
-                    raise SystemExit(f"{variant} answers otherwise than eager: {mine} instead of {eager}")
+        for file in files:
+            answers = {variant: Client(host, port).classify(file) for variant, port in ports.items()}
+            for variant, answer in answers.items():
+                compare(variant, answer, answers["eager"])
+        before = {variant: batches(host, port) for variant, port in ports.items()}
         for number in range(rounds):
-            order = list(found)[number % len(found) :] + list(found)[: number % len(found)]
-            for variant in order:
-                times, took, errors = one_round(host, ports[variant], files, clients, requests, seconds)
+            for variant in [*found][number % len(found) :] + [*found][: number % len(found)]:
+                times, took = one_round(host, ports[variant], files, clients, requests, seconds)
                 found[variant]["seconds"] += times
                 found[variant]["rounds"].append(len(times) / took)
-                found[variant]["errors"] += errors
         for variant, row in found.items():
+            pictures, times_run = (b - a for a, b in zip(before[variant], batches(host, ports[variant]), strict=True))
+            row |= {"images_per_second": statistics.median(row["rounds"]), "mean_batch": pictures / times_run}
             row |= {"p50": quantile(row["seconds"], 0.5), "p99": quantile(row["seconds"], 0.99)}
-            row |= {
-                "images_per_second": statistics.median(row["rounds"]),
-                "mean_batch": mean_batch(host, ports[variant]),
-            }
     facts = facts_of_run("cuda" if torch.cuda.is_available() else "cpu")
     result = {"kind": "load", "network": network, "size": size, "clients": clients, "variants": found, **facts}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1))
     draw(result, out)
-    print(f"{'':12}{'images/s':>10}{'p50 ms':>10}{'p99 ms':>10}{'mean batch':>12}{'answers':>10}{'errors':>8}")
+    print(f"{'':12}{'images/s':>10}{'p50 ms':>10}{'p99 ms':>10}{'mean batch':>12}{'answers':>10}")
     for variant, row in found.items():
         figures = f"{row['images_per_second']:10.1f}{row['p50'] * 1e3:10.1f}{row['p99'] * 1e3:10.1f}"
-        counts = f"{row['mean_batch']:12.2f}{len(row['seconds']):10}{row['errors'].total():8}"
+        counts = f"{row['mean_batch']:12.2f}{len(row['seconds']):10}"
         print(f"{variant:12}{figures}{counts}")
     print(f"saved: {out} and {out.with_suffix('.png')}")
-    if any(row["errors"] for row in found.values()):
-        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
