@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer.testing
 from conftest import DEVICE
 
 from fused_cnn.bench import networks
@@ -412,7 +413,7 @@ def test_a_batch_that_fails_harms_no_other() -> None:
         loop.cancel()
         return first, then, sorted(pool.sizes.elements())
 
-    first, then, sizes = asyncio.run(answered())
+    first, then, sizes = asyncio.run(asyncio.wait_for(answered(), PATIENCE))
     assert all(isinstance(each, ValueError) for each in first)
     assert then == [[{"class": i, "probability": 1.0}] for i in range(11)]
     assert sizes == [3, 4, 4, 4]
@@ -440,5 +441,7 @@ def test_the_load_script_compares_saves_and_draws(
 
 @pytest.mark.parametrize("host", ["10.0.0.1", "0.0.0.0", "example.org"])
 def test_the_load_script_sends_to_this_machine_alone(host: str) -> None:
-    done = subprocess.run([sys.executable, str(EXAMPLES / "load.py"), "--host", host], capture_output=True, text=True)
-    assert done.returncode == 2 and "this machine" in done.stderr
+    app = typer.Typer()
+    app.command()(load.main)
+    done = typer.testing.CliRunner().invoke(app, ["--host", host])
+    assert done.exit_code == 2 and "this machine" in done.output
