@@ -125,6 +125,16 @@ async def body(request: Request) -> bytes:
     return bytes(file)
 
 
+async def received(request: Request) -> bytes:
+    """The file, or why there is none; who sends it slowly must not hold a place for ever."""
+    try:
+        return await asyncio.wait_for(body(request), BODY_SECONDS)
+    except asyncio.TimeoutError as error:
+        raise HTTPException(408, f"the file did not arrive within {BODY_SECONDS} seconds") from error
+    except ClientDisconnect as error:
+        raise HTTPException(400, "the client closed the connection before its file had arrived") from error
+
+
 def application(classify: Classifier, decoders: Decoders) -> Starlette:
     """The service around any function from decoded pictures to answers."""
     metrics = Metrics()
@@ -144,12 +154,7 @@ def application(classify: Classifier, decoders: Decoders) -> Starlette:
             raise HTTPException(503, f"{OUTSTANDING} requests are outstanding; come again", {"Retry-After": "1"})
         outstanding += 1
         try:
-            file = await asyncio.wait_for(body(request), BODY_SECONDS)
-            best = await batches.answer(await decoders.decode(file))
-        except asyncio.TimeoutError as error:
-            raise HTTPException(408, f"the file did not arrive within {BODY_SECONDS} seconds") from error
-        except ClientDisconnect as error:
-            raise HTTPException(400, "the client closed the connection before its file had arrived") from error
+            best = await batches.answer(await decoders.decode(await received(request)))
         finally:
             outstanding -= 1
         metrics.count_answer(started)
