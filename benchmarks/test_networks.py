@@ -1,5 +1,5 @@
 """GoogLeNet and ResNet-50 on photographs, inference and a training step: eager channels_last, the peers at hand,
-torch.compile, fused.
+torch.compile, fused, in inference optimized.
 
 `pytest benchmarks/test_networks.py --benchmark-only --benchmark-json=out/networks.json`, then `fused-cnn report
 out/networks.json`.

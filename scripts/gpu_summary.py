@@ -12,7 +12,7 @@ from gpu_runner import Outcome, read_json
 
 WIDTH = 140
 MOST_NAMED = 200  # failed tests in the JSON
-VARIANTS = ("eager", "graph", "compile", "fused", "fused graph", "fused compile")
+VARIANTS = ("eager", "graph", "compile", "fused", "optimized", "fused graph", "fused compile")
 BACKENDS = ("eager", "fused", "native", "triton", "library")
 NOISE = re.compile(r"^void |\(anonymous namespace\)::|at::native::|fused_cnn::")  # of kernels' names
 Rows = Sequence[Mapping[str, Any]]
@@ -113,10 +113,10 @@ def _name(row: Mapping[str, Any]) -> str:
 def _networks(rows: Rows) -> Iterator[str]:
     timed = [row for row in rows if "times" in row]
     if timed:
-        yield f"{'ms a step':34}" + "".join(f"{variant:>14}" for variant in (*VARIANTS, "limit"))
+        yield f"{'ms a step':28}" + "".join(f"{variant:>14}" for variant in (*VARIANTS, "limit"))
     for row in timed:
         seconds = [row["times"].get(variant, {}).get("median") for variant in VARIANTS]
-        yield f"{_name(row):34}" + "".join(f"{s * 1e3:14.2f}" if s else f"{'-':>14}" for s in (*seconds, row["limit"]))
+        yield f"{_name(row):28}" + "".join(f"{s * 1e3:14.2f}" if s else f"{'-':>14}" for s in (*seconds, row["limit"]))
 
 
 def _kernels(rows: Rows) -> Iterator[str]:

@@ -202,8 +202,13 @@ class Fuzz:
             packed = t.dtype == torch.uint8 and t.dim() == 1  # whose layout is part of what it is
             return t if packed or t.dim() == 0 else draw_strided(draw, t)
 
+        declared = zip(call.op._schema.arguments, call.args, strict=False)
+        args = [  # what is written is given as it must lie
+            value if parameter.is_write else pytree.tree_map_only(Tensor, other, value) for parameter, value in declared
+        ]
+        kwargs = pytree.tree_map_only(Tensor, other, call.kwargs)
         expected = self.attempt(call)
-        actual = self.attempt(Call(call.op, *pytree.tree_map_only(Tensor, other, (call.args, call.kwargs))))
+        actual = self.attempt(Call(call.op, tuple(args), kwargs))
         assert not isinstance(expected, Exception), expected
         assert not isinstance(actual, Exception), actual
         for mine, truth in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):

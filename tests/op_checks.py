@@ -19,6 +19,7 @@ from fused_cnn.ops import (
     residual_stage,
 )
 from fused_cnn.ops._cases import Case, Maker, OpCases
+from fused_cnn.ops.plan.op import Kind, Step, encode
 from fused_cnn.testing import all_cases, judge
 
 
@@ -73,12 +74,28 @@ class Recorder(TorchDispatchMode):
 
 @torch.no_grad()
 def call_packed_forms(dtype: torch.dtype) -> None:
-    """Calls of the packed forms that modules use."""
+    """Calls of the packed forms that modules use, and of a plan with a step of each kind."""
     maker = Maker(dtype)
     x, weight = maker.activation(2, 8, 5, 5), maker.weight(6, 8, 3, 3)
     conv_bias_relu(x, *pack_conv(weight, maker.vector(6), like=x))
-    block = pack_residual_block([FoldedConv(weight, None, 2)], FoldedConv(weight, None, 2), shortcut=True, like=x)
+    block = pack_residual_block([FoldedConv(weight, None, 2, 1)], FoldedConv(weight, None, 2, 1), shortcut=True, like=x)
     residual_stage(x, block)
     widths = [(3, 8, 1), (4, 8, 1), (5, 4, 3), (2, 8, 1), (3, 2, 3), (4, 8, 1)]
     weights = [maker.weight(o, i, k, k) for o, i, k in widths]
-    inception(x, *pack_inception(weights, [maker.vector(w.size(0)) for w in weights], like=x))
+    packed, _ = pack_inception(weights, [maker.vector(w.size(0)) for w in weights], like=x)
+    inception(x, packed)
+    conv, _ = pack_conv(weight, None, like=x, stride=2)
+    steps = [
+        Step(Kind.MAX_POOL, (0,), numbers=(3, 3, 1, 1, 1, 1, 1, 1, 0)),
+        Step(Kind.CONVOLUTION, (1,), (0, 1), (6, 8, 3, 3, 2, 2, 1, 1, 1, 1, 1)),
+        Step(Kind.CONVOLUTION, (1, 2), (0, 1), (6, 8, 3, 3, 2, 2, 1, 1, 1, 1, 0)),
+        Step(Kind.STAGE, (1,), (1, 2), (1, 1, 1, 1, *block.geometry)),
+        Step(Kind.CONCATENATION, (2, 3, 4)),
+        Step(Kind.INCEPTION, (0,), (3, 4), (3, 4, 5, 2, 3, 4, 3, 3)),
+        Step(Kind.AVERAGE, (5,)),
+    ]
+    constants = [conv.data, *block.data, *packed.data]
+    arena, seconds = torch.empty(1 << 16, dtype=torch.uint8), torch.zeros(len(steps), dtype=torch.float64)
+    outs = torch.ops.fused_cnn.run_plan([x], constants, encode(steps), [6, 7])
+    outs = [out.contiguous(memory_format=torch.channels_last) for out in outs]
+    torch.ops.fused_cnn.run_plan_into([x], constants, encode(steps), [6, 7], outs, arena, seconds)

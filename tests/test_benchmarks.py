@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from fused_cnn.bench import network_benches
 from fused_cnn.bench.benches import Bench, Prepared, extremes, measured
 from fused_cnn.bench.ceilings import Ceilings
+from fused_cnn.bench.network_benches import NetworkBench
 from fused_cnn.bench.results import load
 from fused_cnn.bench.worker import Worker, WorkFailed
 from fused_cnn.measure import Work
@@ -90,6 +92,16 @@ def test_a_row_is_checked_unless_that_is_left_out(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(AssertionError, match="wrong numbers"):
         Sum("adds").run(0, CEILINGS)
     assert Sum("adds").run(0, CEILINGS, check=False)["times"]
+
+
+def test_an_optimized_network_with_wrong_numbers_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = NetworkBench(
+        model="resnet18", batch=1, direction="inference", size=64, dtype=torch.float32, device="cpu", backend=None
+    )
+    bench.check()
+    monkeypatch.setattr(network_benches, "optimize", lambda model, images, **_: lambda x: 1.01 * model(x))
+    with pytest.raises(AssertionError, match=r"resnet18, float32, inference: .*scores, optimized"):
+        bench.check()
 
 
 def test_a_capture_that_fails_leaves_the_other_variants_times() -> None:

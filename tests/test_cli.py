@@ -1,5 +1,6 @@
 """The command line: exit codes, JSON that parses, errors of one line, and the main job on one small network."""
 
+import copy
 import importlib.util
 import json
 import sys
@@ -11,7 +12,8 @@ import torch
 from conftest import DEVICE
 
 from fused_cnn import cli
-from fused_cnn.bench import numbers
+from fused_cnn import optimize as optimized_for
+from fused_cnn.bench import numbers, verify
 from fused_cnn.bench.benches import Prepared
 from fused_cnn.bench.report import rewrite
 from fused_cnn.measure import Work
@@ -21,6 +23,7 @@ needs_pictures = pytest.mark.skipif(
     reason="verify needs torchvision, scikit-image and matplotlib",
 )
 SUFFIX = "-cuda" if DEVICE == "cuda" else ""  # of tables and plots
+COMMANDS = ("info", "summary", "verify", "optimize", "bench", "profile", "report")
 SMALL = ("--model", "resnet18", "--size", "64", "--batch", "8", "--seconds", "0")
 
 
@@ -53,10 +56,10 @@ def test_info_prints_tables(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_no_command_prints_help(capfd: pytest.CaptureFixture[str]) -> None:
     code, text, _ = run(capfd)
-    assert code == 0 and all(name in text for name in ("info", "summary", "verify", "bench", "profile", "report"))
+    assert code == 0 and all(name in text for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["info", "summary", "verify", "bench", "profile", "report"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_takes_json_and_explains_itself(capfd: pytest.CaptureFixture[str], command: str) -> None:
     code, text, _ = run(capfd, command, "--help")
     assert code == 0 and "--json" in text
@@ -76,6 +79,10 @@ def test_every_command_takes_json_and_explains_itself(capfd: pytest.CaptureFixtu
         (["verify", "--model", "resnet5O"], "resnet5O"),
         (["verify", "--model", "mobilenet_v2", "--size", "64"], "nothing in MobileNetV2 can be fused"),
         (["verify", "--model", "inception_v3", "--size", "64"], "inception_v3 does not run on 64 x 64 pixels"),
+        (["optimize", "resnet5O"], "resnet5O"),
+        (["optimize", "resnet18", "--dtype", "int8"], "--dtype must be one of float32"),
+        (["optimize", "resnet18", "--backend", "cudnn"], "--backend must be auto"),
+        (["optimize", "resnet18", "--batch", "0"], "batch"),
         (["bench", "everything"], "everything"),
         (["bench", "ops", "--op", "nothing"], "no such op"),
         (["profile", "--variant", "quick"], "--variant must be one of eager"),
@@ -152,6 +159,12 @@ def test_verify_agrees_and_says_what_it_measured(verified: tuple[int, Path]) -> 
     assert traffic["fused"]["launches"] < traffic["eager"]["launches"]
     assert {row["backend"] for row in network["backends"]["eval"]} >= {"native"}
     assert network["train"]["saved_bytes"]["fused"] <= network["train"]["saved_bytes"]["eager"]
+    optimized, time = network["scores_optimized"], network["time"]["eval"]
+    assert optimized["ok"] and optimized["bound"] == network["scores"]["bound"] and optimized["difference"] > 0
+    assert time["optimized"]["samples"] == time["eager"]["samples"] and "optimized" not in network["train"]["time"]
+    if DEVICE == "cpu":  # all is one call of PyTorch's dispatcher, in which the fused network's kernels run
+        assert [op["calls"] for op in traffic["optimized"]["by_op"].values()] == [1]
+        assert traffic["optimized"]["launches"] == traffic["fused"]["launches"]
 
 
 @needs_pictures
@@ -196,6 +209,55 @@ def test_verify_notices_wrong_numbers(
     assert code == 1 and not found["ok"]
     assert not found["models"]["resnet18"]["scores"]["ok"]
     assert any(not row["ok"] for row in found["models"]["resnet18"]["training_float64"])
+    assert found["models"]["resnet18"]["scores_optimized"]["ok"]
+
+
+def off(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """optimize, with one weight that is not the model's."""
+    model = copy.deepcopy(model)
+    model.layer3[0].bn1.weight.data.mul_(1.01)
+    return optimized_for(model, *args, **kwargs)
+
+
+@needs_pictures
+def test_verify_notices_wrong_numbers_of_the_optimized_network(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(verify, "optimize", off)
+    code, text, _ = run(capfd, "verify", *SMALL, "--out", str(tmp_path))
+    assert code == 1 and "do NOT agree" in text
+    found = json.loads((tmp_path / "verify.json").read_text())["models"]["resnet18"]
+    assert found["scores"]["ok"] and not found["scores_optimized"]["ok"] and not found["ok"]
+
+
+@needs_pictures
+def test_optimize_prints_a_plan_for_each_batch(capfd: pytest.CaptureFixture[str]) -> None:
+    options = ("resnet18", "--batch", "1", "--batch", "3", "--size", "64", "--dtype", "bfloat16")
+    code, text, _ = run(capfd, "optimize", *options)
+    assert code == 0 and text.count("started in") == text.count("the numbers agree: ") == 2
+    assert "resnet18, 3 x 3 x 64 x 64, bfloat16" in text and "3x64x32x32" in text and "1x64x32x32" in text
+    assert all(word in text for word in ("layer1", "of the limit", "activations: "))
+    assert DEVICE == "cuda" or ("residual block" in text and "MB without sharing" in text)
+
+
+@needs_pictures
+def test_optimize_json_has_steps_memory_and_what_was_not_fused(capfd: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = run(capfd, "optimize", "mobilenet_v2", "--size", "64", "--dtype", "bfloat16", "--json")
+    found = json.loads(text)
+    assert code == 0 and found["ok"] and found["model"] == "mobilenet_v2" and found["versions"]["torch"]
+    (plan,) = found["plans"]
+    assert plan["batch"] == 1 and plan["start"] > 0 and plan["scores"]["ok"]
+    assert plan["scores"]["error"] > 1e-3  # it does compute in bfloat16
+    assert [row["step"] for row in plan["rows"]] == list(range(1, len(plan["rows"]) + 1))
+    assert any(row["layer"].startswith("features.18") and row["why"] for row in plan["rows"])
+    assert {"arena", "without_overlap"} <= plan.keys() and any("nothing was fused" in note for note in plan["notes"])
+
+
+@needs_pictures
+def test_optimize_notices_wrong_numbers(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["fused_cnn.cli.optimize"], "optimized_for", off)
+    code, text, _ = run(capfd, "optimize", "resnet18", "--size", "64")
+    assert code == 1 and "the numbers do NOT agree: " in text
 
 
 def test_bench_saves_rows_that_report_reads(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -260,10 +322,14 @@ def test_bench_times_a_network_and_counts_its_memory(capfd: pytest.CaptureFixtur
         "--out",
         str(file),
     )
-    code, _, _ = run(capfd, "bench", "models", *options)
+    code, text, _ = run(capfd, "bench", "models", *options)
     inference, training = json.loads(file.read_text())["rows"]
     assert code == 0 and inference["pass"] == "inference" and training["pass"] == "training step"
     assert inference["launches"]["fused"] < inference["launches"]["eager"]
+    assert "optimized" in inference["times"] and "optimized ms" in text and "optimized" not in training["times"]
+    if DEVICE == "cpu":  # on a GPU it is a graph, of which nothing is counted
+        assert inference["launches"]["optimized"] == inference["launches"]["fused"]
+        assert inference["traffic"]["optimized"] > inference["bytes"] and inference["peak"]["optimized"] > 1 << 20
     for row in (inference, training):
         assert row["flops"] > 1e8
         assert row["bytes"] > 0 and row["peak"]["fused"] > 0
@@ -273,7 +339,7 @@ def test_bench_times_a_network_and_counts_its_memory(capfd: pytest.CaptureFixtur
         assert training["launches"]["fused"] < training["launches"]["eager"]
         assert training["saved"]["fused"] < training["saved"]["eager"]
     code, text, _ = run(capfd, "report", str(file), "--out", str(tmp_path))
-    assert code == 0 and text.count("| resnet18 |") == 6
+    assert code == 0 and text.count("| resnet18 |") == 6 and text.count("| optimized ms |") == 1
     plots = ("images", "memory", *(("traffic-inference", "traffic-training") if DEVICE == "cpu" else ()))
     assert all((tmp_path / f"{name}{SUFFIX}.png").exists() for name in plots)
 

@@ -254,7 +254,7 @@ def test_a_summary_has_80_lines_at_most_and_something_of_everything(tmp_path: Pa
     ):
         assert said in text
     (network,) = [line for line in lines if line.startswith("resnet50 256 inference  ")][:1]
-    assert network.split()[-6:] == ["-", "-", "15.50", "-", "-", "2.00"]
+    assert network.split()[-6:] == ["-", "15.50", "-", "-", "-", "2.00"]
     assert next(line for line in lines if line.startswith("conv")).startswith("conv layer99 ")  # loses most
 
 

@@ -54,7 +54,7 @@ def network(name: str, layout: torch.memory_format) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES if GPU else ["float32"])
 def test_scores_agree(name: str, dtype: str, layout: torch.memory_format) -> None:
     model, images = network(name, layout)
-    number, _ = compare_scores(Pair.of(model.to(DTYPES[dtype]), None), images.to(DTYPES[dtype]))
+    (number,), _ = compare_scores(Pair.of(model.to(DTYPES[dtype]), None), images.to(DTYPES[dtype]))
     assert number.ok, number
 
 

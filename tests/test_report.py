@@ -7,7 +7,7 @@ import pytest
 
 from fused_cnn import _sources
 from fused_cnn.bench.peers import COMPILERS, OURS
-from fused_cnn.bench.report import ran, rewritten, tables, tables_of
+from fused_cnn.bench.report import plots, ran, rewritten, tables, tables_of
 from fused_cnn.bench.results import load, load_all, newest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,6 +177,40 @@ def test_a_variant_that_fails_later_is_not_shown_with_its_earlier_time() -> None
     assert "Not timed in 1 of 1 rows: CUDA graph (RuntimeError: no capture)." in text
 
 
+def test_the_optimized_network_is_ours_and_has_a_column_where_it_was_timed() -> None:
+    rows = [row(1, eager=4, fused=3, graph=2, optimized=1), row(8, eager=8, fused=4)]
+    rows[0]["peak"] = {"eager": 2e6, "fused": 3e6, "optimized": 4e6}
+    found = tables_of([result("2026-11-25", *rows)])
+    text = found["inference-cuda"]
+    assert "| 4 | 2 | 3 | 1 |" in text and "0.67x (CUDA graph)" in text and "| 8 |  | 4 |  |" in text
+    assert "Fused is slower than its fastest peer in 1 of 2 rows." in text
+    assert "Optimized is slower than its fastest peer in 0 of 1 rows." in text
+    assert "| 2 -> 3 -> 4 |" in found["memory-inference-cuda"] and "| 2 -> 1 |" in found["memory-inference-cuda"]
+    assert "ptimized" not in "".join(tables_of([result("2026-11-25", rows[1])]).values())
+
+
+def verify_result(*variants: str) -> dict[str, Any]:
+    time = {"ratio": 2.0, **{v: {"median": (i + 1) / 1e3} for i, v in enumerate(variants)}}
+    traffic = {v: {"bytes": 1e6, "launches": 3} for v in (*variants, "minimum")}
+    network = {"fused": [1], "skipped": [], "time": {"eval": time}, "traffic": {"eval": traffic}, "ok": True}
+    return {"models": {"resnet50": {**network, "scores": {"error": 1e-6, "eager_error": 1e-6}}}}
+
+
+def test_verifys_table_has_the_optimized_network_where_it_was_timed() -> None:
+    (before, (old,)), (now, (new,)) = (
+        tables.verify(verify_result("eager", "fused", *more)) for more in ((), ("optimized",))
+    )
+    assert "optimized ms" not in before and new[now.index("optimized ms")] == "3.0"
+    assert [cell for cell, heading in zip(new, now, strict=True) if heading != "optimized ms"] == old
+
+
+def test_bars_are_of_what_every_row_has(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    counted = [{"eager": 3, "fused": 2, "optimized": 2}, {"eager": 3, "fused": 2}]
+    rows = [{**row(n, eager=2, fused=1), "traffic": of} for n, of in enumerate(counted, 1)]
+    assert plots.traffic(result("2026-11-25", *rows), tmp_path / "traffic.png").exists()
+
+
 def test_a_table_says_which_rows_it_has() -> None:
     text = tables_of(
         [result("2026-11-25", row(1, eager=4, fused=2), left_out=3, more_with_full={"inference": 5, "ops": 70})]
@@ -197,11 +231,13 @@ def kernel_row(
 def test_the_headline_names_the_fastest_peer_and_who_loses() -> None:
     steps = [kernel_row("eager", 50, ("a", 1, 1e3)), kernel_row("fused", 40, ("a", 1, 1e3))]
     inference = result(
-        "2026-11-25", row(1, eager=4, fused=2, compile=9), row(256, eager=10, fused=9, compile=6, fused_graph=5)
+        "2026-11-25",
+        row(1, eager=4, fused=2, compile=9),
+        row(256, eager=10, fused=9, compile=6, fused_graph=5, optimized=4),
     )
     text = tables_of([inference, {**result("2026-11-26", *steps), "kind": "kernels"}])["headlines-cuda"]
     labels = "| resnet50 | inference | bfloat16, batch 256 | NVIDIA H200 |"
-    assert f"{labels} 10 | 6 (torch.compile) | 9 | **loses by 1.50x** | 5 as a CUDA graph |" in text
+    assert f"{labels} 10 | 6 (torch.compile) | 9 | **loses by 1.50x** | 4 optimized, 5 as a CUDA graph |" in text
     assert "| training step | bfloat16, batch 256 | NVIDIA H200 | 50 | 50 (eager) | 40 | wins by 1.25x |  |" in text
 
 

@@ -16,7 +16,11 @@ EngineInception::EngineInception(const char* op, const Ints& sizes, DType dtype,
   FUSED_CNN_CHECK(channels.size() == kConvolutions && kernels.size() == 2, op,
                   ": six channel counts and two kernel sizes are wanted, got ", channels.size(), " and ",
                   kernels.size());
-  for (const int64_t c : channels) FUSED_CNN_CHECK(c >= 1, op, ": channel counts must be at least 1, got ", c);
+  for (const int64_t c : channels) {
+    FUSED_CNN_CHECK(c >= 1, op, ": channel counts must be at least 1, got ", c);
+    FUSED_CNN_CHECK(c <= kLargestStep && addressable({sizes[0], c, sizes[2], sizes[3]}), op, ": a branch of ", c,
+                    " channels is too large");
+  }
   for (const int64_t k : kernels)
     FUSED_CNN_CHECK(k >= 1 && k <= kLargestStep && k % 2 == 1, op, ": kernel sizes must be odd, got ", k);
   const auto shape_of_conv = [&](int64_t in_channels, int64_t out_channels, int64_t kernel) {

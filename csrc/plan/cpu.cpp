@@ -1,4 +1,5 @@
-// fused_cnn::run_plan on the CPU: a network's steps one after the other, its activations in one arena (program.h).
+// fused_cnn::run_plan and run_plan_into on the CPU: a network's steps one after the other, its activations in one
+// arena (program.h); the second is given the arena and where the results go.
 #include <chrono>
 #include "cpu/parallel.h"
 #include "cpu/passes.h"
@@ -98,63 +99,99 @@ void check_results(const char* op, const Program& program, const Ints& results) 
   }
 }
 
-std::vector<Tensor> run_plan(std::vector<Tensor> inputs, std::vector<Tensor> constants, Ints numbers, Ints results,
-                             std::optional<Tensor> arena, std::optional<Tensor> seconds) {
-  const char* op = "run_plan";
-  FUSED_CNN_CHECK(!inputs.empty(), op, ": an input at least is wanted");
-  std::vector<Ints> sizes;
-  for (const Tensor& x : inputs) {
-    check_4d(op, "an input", x);
-    check_like(op, "the first input", inputs[0], "an input", x, /*same_shape=*/false);
-    sizes.push_back(sizes_of(x));
-  }
-  const DType dtype = engine_dtype(op, inputs[0]);
-  const int64_t element = inputs[0].element_size();
-  const Program program = read(op, sizes, dtype, &constants, numbers);
-  check_results(op, program, results);
-  const int64_t steps = program.steps.size();
-  FUSED_CNN_CHECK(!seconds || (seconds->is_cpu() && seconds->scalar_type() == ScalarType::Double &&
-                               seconds->dim() == 1 && seconds->size(0) == steps && seconds->is_contiguous()),
-                  op, ": seconds must be ", steps, " contiguous float64 on the CPU, one a step");
-  FUSED_CNN_CHECK(!arena || (arena->is_cpu() && arena->scalar_type() == ScalarType::Byte && arena->dim() == 1 &&
-                             arena->is_contiguous() && reinterpret_cast<uintptr_t>(arena->data_ptr()) % 64 == 0),
-                  op, ": the arena must be bytes on the CPU, in one dimension, contiguous and 64-byte aligned");
-  const Layout layout = layout_of(program, results, element);
+// A call: what its arguments say, checked, and where its activations will lie.
+struct Call {
+  DType dtype;
+  int64_t element;
+  Program program;
+  Layout layout;
 
-  std::vector<RowResult> made;
-  for (const int64_t result : results) {
-    const Ints& of = program.sizes(result);
-    made.emplace_back(inputs[0], of[1], of[2], of[3], result_format(inputs[0]));
+  Call(const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants, const Ints& numbers,
+       const Ints& results) {
+    FUSED_CNN_CHECK(!inputs.empty(), op, ": an input at least is wanted");
+    std::vector<Ints> sizes;
+    for (const Tensor& x : inputs) {
+      check_4d(op, "an input", x);
+      check_like(op, "the first input", inputs[0], "an input", x, /*same_shape=*/false);
+      sizes.push_back(sizes_of(x));
+    }
+    dtype = engine_dtype(op, inputs[0]);
+    element = inputs[0].element_size();
+    program = read(op, sizes, dtype, &constants, numbers);
+    check_results(op, program, results);
+    layout = layout_of(program, results, element);
   }
-  if (program.inputs[0][0] == 0) return finished(made);
+
+  // `outs` are the results' rows; `seconds` is told what each step took, unless it is null.
+  void run(const std::vector<Tensor>& inputs, const Ints& results, const std::vector<Rows>& outs, void* arena,
+           double* seconds, int64_t stride) const {
+    if (program.inputs[0][0] == 0) return;
+    char* const memory = static_cast<char*>(arena);
+    std::vector<RowView> views;
+    std::vector<Rows> rows(program.values());
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      views.push_back(rows_of(inputs[i]));
+      rows[i] = views.back();
+    }
+    for (int64_t i = inputs.size(); i < program.values(); ++i) {
+      if (layout.offset[i] != kElsewhere) rows[i] = {memory + layout.offset[i], program.sizes(i)[1]};
+    }
+    for (size_t i = 0; i < results.size(); ++i) rows[results[i]] = outs[i];
+    for (int64_t i = 0; i < program.values(); ++i) {  // the concatenations have their places now
+      if (layout.slice_of[i] < 0) continue;
+      const Rows& whole = rows[layout.slice_of[i]];
+      rows[i] = {at(whole.data, layout.first[i], element), whole.pitch};
+    }
+    const Runner runner{program, layout, rows, dtype, element, memory};
+    for (size_t i = 0; i < program.steps.size(); ++i) {
+      const auto start = std::chrono::steady_clock::now();
+      runner.run(i);
+      if (seconds == nullptr) continue;
+      seconds[i * stride] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
+  }
+};
+
+std::vector<Tensor> run_plan(std::vector<Tensor> inputs, std::vector<Tensor> constants, Ints numbers, Ints results) {
+  const Call call("run_plan", inputs, constants, numbers, results);
+  std::vector<RowResult> made;
+  std::vector<Rows> outs;
+  for (const int64_t result : results) {
+    const Ints& sizes = call.program.sizes(result);
+    made.emplace_back(inputs[0], sizes[1], sizes[2], sizes[3], result_format(inputs[0]));
+    outs.push_back(made.back());
+  }
+  Workspace arena;
+  call.run(inputs, results, outs, arena.at_least(call.layout.bytes), nullptr, 0);
+  return finished(made);
+}
+
+void run_plan_into(std::vector<Tensor> inputs, std::vector<Tensor> constants, Ints numbers, Ints results,
+                   std::vector<Tensor> outs, Tensor arena, std::optional<Tensor> seconds) {
+  const char* op = "run_plan_into";
+  const Call call(op, inputs, constants, numbers, results);
+  FUSED_CNN_CHECK(outs.size() == results.size(), op, ": as many outs as results are wanted, ", results.size(), ", got ",
+                  outs.size());
+  std::vector<Rows> rows;
+  for (size_t i = 0; i < outs.size(); ++i) {
+    const Ints& sizes = call.program.sizes(results[i]);
+    check_result_shape(op, "an out", outs[i], inputs[0], sizes[1], sizes[2], sizes[3]);
+    FUSED_CNN_CHECK(outs[i].numel() == 0 || is_dense(outs[i], MemoryFormat::ChannelsLast), op,
+                    ": an out must be channels_last");
+    rows.push_back({outs[i].data_ptr(), sizes[1]});
+  }
+  FUSED_CNN_CHECK(arena.is_cpu() && arena.scalar_type() == ScalarType::Byte && arena.dim() == 1 &&
+                      arena.is_contiguous() && reinterpret_cast<uintptr_t>(arena.data_ptr()) % 64 == 0,
+                  op, ": the arena must be bytes on the CPU, in one dimension, contiguous and 64-byte aligned");
+  const int64_t steps = call.program.steps.size();
+  FUSED_CNN_CHECK(!seconds || (seconds->is_cpu() && seconds->scalar_type() == ScalarType::Double &&
+                               seconds->dim() == 1 && seconds->size(0) == steps),
+                  op, ": seconds must be ", steps, " float64 on the CPU, one a step");
   // One that is too small was made for another number of threads.
   Workspace own;
-  char* const memory =
-      static_cast<char*>(arena && arena->size(0) >= layout.bytes ? arena->data_ptr() : own.at_least(layout.bytes));
-  std::vector<RowView> views;
-  std::vector<Rows> rows(program.values());
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    views.push_back(rows_of(inputs[i]));
-    rows[i] = views.back();
-  }
-  for (int64_t i = inputs.size(); i < program.values(); ++i) {
-    if (layout.offset[i] != kElsewhere) rows[i] = {memory + layout.offset[i], program.sizes(i)[1]};
-  }
-  for (size_t i = 0; i < results.size(); ++i) rows[results[i]] = made[i];
-  for (int64_t i = 0; i < program.values(); ++i) {  // the concatenations have their places now
-    if (layout.slice_of[i] < 0) continue;
-    const Rows& whole = rows[layout.slice_of[i]];
-    rows[i] = {at(whole.data, layout.first[i], element), whole.pitch};
-  }
-  const Runner runner{program, layout, rows, dtype, element, memory};
-  for (int64_t i = 0; i < steps; ++i) {
-    const auto start = std::chrono::steady_clock::now();
-    runner.run(i);
-    if (!seconds) continue;
-    static_cast<double*>(seconds->data_ptr())[i] =
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  }
-  return finished(made);
+  void* const memory = arena.size(0) >= call.layout.bytes ? arena.data_ptr() : own.at_least(call.layout.bytes);
+  call.run(inputs, results, rows, memory, seconds ? static_cast<double*>(seconds->data_ptr()) : nullptr,
+           seconds ? seconds->stride(0) : 0);
 }
 
 }  // namespace
@@ -184,4 +221,5 @@ FUSED_CNN_EXPORT int64_t fused_cnn_plan_bytes(const int64_t* inputs, int64_t inp
 
 STABLE_TORCH_LIBRARY_IMPL(fused_cnn, CPU, m) {
   m.impl("run_plan", FUSED_CNN_BOX(&fused_cnn::plan::run_plan));
+  m.impl("run_plan_into", FUSED_CNN_BOX(&fused_cnn::plan::run_plan_into));
 }

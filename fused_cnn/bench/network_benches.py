@@ -1,4 +1,5 @@
-"""Whole networks, timed: torchvision's, in inference and in training steps, eager, fused, and every peer at hand."""
+"""Whole networks, timed: torchvision's, in inference and in training steps, eager, fused, in inference optimized, and
+every peer at hand."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..analysis import count, minimum_traffic, saved_bytes
 from ..measure import Work, interleaved
+from ..plan.optimized import OptimizedModel, optimize
 from . import networks, peers
 from .benches import Bench, Makers, Prepared
 from .ceilings import short
@@ -78,13 +80,17 @@ class NetworkBench(Bench):
         if self.training:
             numbers, _ = compare_training(pair, images, in_float64=False)
         else:
-            numbers = [compare_scores(pair, images)[0]]
+            # On a GPU a capture that fails would leave the process unfit for what comes after the check.
+            others = {"optimized": self.optimized(pair, images)} if self.device == "cpu" else {}
+            numbers, _ = compare_scores(pair, images, **others)
         wrong = [n for n in numbers if not n.ok]
         assert not wrong, f"{self.model}, {short(self.dtype)}, {self.direction}: {wrong[0]}"
 
     def make(self) -> Prepared:
         pair, images = self.prepared(self.batch, self.size)
         variants = pair.works(images)
+        if self.device == "cpu" and not self.training:
+            variants["optimized"] = work(self.optimized(pair, images), images)
         for each in variants.values():
             each()  # folds and packs
         # At the dispatcher, with the CPU kernels' costs: what a GPU launches is profiled.
@@ -102,13 +108,25 @@ class NetworkBench(Bench):
             counted["launches"] = {name: sum(n for _, n, _ in kernels(v, self.device)) for name, v in variants.items()}
             counted["peak"] = {name: peak_on_gpu(model, variants[name]) for name, model in pair.models.items()}
             graphs = {"fused graph": "fused", "graph": "eager"}
-            prepared.captures = {name: partial(peers.graphed, variants[of]) for name, of in graphs.items()}
+            captures: Makers = {name: partial(peers.graphed, variants[of]) for name, of in graphs.items()}
+            plans: Makers = {} if self.training else {"optimized": lambda: work(self.optimized(pair, images), images)}
+            prepared.captures = {**plans, **captures}
         else:
             counted["launches"] = {name: c.launches for name, c in counts.items()}
             counted["traffic"] = {name: c.bytes for name, c in counts.items()}
             counted["unknown"] = {name: c.unknown for name, c in counts.items() if c.unknown}
-            counted["peak"] = peaks_in_children({name: partial(self.variant, name) for name in pair.models})
+            first_calls: Makers = {name: partial(self.variant, name) for name in pair.models}
+            starts: Makers = {} if self.training else {"optimized": self.start}
+            counted["peak"] = peaks_in_children({**first_calls, **starts})
         return prepared
+
+    def optimized(self, pair: Pair, images: Tensor) -> OptimizedModel:
+        return optimize(pair.eager, images, backend=self.backend)
+
+    def start(self) -> Work:
+        """The optimized network's start, which folds, packs and plans, and first call."""
+        pair, images = self.prepared(self.batch, self.size)
+        return lambda: self.optimized(pair, images)(images)
 
     def compiled(self, name: str, pair: Pair, images: Tensor) -> Work:
         """One of peers.COMPILERS over the eager or the fused network."""

@@ -114,17 +114,22 @@ def contiguous(model: nn.Module) -> nn.Module:
     return other.to(memory_format=torch.contiguous_format)
 
 
-def compare_scores(pair: Pair, images: Tensor) -> tuple[Comparison, dict[str, float]]:
-    """Scores in eval mode, and how many of the five best classes fused shares with eager, and eager with float64."""
-    dtype = images.dtype
+def compare_scores(pair: Pair, images: Tensor, **others: nn.Module) -> tuple[list[Comparison], dict[str, float]]:
+    """Scores in eval mode, of fused and of others with the same weights, and how many of the five best classes fused
+    shares with eager, and eager with float64."""
     with torch.no_grad():
         truth = copy.deepcopy(pair.eager).double()(images.double())
-        eager, fused = pair.eager(images), pair.fused(images)
+        eager = pair.eager(images)
+        fused = pair.fused(images)
+        found = {"scores": fused, **{f"scores, {name}": model(images) for name, model in others.items()}}
         other = contiguous(pair.eager)(images.contiguous())
     eager_error = max(relative(eager, truth), relative(other, truth))
-    bound = bound_of(eager_error, OUT_FACTOR, ROUNDING * torch.finfo(dtype).eps, LARGEST[dtype])
-    number = Comparison("scores", relative(fused, truth), eager_error, bound, relative(fused, eager))
-    return number, {"fused_and_eager": top5(fused, eager), "eager_and_float64": top5(eager, truth)}
+    # The scores' dtype: under autocast the images have another.
+    bound = bound_of(eager_error, OUT_FACTOR, ROUNDING * torch.finfo(eager.dtype).eps, LARGEST[eager.dtype])
+    numbers = [
+        Comparison(name, relative(out, truth), eager_error, bound, relative(out, eager)) for name, out in found.items()
+    ]
+    return numbers, {"fused_and_eager": top5(fused, eager), "eager_and_float64": top5(eager, truth)}
 
 
 def top5(a: Tensor, b: Tensor) -> float:

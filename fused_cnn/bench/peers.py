@@ -22,13 +22,14 @@ from .errors import require
 from .numbers import contiguous
 
 INSTALL = "`pip install fused_cnn[peers]`"
-OURS = ("fused", "fused graph", "fused compile", "native", "triton")  # every other variant is a peer
+OURS = ("fused", "optimized", "fused graph", "fused compile", "native", "triton")  # every other variant is a peer
 
 
 # torch.compile: of the eager or of the fused network, and in which mode.
 COMPILERS: dict[str, tuple[str, str | None]] = {
     "compile": ("eager", None),
     "fused compile": ("fused", None),
+    "reduce-overhead": ("eager", "reduce-overhead"),
     "autotune": ("eager", "max-autotune"),
 }
 

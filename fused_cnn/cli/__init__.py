@@ -13,6 +13,7 @@ from .._backends import BackendUnavailable
 from ..bench.errors import RequestError
 from .bench import bench
 from .info import info
+from .optimize import optimize
 from .profile import profile
 from .report import report
 from .summary import summary
@@ -33,7 +34,7 @@ def options(
     """Fused blocks for GoogLeNet- and ResNet-like CNNs: same weights, same numbers, less memory traffic."""
 
 
-for command in (info, summary, verify, bench, profile, tune, report):
+for command in (info, summary, verify, optimize, bench, profile, tune, report):
     app.command(help=" ".join(str(command.__doc__).split()))(command)  # its line breaks are the source's alone
 
 

@@ -36,6 +36,9 @@ def bench(
     size: Annotated[int, typer.Option(min=32, help="Height and width of a network's images.")] = 224,
     backend: Backend = "auto",
     compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile too: it takes minutes.")] = False,
+    reduce_overhead: Annotated[
+        bool, typer.Option("--reduce-overhead", help="Time torch.compile's reduce-overhead, a GPU's CUDA graphs, too.")
+    ] = False,
     autotune: Annotated[bool, typer.Option(help="Time torch.compile's max-autotune too: more minutes.")] = False,
     check: Annotated[bool, typer.Option(help="Check each row's numbers before timing it.")] = True,
     seconds: Seconds = 1.0,
@@ -50,7 +53,8 @@ def bench(
     here = device()
     dtypes = [dtype_of(name) for name in dtype] if dtype else DTYPES[here]
     batches = batch or BATCHES[here]
-    compilers = (*(("compile", "fused compile") if compiled else ()), *(("autotune",) if autotune else ()))
+    asked = {"compile": compiled, "fused compile": compiled, "reduce-overhead": reduce_overhead, "autotune": autotune}
+    compilers = tuple(name for name, wanted in asked.items() if wanted)
     options: dict[str, Any] = {"device": here, "backend": backend_of(backend), "compilers": compilers}
     benches: list[Bench] = []
     if what in ("ops", "all"):
@@ -73,4 +77,5 @@ def bench(
 def _table(rows: list[Row]) -> tables.Table:
     labels = [k for k in ("op", "model", "case", "batch", "dtype", "pass") if any(k in row for row in rows)]
     figures = {name: tables.FIGURES[name] for name in ("fused / eager", "GB/s", "of the limit")}
-    return tables.table(rows, labels, {**tables.medians(("eager", "fused")), **figures})
+    shown = [v for v in tables.variants_in(rows) if v in ("eager", "fused", "optimized")]
+    return tables.table(rows, labels, {**tables.medians(shown), **figures})

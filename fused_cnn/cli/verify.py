@@ -1,4 +1,5 @@
-"""`fused-cnn verify`: the main job. Photographs through torchvision's networks, eager and after fuse_, same weights.
+"""`fused-cnn verify`: the main job. Photographs through torchvision's networks, eager, after fuse_ and after optimize,
+same weights.
 
 For each network it prints what was fused, how far the numbers are from float64 beside eager's own distance, what each
 variant takes, launches and moves, and which backend ran each op; it draws the time by stage.
@@ -31,7 +32,7 @@ def verify(
     folder: Annotated[Path, typer.Option("--out", help="Folder for the picture and the JSON.")] = Path("out"),
     json: Json = False,
 ) -> None:
-    """Run photographs through torchvision's networks, eager and fused: same numbers? how much faster?"""
+    """Run photographs through torchvision's networks, eager, fused and optimized: same numbers? how much faster?"""
     chosen, torch_dtype = backend_of(backend), dtype_of(dtype)
     names = tuple(image or networks.PHOTOGRAPHS)
     images = networks.photographs(batch or len(names), size, names).to(device())
@@ -74,7 +75,7 @@ def _print(name: str, found: dict[str, Any]) -> None:
     say_plainly(f"{len(fused)} blocks fused ({counted}), {len(skipped)} not fused")
     for entry in skipped:
         say_plainly(f"  not fused: {entry['name']} ({entry['module']}): {entry['reason']}")
-    _print_numbers(found["scores"], found["training"], found["training_float64"])
+    _print_numbers(found)
     shared = f"fused and eager {top5['fused_and_eager']:.0%}, eager and float64 {top5['eager_and_float64']:.0%}"
     say_plainly(f"top-5 classes shared: {shared}")
     passes = {"inference": {key: found[key]["eval"] for key in ("time", "traffic", "backends")}}
@@ -90,32 +91,38 @@ def _print(name: str, found: dict[str, Any]) -> None:
     show(["pass", "backend", "op and calls", "why"], ran, title="What ran in the fused network")
 
 
-def _print_numbers(scores: dict[str, Any], training: list[dict[str, Any]], exact: list[dict[str, Any]]) -> None:
+def _print_numbers(found: dict[str, Any]) -> None:
+    training, exact = found["training"], found["training_float64"]
     worst = [
         ("training step, largest", max(training, key=lambda row: row["difference"])),
         ("training step, nearest to its bound", max(training, key=lambda row: row["error"] / row["bound"])),
         ("all in float64, largest", max(exact, key=lambda row: row["difference"])),
     ]
-    shown = [("scores, eval", scores), *((f"{what}: {row['name']}", row) for what, row in worst)]
+    shown = [("scores, eval", found["scores"]), ("scores, optimized", found["scores_optimized"])]
+    shown += [(f"{what}: {row['name']}", row) for what, row in worst]
     lines = []
     for label, row in [*shown, *((row["name"], row) for row in (*training, *exact) if not row["ok"])]:
         figures = (f"{row[k]:.1e}" if row[k] else "" for k in ("difference", "error", "eager_error", "bound"))
         lines.append([label, *figures, "[green]ok[/]" if row["ok"] else "[red]no[/]"])
     all_of_them = f"{len(training)} tensors of a training step, all in --out's JSON"
-    headings = ["tensor", "fused - eager", "fused - float64", "eager - float64", "bound", ""]
+    headings = ["tensor", "from eager", "from float64", "eager from float64", "bound", ""]
     caption = f"relative to each tensor's largest value; {all_of_them}"
     show(headings, lines, title="Largest differences", caption=caption)
 
 
 def _print_costs(title: str, time: dict[str, Any], traffic: dict[str, Any], saved: dict[str, int] | None) -> None:
-    lines = []
-    for v in ("eager", "fused"):
-        kept = f"{saved[v] / 1e6:.1f} MB" if saved else ""
-        moved = f"{traffic[v]['bytes'] / 1e6:.1f} MB"
-        lines.append([v, f"{time[v]['median'] * 1e3:.2f} ms", str(traffic[v]["launches"]), moved, kept])
-    lines.append(["minimum", "", "", f"{traffic['minimum']['bytes'] / 1e6:.1f} MB"])
-    unknown = sorted({op for v in ("eager", "fused") for op in traffic[v]["unknown"]})
+    lines, ratios = [], []
+    counted = {v: of for v, of in traffic.items() if v != "minimum"}
+    for v in (v for v in time if v != "ratio"):
+        line = [v, f"{time[v]['median'] * 1e3:.2f} ms"]
+        if of := counted.get(v):
+            calls = sum(op["calls"] for op in of["by_op"].values())
+            line += [str(calls), str(of["launches"]), f"{of['bytes'] / 1e6:.1f} MB"]
+        lines.append([*line, *([f"{saved[v] / 1e6:.1f} MB"] if saved else [])])
+        ratios.append(f"{v} {time['eager']['median'] / time[v]['median']:.2f}x")
+    lines.append(["minimum", "", "", "", f"{traffic['minimum']['bytes'] / 1e6:.1f} MB"])
+    unknown = sorted({op for of in counted.values() for op in of["unknown"]})
     not_counted = f"; not counted: {', '.join(unknown)}" if unknown else ""
-    headings = ["", "time", "kernel launches", "memory traffic", "kept for backward"]
-    title = f"{title}: fused is {time['ratio']:.2f}x as fast as eager"
+    headings = ["", "time", "operators called", "kernel launches", "memory traffic", "kept for backward"]
+    title = f"{title}: {' and '.join(ratios[1:])} as fast as eager"
     show(headings, lines, title=title, caption=f"medians of {time['fused']['samples']} interleaved rounds{not_counted}")

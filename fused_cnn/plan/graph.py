@@ -21,7 +21,7 @@ class Device:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.side = torch.cuda.Stream(device)
-        self.pool: Any = None  # the first graph's
+        self.pool = torch.cuda.graph_pool_handle()
         self.done: torch.cuda.Event | None = None  # what the last replay was followed by
 
     def capturing(self) -> bool:
@@ -37,21 +37,28 @@ class Device:
         self.done = torch.cuda.current_stream(self.device).record_event()
 
     def capture(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any, int]:
-        """Capture `work`: what replays it, its result, which each replay writes again, and the bytes that the pool grew
-        by. Other threads may go on using the device meanwhile."""
+        """Capture `work`: what replays it, its result, which each replay writes again, and the bytes of the pool. Other
+        threads may go on using the device meanwhile."""
         here = torch.cuda.current_stream(self.device)
         with torch.cuda.device(self.device):
             self.side.wait_stream(here)
             with torch.cuda.stream(self.side):
                 for _ in range(WARM_UPS):
                     work()
-            before = torch.cuda.memory_reserved(self.device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool, stream=self.side, capture_error_mode="thread_local"):
                 out = work()
             here.wait_stream(self.side)
-            self.pool = graph.pool()
-            return graph.replay, out, torch.cuda.memory_reserved(self.device) - before
+            return graph.replay, out, self._pool_bytes()
+
+    def _pool_bytes(self) -> int:
+        segments = torch.cuda.memory_snapshot()
+        return sum(s["total_size"] for s in segments if tuple(s.get("segment_pool_id", ())) == tuple(self.pool))
+
+
+def graphs_on(device: torch.device) -> Device | None:
+    """What captures plans for a device; None where they run as they are."""
+    return Device(device) if device.type == "cuda" else None
 
 
 class GraphedPlan:
@@ -61,6 +68,7 @@ class GraphedPlan:
         self.plan, self.device = plan, device
         self.inputs = [x.clone() for x in inputs]
         self.replay, self.result, plan.bytes = device.capture(lambda: plan.run(self.inputs))
+        self.gives_rows = plan.gives_rows
 
     def run(self, inputs: Sequence[Tensor], *, clone: bool) -> Any:
         """The result on these inputs, whose batch may be smaller than the plan's: the rest is what was there before. A

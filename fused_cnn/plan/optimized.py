@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._backends import outlook
 from .._trees import mapped, tensors
 from ..fuse import FusionReport, _check_module, fuse_, refresh
 from ..nn import FusedModule
-from .graph import Device, GraphedPlan
+from .graph import GraphedPlan, graphs_on
 from .plan import Plan
 from .record import NotRecordable, record
 from .table import Table
@@ -67,7 +68,8 @@ def optimize(
         backend: "reference", "native", "triton", or None for the best at hand.
         clone_outputs: on a GPU False leaves results in the graph's memory, which the next call overwrites.
         batch_sizes: batches for which plans are made now.
-        pad_batches: have a batch that has no plan run in the next larger of `batch_sizes`.
+        pad_batches: have a batch that has no plan run in the next larger of `batch_sizes`, where every result has a row
+            an image; no image's may depend on the others.
 
     Returns:
         An OptimizedModel, to be called as the model is, from any thread and on any stream.
@@ -77,7 +79,7 @@ def optimize(
             backend or batch sizes that are none; `pad_batches` without sizes.
     """
     _check_module("optimize", model)
-    example = [example_inputs] if isinstance(example_inputs, Tensor) else list(example_inputs)
+    example: list[Any] = list(example_inputs) if isinstance(example_inputs, (list, tuple)) else [example_inputs]
     if not example or not all(isinstance(x, Tensor) and x.dim() > 0 for x in example):
         raise TypeError(f"optimize: example_inputs must be a tensor or several, with a batch, got {example_inputs!r}")
     if dtype not in (None, torch.bfloat16, torch.float16):
@@ -116,7 +118,7 @@ class OptimizedModel(nn.Module):
         self.batch_sizes, self.pad_batches = tuple(sorted(set(batch_sizes))), pad_batches
         self._like = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in example]
         self._device = example[0].device
-        self._graphs = Device(self._device) if self._device.type == "cuda" else None
+        self._graphs = graphs_on(self._device)
         self._replays = threading.Lock()
         self._clock = itertools.count()
         self._start()
@@ -133,6 +135,9 @@ class OptimizedModel(nn.Module):
         shared = {id(t): t for t in chain(self.model.parameters(), self.model.buffers())}
         fused = copy.deepcopy(self.model, shared).eval()
         self.report = fuse_(fused, backend=self.backend)
+        self.report.runs = outlook(self.backend, self._device)
+        for module in _fused_modules(fused):
+            module._fused_owner.patience = 0  # a copy waits with folding until it is called again: this one will be
         vars(self)["_fused"] = fused
         self._plans: dict[Shapes, Plan | GraphedPlan] = {}
         self._used: dict[Shapes, int] = {}  # when each was last called
@@ -143,22 +148,23 @@ class OptimizedModel(nn.Module):
     # Calls.
 
     def forward(self, *inputs: Tensor) -> Any:
-        """The network's result.
+        """The network's result, its images channels_last.
 
         Raises:
             TypeError, ValueError: inputs of another number, dtype, device or channels than the example's.
             RuntimeError: gradients are asked for.
         """
         self._check(inputs)
-        with self._context():
-            if inputs[0].size(0) == 0 or (self._graphs and self._graphs.capturing()):
-                return self._fused(*inputs)  # into whoever's graph it is
+        found = None
+        if inputs[0].size(0) > 0 and not (self._graphs and self._graphs.capturing()):  # it would be in that graph
             shapes = _shapes(inputs)
             found = self._find(inputs, shapes)
-            if found is None:
+        if found is None:
+            with self._context():
                 return self._fused(*inputs)
-            of, plan = found
-            self._used[of] = next(self._clock)
+        of, plan = found
+        self._used[of] = next(self._clock)
+        with torch.no_grad(), _without_autocast(self._device.type):  # which what was recorded has been through
             return self._run(plan, inputs, missing=of[0][0] - shapes[0][0])
 
     def _run(self, plan: Plan | GraphedPlan, inputs: Sequence[Tensor], *, missing: int) -> Any:
@@ -191,14 +197,11 @@ class OptimizedModel(nn.Module):
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
-        """No gradients; the dtype that was asked for, whatever autocast is on around it."""
-        with torch.no_grad():
-            if self.dtype is None and not torch.is_autocast_enabled(self._device.type):
-                yield
-                return
-            enabled = self.dtype is not None
-            with torch.autocast(self._device.type, self.dtype, enabled=enabled, cache_enabled=False):
-                yield
+        """As the network runs by itself: no gradients, and the dtype that was asked for, whatever is on around it."""
+        kind, dtype = self._device.type, self.dtype
+        casts = torch.autocast(kind, dtype, cache_enabled=False) if dtype else _without_autocast(kind)
+        with torch.no_grad(), casts:
+            yield
 
     # Plans.
 
@@ -209,11 +212,12 @@ class OptimizedModel(nn.Module):
             return shapes, plan
         for n in self.batch_sizes if self.pad_batches else ():
             larger = tuple((n, *shape[1:]) for shape in shapes)
-            if n > inputs[0].size(0) and larger in self._plans:
-                return larger, self._plans[larger]
+            plan = self._plans.get(larger) if n > inputs[0].size(0) else None
+            if plan is not None and plan.gives_rows:
+                return larger, plan
         if self._reason:
             return None
-        if len(self._plans) >= SHAPES + len(self.batch_sizes) and shapes not in self._seen:
+        if len(self._unprepared()) >= SHAPES and shapes not in self._seen:
             self._seen = {*list(self._seen)[-SHAPES:], shapes}
             if not self._told:
                 self._told = True
@@ -237,20 +241,25 @@ class OptimizedModel(nn.Module):
             except NotRecordable as reason:
                 self._reason = str(reason)
                 return None
-            while len(self._plans) >= SHAPES + len(self.batch_sizes):
-                oldest = min(self._plans, key=lambda key: self._used.get(key, -1))
-                self._plans.pop(oldest)
-            self._plans = {**self._plans, shapes: made}
+            others = sorted(self._unprepared(), key=lambda key: self._used.get(key, -1))
+            room = SHAPES - (shapes[0][0] not in self.batch_sizes)
+            dropped = others[: max(0, len(others) - room)]
+            for key in dropped:
+                self._used.pop(key, None)
             self._used[shapes] = next(self._clock)
+            self._plans = {key: plan for key, plan in self._plans.items() if key not in dropped} | {shapes: made}
             return made
+
+    def _unprepared(self) -> list[Shapes]:
+        """The shapes of plans that were made as they came."""
+        return [shapes for shapes in self._plans if shapes[0][0] not in self.batch_sizes]
 
     def _made(self, inputs: Sequence[Tensor]) -> Plan | GraphedPlan:
         """A plan that gives what the network gives, also on other inputs than those that it was recorded on."""
         self._fused(*inputs)  # folds and packs
         plan = Plan(record(self._fused, inputs), inputs)
-        for module in self._fused.modules():
-            if isinstance(module, FusedModule):
-                module._fused_owner.pin()
+        for module in _fused_modules(self._fused):
+            module._fused_owner.pin()
         others = [torch.rand_like(x) if x.is_floating_point() else x.flip(0) for x in inputs]
         for out, expected in zip(tensors(plan.run(others)), tensors(self._fused(*others)), strict=True):
             _check_agrees(out, expected)
@@ -271,24 +280,22 @@ class OptimizedModel(nn.Module):
         return Table.of(self)
 
     def refresh(self) -> OptimizedModel:
-        """Take in changes of the model's weights, in place: plans and graphs stay what they are where the weights lie
-        where they did, and are made anew where not. Nothing else may run this meanwhile.
+        """Take in changes of the model's weights, which in between may show in some layers and not in others: in place,
+        so that plans and graphs stay what they are; where other tensors or modules are in the place of what was there,
+        all is made anew. Nothing else may run this meanwhile.
 
         Returns itself.
         """
         with _lock, torch.inference_mode(False), self._context():
-            if not _share(self._fused, self.model):
+            plans = [p.plan if isinstance(p, GraphedPlan) else p for p in self._plans.values()]
+            if not _same_tensors(self._fused, self.model) or not all(plan.still_valid() for plan in plans):
                 self._start()
                 return self
             refresh(self._fused)
-            plans = [p.plan if isinstance(p, GraphedPlan) else p for p in self._plans.values()]
-            if all(plan.still_valid() for plan in plans):
-                for plan in plans:
-                    plan.refill()
-                if self._graphs is not None:
-                    self._graphs.is_used()
-            else:
-                self._plans = {}
+            for plan in plans:
+                plan.refill()
+            if self._graphs is not None:
+                self._graphs.is_used()
         return self
 
     # As a module: what has no meaning for something frozen says so.
@@ -319,6 +326,16 @@ def _again(model: nn.Module, described: Any, device: torch.device, options: Any)
     return OptimizedModel(model, example, *options)
 
 
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _fused_modules(network: nn.Module) -> Iterator[FusedModule]:
+    return (module for module in network.modules() if isinstance(module, FusedModule))
+
+
 def _shapes(inputs: Sequence[Tensor]) -> Shapes:
     return tuple(tuple(x.shape) for x in inputs)
 
@@ -327,20 +344,17 @@ def _in_channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def _share(fused: nn.Module, model: nn.Module) -> bool:
-    """Give the copy the parameters and buffers that the model has now; False where it is another network now."""
+def _same_tensors(fused: nn.Module, model: nn.Module) -> bool:
+    """Whether the model has the modules, parameters and buffers that it had when it was copied."""
     copies, originals = dict(fused.named_modules()), dict(model.named_modules())
-    if copies.keys() != originals.keys():
-        return False
-    for name, module in originals.items():
+    return copies.keys() == originals.keys() and all(
+        of_copy.keys() == of_model.keys() and all(of_copy[key] is t for key, t in of_model.items())
+        for name, module in originals.items()
         for of_copy, of_model in (
             (copies[name]._parameters, module._parameters),
             (copies[name]._buffers, module._buffers),
-        ):
-            if of_copy.keys() != of_model.keys():
-                return False
-            of_copy.update(of_model)
-    return True
+        )
+    )
 
 
 def _check_agrees(out: Tensor, expected: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._library import kernel
 from .._trees import tensors
-from ..ops.plan.op import arena_bytes
+from ..ops.plan.op import arena_bytes, results_of
 from .lower import Program, Repack, lower
 from .record import Call, Tape, of_values, values_in
 
@@ -20,7 +20,8 @@ class Plan:
     of. Any thread may run it, and several at once.
 
     `bytes` is what activations take between the programs' inputs and results, and `bytes_without_overlap` what they
-    would if none lay where another had been; both 0 on a GPU, where the graph's pool has them (graph.py).
+    would if none lay where another had been; both 0 on a GPU, where the graph's pool has them (graph.py). `gives_rows`
+    says that each result has a row for each image.
     """
 
     def __init__(self, tape: Tape, inputs: Sequence[Tensor]) -> None:
@@ -31,12 +32,21 @@ class Plan:
         if all(x.is_cpu for x in inputs):
             self.parts, self.repacks = lower(tape)
         self._arenas: dict[int, list[Tensor]] = {}  # by the program's place, those that no thread uses just now
+        self._outs: dict[int, list[Tensor]] = {}  # by the program's place, its results without memory
         self._last = self._last_uses()
         self.addresses = [t.data_ptr() for t in tape.constants()]
+        batch = inputs[0].size(0)
+        results = [tape.like[n] for n in values_in(tape.result)]
+        constant = next(tensors(tape.result), None) is not None
+        self.gives_rows = not constant and all(t.dim() > 0 and t.size(0) == batch for t in results)
         self.bytes = self.bytes_without_overlap = 0
-        for part in self.parts:
+        for place, part in enumerate(self.parts):
             if isinstance(part, Program):
-                found = arena_bytes([tape.like[n] for n in part.inputs], part.numbers, part.results)
+                given = [tape.like[n] for n in part.inputs]
+                values = results_of(part.steps, given)
+                nhwc = torch.channels_last
+                self._outs[place] = [torch.empty_like(values[i], memory_format=nhwc) for i in part.results]
+                found = arena_bytes(given, part.numbers, part.results)
                 self.bytes, self.bytes_without_overlap = self.bytes + found[0], self.bytes_without_overlap + found[1]
 
     def _last_uses(self) -> dict[int, list[int]]:
@@ -83,12 +93,16 @@ class Plan:
             with torch.inference_mode(False):  # it outlives the call
                 arena = torch.empty(size + 64, dtype=torch.uint8)
                 arena = arena[-arena.data_ptr() % 64 :]
-        made = kernel("run_plan", "native")(
-            inputs, program.constants, program.numbers, program.results, arena=arena, seconds=seconds
+        outs = [torch.empty_like(t, device="cpu") for t in self._outs[place]]
+        kernel("run_plan_into", "native")(
+            inputs, program.constants, program.numbers, program.results, outs, arena, seconds
         )
         free.append(arena)
         for number, position, flat in program.deliveries:
-            values[number] = made[position].flatten(1) if flat else made[position]
+            values[number] = outs[position].flatten(1) if flat else outs[position]
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a plan has packed weights, which are good on this machine only: save the OptimizedModel")
 
     def still_valid(self) -> bool:
         """Whether the constants lie where they did."""

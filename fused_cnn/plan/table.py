@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._backends import status
+from .._library import cpu_level
 from .._trees import tensors
 from ..measure import interleaved
 from ..nn import FusedModule
@@ -92,8 +93,9 @@ class Table:
         if found is None:
             return cls([], 0, 0, [f"there is no plan: {optimized._reason or 'other shapes took its place'}", *notes])
         plan = found.plan if isinstance(found, GraphedPlan) else found
+        limits = _ceilings(plan)  # before, as autocast would reach into it
         with torch.inference_mode(False), optimized._context():
-            rows = _Rows(plan, optimized._fused).timed()
+            rows = _Rows(plan, optimized._fused, limits).timed()
         where = "a graph's pool" if isinstance(found, GraphedPlan) else "one arena"
         shared = f", {plan.bytes_without_overlap / 1e6:.1f} MB without sharing" if plan.bytes_without_overlap else ""
         notes = [f"activations: {plan.bytes / 1e6:.1f} MB in {where}{shared}", *notes]
@@ -101,19 +103,17 @@ class Table:
 
 
 class _Rows:
-    def __init__(self, plan: Plan, fused: nn.Module) -> None:
-        self.plan, self.names = plan, _names(fused)
+    def __init__(self, plan: Plan, fused: nn.Module, limits: Ceilings) -> None:
+        self.plan, self.names, self.limits = plan, _names(fused), limits
         for repack in plan.repacks:
             self.names[_address(repack.packed)] = self.names.get(_address(repack.weight), "")
         self.like = plan.tape.like
-        device = plan.device
-        self.ours = {b: status(b, device).reason for b in ("native", "triton")}
-        self.device = device
+        self.device = plan.device
+        self.ours = {b: status(b, plan.device).reason for b in ("native", "triton")}
 
     def timed(self) -> list[Row]:
         inputs = [torch.randn_like(x, device=self.device) for x in self.like[: self.plan.tape.inputs]]
         values = dict(enumerate(inputs))
-        self.limits = _ceilings(self.device, {x.dtype for x in self.like if x.is_floating_point()})
         rows: list[Row] = []
         for i, part in enumerate(self.plan.parts):
             if isinstance(part, Program):
@@ -126,6 +126,7 @@ class _Rows:
 
     def _row(self, layer: str, op: str, runs: str, why: str, out: Tensor, moved: int, flops: int, took: float) -> Row:
         name = str(out.dtype).removeprefix("torch.")
+        name = name if name in self.limits.product else "float32"  # in which our kernels then compute
         predicted = self.limits.limit(moved, flops, name)[0] if out.is_floating_point() else 0.0
         return Row(0, layer, op, runs, why, list(out.shape), moved, flops, predicted, took)
 
@@ -213,7 +214,10 @@ def _names(fused: nn.Module) -> dict[int, str]:
     return found
 
 
-def _ceilings(device: torch.device, dtypes: set[torch.dtype]) -> Ceilings:
+def _ceilings(plan: Plan) -> Ceilings:
     from ..bench import ceilings
 
-    return ceilings.measure(device.type, sorted(dtypes, key=str), seconds=0.2)
+    dtypes = {x.dtype for x in plan.tape.like if x.is_floating_point()}
+    if plan.device.type == "cpu" and cpu_level() not in ("avx512_bf16", "amx"):
+        dtypes -= {torch.bfloat16, torch.float16}  # PyTorch's products in them would take a minute
+    return ceilings.measure(plan.device.type, sorted(dtypes, key=str), seconds=0.2)

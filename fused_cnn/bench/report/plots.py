@@ -14,9 +14,11 @@ from .tables import LABELS, named, timed, variants_in
 COLOURS = {
     "eager": "#9aa5b1",
     "fused": "#1f77b4",
+    "optimized": "#d6336c",
     "fused graph": "#0b3d66",
     "fused compile": "#62b1e8",
     "compile": "#e39c37",
+    "reduce-overhead": "#c9a227",
     "autotune": "#b5651d",
     "graph": "#5f6b78",
     "onnxruntime": "#2a9d5c",
@@ -141,7 +143,7 @@ def _bars(rows: list[Row], groups: dict[str, list[dict[str, int]]], title: str, 
     """A panel for each group of megabytes: a bar for each row and variant."""
     figure, panels = _panels(1, len(groups), (7 * len(groups), 0.42 * len(rows) + 1.6))
     for (name, values), axes in zip(groups.items(), panels[0], strict=True):
-        variants = list(values[0]) if values else []
+        variants = [v for v in values[0] if all(v in of for of in values)] if values else []
         height = 0.8 / max(1, len(variants))
         for i, variant in enumerate(variants):
             places = [p + (i - (len(variants) - 1) / 2) * height for p in range(len(values))]

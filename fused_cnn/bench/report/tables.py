@@ -13,8 +13,8 @@ Cells = list[str]
 Table = tuple[Cells, list[Cells]]
 Rows = Sequence[Row]
 Columns = Mapping[str, Callable[[Row], str]]  # by heading, what a row has in it
-PEERS = ("eager", "library", "compile", "autotune", "graph", "onnxruntime", "openvino")
-VARIANTS = (*PEERS, "native", "triton", "fused", "fused graph", "fused compile")
+PEERS = ("eager", "library", "compile", "reduce-overhead", "autotune", "graph", "onnxruntime", "openvino")
+VARIANTS = (*PEERS, "native", "triton", "fused", "optimized", "fused graph", "fused compile")
 NAMES = {
     "library": "PyTorch's fused call",
     "compile": "torch.compile",
@@ -133,10 +133,13 @@ def bench(rows: Rows, subject: str) -> Table:
 
 
 def remarks(rows: Rows) -> str:
-    """How often fused is slower than the fastest of its peers; which variants could not be timed, and why."""
-    right = timed(rows)
-    lost = sum(best_peer(row)[0] < row["times"]["fused"]["median"] for row in right)
-    lines = [f"Fused is slower than its fastest peer in {lost} of {len(right)} rows."]
+    """How often fused, and optimized, is slower than the fastest peer; which variants could not be timed, and why."""
+    lines = []
+    for variant in ("fused", "optimized"):
+        right = [row for row in timed(rows) if variant in row["times"]]
+        lost = sum(best_peer(row)[0] < row["times"][variant]["median"] for row in right)
+        if right:
+            lines.append(f"{variant.capitalize()} is slower than its fastest peer in {lost} of {len(right)} rows.")
     why = Counter(absent for row in rows for absent in row.get("absent", {}).items())
     lines += [f"Not timed in {n} of {len(rows)} rows: {named(v)} ({reason})." for (v, reason), n in why.items()]
     return "".join(f"\n{line}\n" for line in lines)
@@ -157,7 +160,7 @@ def headlines(results: Iterable[Result]) -> Table:
                 peer = min((v for v in ms if v in PEERS), key=ms.__getitem__)
                 ratio = ms["fused"] / ms[peer]
                 verdict = f"**loses by {ratio:.2f}x**" if ratio > 1 else f"wins by {1 / ratio:.2f}x"
-                others = [v for v in ("fused graph", "fused compile") if v in ms]
+                others = [v for v in ("optimized", "fused graph", "fused compile") if v in ms]
                 found[model, step] = [
                     *(model, step, f"{dtype}, batch {batch}", device),
                     *(f"{ms['eager']:.3g}", f"{ms[peer]:.3g} ({named(peer)})", f"{ms['fused']:.3g}", verdict),
@@ -168,10 +171,11 @@ def headlines(results: Iterable[Result]) -> Table:
 
 
 def memory(rows: Rows) -> Table:
-    """What models launch, move and keep: eager -> fused."""
+    """What models launch, move and keep: eager -> fused -> optimized, where that is counted."""
 
     def arrow(values: Mapping[str, int] | None, unit: float = 1e6) -> str:
-        return f"{values['eager'] / unit:.0f} -> {values['fused'] / unit:.0f}" if values else ""
+        counted = values or {}
+        return " -> ".join(f"{counted[v] / unit:.0f}" for v in ("eager", "fused", "optimized") if v in counted)
 
     columns: Columns = {
         "launches": lambda row: arrow(row["launches"], 1),
@@ -187,17 +191,20 @@ def verify(result: Result) -> Table:
         eager, fused, least = (row["traffic"]["eval"][v]["bytes"] / 1e6 for v in ("eager", "fused", "minimum"))
         return f"{eager:.0f} -> {fused:.0f} ({least:.0f})"
 
+    models = result["models"].items()
+    optimized: Columns = {"optimized ms": lambda row: f"{row['time']['eval']['optimized']['median'] * 1e3:.1f}"}
     columns: Columns = {
         "blocks fused": lambda row: f"{len(row['fused'])} of {len(row['fused']) + len(row['skipped'])}",
         "eager ms": lambda row: f"{row['time']['eval']['eager']['median'] * 1e3:.1f}",
         "fused ms": lambda row: f"{row['time']['eval']['fused']['median'] * 1e3:.1f}",
+        **(optimized if all("optimized" in row["time"]["eval"] for _, row in models) else {}),
         "fused / eager": lambda row: f"{row['time']['eval']['ratio']:.2f}x",
         "launches": lambda row: " -> ".join(str(row["traffic"]["eval"][v]["launches"]) for v in ("eager", "fused")),
         "traffic MB (minimum)": traffic,
         "scores - float64: fused (eager)": lambda row: "{error:.1e} ({eager_error:.1e})".format(**row["scores"]),
         "numbers agree": lambda row: "yes" if row["ok"] else "**no**",
     }
-    return table([{"model": name, **found} for name, found in result["models"].items()], ["model"], columns)
+    return table([{"model": name, **found} for name, found in models], ["model"], columns)
 
 
 def steps(rows: Rows, **more: Callable[[Row], str]) -> Table:

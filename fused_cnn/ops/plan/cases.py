@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..._trees import tensors
 from .._cases import OpCases
 from .._cost import Arguments, Cost, engine_conv, tensor_bytes
 from ..conv.cases import stage_cost
@@ -48,22 +49,24 @@ def step_cost(step: Step, values: Sequence[Tensor], out: Tensor, constants: Sequ
     return StepCost(cost.launches, read + cost.reads_more + again, written + again, flops, cost.flops_saved)
 
 
-def plan_cost(args: Arguments, results: Sequence[Tensor]) -> Cost:
+def plan_cost(args: Arguments, results: Sequence[Tensor] | None) -> Cost:
     """The sum of its steps'; what lies between them is written and read inside."""
     inputs, constants = args["inputs"], args["constants"]
     steps = list(decode(args["program"]))
     values = results_of(steps, [x.to("meta") for x in inputs])
     made = values[len(inputs) :]
     costs = [step_cost(step, values, out, constants) for step, out in zip(steps, made, strict=True)]
-    inside = sum(c.written for c in costs) - sum(map(tensor_bytes, results))
+    # What is given to be written is counted as such.
+    given = sum(tensor_bytes(t) for name in ("outs", "arena", "seconds") for t in tensors(args.get(name)))
+    scratch = max(0, sum(c.written for c in costs) - sum(map(tensor_bytes, results or ())) - given)
     return Cost(
         sum(c.launches for c in costs),
-        dict.fromkeys(("inputs", "constants", "arena", "seconds"), 0),
-        reads_more=sum(c.read for c in costs) - inside,
-        scratch=inside,
+        dict.fromkeys(("inputs", "constants", "outs", "arena", "seconds"), 0),
+        reads_more=sum(c.read for c in costs) - scratch,
+        scratch=scratch,
         flops_saved=sum(c.flops_saved for c in costs),
     )
 
 
-COSTS = {"run_plan": plan_cost}
+COSTS = {"run_plan": plan_cost, "run_plan_into": plan_cost}
 CASES: list[OpCases] = []

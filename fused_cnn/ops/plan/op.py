@@ -1,4 +1,4 @@
-"""run_plan: a network in eval form as one op: its steps one after the other, its activations in one arena.
+"""run_plan, run_plan_into: a network in eval form as one op, step after step, its activations in one arena.
 
 Values are activations (N, C, H, W), numbered: the inputs, then each step's result. csrc/plan/program.h says how a step
 is written as numbers; `encode` does so, and `decode` reads them back.
@@ -121,17 +121,21 @@ def results_of(steps: Sequence[Step], inputs: Sequence[Tensor]) -> list[Tensor]:
     return values
 
 
-def _fake(inputs: Sequence[Tensor], constants: Any, program: Sequence[int], results: Sequence[int], *_: Any) -> Any:
+def _fake(inputs: Sequence[Tensor], constants: Any, program: Sequence[int], results: Sequence[int]) -> Any:
     values = results_of(list(decode(program)), inputs)
     return [values[i] for i in results]
 
 
 define(
-    # int, not SymInt, of which each takes as long as five: a network's geometry is never dynamic. The arena is scratch
-    # memory: what is in it before and after a call is nothing to anybody, so that it is not said to be written.
-    "run_plan(Tensor[] inputs, Tensor[] constants, int[] program, int[] results, Tensor? arena=None, "
-    "Tensor(a!)? seconds=None) -> Tensor[]",
+    # int, not SymInt, of which each takes as long as five: a network's geometry is never dynamic.
+    "run_plan(Tensor[] inputs, Tensor[] constants, int[] program, int[] results) -> Tensor[]",
     _fake,
+)
+# The same, with the results' memory, channels_last, and the activations': what a plan that is called again calls.
+define(
+    "run_plan_into(Tensor[] inputs, Tensor[] constants, int[] program, int[] results, Tensor(a!)[] outs, "
+    "Tensor(b!) arena, Tensor(c!)? seconds) -> ()",
+    lambda *_: None,
 )
 
 
@@ -148,7 +152,7 @@ def step_flops(step: Step, values: Sequence[Tensor], out: Tensor) -> int:
     return 0
 
 
-@flop_formula("run_plan")
+@flop_formula("run_plan", "run_plan_into")
 def _flops(inputs: Sequence[Tensor], constants: Any, program: Sequence[int], *_: Any, out_val: Any) -> int:
     steps = list(decode(program))
     values = results_of(steps, [x.to("meta") for x in inputs])
