@@ -84,7 +84,7 @@ def main(folder: Path) -> None:
         "commands need"
     )
     with subprocess.Popen([python, "setup.py", "--quiet", "build_ext", "--inplace"]) as build:
-        pip(*requirements(python, "verify", "test", "lint"))
+        pip(*requirements(python, "verify", "test", "serve", "lint"))
     if build.returncode:
         raise subprocess.CalledProcessError(build.returncode, build.args)
     pip("--no-build-isolation", "--no-deps", "-e", ".")
