@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 JOBS ?= auto
-SOURCES = $(shell find csrc -type f) $(shell grep -rl --include='*.py' '^define(' fused_cnn/ops) setup.py
+SOURCES = $(shell find csrc -type f) $(shell grep -rl --include='*.py' '^define\b' fused_cnn/ops) setup.py
 CPP = $(shell find csrc examples tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo venv test lint format bench compile-check cuda-check triton-check guard guard-update report install-matrix torch-matrix sanitize gpu-evidence

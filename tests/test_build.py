@@ -370,9 +370,9 @@ print(seconds)
 
 
 def test_import_is_quick_and_light(tmp_path: Path) -> None:
-    """The best of five: other processes share the machine."""
+    """The best of ten: other processes share the machine."""
     seconds = []
-    for _ in range(5):
+    for _ in range(10):
         done = subprocess.run([sys.executable, "-c", IMPORT], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         seconds.append(float(done.stdout))

@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ from ..nn import FusedModule
 from .graph import GraphedPlan, graphs_on
 from .plan import Plan
 from .record import NotRecordable, record
-from .table import Table
+
+if TYPE_CHECKING:
+    from .table import Table
 
 SHAPES = 8  # that plans are kept for, beside those of `batch_sizes`
 # Of a plan's result against the network's own, relative to the largest: the last layer sums in another order.
@@ -277,6 +279,8 @@ class OptimizedModel(nn.Module):
 
     def table(self) -> Table:
         """The plan for the example's shape, step by step, measured now: print it, or see its `rows`."""
+        from .table import Table  # not above: importing this package is quick
+
         return Table.of(self)
 
     def refresh(self) -> OptimizedModel:

@@ -44,8 +44,7 @@ class Plan:
             if isinstance(part, Program):
                 given = [tape.like[n] for n in part.inputs]
                 values = results_of(part.steps, given)
-                nhwc = torch.channels_last
-                self._outs[place] = [torch.empty_like(values[i], memory_format=nhwc) for i in part.results]
+                self._outs[place] = [values[i] for i in part.results]
                 found = arena_bytes(given, part.numbers, part.results)
                 self.bytes, self.bytes_without_overlap = self.bytes + found[0], self.bytes_without_overlap + found[1]
 
@@ -93,7 +92,8 @@ class Plan:
             with torch.inference_mode(False):  # it outlives the call
                 arena = torch.empty(size + 64, dtype=torch.uint8)
                 arena = arena[-arena.data_ptr() % 64 :]
-        outs = [torch.empty_like(t, device="cpu") for t in self._outs[place]]
+        nhwc = torch.channels_last
+        outs = [torch.empty(t.shape, dtype=t.dtype, memory_format=nhwc) for t in self._outs[place]]
         kernel("run_plan_into", "native")(
             inputs, program.constants, program.numbers, program.results, outs, arena, seconds
         )
