@@ -81,6 +81,17 @@ def test_without_the_library_it_says_which_op_is_missing(deployed: Deployed) -> 
     assert done.returncode == 1 and "Could not find schema for fused_cnn::run_plan" in done.stderr, done.stderr
 
 
+def test_weights_packed_for_another_instruction_set_are_refused(deployed: Deployed, tmp_path: Path) -> None:
+    """Shown by a library that names another one and brings the real library."""
+    source, other = tmp_path / "other.cpp", tmp_path / "other.so"
+    source.write_text('extern "C" const char* fused_cnn_cpu_level() { return "another"; }\n')
+    real = f"-Wl,--no-as-needed,{_library.cpu.file}"
+    subprocess.run([str(CXX), "-shared", "-fPIC", source, real, "-o", other], check=True)
+    done = deployed.run(other)
+    wrong = f"its weights are packed for {_library.cpu_level()}, and this processor has another"
+    assert done.returncode == 1 and wrong in done.stderr, done.stderr
+
+
 def test_another_result_than_the_saved_one_is_seen(deployed: Deployed, tmp_path: Path) -> None:
     torch.save([torch.load(deployed.results)[0] * 1.001], tmp_path / "results.pt")
     done = deployed._replace(results=tmp_path / "results.pt").run(_library.cpu.file)
