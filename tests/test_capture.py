@@ -19,6 +19,9 @@ from fused_cnn.plan import optimized as optimized_module
 from fused_cnn.plan.record import is_view
 
 
+HERE = torch.device("cpu")  # the stand-in's
+
+
 class Refused(RuntimeError):
     pass
 
@@ -36,8 +39,9 @@ class Capture(TorchDispatchMode):
         kwargs = kwargs or {}
         if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
             raise Refused(f"{func} waits for the device")
-        devices = {t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0}
-        if len(devices) > 1 or kwargs.get("device") not in (None, *devices) or kwargs.get("pin_memory"):
+        used = {t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        others = {*used, kwargs.get("device")} - {HERE, None}
+        if others or kwargs.get("pin_memory"):
             raise Refused(f"{func} copies between devices, or allocates outside of the pool")
         result = func(*args, **kwargs)
         self.calls.append((func, args, kwargs, [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]))
