@@ -18,7 +18,6 @@ from fused_cnn.plan import graph
 from fused_cnn.plan import optimized as optimized_module
 from fused_cnn.plan.record import is_view
 
-
 HERE = torch.device("cpu")  # the stand-in's
 
 
