@@ -4,6 +4,7 @@
 // namespace is Python's then. An interpreter that starts after this library was loaded finds the ops taken, and the
 // import of fused_cnn says so.
 #include <torch/csrc/stable/library.h>
+#include <exception>
 
 // Found in the process that loads this library, or null.
 extern "C" __attribute__((weak)) int Py_IsInitialized();
@@ -14,5 +15,9 @@ extern const char* const schemas[];  // ends with a null pointer
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_cnn, m) {
   if (Py_IsInitialized != nullptr && Py_IsInitialized() != 0) return;
-  for (const char* const* schema = fused_cnn::schemas; *schema != nullptr; ++schema) m.def(*schema);
+  try {
+    for (const char* const* schema = fused_cnn::schemas; *schema != nullptr; ++schema) m.def(*schema);
+  } catch (const std::exception&) {
+    // Another copy of this library was first. An exception here would end the process.
+  }
 }

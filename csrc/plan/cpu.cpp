@@ -99,6 +99,40 @@ void check_results(const char* op, const Program& program, const Ints& results) 
   }
 }
 
+// The bytes from a tensor's first element to its last.
+struct Extent {
+  const char *begin, *end;
+
+  explicit Extent(const Tensor& t) : begin(static_cast<const char*>(t.data_ptr())), end(begin) {
+    if (t.numel() == 0) return;
+    int64_t last = 0;
+    for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+    end = begin + (last + 1) * static_cast<int64_t>(t.element_size());
+  }
+  bool meets(const Extent& other) const { return begin < other.end && other.begin < end; }
+};
+
+// What is written lies apart from what is read, and from what else is written.
+void check_apart(const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants,
+                 const std::vector<Tensor>& outs, const Tensor& arena) {
+  std::vector<Extent> written{Extent(arena)};
+  for (const Tensor& out : outs) {
+    const Extent here(out);
+    for (const Extent& other : written) {
+      FUSED_CNN_CHECK(!here.meets(other), op, ": outs and the arena must not share memory");
+    }
+    written.push_back(here);
+  }
+  for (const std::vector<Tensor>* read : {&inputs, &constants}) {
+    for (const Tensor& t : *read) {
+      const Extent here(t);
+      for (const Extent& other : written) {
+        FUSED_CNN_CHECK(!here.meets(other), op, ": outs and the arena must not lie where inputs or constants do");
+      }
+    }
+  }
+}
+
 // A call: what its arguments say, checked, and where its activations will lie.
 struct Call {
   DType dtype;
@@ -125,7 +159,10 @@ struct Call {
   // `outs` are the results' rows; `seconds` is told what each step took, unless it is null.
   void run(const std::vector<Tensor>& inputs, const Ints& results, const std::vector<Rows>& outs, void* arena,
            double* seconds, int64_t stride) const {
-    if (program.inputs[0][0] == 0) return;
+    if (program.inputs[0][0] == 0) {
+      for (size_t i = 0; seconds != nullptr && i < program.steps.size(); ++i) seconds[i * stride] = 0;
+      return;
+    }
     char* const memory = static_cast<char*>(arena);
     std::vector<RowView> views;
     std::vector<Rows> rows(program.values());
@@ -161,7 +198,7 @@ std::vector<Tensor> run_plan(std::vector<Tensor> inputs, std::vector<Tensor> con
     made.emplace_back(inputs[0], sizes[1], sizes[2], sizes[3], result_format(inputs[0]));
     outs.push_back(made.back());
   }
-  Workspace arena;
+  thread_local Workspace arena;  // kept, as fresh pages would cost more than a small network does
   call.run(inputs, results, outs, arena.at_least(call.layout.bytes), nullptr, 0);
   return finished(made);
 }
@@ -183,6 +220,7 @@ void run_plan_into(std::vector<Tensor> inputs, std::vector<Tensor> constants, In
   FUSED_CNN_CHECK(arena.is_cpu() && arena.scalar_type() == ScalarType::Byte && arena.dim() == 1 &&
                       arena.is_contiguous() && reinterpret_cast<uintptr_t>(arena.data_ptr()) % 64 == 0,
                   op, ": the arena must be bytes on the CPU, in one dimension, contiguous and 64-byte aligned");
+  check_apart(op, inputs, constants, outs, arena);
   const int64_t steps = call.program.steps.size();
   FUSED_CNN_CHECK(!seconds || (seconds->is_cpu() && seconds->scalar_type() == ScalarType::Double &&
                                seconds->dim() == 1 && seconds->size(0) == steps),

@@ -39,6 +39,13 @@ const Tensor* constants_from(const char* op, const std::vector<Tensor>* constant
   return constants->data() + first;
 }
 
+constexpr size_t kMostSteps = size_t{1} << 13;  // whose bytes, each less than 2^50, do not overflow when added up
+
+void check_size(const char* op, const Ints& sizes) {
+  FUSED_CNN_CHECK(addressable({sizes[0], sizes[1], sizes[2], sizes[3]}), op, ": an activation of shape (", sizes[0],
+                  ", ", sizes[1], ", ", sizes[2], ", ", sizes[3], ") is too large");
+}
+
 }  // namespace
 
 Program read(const char* op, std::vector<Ints> inputs, DType dtype, const std::vector<Tensor>* constants,
@@ -47,6 +54,7 @@ Program read(const char* op, std::vector<Ints> inputs, DType dtype, const std::v
   for (const Ints& sizes : program.inputs) {
     FUSED_CNN_CHECK(sizes[0] == program.inputs[0][0], op, ": all inputs must have as many images, got ",
                     program.inputs[0][0], " and ", sizes[0]);
+    check_size(op, sizes);
   }
   Reader reader(op, numbers);
   while (!reader.at_end()) {
@@ -130,13 +138,14 @@ Program read(const char* op, std::vector<Ints> inputs, DType dtype, const std::v
         FUSED_CNN_CHECK(sizes[2] == step.out[2] && sizes[3] == step.out[3], op,
                         ": what is concatenated must have equal heights and widths");
         step.out[1] += sizes[1];
+        check_size(op, step.out);  // before the next sum
       }
       step.work = Concatenation{};
     } else {
       fail(op, ": the program has a step of kind ", kind, ", which this build does not know");
     }
-    FUSED_CNN_CHECK(addressable({step.out[0], step.out[1], step.out[2], step.out[3]}), op, ": a result of shape (",
-                    step.out[0], ", ", step.out[1], ", ", step.out[2], ", ", step.out[3], ") is too large");
+    check_size(op, step.out);
+    FUSED_CNN_CHECK(program.steps.size() < kMostSteps, op, ": a program may have ", kMostSteps, " steps");
     program.steps.push_back(std::move(step));
   }
   return program;

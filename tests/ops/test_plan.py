@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fused_cnn import _library
-from fused_cnn.ops import pack_conv
+from fused_cnn.ops import FoldedConv, inception, pack_conv, pack_inception, pack_residual_block
 from fused_cnn.ops._cases import Maker
-from fused_cnn.ops.plan.op import Kind, Step, arena_bytes, decode, encode
+from fused_cnn.ops.inception.op import weight_shapes
+from fused_cnn.ops.plan.op import Kind, Step, arena_bytes, decode, encode, results_of
 
 pytestmark = pytest.mark.skipif(not _library.has_kernel("run_plan", "native", "cpu"), reason="not built")
 GUARD = 255  # as floats, four of them are NaN
@@ -22,8 +23,9 @@ GUARD = 255  # as floats, four of them are NaN
 class Drawn:
     """A program in the making, and what it should give: in float64."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.inputs, self.values = [x], [x.double()]
+    def __init__(self, *inputs: Tensor) -> None:
+        x = inputs[0]
+        self.inputs, self.values = list(inputs), [t.double() for t in inputs]
         self.steps: list[Step] = []
         self.constants: list[Tensor] = []
         self.maker = Maker(x.dtype, seed=1, grad=False)
@@ -54,6 +56,32 @@ class Drawn:
     def concatenation(self, reads: Sequence[int]) -> None:
         self.add(Step(Kind.CONCATENATION, tuple(reads)), torch.cat([self.values[i] for i in reads], 1))
 
+    def stage(self, read: int, blocks: int, width: int, out: int) -> None:
+        """Of blocks of a 1x1 and a 3x3 convolution; the first one's shortcut is projected."""
+        stage, y = None, self.values[read]
+        for block in range(blocks):
+            shapes = [(width, y.size(1), 1, 1), (out, width, 3, 3), (out, y.size(1), 1, 1)]
+            weights = [self.maker.weight(*shape) for shape in shapes[: 2 + (block == 0)]]
+            folded = [FoldedConv(w, None, 1, w.size(2) // 2) for w in weights]
+            projection = folded.pop() if block == 0 else None
+            packed = pack_residual_block(folded, projection, shortcut=True, like=self.inputs[0])
+            stage = packed if stage is None else stage.then(packed)
+            shortcut = F.conv2d(y, weights[2].double()) if block == 0 else y
+            between = F.conv2d(y, weights[0].double()).relu()
+            y = (F.conv2d(between, weights[1].double(), None, 1, 1) + shortcut).relu()
+        numbers = (blocks, int(stage.shortcut), int(stage.projects), *stage.lengths, *stage.geometry)
+        self.add(Step(Kind.STAGE, (read,), (len(self.constants), len(stage.data)), numbers), y)
+        self.constants += stage.data
+
+    def inception(self, read: int, channels: Sequence[int]) -> None:
+        shapes = weight_shapes(self.values[read].size(1), channels, (3, 5))
+        weights, biases = [self.maker.weight(*s) for s in shapes], [self.maker.vector(s[0]) for s in shapes]
+        packed, _ = pack_inception(weights, biases, like=self.inputs[0])
+        arguments = [[t.double() for t in tensors] for tensors in (weights, biases)]
+        y = inception(self.values[read], *arguments, backend="reference")
+        self.add(Step(Kind.INCEPTION, (read,), (len(self.constants), 4), (*channels, 3, 5)), y)
+        self.constants += packed.data
+
     def run(self, inputs: list[Tensor], results: list[int]) -> list[Tensor]:
         return torch.ops.fused_cnn.run_plan(inputs, self.constants, encode(self.steps), results)
 
@@ -62,12 +90,13 @@ class Drawn:
         return [i for i, v in enumerate(self.values) if v.shape[2:] == self.values[read].shape[2:]]
 
 
-def draw_program(data: Any, x: Tensor) -> Drawn:
-    drawn = Drawn(x)
+def draw_program(data: Any, inputs: Sequence[Tensor]) -> Drawn:
+    drawn = Drawn(*inputs)
     for _ in range(data.draw(st.integers(1, 14))):
         newest = len(drawn.values) - 1
         read = data.draw(st.integers(max(0, newest - 2), newest))  # of what lies further back little would be read
-        kind = data.draw(st.sampled_from(["conv", "conv", "residual", "pool", "average", "cat", "cat"]))
+        kinds = ["conv", "conv", "residual", "pool", "average", "stage", "inception", "cat", "cat", "cat"]
+        kind = data.draw(st.sampled_from(kinds))
         if kind in ("conv", "residual"):
             kernel, stride = data.draw(st.sampled_from([(1, 1), (1, 2), (3, 1), (3, 2)]))
             out, residual = data.draw(st.integers(1, 40)), None
@@ -81,6 +110,10 @@ def draw_program(data: Any, x: Tensor) -> Drawn:
             drawn.pool(read, data.draw(st.integers(1, 2)))
         elif kind == "average":
             drawn.average(read)
+        elif kind == "stage":
+            drawn.stage(read, data.draw(st.integers(1, 2)), *data.draw(st.tuples(*[st.integers(1, 20)] * 2)))
+        elif kind == "inception":
+            drawn.inception(read, data.draw(st.tuples(*[st.integers(1, 20)] * 6)))
         else:
             drawn.concatenation(data.draw(st.lists(st.sampled_from(drawn.alike(read)), min_size=1, max_size=4)))
     return drawn
@@ -91,30 +124,37 @@ def draw_program(data: Any, x: Tensor) -> Drawn:
 def test_any_program_gives_what_its_steps_give_and_leaves_what_is_beside_the_arena_alone(data: Any) -> None:
     """Convolutions before a concatenation write into it, whose memory must be free as early as the first of them; a
     value that is read twice must stay as long as it is read."""
-    maker = Maker(torch.float32, data.draw(st.sampled_from(["channels_last", "contiguous", "slice"])), grad=False)
-    side = data.draw(st.integers(3, 9))
-    x = maker.activation(data.draw(st.integers(1, 3)), data.draw(st.integers(1, 20)), side, side)
-    drawn = draw_program(data, x)
+    batch, side = data.draw(st.integers(1, 3)), data.draw(st.integers(3, 9))
+    inputs = []
+    for _ in range(data.draw(st.integers(1, 2))):
+        layout = data.draw(st.sampled_from(["channels_last", "contiguous", "slice"]))
+        inputs.append(
+            Maker(torch.float32, layout, grad=False).activation(batch, data.draw(st.integers(1, 20)), side, side)
+        )
+    drawn = draw_program(data, inputs)
     program = encode(drawn.steps)
     assert list(decode(program)) == drawn.steps
-    newest = len(drawn.values) - 1
-    results = [newest, *data.draw(st.lists(st.integers(1, max(1, newest - 1)), max_size=newest > 3))]
-    size, without_overlap = arena_bytes([x], program, results)
+    newest, first = len(drawn.values) - 1, len(inputs)
+    results = [newest, *data.draw(st.lists(st.integers(first, max(first, newest - 1)), max_size=newest > first + 2))]
+    size, without_overlap = arena_bytes(inputs, program, results)
     assert size <= without_overlap
     memory = torch.full((size + 192,), GUARD, dtype=torch.uint8)
     start = -memory.data_ptr() % 64 + 64
     arena = memory[start : start + size]
     shapes = [drawn.values[i].shape for i in results]
     outs = [torch.full(shape, torch.nan).contiguous(memory_format=torch.channels_last) for shape in shapes]
-    torch.ops.fused_cnn.run_plan_into([x], drawn.constants, program, results, outs, arena, None)
+    torch.ops.fused_cnn.run_plan_into(inputs, drawn.constants, program, results, outs, arena, None)
     for out, i in zip(outs, results, strict=True):
         truth = drawn.values[i]
         # Chains of float32 sums of up to 360 products each, relative to the largest; a wrong address is off by as much.
         assert out.shape == truth.shape
         assert (out - truth).abs().max() <= 1e-4 * truth.abs().max().clamp_min(1e-3), (i, drawn.steps)
     assert bool((memory[:start] == GUARD).all() and (memory[start + size :] == GUARD).all())
-    again = torch.ops.fused_cnn.run_plan([x], drawn.constants, program, results)  # in memory of its own
+    again = drawn.run(inputs, results)  # in memory of its own
     assert all(map(torch.equal, outs, again))
+    without_memory = [torch.empty_strided(x.shape, x.stride(), device="meta") for x in inputs]
+    like = results_of(drawn.steps, without_memory)
+    assert [out.stride() for out in again] == [like[i].stride() for i in results]
 
 
 def chain(x: Tensor, widths: Sequence[int]) -> Drawn:
@@ -157,6 +197,9 @@ def test_each_step_says_what_it_took() -> None:
 
 def test_an_empty_batch_gives_empty_results() -> None:
     drawn = chain(torch.zeros(1, 16, 8, 8), [16, 24])
+    seconds = torch.ones(2, dtype=torch.float64)
+    into([torch.zeros(0, 16, 8, 8)], drawn, [2], seconds=seconds)
+    assert not seconds.any()
     (out,) = torch.ops.fused_cnn.run_plan([torch.zeros(0, 16, 8, 8)], drawn.constants, encode(drawn.steps), [2])
     assert out.shape == (0, 24, 8, 8)
 
@@ -184,6 +227,7 @@ def wrong_programs() -> dict[str, tuple[list[int], list[int], str]]:
         "stage": ([*good, Kind.STAGE, 2, 0, 2**40, 0, 0], [2], "ends within a step"),
         "lengths": ([*good, Kind.STAGE, 2, 0, 2, 0, 0, 2**62, 2**62], [2], "at least 1 convolution"),
         "concatenation": ([*good, Kind.CONCATENATION, 0], [2], "a value at least"),
+        "large": ([*good, *[Kind.CONCATENATION, 2, 2, 2] * 60], [2], "is too large"),
         "pool": ([*good, Kind.MAX_POOL, 2, 3, 3, 1, 1, 9, 9, 1, 1, 0], [2], "at most half the kernel"),
     }
 
@@ -216,6 +260,8 @@ def test_inputs_outs_arena_and_seconds_are_checked() -> None:
     strided = torch.zeros(1, dtype=torch.float64).expand(2)[::2]
     into([x], drawn, [1], arena=torch.empty(0, dtype=torch.uint8), seconds=strided)  # then it has one of its own
     assert strided[0] > 0
+    memory = torch.empty(1 << 14, dtype=torch.uint8)
+    memory = memory[-memory.data_ptr() % 64 :]
     for wrong, message in (
         ({"arena": torch.zeros(64)}, "arena"),
         ({"arena": torch.zeros(129, dtype=torch.uint8)[1:]}, "arena"),
@@ -226,6 +272,7 @@ def test_inputs_outs_arena_and_seconds_are_checked() -> None:
         ({"outs": [other]}, "the result's shape"),
         ({"outs": [x]}, "channels_last"),
         ({"outs": [x.bfloat16()]}, "dtype"),
+        ({"outs": [memory[:4096].view(torch.float32).view(1, 8, 8, 16).permute(0, 3, 1, 2)], "arena": memory}, "share"),
     ):
         with pytest.raises(RuntimeError, match=message):
             into([x], drawn, [1], **wrong)

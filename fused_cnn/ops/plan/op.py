@@ -99,6 +99,7 @@ def decode(program: Sequence[int]) -> Iterator[Step]:
 def results_of(steps: Sequence[Step], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Every value, the inputs first: uninitialised tensors such as `inputs`, of their shapes."""
     values = list(inputs)
+    size: Sequence[int]
     for step in steps:
         x = values[step.reads[0]]
         if step.kind is Kind.CONVOLUTION:
@@ -109,8 +110,7 @@ def results_of(steps: Sequence[Step], inputs: Sequence[Tensor]) -> list[Tensor]:
             sides = out_size(x.size(2), kh, sh, ph, dh, bool(ceil)), out_size(x.size(3), kw, sw, pw, dw, bool(ceil))
             size = x.size(1), *sides
         elif step.kind is Kind.STAGE:
-            values.append(fake_stage(x, *step.stage()))
-            continue
+            size = fake_stage(x, *step.stage()).shape[1:]
         elif step.kind is Kind.INCEPTION:
             size = sum(step.numbers[i] for i in OUTPUTS), *x.shape[2:]
         elif step.kind is Kind.AVERAGE:
@@ -173,6 +173,8 @@ def arena_bytes(inputs: Sequence[Tensor], program: Sequence[int], results: Seque
     def array(numbers: Sequence[int]) -> Any:
         return (ctypes.c_int64 * len(numbers))(*numbers), ctypes.c_int64(len(numbers))
 
+    if not inputs or any(x.dim() != 4 for x in inputs):
+        raise ValueError(f"run_plan: inputs must have 4 dimensions, got {[tuple(x.shape) for x in inputs]}")
     sizes, _ = array(list(chain.from_iterable(x.shape for x in inputs)))
     bfloat16 = ctypes.c_bool(inputs[0].dtype == torch.bfloat16)
     without_overlap, message = ctypes.c_int64(), ctypes.create_string_buffer(512)
