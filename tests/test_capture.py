@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fused_cnn import optimize
 from fused_cnn.plan import graph
 from fused_cnn.plan import optimized as optimized_module
-from fused_cnn.plan.record import is_view
+from fused_cnn.plan.record import _HOST, _takes_places, is_view
 
 HERE = torch.device("cpu")  # the stand-in's
 
@@ -36,7 +36,7 @@ class Capture(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+        if _HOST & set(func.tags) and not _takes_places(func, args):
             raise Refused(f"{func} waits for the device")
         used = {t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         others = {*used, kwargs.get("device")} - {HERE, None}
@@ -63,6 +63,9 @@ class StandIn(graph.Device):
 
     def is_used(self) -> None:
         self.log.append("mark")
+
+    def finish(self) -> None:
+        self.log.append("finish")
 
     def capture(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any, int]:
         for _ in range(graph.WARM_UPS):
@@ -175,7 +178,7 @@ def test_every_replay_waits_for_the_last_and_is_waited_for() -> None:
     network(images(1))
     assert log == ["wait", "replay", "mark"] * 2
     network.refresh()
-    assert log[-1] == "mark"
+    assert log[-2:] == ["wait", "mark"]
     errors: list[BaseException] = []
 
     def call(i: int) -> None:
@@ -190,6 +193,41 @@ def test_every_replay_waits_for_the_last_and_is_waited_for() -> None:
     for thread in threads:
         thread.join()
     assert not errors
+
+
+@on_stand_in
+def test_what_cannot_be_captured_runs_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: StandIn, work: Callable[[], Any]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(StandIn, "capture", fails)
+    model = resnet()
+    network = optimize(model, images())
+    assert not network._plans and "not permitted" in network._reason
+    agree(network(images(3)), eager(model, images(3)))
+
+
+@on_stand_in
+def test_an_island_without_autocast_stays_one() -> None:
+    class Island(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.linear = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            with torch.autocast("cpu", enabled=False):
+                return self.linear(y.float().mean((2, 3))).bfloat16()
+
+    model = Island().eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(images())
+    network = optimize(model, images(), dtype=torch.bfloat16)
+    assert network._plans
+    for _ in range(2):
+        assert torch.equal(network(images()), expected)
+        network.refresh()
 
 
 @on_stand_in

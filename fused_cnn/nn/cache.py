@@ -107,7 +107,7 @@ class Form:
         if captured is not None:
             old, new = list(tensors(captured.value)), list(tensors(value))
             if [(t.shape, t.dtype) for t in old] == [(t.shape, t.dtype) for t in new]:
-                for reading in captured.streams:  # they may still read what it held
+                for reading in tuple(captured.streams):  # they may still read what it held
                     here = torch.cuda.current_stream(self.device)
                     if reading != here.cuda_stream:
                         here.wait_stream(torch.cuda.ExternalStream(reading, self.device))

@@ -19,7 +19,7 @@ from .._library import cpu_level, kernel
 from .._trees import mapped, tensors
 from .graph import GraphedPlan
 from .lower import Program
-from .optimized import OptimizedModel, _in_channels_last, _without_autocast
+from .optimized import OptimizedModel, _laid_out, _without_autocast
 from .plan import Plan, _run_call
 from .record import of_values
 
@@ -85,14 +85,14 @@ class _Planned(nn.Module):
                 self.register_buffer(self.names[id(t)], t.detach().clone())
 
     def forward(self, *inputs: Tensor) -> Any:
-        values = {number: _in_channels_last(x) for number, x in enumerate(inputs)}
+        values = {number: _laid_out(x) for number, x in enumerate(inputs)}
         for part in self.plan.parts:
             if isinstance(part, Program):
                 made = kernel("run_plan", "native")(
                     [values[n] for n in part.inputs], self._packed(part.constants), part.numbers, part.results
                 )
-                for number, place, flat in part.deliveries:
-                    values[number] = made[place].flatten(1) if flat else made[place]
+                for delivery in part.deliveries:
+                    values[delivery.number] = delivery.of(made, self.plan.tape.like)
             else:
                 call = self.plan.tape.calls[part]
                 args, kwargs = mapped(self._buffer, (call.args, call.kwargs), Tensor)

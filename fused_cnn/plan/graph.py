@@ -36,19 +36,26 @@ class Device:
         """Have the next user wait for what is on the current stream now."""
         self.done = torch.cuda.current_stream(self.device).record_event()
 
+    def finish(self) -> None:
+        """Wait for the last replay: memory that it uses is about to be given back."""
+        if self.done is not None:
+            self.done.synchronize()
+
     def capture(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any, int]:
         """Capture `work`: what replays it, its result, which each replay writes again, and the bytes of the pool. Other
         threads may go on using the device meanwhile."""
         here = torch.cuda.current_stream(self.device)
         with torch.cuda.device(self.device):
             self.side.wait_stream(here)
-            with torch.cuda.stream(self.side):
-                for _ in range(WARM_UPS):
-                    work()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.side, capture_error_mode="thread_local"):
-                out = work()
-            here.wait_stream(self.side)
+            try:
+                with torch.cuda.stream(self.side):
+                    for _ in range(WARM_UPS):
+                        work()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.side, capture_error_mode="thread_local"):
+                    out = work()
+            finally:
+                here.wait_stream(self.side)
             return graph.replay, out, self._pool_bytes()
 
     def _pool_bytes(self) -> int:

@@ -48,6 +48,14 @@ class Delivery(NamedTuple):
     place: int
     flat: bool
 
+    def of(self, results: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
+        """The value, in the recording's memory format, on which what comes behind it may rely."""
+        out = results[self.place]
+        if self.flat:
+            return out.flatten(1)
+        is_nhwc = like[self.number].is_contiguous(memory_format=torch.channels_last)
+        return out.contiguous(memory_format=torch.channels_last if is_nhwc else torch.contiguous_format)
+
 
 class Program(NamedTuple):
     """Steps that run as one call: `inputs` are the recording's values; `calls` says of which of its calls each step
@@ -199,7 +207,7 @@ def _inception(to: _Lowering, index: int, call: Call) -> bool:
 
 
 def _mean(to: _Lowering, index: int, call: Call) -> bool:
-    x, dims, *rest = call.args
+    x, dims, *rest = (*call.args, None)
     keeps = bool(rest and rest[0])
     if call.kwargs.get("dtype") is not None or not isinstance(x, Value) or to.tape.like[x.number].dim() != 4:
         return False
@@ -222,6 +230,8 @@ def _shape(to: _Lowering, index: int, call: Call) -> bool:
     found = to.where.get(value.number) if isinstance(value, Value) else None
     if found is None or found[0] < 0:
         return False
+    if to.tape.like[value.number].dtype != to.tape.like[result].dtype:  # a view as another dtype
+        return False
     before, after = (to.tape.like[n].shape for n in (value.number, result))
     whole = after if len(after) == 4 else before
     if len(whole) != 4 or whole[:2] != after[:2] or whole[:2] != before[:2]:
@@ -238,9 +248,11 @@ def _linear(to: _Lowering, index: int, call: Call) -> bool:
     read = to.read(x, flat=True)
     if read is None or any(n != 1 for n in call.kwargs.values()) or weight.dtype != to.tape.like[x.number].dtype:
         return False
+    channels, out = weight.shape
+    if bias is not None and bias.size(0) != out:  # one value for all
+        return False
     repack = Repack.of(weight, bias)
     to.repacks.append(repack)
-    channels, out = weight.shape
     numbers = [out, channels, 1, 1, 1, 1, 0, 0, 1, 1, False]
     return to.add(index, Kind.CONVOLUTION, [read], numbers, [repack.packed], flat=True)
 

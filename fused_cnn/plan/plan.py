@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._library import kernel
-from .._trees import tensors
+from .._trees import mapped, tensors
 from ..ops.plan.op import arena_bytes, results_of
 from .lower import Program, Repack, lower
 from .record import Call, Tape, of_values, values_in
@@ -34,11 +34,10 @@ class Plan:
         self._arenas: dict[int, list[Tensor]] = {}  # by the program's place, those that no thread uses just now
         self._outs: dict[int, list[Tensor]] = {}  # by the program's place, its results without memory
         self._last = self._last_uses()
-        self.addresses = [t.data_ptr() for t in tape.constants()]
         batch = inputs[0].size(0)
         results = [tape.like[n] for n in values_in(tape.result)]
-        constant = next(tensors(tape.result), None) is not None
-        self.gives_rows = not constant and all(t.dim() > 0 and t.size(0) == batch for t in results)
+        self.gives_rows = tape.is_of_values() and all(t.dim() > 0 and t.size(0) == batch for t in results)
+        self._derived = {t.untyped_storage().data_ptr() for _, made in tape.derived for t in made}
         self.bytes = self.bytes_without_overlap = 0
         for place, part in enumerate(self.parts):
             if isinstance(part, Program):
@@ -77,7 +76,12 @@ class Plan:
                 _run_call(self.tape.calls[part], values)
             for n in self._last.get(i, ()):
                 values.pop(n, None)
-        return of_values(lambda v: values[v.number], self.tape.result)
+        constants = mapped(self._own, self.tape.result, Tensor)
+        return of_values(lambda v: values[v.number], constants)
+
+    def _own(self, t: Tensor) -> Tensor:
+        """A constant of the result: the plan's own is nobody else's to change; a parameter is what the model gives."""
+        return t.clone() if t.untyped_storage().data_ptr() in self._derived else t
 
     def run_program(
         self, place: int, program: Program, values: dict[int, Tensor], seconds: Tensor | None = None
@@ -90,23 +94,19 @@ class Plan:
         except IndexError:
             size, _ = arena_bytes(inputs, program.numbers, program.results)
             with torch.inference_mode(False):  # it outlives the call
-                arena = torch.empty(size + 64, dtype=torch.uint8)
+                arena = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
                 arena = arena[-arena.data_ptr() % 64 :]
-        nhwc = torch.channels_last
-        outs = [torch.empty(t.shape, dtype=t.dtype, memory_format=nhwc) for t in self._outs[place]]
+        how: Any = {"device": "cpu", "memory_format": torch.channels_last}
+        outs = [torch.empty(t.shape, dtype=t.dtype, **how) for t in self._outs[place]]
         kernel("run_plan_into", "native")(
             inputs, program.constants, program.numbers, program.results, outs, arena, seconds
         )
         free.append(arena)
-        for number, position, flat in program.deliveries:
-            values[number] = outs[position].flatten(1) if flat else outs[position]
+        for delivery in program.deliveries:
+            values[delivery.number] = delivery.of(outs, self.tape.like)
 
     def __reduce__(self) -> Any:
         raise TypeError("a plan has packed weights, which are good on this machine only: save the OptimizedModel")
-
-    def still_valid(self) -> bool:
-        """Whether the constants lie where they did."""
-        return self.addresses == [t.data_ptr() for t in self.tape.constants()]
 
     def refill(self) -> None:
         """Make what was made of weights again, in its place."""

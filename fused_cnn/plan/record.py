@@ -8,7 +8,7 @@ recording's own, it could not be made again: that is said, and the network runs 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,6 +20,9 @@ from .._trees import mapped, tensors
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
+
+
+_HOST = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class NotRecordable(RuntimeError):
@@ -75,17 +78,9 @@ class Tape(NamedTuple):
     derived: list[tuple[Call, list[Tensor]]]
     result: Any
 
-    def constants(self) -> list[Tensor]:
-        """Every tensor that calls read beside activations, each once."""
-        found = (t for call in self.calls for t in tensors((call.args, call.kwargs)))
-        return list({id(t): t for t in found}.values())
-
-    def last_uses(self) -> dict[int, int]:
-        """By value, the last call that reads it; values of the result are not named."""
-        found = {n: i for i, call in enumerate(self.calls) for n in values_in((call.args, call.kwargs, call.results))}
-        for n in values_in(self.result):
-            found.pop(n, None)
-        return found
+    def is_of_values(self) -> bool:
+        """Whether the result is tensors of activations alone, in whatever containers."""
+        return not any(isinstance(leaf, (Tensor, int, float, str)) for leaf in _leaves(self.result))
 
     def derive_again(self) -> None:
         """Make the derived constants again, in their places, of what they are made of now."""
@@ -107,6 +102,21 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Tape:
         out = function(*inputs)
     _check_result(out)
     return Tape(len(inputs), recorder.like, recorder.calls, recorder.derived, mapped(recorder.placed, out, Tensor))
+
+
+def _takes_places(op: OpOverload, args: Sequence[Any]) -> bool:
+    """Whether it is x[places], of which only a mask's number depends on values."""
+    return op._schema.name == "aten::index" and not any(t.dtype in (torch.bool, torch.uint8) for t in tensors(args[1]))
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if not isinstance(tree, (list, tuple)) or isinstance(tree, Value):
+        yield tree
+    else:
+        for item in tree:
+            yield from _leaves(item)
 
 
 def _check_result(out: Any) -> None:
@@ -170,6 +180,8 @@ class _Recorder(TorchDispatchMode):
         placed_args, placed_kwargs = mapped(self.placed, (tuple(args), kwargs), Tensor)
         values = values_in((placed_args, placed_kwargs))
         is_random = torch.Tag.nondeterministic_seeded in func.tags
+        if _HOST & set(func.tags) and not _takes_places(func, args):  # of constants, too, which refresh changes
+            raise NotRecordable(f"{func} gives the host a value, or a shape that depends on values")
         if values or is_random:
             self._check(func, placed_args, placed_kwargs)
         result = func(*args, **kwargs)
@@ -184,15 +196,15 @@ class _Recorder(TorchDispatchMode):
             if _is_written(argument) and not all(t in self.made for t in tensors(value)):
                 raise NotRecordable(f"{func} changes a parameter or buffer")
         found = list(tensors(result))
+        given = list(tensors((args, kwargs)))
         for t in found:
-            self.made[t] = True
+            if not is_view(func) or all(g in self.made for g in given):  # a view of a buffer is the buffer's
+                self.made[t] = True
         if not is_view(func):
             self.derived.append((Call(func, tuple(args), kwargs, None), found))
         return result
 
     def _check(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
-            raise NotRecordable(f"{func} gives the host a value, or a shape that depends on values")
         for argument, value in _arguments(func, args, kwargs):
             if not _is_written(argument):
                 continue

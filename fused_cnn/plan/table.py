@@ -17,13 +17,14 @@ from .._trees import tensors
 from ..measure import interleaved
 from ..nn import FusedModule
 from ..ops.plan.op import Kind, Step, results_of
+from .check import random_like
 from .graph import GraphedPlan
 from .lower import LINEAR, Program
+from .optimized import OptimizedModel, _laid_out, _without_autocast
 from .record import Call, of_values, values_in
 
 if TYPE_CHECKING:
     from ..bench.ceilings import Ceilings
-    from .optimized import OptimizedModel
     from .plan import Plan
 
 ROUNDS = 7  # that steps are timed in
@@ -89,14 +90,15 @@ class Table:
     def of(cls, optimized: OptimizedModel) -> Table:
         """Of the plan for the example's shape, whose steps are run and timed now."""
         notes = [f"not fused: {e.name} ({e.module}): {e.reason}" for e in optimized.report.skipped]
-        notes += [] if optimized.report.fused else ["nothing was fused: fuse_ knows none of these blocks"]
+        if not any(isinstance(module, FusedModule) for module in optimized._fused.modules()):
+            notes.append("nothing was fused: fuse_ knows none of these blocks")
         notes += [optimized.report.runs] if optimized.report.runs else []
         found = optimized._plans.get(optimized._example_shapes)
         if found is None:
             return cls([], 0, 0, [f"there is no plan: {optimized._reason or 'other shapes took its place'}", *notes])
         plan = found.plan if isinstance(found, GraphedPlan) else found
-        limits = _ceilings(plan)  # before, as autocast would reach into it
-        with torch.inference_mode(False), optimized._context():
+        limits = _ceilings(plan)
+        with torch.inference_mode(False), torch.no_grad(), _without_autocast(plan.device.type):
             rows = _Rows(plan, optimized._fused, limits).timed()
         if isinstance(found, GraphedPlan):
             notes = [f"activations: {plan.bytes / 1e6:.1f} MB in a graph's pool", *notes]
@@ -118,7 +120,8 @@ class _Rows:
             self.names[_address(repack.packed)] = self.names.get(_address(repack.weight), "")
 
     def timed(self) -> list[Row]:
-        inputs = [torch.randn_like(x, device=self.device) for x in self.like[: self.plan.tape.inputs]]
+        given = self.like[: self.plan.tape.inputs]
+        inputs = [_laid_out(random_like(torch.empty_like(x, device=self.device), x.shape)) for x in given]
         values = dict(enumerate(inputs))
         rows: list[Row] = []
         for i, part in enumerate(self.plan.parts):
