@@ -227,7 +227,7 @@ def wrong_programs() -> dict[str, tuple[list[int], list[int], str]]:
         "stage": ([*good, Kind.STAGE, 2, 0, 2**40, 0, 0], [2], "ends within a step"),
         "lengths": ([*good, Kind.STAGE, 2, 0, 2, 0, 0, 2**62, 2**62], [2], "at least 1 convolution"),
         "concatenation": ([*good, Kind.CONCATENATION, 0], [2], "a value at least"),
-        "large": ([*good, *[Kind.CONCATENATION, 2, 2, 2] * 60], [2], "is too large"),
+        "large": ([*good, *(n for v in range(2, 62) for n in (Kind.CONCATENATION, 2, v, v))], [2], "is too large"),
         "pool": ([*good, Kind.MAX_POOL, 2, 3, 3, 1, 1, 9, 9, 1, 1, 0], [2], "at most half the kernel"),
     }
 
