@@ -377,7 +377,10 @@ def _laid_out(x: Tensor) -> Tensor:
 
 
 def _parts(model: nn.Module) -> list[Any]:
-    """A model's modules, parameters and buffers by name, and where the tensors lie."""
+    """A model's modules, parameters and buffers by name, and where the tensors lie. The modules themselves, so that no
+    other one gets the place of one that is gone; the tensors stay, for the fused copy has them."""
     tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    modules = [(name, id(module)) for name, module in model.named_modules(remove_duplicate=False)]
-    return [*modules, *((name, id(t), t.data_ptr(), t.shape) for name, t in tensors)]
+    return [
+        *model.named_modules(remove_duplicate=False),
+        *((name, id(t), t.data_ptr(), t.shape) for name, t in tensors),
+    ]

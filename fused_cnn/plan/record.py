@@ -58,15 +58,6 @@ class Call(NamedTuple):
     def name(self) -> str:
         return self.op._schema.name
 
-    def writes(self) -> list[int]:
-        """The values that it changes in place."""
-        return [
-            n
-            for argument, value in _arguments(self.op, self.args, self.kwargs)
-            if _is_written(argument)
-            for n in values_in(value)
-        ]
-
 
 class Tape(NamedTuple):
     """A recording: `inputs` values come from outside, `like` has a tensor without memory for each value's shape, and
