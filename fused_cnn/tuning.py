@@ -19,7 +19,7 @@ from ._backends import BACKENDS
 from ._candidates import measuring
 from ._tables import Key, Table
 from ._trees import leaves_of, mapped, tensors
-from .measure import interleaved
+from .measure import graphed, interleaved
 
 
 class _Call(NamedTuple):
@@ -89,8 +89,9 @@ def _measure(call: _Call, backends: Sequence[str], device: torch.device) -> None
 
 
 def measure_tiles(work: Callable[[], object], device: torch.device, library: ctypes.CDLL, table: Table) -> None:
-    """Time `work` with each tile of each problem that it has, keep the fastest, and leave it chosen."""
-    for problem in _library.problems_of(library, work):
+    """Time `work` with each tile of each problem that it has, keep the fastest, and leave it chosen. A whole block's
+    ways, which differ in a CUDA graph alone, are timed as such, behind its parts."""
+    for problem in sorted(_library.problems_of(library, work), key=lambda problem: problem[-1] == _library.BLOCK):
         key = (_tables.GEMM, *problem[1:])
         if key in table.tiles:
             continue
@@ -101,8 +102,11 @@ def measure_tiles(work: Callable[[], object], device: torch.device, library: cty
 
         best = None  # of what is interrupted
         try:
-            tiles = _library.tiles_of(library, problem)
-            timed = _seconds({tile: functools.partial(with_tile, tile) for tile in tiles}, device)
+            works: dict[_library.Tile, Callable[[], object]]
+            works = {tile: functools.partial(with_tile, tile) for tile in _library.tiles_of(library, problem)}
+            if problem[-1] == _library.BLOCK:
+                works = {tile: graphed(work_with) for tile, work_with in works.items()}
+            timed = _seconds(works, device)
             best = min(timed, key=timed.__getitem__)
         finally:
             _library.choose_tile(library, problem, best)

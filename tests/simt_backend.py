@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from torch import Tensor
 
 from fused_cnn import _backends, _library
 from fused_cnn._sources import with_headers
+from fused_cnn.ops.inception.op import weight_shapes
 from fused_cnn.testing import all_cases, compare
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,6 +116,30 @@ def install(csrc: Path = ROOT / "csrc", rooms: Sequence[str] = tuple(ROOMS)) -> 
     return loaded
 
 
+def captured(library: ctypes.CDLL, work: Callable[[], Tensor]) -> Tensor:
+    """`work()` as a CUDA graph's capture would see it, whose accesses must be ordered by streams and events."""
+    library.simt_capture.restype = ctypes.c_char_p
+    library.simt_capture(True)
+    try:
+        return work()
+    finally:
+        wrong = library.simt_capture(False).decode()
+        assert not wrong, wrong
+
+
+def inception_of_small_tiles() -> Callable[[], Tensor]:
+    """A block with whole vectors of channels and whole numbers, which no order of a sum rounds."""
+    generator = torch.Generator().manual_seed(0)
+
+    def whole(*shape: int) -> Tensor:
+        return torch.randint(-1, 2, shape, generator=generator).half()
+
+    weights = [whole(*shape) for shape in weight_shapes(16, (8, 8, 16, 8, 8, 8), (3, 5))]
+    biases = [whole(weight.size(0)) for weight in weights]
+    x = whole(2, 16, 5, 5).contiguous(memory_format=torch.channels_last)
+    return lambda: _library.kernel("inception_fwd", "simt")(x, weights, biases)
+
+
 def run_broken(op: str, breaks: Mapping[str, tuple[str, str, str]], folder: Path) -> dict[str, str]:
     """What is said of an op when, in a copy of csrc for each break, a piece of a file is another; see main()."""
     for name, (file, right, wrong) in breaks.items():
@@ -165,6 +191,11 @@ def verdict(csrc: Path, op: str) -> str:
                     wrong = [str(error)]
                 if wrong:
                     return f"caught {cases.name} {case.name} {wrong[0]}"
+    if op == "inception":
+        try:
+            captured(library, inception_of_small_tiles())
+        except (AssertionError, RuntimeError) as error:
+            return f"caught in a capture: {error}"
     return "passed"
 
 

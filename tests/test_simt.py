@@ -215,6 +215,13 @@ BREAKS: dict[str, dict[str, tuple[str, str, str, str]]] = {
             "step < kSteps;",
             "error=",
         ),
+        "a branch that begins too early": (
+            "cuda/side_streams.cuh",
+            "wait(side, main_);",
+            "",
+            "another stream's access",
+        ),
+        "a branch that nobody waits for": ("cuda/side_streams.cuh", "wait(main_, used_.back());", "", "not joined"),
     },
     "stem": {
         "the row that two windows share": (
@@ -434,7 +441,8 @@ def test_a_stem_and_its_pool_are_what_the_parts_are_to_the_bit(checked_memory: N
 
 
 POOLED = (7, 256, 128, 64)  # the tile whose kernel pools and projects
-POOL_BEFORE = 2  # in a problem's last place
+BRANCHES = (8, 0, 0, 0)  # the way to run a block in which its branches run beside each other
+POOL_BEFORE, BLOCK = 2, 3  # in a problem's last place
 
 
 def last_branch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -484,6 +492,47 @@ def test_a_pool_and_its_projection_are_what_the_parts_are_to_the_bit(shape: tupl
         _library.choose_tile(library, problem, None)
         assert torch.equal(found, pooled_and_projected(x, weight, bias).to(dtype))
         assert torch.equal(found, parts)
+
+
+@pytest.mark.parametrize("kind", ["branches", "library"])
+def test_in_a_graph_an_inception_blocks_branches_run_beside_each_other_where_the_table_says_so(kind: str) -> None:
+    library, work = simt_backend.install(), simt_backend.inception_of_small_tiles()
+    in_line = work()
+    (problem,) = [p for p in _library.problems_of(library, work) if p[-1] == BLOCK]
+    assert _library.tiles_of(library, problem) == [BRANCHES, (3, 0, 0, 0)]
+    _library.choose_tile(library, problem, BRANCHES if kind == "branches" else (3, 0, 0, 0))
+    for _ in range(2):  # the second finds the first's streams
+        assert torch.equal(simt_backend.captured(library, work), in_line)
+        assert library.simt_forks() == (2 if kind == "branches" else 0)
+    assert torch.equal(work(), in_line) and library.simt_forks() == 0  # launched, not captured
+    _library.choose_tile(library, problem, None)
+    assert library.simt_streams() <= 3
+
+
+def test_the_ways_to_run_a_block_are_timed_as_graphs_and_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    library, work = simt_backend.install(), simt_backend.inception_of_small_tiles()
+    captured: list[Callable[[], object]] = []
+    timed: list[set[_library.Tile]] = []
+
+    def seconds(variants: dict[_library.Tile, Callable[[], object]], device: torch.device) -> dict[object, float]:
+        timed.append(set(variants))
+        assert (timed[-1] == {BRANCHES, (3, 0, 0, 0)}) == (len(captured) == 2)
+        return {tile: float(tile != BRANCHES) for tile in variants}
+
+    def graphed(work: Callable[[], object]) -> Callable[[], object]:
+        captured.append(lambda: simt_backend.captured(library, work))
+        captured[-1]()
+        return captured[-1]
+
+    monkeypatch.setattr(tuning, "_seconds", seconds)
+    monkeypatch.setattr(tuning, "graphed", graphed)
+    problems, table = _library.problems_of(library, work), _tables.Table()
+    try:
+        tuning.measure_tiles(work, torch.device("cpu"), library, table)
+        assert len(timed) == len(problems) > 1 and table.tiles[(_tables.GEMM, *problems[0][1:])]["best"] == [*BRANCHES]
+    finally:
+        for problem in problems:
+            _library.choose_tile(library, problem, None)
 
 
 def test_a_pool_and_its_projection_take_what_is_not_finite_every_layout_and_any_values() -> None:

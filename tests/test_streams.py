@@ -12,7 +12,7 @@ from conftest import DEVICE
 from torch import Tensor, nn
 
 from fused_cnn import fuse_, models, refresh, unfuse_
-from fused_cnn.bench.peers import graphed
+from fused_cnn.measure import graphed
 from fused_cnn.nn import BasicBlock, FusedModule, ResidualStage
 
 THREADS = 4

@@ -153,7 +153,7 @@ const Tile* tile_of(const Tensor& x, const Tensor& weight, const ConvParams& par
                         .library_takes_all = !pooled && own && relu && !residual &&
                                              x.size(1) % in_16_bytes(dtype) == 0 && rows * weight.size(0) <= INT_MAX &&
                                              library_may_fuse(),
-                        .pooled = pooled};
+                        .scope = pooled ? kPoolBehind : kConvolution};
   return &kernels.tile_for(problem);
 }
 

@@ -110,7 +110,7 @@ void pointwise(const Tensor& x, const RowView& in, const std::vector<Tensor>& we
                             .kernel_width = 1,
                             .stride = 1,
                             .library_takes_all = 0,
-                            .pooled = 0};
+                            .scope = kConvolution};
       const Tile& tile = found ? *found : kernels.tile_for(problem);
       if (tile.kind == TileKind::product) {
         const RowView a = on_16_bytes(in), addend = residual.data ? on_16_bytes(residual) : residual;

@@ -1,10 +1,12 @@
 // fused_cnn::inception_fwd and inception_packed_fwd on CUDA: a whole Inception block, BatchNorm folded. The three 1x1
 // convolutions of x are one product with three destinations, branch 1's slice of the output and the two reductions; the
 // pool's projection, in one kernel with the pool where that is faster, writes into its slice too, and so do the k x k
-// convolutions (cuda/convolve.h).
+// convolutions (cuda/convolve.h). In a CUDA graph the last branch may run beside all others, and the 5x5 one beside the
+// 3x3 one.
 #include "cuda/convolve.h"
 #include "cuda/max_pool.h"
 #include "cuda/pooled_pointwise.h"
+#include "cuda/side_streams.cuh"
 #include "inception/checks.h"
 
 namespace fused_cnn {
@@ -30,8 +32,29 @@ bool runs_pooled(const Tensor& x, const GemmSlice& out) {
                         .kernel_width = 1,
                         .stride = 1,
                         .library_takes_all = 0,
-                        .pooled = kPoolBefore};
+                        .scope = kPoolBefore};
   return kernels.tile_for(problem).kind == TileKind::pooled_product;
+}
+
+// Whether the branches may run beside each other.
+bool runs_beside(const Tensor& x, int64_t outputs, const std::vector<Tensor>& weights) {
+  const DType dtype = dtype_of("inception", "x", x);
+  if (!tensor_cores_take(dtype)) return false;
+  const GemmKernels kernels(x.get_device_index());
+  if (!kernels) return false;
+  const Problem problem{.device = kernels.device,
+                        .dtype = static_cast<int64_t>(dtype),
+                        .m = row_count(x),
+                        .n = outputs,
+                        .k = x.size(1),
+                        .residual = 0,
+                        .slices = 4,
+                        .kernel_height = weights[kConv3].size(2),
+                        .kernel_width = weights[kConv5].size(2),
+                        .stride = 1,
+                        .library_takes_all = 0,
+                        .scope = kBlock};
+  return kernels.tile_for(problem).kind == TileKind::branches;
 }
 
 Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
@@ -49,31 +72,34 @@ Tensor inception_fwd(const Tensor& x, std::vector<Tensor> weights, std::vector<T
     first += channels(i);
     return here;
   };
-
-  const Tensor reduced3 = empty_result(x, channels(kReduce3), x.size(2), x.size(3));
-  const Tensor reduced5 = empty_result(x, channels(kReduce5), x.size(2), x.size(3));
-  pointwise(x, rows_of(x), {weights[kBranch1], weights[kReduce3], weights[kReduce5]},
-            {biases[kBranch1], biases[kReduce3], biases[kReduce5]}, /*residual=*/{}, /*relu=*/true,
-            {next_branch(kBranch1), slice(rows_of(reduced3), kReduce3), slice(rows_of(reduced5), kReduce5)});
-
+  const GemmSlice branch1 = next_branch(kBranch1), branch3 = next_branch(kConv3), branch5 = next_branch(kConv5),
+                  projected = next_branch(kPoolProj);
   const auto branch = [&](const Tensor& from, int i, const GemmSlice& to) {
     const ConvParams params = same_padding(weights[i].size(2));
     const std::array<int64_t, 2> size{x.size(2), x.size(3)};
     const Tile* tile = tile_of(from, weights[i], params, /*residual=*/false, /*relu=*/true, size, /*own=*/false);
     convolve(from, weights[i], dense_vector(biases[i]), /*residual=*/{}, params, /*relu=*/true, size, to, tile);
   };
-  branch(reduced3, kConv3, next_branch(kConv3));
-  branch(reduced5, kConv5, next_branch(kConv5));
 
-  const GemmSlice projected = next_branch(kPoolProj);
-  if (runs_pooled(x, projected)) {
-    run_pooled_pointwise(x, on_16_bytes(rows_of(x)), on_16_bytes(dense(weights[kPoolProj], MemoryFormat::Contiguous)),
-                         on_16_bytes(dense_vector(biases[kPoolProj])), projected);
-    return out.finish();
-  }
-  const Tensor pooled = empty_result(x, x.size(1), x.size(2), x.size(3));
-  max_pool(x, rows_of(x), pooled, {.kernel = {3, 3}, .stride = {1, 1}, .padding = {1, 1}, .dilation = {1, 1}});
-  branch(pooled, kPoolProj, projected);
+  const Tensor reduced3 = empty_result(x, channels(kReduce3), x.size(2), x.size(3));
+  const Tensor reduced5 = empty_result(x, channels(kReduce5), x.size(2), x.size(3));
+  const RowView in = rows_of(x);
+  SideStreams streams(x.get_device_index(), runs_beside(x, total, weights));
+  streams.beside([&] {
+    if (runs_pooled(x, projected)) {
+      return run_pooled_pointwise(x, on_16_bytes(in), on_16_bytes(dense(weights[kPoolProj], MemoryFormat::Contiguous)),
+                                  on_16_bytes(dense_vector(biases[kPoolProj])), projected);
+    }
+    const Tensor pooled = empty_result(x, x.size(1), x.size(2), x.size(3));
+    max_pool(x, in, pooled, {.kernel = {3, 3}, .stride = {1, 1}, .padding = {1, 1}, .dilation = {1, 1}});
+    branch(pooled, kPoolProj, projected);
+  });
+  pointwise(x, in, {weights[kBranch1], weights[kReduce3], weights[kReduce5]},
+            {biases[kBranch1], biases[kReduce3], biases[kReduce5]}, /*residual=*/{}, /*relu=*/true,
+            {branch1, slice(rows_of(reduced3), kReduce3), slice(rows_of(reduced5), kReduce5)});
+  streams.beside([&] { branch(reduced5, kConv5, branch5); });
+  branch(reduced3, kConv3, branch3);
+  streams.join();
   return out.finish();
 }
 

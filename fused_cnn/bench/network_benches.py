@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..analysis import count, minimum_traffic, saved_bytes
-from ..measure import Work, interleaved
+from ..measure import Work, graphed, interleaved
 from ..plan.optimized import OptimizedModel, optimize
 from . import networks, peers
 from .benches import Bench, Makers, Prepared
@@ -108,7 +108,7 @@ class NetworkBench(Bench):
             counted["launches"] = {name: sum(n for _, n, _ in kernels(v, self.device)) for name, v in variants.items()}
             counted["peak"] = {name: peak_on_gpu(model, variants[name]) for name, model in pair.models.items()}
             graphs = {"fused graph": "fused", "graph": "eager"}
-            captures: Makers = {name: partial(peers.graphed, variants[of]) for name, of in graphs.items()}
+            captures: Makers = {name: partial(graphed, variants[of]) for name, of in graphs.items()}
             plans: Makers = {} if self.training else {"optimized": lambda: work(self.optimized(pair, images), images)}
             prepared.captures = {**plans, **captures}
         else:

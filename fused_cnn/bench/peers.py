@@ -7,7 +7,6 @@ unfused network as ONNX.
 
 import copy
 import functools
-import gc
 import importlib.util
 import io
 import warnings
@@ -43,34 +42,6 @@ def compiled(model: nn.Module, mode: str | None, work_of: Callable[[nn.Module], 
     with config.patch(freezing=frozen):
         work()
     return work
-
-
-def graphed(work: Work) -> Work:
-    """The work captured as a CUDA graph; its tensors stay where they are, so each replay does it again. A capture that
-    fails leaves PyTorch's stream, allocator and generator of random numbers in it: what runs later in that process
-    fails, too.
-
-    Warm-up and capture share a stream: autograd adds to a parameter's gradient on the stream where that parameter was
-    first used, and outside of the capture's it may not. Graphs of earlier steps, which remember theirs, must therefore
-    be gone: PyTorch does not collect them itself.
-    """
-    gc.collect()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # Autograd's threads may allocate meanwhile, which a capture in the global mode forbids.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        out = work()
-
-    def replay() -> object:
-        graph.replay()
-        return out
-
-    return replay
 
 
 def fused_convolution(

@@ -32,8 +32,26 @@ inline void __stwb(uint4* to, uint4 value) {
   *to = value;
 }
 
-using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorIllegalAddress };
+
+// Streams, and what is known of their order: launches happen at once, but in a capture (simt_capture) an access ends
+// the launch with an error where another stream's is not ordered before it.
+using cudaStream_t = void*;
+using cudaEvent_t = void*;
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal,
+  cudaStreamCaptureModeThreadLocal,
+  cudaStreamCaptureModeRelaxed
+};
+constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2;
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags);
+cudaError_t cudaEventDestroy(cudaEvent_t event);
 
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
@@ -52,6 +70,8 @@ struct cudaLaunchConfig_t {
 };
 
 namespace simt {
+extern cudaStream_t current_stream;
+
 constexpr unsigned kMostCluster = 8;
 constexpr size_t kMostShared = 227 << 10;  // bytes of a block
 

@@ -1,6 +1,6 @@
-// The machine behind cuda_runtime.h: fibres, and a table of the memory that kernels may touch. While install() is in
-// force, PyTorch's CPU tensors come from an allocator that enters each one in the table, to the byte, and fills it with
-// NaN. This file is compiled without instrumentation.
+// The machine behind cuda_runtime.h: fibres, a table of the memory that kernels may touch, and the streams' order.
+// While install() is in force, PyTorch's CPU tensors come from an allocator that enters each one in the table, to the
+// byte, and fills it with NaN. This file is compiled without instrumentation.
 #include "cuda_runtime.h"
 #include <c10/core/CPUAllocator.h>
 #include <dlfcn.h>
@@ -16,11 +16,13 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 dim3 gridDim, blockDim, blockIdx, threadIdx;
 extern "C" int simt_late;
 int simt_late = simt::kCopies;
+cudaStream_t simt::current_stream = nullptr;
 
 namespace {
 
@@ -63,6 +65,64 @@ struct Work {
 };
 std::vector<std::deque<std::vector<Work>>> at_work;  // groups of each thread, the open one last
 bool some_late;                                      // one of them may have work
+
+// A stream's clock has for each stream how many of its launches come before what this one does next: a launch ticks its
+// own, and waiting for an event takes the later of both.
+constexpr size_t kStreams = 8;
+struct Clock {
+  unsigned of[kStreams] = {};
+};
+struct Byte {
+  size_t writer = 0;  // the stream
+  unsigned written = 0;
+  Clock read;
+};
+Clock clocks[kStreams];
+size_t streams = 1;
+std::map<uintptr_t, Byte> bytes_touched;   // since the capture began
+std::map<uintptr_t, size_t> allocated_on;  // the stream on which memory was asked for, by where it begins
+std::string wrong_in_capture;
+bool capturing;
+int waits;  // for events
+
+size_t number_of(cudaStream_t stream) {
+  return reinterpret_cast<size_t>(stream);
+}
+
+bool is_before(const Byte& byte, const Clock& now, bool reads_too) {
+  bool ordered = byte.written <= now.of[byte.writer];
+  for (size_t s = 0; s < kStreams && reads_too; ++s) ordered &= byte.read.of[s] <= now.of[s];
+  return ordered;
+}
+
+// Whether an access by a launch on the current stream is ordered behind all that it must follow.
+bool in_order(uintptr_t at, size_t bytes, bool writes) {
+  const size_t stream = number_of(simt::current_stream);
+  const Clock& now = clocks[stream];
+  bool ordered = true;
+  for (uintptr_t place = at; place < at + bytes; ++place) {
+    Byte& byte = bytes_touched[place];
+    ordered &= is_before(byte, now, writes);
+    if (writes) {
+      byte.writer = stream;
+      byte.written = now.of[stream];
+    } else {
+      byte.read.of[stream] = now.of[stream];
+    }
+  }
+  return ordered;
+}
+
+// PyTorch gives memory that is freed to the next who asks on the stream on which it was asked for, at once.
+void note_freed(uintptr_t begin, uintptr_t end) {
+  const Clock& now = clocks[allocated_on[begin]];
+  const auto first = bytes_touched.lower_bound(begin), last = bytes_touched.lower_bound(end);
+  for (auto byte = first; byte != last; ++byte) {
+    if (!is_before(byte->second, now, /*reads_too=*/true))
+      wrong_in_capture = "memory is freed that a stream still uses";
+  }
+  bytes_touched.erase(first, last);
+}
 
 void yield() {
   if (_setjmp(fibres[current].place) == 0) _longjmp(scheduler, 1);
@@ -118,8 +178,19 @@ bool allowed(uintptr_t at, size_t bytes) {
   _longjmp(scheduler, 1);
 }
 
-void check(const char* what, const void* at, size_t bytes) {
-  if (running && !allowed(reinterpret_cast<uintptr_t>(at), bytes)) refuse(what, bytes, "outside of every tensor");
+bool is_of_tensor(uintptr_t at, size_t bytes) {
+  const std::lock_guard lock(mutex);
+  const auto next = tensors.upper_bound(at);
+  return next != tensors.begin() && Region{std::prev(next)->first, std::prev(next)->second}.holds(at, bytes);
+}
+
+void check(const char* what, const void* at, size_t bytes, bool writes) {
+  if (!running) return;
+  const auto place = reinterpret_cast<uintptr_t>(at);
+  if (!allowed(place, bytes)) refuse(what, bytes, "outside of every tensor");
+  if (capturing && is_of_tensor(place, bytes) && !in_order(place, bytes, writes)) {
+    refuse(what, bytes, "beside another stream's access");
+  }
 }
 
 int note_data(dl_phdr_info* info, size_t, void* inside) {
@@ -139,7 +210,9 @@ int note_data(dl_phdr_info* info, size_t, void* inside) {
 void forget(void* memory) {
   {
     const std::lock_guard lock(mutex);
-    tensors.erase(reinterpret_cast<uintptr_t>(memory));
+    const auto found = tensors.find(reinterpret_cast<uintptr_t>(memory));
+    if (capturing) note_freed(found->first, found->second);
+    tensors.erase(found);
   }
   std::free(memory);
 }
@@ -151,6 +224,7 @@ struct Allocator final : c10::Allocator {
     const std::lock_guard lock(mutex);
     const auto begin = reinterpret_cast<uintptr_t>(memory);
     tensors[begin] = begin + bytes;
+    allocated_on[begin] = number_of(simt::current_stream);
     return {memory, memory, &forget, c10::DeviceType::CPU};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &forget; }
@@ -248,6 +322,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*)
   blockDim = config.blockDim;
   body = thread;
   body_arguments = arguments;
+  ++clocks[number_of(current_stream)].of[number_of(current_stream)];
   launcher = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
   error.clear();
   arrived = 0;
@@ -292,14 +367,45 @@ cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*)
 
 }  // namespace simt
 
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  if (streams == kStreams) return cudaErrorInvalidValue;
+  *stream = reinterpret_cast<cudaStream_t>(streams++);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
+  return cudaSuccess;
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = new Clock;
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  *static_cast<Clock*>(event) = clocks[number_of(stream)];
+  return cudaSuccess;
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  ++waits;
+  Clock& clock = clocks[number_of(stream)];
+  for (size_t s = 0; s < kStreams; ++s) clock.of[s] = std::max(clock.of[s], static_cast<Clock*>(event)->of[s]);
+  return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete static_cast<Clock*>(event);
+  return cudaSuccess;
+}
+
 // What -fsanitize=kernel-address calls before each access.
 extern "C" {
 #define SIMT_SIZED(bytes)                              \
   void __asan_load##bytes##_noabort(const void* at) {  \
-    check("read", at, bytes);                          \
+    check("read", at, bytes, /*writes=*/false);        \
   }                                                    \
   void __asan_store##bytes##_noabort(const void* at) { \
-    check("write", at, bytes);                         \
+    check("write", at, bytes, /*writes=*/true);        \
   }
 SIMT_SIZED(1)
 SIMT_SIZED(2)
@@ -307,10 +413,10 @@ SIMT_SIZED(4)
 SIMT_SIZED(8)
 SIMT_SIZED(16)
 void __asan_loadN_noabort(const void* at, size_t bytes) {
-  check("read", at, bytes);
+  check("read", at, bytes, /*writes=*/false);
 }
 void __asan_storeN_noabort(const void* at, size_t bytes) {
-  check("write", at, bytes);
+  check("write", at, bytes, /*writes=*/true);
 }
 void __asan_handle_no_return() {}
 
@@ -342,6 +448,27 @@ __attribute__((visibility("default"))) int32_t torch_call_dispatcher(const char*
 
 void __asan_before_dynamic_init(const char*) {}
 void __asan_after_dynamic_init() {}
+
+// From now on streams are captured; or (on = false) what was wrong in the capture that ends, "" where nothing was.
+__attribute__((visibility("default"))) const char* simt_capture(bool on) {
+  static std::string found;
+  found = std::exchange(wrong_in_capture, {});
+  for (size_t s = 1; s < streams && !on; ++s) {
+    if (clocks[s].of[s] > clocks[0].of[s]) found = "a stream was not joined";
+  }
+  capturing = on;
+  bytes_touched.clear();
+  std::fill(std::begin(clocks), std::end(clocks), Clock{});
+  return found.c_str();
+}
+// How often work was forked off and joined since the last question.
+__attribute__((visibility("default"))) int simt_forks() {
+  return std::exchange(waits, 0) / 2;
+}
+// How many streams there are, the current one included.
+__attribute__((visibility("default"))) size_t simt_streams() {
+  return streams;
+}
 
 __attribute__((visibility("default"))) void simt_install(bool on) {
   static Allocator allocator;

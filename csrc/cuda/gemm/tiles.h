@@ -11,8 +11,9 @@ namespace fused_cnn {
 // the channels of one (space_to_depth.cuh); the library's convolution and one pass for what follows (a strided 1x1
 // window is then a product over a copy of the pixels that it reads); the library's convolution with bias and ReLU; for
 // a network's first convolution and the pool behind it (cuda/stem.h), and for a 1x1 convolution and the pool before it
-// (cuda/pooled_pointwise.h), a kernel of both; or a tile of the implicit product whose inner dimension is split among
-// a cluster's blocks (sm90a_split.cuh).
+// (cuda/pooled_pointwise.h), a kernel of both; a tile of the implicit product whose inner dimension is split among a
+// cluster's blocks (sm90a_split.cuh); or, for an Inception block, its branches beside each other while a graph is
+// captured (cuda/side_streams.cuh), where the library's stands for one after the other.
 enum class TileKind {
   product,
   convolution,
@@ -22,19 +23,22 @@ enum class TileKind {
   stem,
   split,
   pooled_product,
+  branches,
 };
 
 constexpr int kMostStemInputs = 4, kMostStemKernel = 8;           // of space_to_depth
 constexpr int kStemInputs = 3, kStemKernel = 7, kStemStride = 2;  // of stem: at most so many, and just these
-constexpr int kPoolBehind = 1, kPoolBefore = 2;                   // of a problem that is pooled
+
+// What a problem is of: a convolution; one and the max pool behind it, or the 3x3 one of stride 1 before it, where the
+// library's tile stands for the convolution, a problem of its own, and the pool; or a whole Inception block, whose k
+// are its inputs and whose kernel its two windows.
+constexpr int kConvolution = 0, kPoolBehind = 1, kPoolBefore = 2, kBlock = 3;
 
 // A problem as the tables have it (fused_cnn/_tables.py): m rows and n columns of the result, k channels under the
 // window. One of float32 is in TF32: where that is not allowed there is none, and the library computes exactly.
-// `library_takes_all`: it is what library_fused may do, with a result of its own under ReLU and no residual. `pooled`:
-// a max pool follows, or a 3x3 one of stride 1 comes before; where its tile is the library's, the convolution is a
-// problem of its own, and the pool a pass.
+// `library_takes_all`: it is what library_fused may do, with a result of its own under ReLU and no residual.
 struct Problem {
-  int64_t device, dtype, m, n, k, residual, slices, kernel_height, kernel_width, stride, library_takes_all, pooled;
+  int64_t device, dtype, m, n, k, residual, slices, kernel_height, kernel_width, stride, library_takes_all, scope;
 
   bool is_product() const { return kernel_height == 1 && kernel_width == 1 && stride == 1; }
   int64_t inputs() const { return k / (kernel_height * kernel_width); }
@@ -51,26 +55,30 @@ struct Tile {
 
   // Whether it takes elements of which so many lie in 16 bytes: all but the stem's bring 128 bytes of k at a time.
   constexpr bool takes(int vector) const {
-    return is_library() || (kind == TileKind::stem ? vector == 8 : k == 8 * vector);
+    if (is_library() || kind == TileKind::branches) return true;
+    return kind == TileKind::stem ? vector == 8 : k == 8 * vector;
   }
   constexpr bool is_library() const { return kind == TileKind::library || kind == TileKind::library_fused; }
   constexpr bool is_instance() const {  // of instances.h
-    return !is_library() && kind != TileKind::stem && kind != TileKind::pooled_product;
+    return !is_library() && kind != TileKind::stem && kind != TileKind::pooled_product && kind != TileKind::branches;
   }
   bool suits(const Problem& problem) const {
     const int vector = in_16_bytes(static_cast<DType>(problem.dtype));
     const bool whole_vectors = problem.inputs() % vector == 0;
     if (!takes(vector)) return false;
+    if (kind == TileKind::branches || problem.scope == kBlock) {
+      return problem.scope == kBlock && (kind == TileKind::branches || kind == TileKind::library);
+    }
     if (kind == TileKind::stem) {
       return problem.slices == 1 && !problem.residual && problem.stride == kStemStride &&
              problem.kernel_height == kStemKernel && problem.kernel_width == kStemKernel &&
              problem.inputs() <= kStemInputs;
     }
     if (kind == TileKind::pooled_product) {
-      return problem.pooled == kPoolBefore && problem.is_product() && whole_vectors && problem.slices == 1 &&
+      return problem.scope == kPoolBefore && problem.is_product() && whole_vectors && problem.slices == 1 &&
              !problem.residual;
     }
-    if (problem.pooled) return kind == TileKind::library;
+    if (problem.scope != kConvolution) return kind == TileKind::library;
     if (kind == TileKind::product) {
       return problem.is_product() && whole_vectors && (problem.slices == 1 || !problem.residual);
     }
@@ -114,6 +122,7 @@ inline constexpr Tile kSm80Tiles[] = {
     {.kind = TileKind::product, .m = 64, .n = 64, .k = 64, .when = tiles::always, .measured = ""},
     {.kind = TileKind::stem, .m = 112, .n = 64, .k = 16, .when = tiles::always, .measured = ""},
     {.kind = TileKind::pooled_product, .m = 256, .n = 128, .k = 64, .when = tiles::always, .measured = ""},
+    {.kind = TileKind::branches, .m = 0, .n = 0, .k = 0, .when = tiles::never, .measured = ""},
     {.kind = TileKind::library_fused, .m = 0, .n = 0, .k = 0, .when = tiles::never, .measured = ""},
     {.kind = TileKind::library, .m = 0, .n = 0, .k = 0, .when = tiles::always, .measured = ""},
 };
@@ -221,6 +230,7 @@ inline constexpr Tile kSm90aTiles[] = {
                   !tiles::fills(problem, 128, 64, 2 * multiprocessors);
          },
      .measured = "3x3, 48 -> 128 at 7, batch 256: a block 131; the library and a pass: 141"},
+    {.kind = TileKind::branches, .m = 0, .n = 0, .k = 0, .when = tiles::never, .measured = ""},
     {.kind = TileKind::library_fused,
      .m = 0,
      .n = 0,
