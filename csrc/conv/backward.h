@@ -24,7 +24,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bias_relu_bwd(const Tenso
                                                                      Ints padding, Ints dilation, int64_t groups,
                                                                      bool needs_x, bool needs_weight, bool needs_bias) {
   const char* op = "conv_bias_relu_bwd";
-  const ConvParams params{stride, padding, dilation, groups};
+  const ConvParams params = conv_params(op, stride, padding, dilation, groups);
   check_conv(op, x, weight, std::nullopt, grad_out, params);
   if (out) check_like(op, "grad_out", grad_out, "out", *out);
   const RowView rows = rows_of(grad_out);

@@ -9,11 +9,13 @@ namespace {
 Tensor conv_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                           std::optional<Tensor> residual, Ints stride, Ints padding, Ints dilation, int64_t groups,
                           bool relu) {
-  return cpu_conv_forward("conv_bias_relu_fwd", x, weight, bias, residual, {stride, padding, dilation, groups}, relu);
+  const char* op = "conv_bias_relu_fwd";
+  return cpu_conv_forward(op, x, weight, bias, residual, conv_params(op, stride, padding, dilation, groups), relu);
 }
 
 Tensor conv_bias_relu_pack(const Tensor& weight, std::optional<Tensor> bias, Ints stride, Ints dilation) {
-  return engine_pack({weight}, {bias}, stride, dilation);
+  const char* op = "conv_bias_relu_pack";
+  return engine_pack({weight}, {bias}, pair_of(op, "stride", stride), pair_of(op, "dilation", dilation));
 }
 
 // The same of a packed weight, on the engine.
@@ -26,8 +28,8 @@ Tensor conv_bias_relu_packed_fwd(const Tensor& x, const Tensor& packed, Ints wei
                   ": the weight's shape must be four numbers, and of at least 1 output channel");
   FUSED_CNN_CHECK(weight_shape[1] == x.size(1), op, ": x has shape ", shape_of(x), ", but the weight takes ",
                   weight_shape[1], " input channels");
-  const Ints kernel{weight_shape[2], weight_shape[3]};
-  const ConvParams params{stride, padding, dilation, /*groups=*/1};
+  const Pair kernel{weight_shape[2], weight_shape[3]};
+  const ConvParams params = conv_params(op, stride, padding, dilation, /*groups=*/1);
   check_geometry(op, x.size(2), x.size(3), kernel, params);
   const int64_t channels = weight_shape[0];
   const engine::ConvShape shape = conv_shape(sizes_of(x), channels, kernel, params);

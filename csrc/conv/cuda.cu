@@ -10,8 +10,9 @@ namespace {
 Tensor conv_bias_relu_fwd(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                           std::optional<Tensor> residual, Ints stride, Ints padding, Ints dilation, int64_t groups,
                           bool relu) {
-  const ConvParams params{stride, padding, dilation, groups};
-  check_conv("conv_bias_relu_fwd", x, weight, bias, residual, params);
+  const char* op = "conv_bias_relu_fwd";
+  const ConvParams params = conv_params(op, stride, padding, dilation, groups);
+  check_conv(op, x, weight, bias, residual, params);
   return conv_bias_relu(x, weight, bias, residual, params, relu, result_format(x));
 }
 

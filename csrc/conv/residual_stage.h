@@ -15,7 +15,7 @@ using ImageSize = std::array<int64_t, 3>;
 
 struct StageConvolution {
   ImageSize in, out;
-  Ints kernel;
+  Pair kernel;
   ConvParams params;
 };
 
@@ -44,7 +44,7 @@ inline ResidualStage checked_stage(const char* op, ImageSize size, int64_t weigh
     const int64_t* g = &geometry[index * kGeometry];
     FUSED_CNN_CHECK(g[0] == size[0], op, ": a convolution of ", g[0], " channels meets an input of ", size[0]);
     FUSED_CNN_CHECK(g[1] >= 1, op, ": a convolution must have at least 1 channel, got ", g[1]);
-    const Ints kernel{g[2], g[3]};
+    const Pair kernel{g[2], g[3]};
     const ConvParams params{.stride = {g[4], g[5]}, .padding = {g[6], g[7]}, .dilation = {g[8], g[9]}, .groups = 1};
     check_geometry(op, size[1], size[2], kernel, params);
     const ImageSize out{g[1], conv_out_size(size[1], kernel, params, 0), conv_out_size(size[2], kernel, params, 1)};

@@ -14,7 +14,7 @@ DType engine_dtype(const char* op, const Tensor& x) {
   return dtype_of(op, "x", x);
 }
 
-engine::Window window_of(const Ints& sizes, const Ints& kernel, const ConvParams& p) {
+engine::Window window_of(const Ints& sizes, const Pair& kernel, const ConvParams& p) {
   return {.N = sizes[0],
           .C = sizes[1],
           .H = sizes[2],
@@ -26,7 +26,7 @@ engine::Window window_of(const Ints& sizes, const Ints& kernel, const ConvParams
           .out = {conv_out_size(sizes[2], kernel, p, 0), conv_out_size(sizes[3], kernel, p, 1)}};
 }
 
-engine::ConvShape conv_shape(const Ints& sizes, int64_t out_channels, const Ints& kernel, const ConvParams& p) {
+engine::ConvShape conv_shape(const Ints& sizes, int64_t out_channels, const Pair& kernel, const ConvParams& p) {
   engine::ConvShape shape{window_of(sizes, kernel, p)};
   shape.out_channels[0] = out_channels;
   shape.batch = shape.N;
@@ -44,14 +44,13 @@ static void check_weight_size(const char* op, const engine::ConvShape& shape) {
 }
 
 Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
-                   const Ints& stride, const Ints& dilation) {
+                   const Pair& stride, const Pair& dilation) {
   const char* op = "conv_pack";
   FUSED_CNN_CHECK(!weights.empty() && weights.size() <= engine::kMaxDestinations && weights.size() == biases.size(), op,
                   ": between 1 and ", engine::kMaxDestinations, " weights with as many biases, got ", weights.size());
-  for (const Ints& steps : {stride, dilation}) {
-    FUSED_CNN_CHECK(
-        steps.size() == 2 && std::min(steps[0], steps[1]) >= 1 && std::max(steps[0], steps[1]) <= kLargestStep, op,
-        ": stride and dilation must be two values of at least 1 and less than 2^31 each");
+  for (const Pair& steps : {stride, dilation}) {
+    FUSED_CNN_CHECK(std::min(steps[0], steps[1]) >= 1 && std::max(steps[0], steps[1]) <= kLargestStep, op,
+                    ": stride and dilation must be at least 1 and less than 2^31 each");
   }
   const Tensor& first = weights[0];
   check_4d(op, "weight", first);
@@ -120,7 +119,7 @@ FUSED_CNN_EXPORT void fused_cnn_conv_work(const int64_t x[4], int64_t out_channe
                                           const int64_t stride[2], const int64_t padding[2], const int64_t dilation[2],
                                           bool bfloat16, bool in_place, int64_t bytes_and_flops[2]) {
   using namespace fused_cnn;
-  const auto pair = [](const int64_t* v) { return Ints{v[0], v[1]}; };
+  const auto pair = [](const int64_t* v) { return Pair{v[0], v[1]}; };
   const engine::ConvShape shape = conv_shape({x[0], x[1], x[2], x[3]}, out_channels, pair(kernel),
                                              {pair(stride), pair(padding), pair(dilation), /*groups=*/1});
   const engine::ConvWork work = engine::conv_work(shape, bfloat16 ? DType::bf16 : DType::f32, in_place);

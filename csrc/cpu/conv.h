@@ -15,8 +15,8 @@ bool engine_supports(const Tensor& x);
 DType engine_dtype(const char* op, const Tensor& x);
 
 // What a kernel meets on an input of the sizes (N, C, H, W), and such a convolution.
-engine::Window window_of(const Ints& sizes, const Ints& kernel, const ConvParams& params);
-engine::ConvShape conv_shape(const Ints& sizes, int64_t out_channels, const Ints& kernel, const ConvParams& params);
+engine::Window window_of(const Ints& sizes, const Pair& kernel, const ConvParams& params);
+engine::ConvShape conv_shape(const Ints& sizes, int64_t out_channels, const Pair& kernel, const ConvParams& params);
 
 inline Ints sizes_of(const Tensor& x) {
   return {x.size(0), x.size(1), x.size(2), x.size(3)};
@@ -24,7 +24,7 @@ inline Ints sizes_of(const Tensor& x) {
 
 // One buffer of bytes that holds the weights and biases of convolutions sharing an input; biases are float32 or absent.
 Tensor engine_pack(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
-                   const Ints& stride = {1, 1}, const Ints& dilation = {1, 1});
+                   const Pair& stride = {1, 1}, const Pair& dilation = {1, 1});
 void check_packed(const char* op, const Tensor& packed, const engine::ConvShape& shape, DType dtype);
 
 // relu(conv(x, weight) + bias [+ residual]) of a plain weight.

@@ -8,11 +8,11 @@ namespace {
 
 // At any stride; Problem::is_product() asks for stride 1.
 bool is_pointwise(const Tensor& weight, const ConvParams& params) {
-  return weight.size(2) == 1 && weight.size(3) == 1 && params.groups == 1 && params.padding == Ints{0, 0};
+  return weight.size(2) == 1 && weight.size(3) == 1 && params.groups == 1 && params.padding == kNoPadding;
 }
 
 // The pixels that a strided 1x1 convolution reads, as a view.
-Tensor strided_slice(const Tensor& x, const Ints& stride) {
+Tensor strided_slice(const Tensor& x, const Pair& stride) {
   const std::optional<int64_t> whole;
   Tensor view = x;
   for (int64_t axis = 0; axis < 2; ++axis) {
@@ -28,7 +28,7 @@ Tensor strided_slice(const Tensor& x, const Ints& stride) {
 bool convolution_supports(DType dtype, const Tensor& x, const Tensor& weight, const ConvParams& p) {
   const int vector = in_16_bytes(dtype);
   if (!tensor_cores_take(dtype) || p.groups != 1 || weight.size(0) % vector || x.size(1) == 0 || x.numel() > INT_MAX ||
-      p.stride[0] != p.stride[1] || p.stride[0] > 8 || (x.size(1) % vector && p.dilation != Ints{1, 1})) {
+      p.stride[0] != p.stride[1] || p.stride[0] > 8 || (x.size(1) % vector && p.dilation != Pair{1, 1})) {
     return false;
   }
   for (int axis = 0; axis < 2; ++axis) {
@@ -123,8 +123,9 @@ std::optional<Tensor> library_fused(const Tensor& x, const Tensor& weight, std::
   const Tensor rows = rows_of(aligned_for_cudnn(x)).tensor;
   if (bias) bias = aligned_for_cudnn(*bias);
   try {
-    const auto found = call_operator("aten::cudnn_convolution_relu", "", rows, aligned_for_cudnn(weight), bias,
-                                     params.stride, params.padding, params.dilation, params.groups);
+    const auto found =
+        call_operator("aten::cudnn_convolution_relu", "", rows, aligned_for_cudnn(weight), bias, list_of(params.stride),
+                      list_of(params.padding), list_of(params.dilation), params.groups);
     return torch::stable::detail::to<Tensor>(found[0]);
   } catch (const std::runtime_error&) {
     return std::nullopt;
@@ -154,7 +155,8 @@ const Tile* tile_of(const Tensor& x, const Tensor& weight, const ConvParams& par
                                              x.size(1) % in_16_bytes(dtype) == 0 && rows * weight.size(0) <= INT_MAX &&
                                              library_may_fuse(),
                         .scope = pooled ? kPoolBehind : kConvolution};
-  return &kernels.tile_for(problem);
+  const bool launched = problem.library_takes_all && !is_capturing(current_stream(kernels.device));
+  return &kernels.tile_for(problem, launched);
 }
 
 void convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const RowView& residual,
@@ -179,7 +181,7 @@ void convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
                                                   : run_convolution(kernels, x, weight, conv);
   }
   if (is_pointwise(weight, params)) {
-    if (params.stride != Ints{1, 1}) {
+    if (params.stride != Pair{1, 1}) {
       const Tensor read = strided_slice(x, params.stride);
       const ConvParams unit = same_padding(1);
       const Tile* found = tile_of(read, weight, unit, residual.data != nullptr, relu, size, /*own=*/false);

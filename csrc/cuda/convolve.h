@@ -6,7 +6,7 @@
 namespace fused_cnn {
 
 inline std::array<int64_t, 2> size_of_result(const Tensor& x, const Tensor& weight, const ConvParams& params) {
-  const Ints kernel{weight.size(2), weight.size(3)};
+  const Pair kernel{weight.size(2), weight.size(3)};
   return {conv_out_size(x.size(2), kernel, params, 0), conv_out_size(x.size(3), kernel, params, 1)};
 }
 

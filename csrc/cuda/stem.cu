@@ -287,7 +287,7 @@ void split(Stem& s, bool pooled, int64_t images, int multiprocessors) {
 
 }  // namespace
 
-void run_stem(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& padding, bool relu,
+void run_stem(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Pair& padding, bool relu,
               const std::array<int64_t, 2>& size, const std::optional<StemPool>& pool, const Rows& out) {
   const int inputs = static_cast<int>(x.size(1));
   Stem s{.height = static_cast<int>(x.size(2)),

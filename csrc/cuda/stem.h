@@ -18,7 +18,7 @@ struct StemPool {
 // relu(convolution + bias), or the pool of it, which is then under ReLU, into rows; `size` is the convolution's
 // (height, width), and padding less than the kernel. x and weight are of a 16-bit type and of any strides, bias is
 // contiguous, the outputs and the distance of rows are multiples of 8.
-void run_stem(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& padding, bool relu,
+void run_stem(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Pair& padding, bool relu,
               const std::array<int64_t, 2>& size, const std::optional<StemPool>& pool, const Rows& out);
 
 }  // namespace fused_cnn

@@ -15,16 +15,23 @@ inline int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t
   return ceil_mode && (out - 1) * stride >= size + padding ? out - 1 : out;
 }
 
+struct Pool {
+  Pair kernel, stride, padding, dilation;
+  bool ceil_mode;
+};
+
+inline Pool pool_of(const char* op, const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation,
+                    bool ceil_mode) {
+  return {pair_of(op, "kernel", kernel), pair_of(op, "stride", stride), pair_of(op, "padding", padding),
+          pair_of(op, "dilation", dilation), ceil_mode};
+}
+
 // The result's (height, width), of x with so many channels and so high and wide.
-inline std::array<int64_t, 2> checked_pool(const char* op, const std::array<int64_t, 3>& x, const Ints& kernel,
-                                           const Ints& stride, const Ints& padding, const Ints& dilation,
-                                           bool ceil_mode) {
-  for (const Ints* v : {&kernel, &stride, &padding, &dilation}) {
-    FUSED_CNN_CHECK(v->size() == 2, op, ": kernel, stride, padding and dilation must have two values");
-  }
+inline Pair checked_pool(const char* op, const std::array<int64_t, 3>& x, const Pool& pool) {
+  const auto& [kernel, stride, padding, dilation, ceil_mode] = pool;
   FUSED_CNN_CHECK(x[0] >= 1 && x[1] >= 1 && x[2] >= 1, op, ": x must have a channel and a pixel at least, got (", x[0],
                   ", ", x[1], ", ", x[2], ")");
-  std::array<int64_t, 2> size;
+  Pair size;
   for (int i = 0; i < 2; ++i) {
     for (const int64_t value : {kernel[i], stride[i], dilation[i]}) {
       FUSED_CNN_CHECK(value >= 1 && value <= kLargestStep, op,
@@ -39,10 +46,9 @@ inline std::array<int64_t, 2> checked_pool(const char* op, const std::array<int6
   return size;
 }
 
-inline std::array<int64_t, 2> checked_pool(const char* op, const Tensor& x, const Ints& kernel, const Ints& stride,
-                                           const Ints& padding, const Ints& dilation, bool ceil_mode) {
+inline Pair checked_pool(const char* op, const Tensor& x, const Pool& pool) {
   check_4d(op, "x", x);
-  return checked_pool(op, {x.size(1), x.size(2), x.size(3)}, kernel, stride, padding, dilation, ceil_mode);
+  return checked_pool(op, {x.size(1), x.size(2), x.size(3)}, pool);
 }
 
 }  // namespace fused_cnn

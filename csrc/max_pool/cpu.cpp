@@ -9,8 +9,9 @@ namespace {
 
 engine::Window checked_window(const char* op, const Tensor& x, const Ints& kernel, const Ints& stride,
                               const Ints& padding, const Ints& dilation, bool ceil_mode) {
-  const auto [height, width] = checked_pool(op, x, kernel, stride, padding, dilation, ceil_mode);
-  engine::Window window = window_of(sizes_of(x), kernel, {stride, padding, dilation, /*groups=*/1});
+  const Pool pool = pool_of(op, kernel, stride, padding, dilation, ceil_mode);
+  const auto [height, width] = checked_pool(op, x, pool);
+  engine::Window window = window_of(sizes_of(x), pool.kernel, {pool.stride, pool.padding, pool.dilation, /*groups=*/1});
   window.out = {height, width};
   return window;
 }

@@ -6,15 +6,17 @@
 namespace fused_cnn {
 namespace {
 
-PoolWindow window_of(const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation) {
-  const auto pair = [](const Ints& of) { return std::array{static_cast<int>(of[0]), static_cast<int>(of[1])}; };
-  return {pair(kernel), pair(stride), pair(padding), pair(dilation)};
+PoolWindow window_of(const Pool& pool) {
+  const auto pair = [](const Pair& of) { return std::array{static_cast<int>(of[0]), static_cast<int>(of[1])}; };
+  return {pair(pool.kernel), pair(pool.stride), pair(pool.padding), pair(pool.dilation)};
 }
 
 Tensor max_pool2d_fwd(const Tensor& x, Ints kernel, Ints stride, Ints padding, Ints dilation, bool ceil_mode) {
-  const auto [height, width] = checked_pool("max_pool2d_fwd", x, kernel, stride, padding, dilation, ceil_mode);
+  const char* op = "max_pool2d_fwd";
+  const Pool pool = pool_of(op, kernel, stride, padding, dilation, ceil_mode);
+  const auto [height, width] = checked_pool(op, x, pool);
   const RowResult out(x, x.size(1), height, width, result_format(x));
-  if (out.tensor.numel() > 0) max_pool(x, rows_of(x), out.tensor, window_of(kernel, stride, padding, dilation));
+  if (out.tensor.numel() > 0) max_pool(x, rows_of(x), out.tensor, window_of(pool));
   return out.finish();
 }
 
@@ -27,8 +29,9 @@ Tensor empty_index(const Tensor& like, int64_t channels, int64_t height, int64_t
 std::tuple<Tensor, Tensor> max_pool2d_index_fwd(const Tensor& x, Ints kernel, Ints stride, Ints padding, Ints dilation,
                                                 bool ceil_mode) {
   const char* op = "max_pool2d_index_fwd";
-  const auto [height, width] = checked_pool(op, x, kernel, stride, padding, dilation, ceil_mode);
-  const PoolWindow window = window_of(kernel, stride, padding, dilation);
+  const Pool pool = pool_of(op, kernel, stride, padding, dilation, ceil_mode);
+  const auto [height, width] = checked_pool(op, x, pool);
+  const PoolWindow window = window_of(pool);
   FUSED_CNN_CHECK(kernel[0] * kernel[1] <= kMostTaps, op, ": a window must have at most ", kMostTaps, " pixels, got ",
                   kernel[0], " x ", kernel[1]);
   const RowResult out(x, x.size(1), height, width, result_format(x));
@@ -45,8 +48,8 @@ Tensor max_pool2d_index_bwd(const Tensor& grad_out, const Tensor& index, Ints si
   check_4d(op, "grad_out", grad_out);
   check_4d(op, "index", index);
   FUSED_CNN_CHECK(size.size() == 2, op, ": size must have two values");
-  const auto [height, width] =
-      checked_pool(op, {grad_out.size(1), size[0], size[1]}, kernel, stride, padding, dilation, ceil_mode);
+  const Pool pool = pool_of(op, kernel, stride, padding, dilation, ceil_mode);
+  const auto [height, width] = checked_pool(op, {grad_out.size(1), size[0], size[1]}, pool);
   FUSED_CNN_CHECK(grad_out.size(2) == height && grad_out.size(3) == width, op, ": the pool of ", size[0], " x ",
                   size[1], " pixels has ", height, " x ", width, ", got grad_out ", shape_of(grad_out));
   bool same = index.scalar_type() == ScalarType::Byte && index.get_device_index() == grad_out.get_device_index();
@@ -57,8 +60,7 @@ Tensor max_pool2d_index_bwd(const Tensor& grad_out, const Tensor& index, Ints si
   if (grad_x.tensor.numel() == 0) return grad_x.finish();
   if (grad_out.numel() == 0) return torch::stable::fill_(grad_x.tensor, 0.0);
   const Tensor places = dense(index, MemoryFormat::ChannelsLast);
-  max_pool_gradient(grad_out, static_cast<const uint8_t*>(places.data_ptr()), grad_x.tensor,
-                    window_of(kernel, stride, padding, dilation));
+  max_pool_gradient(grad_out, static_cast<const uint8_t*>(places.data_ptr()), grad_x.tensor, window_of(pool));
   return grad_x.finish();
 }
 

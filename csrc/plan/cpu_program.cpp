@@ -23,6 +23,10 @@ class Reader {
     next_ += count;
     return Ints(program_.begin() + (next_ - count), program_.begin() + next_);
   }
+  Pair pair() {
+    const int64_t first = number();
+    return {first, number()};
+  }
 
  private:
   const char* op_;
@@ -71,8 +75,8 @@ Program read(const char* op, std::vector<Ints> inputs, DType dtype, const std::v
       const Ints sizes = value();
       const int64_t residual = reader.number(), constant = reader.number();
       const Ints weight = reader.numbers(4);
-      const ConvParams params{reader.numbers(2), reader.numbers(2), reader.numbers(2), /*groups=*/1};
-      const Ints kernel{weight[2], weight[3]};
+      const ConvParams params{reader.pair(), reader.pair(), reader.pair(), /*groups=*/1};
+      const Pair kernel{weight[2], weight[3]};
       FUSED_CNN_CHECK(weight[1] == sizes[1] && weight[0] >= 1, op, ": a convolution with a weight of shape (",
                       weight[0], ", ", weight[1], ", ", weight[2], ", ", weight[3], ") meets ", sizes[1], " channels");
       check_geometry(op, sizes[2], sizes[3], kernel, params);
@@ -89,11 +93,10 @@ Program read(const char* op, std::vector<Ints> inputs, DType dtype, const std::v
       }
       step.work = work;
     } else if (kind == kMaxPool) {
-      const Ints sizes = value(), kernel = reader.numbers(2);
-      const ConvParams params{reader.numbers(2), reader.numbers(2), reader.numbers(2), /*groups=*/1};
-      const auto [height, width] = checked_pool(op, {sizes[1], sizes[2], sizes[3]}, kernel, params.stride,
-                                                params.padding, params.dilation, reader.number() != 0);
-      MaxPool work{window_of(sizes, kernel, params)};
+      const Ints sizes = value();
+      const Pool pool{reader.pair(), reader.pair(), reader.pair(), reader.pair(), reader.number() != 0};
+      const auto [height, width] = checked_pool(op, {sizes[1], sizes[2], sizes[3]}, pool);
+      MaxPool work{window_of(sizes, pool.kernel, {pool.stride, pool.padding, pool.dilation, /*groups=*/1})};
       work.window.out = {height, width};
       step.out = {sizes[0], sizes[1], height, width};
       step.work = work;

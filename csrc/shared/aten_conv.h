@@ -9,22 +9,37 @@
 namespace fused_cnn {
 
 using Ints = std::vector<int64_t>;
+using Pair = std::array<int64_t, 2>;  // (h, w); not on the heap, for a network's call has hundreds
 
 struct ConvParams {
-  Ints stride, padding, dilation;
+  Pair stride, padding, dilation;
   int64_t groups;
 };
 
+inline Pair pair_of(const char* op, const char* name, const Ints& values) {
+  FUSED_CNN_CHECK(values.size() == 2, op, ": ", name, " must have two values, got ", values.size());
+  return {values[0], values[1]};
+}
+
+inline ConvParams conv_params(const char* op, const Ints& stride, const Ints& padding, const Ints& dilation,
+                              int64_t groups) {
+  return {pair_of(op, "stride", stride), pair_of(op, "padding", padding), pair_of(op, "dilation", dilation), groups};
+}
+
+// As PyTorch's operators take it.
+inline auto list_of(const Pair& pair) {
+  return torch::headeronly::HeaderOnlyArrayRef<int64_t>(pair.data(), pair.size());
+}
+
+constexpr Pair kNoPadding{0, 0};
 constexpr int64_t kLargestStep = (int64_t{1} << 31) - 1;  // of a window: sums and products of two do not overflow
 
-inline int64_t conv_out_size(int64_t size, const Ints& kernel, const ConvParams& p, int axis) {
+inline int64_t conv_out_size(int64_t size, const Pair& kernel, const ConvParams& p, int axis) {
   const int64_t reach = p.dilation[axis] * (kernel[axis] - 1) + 1, padded = size + 2 * p.padding[axis];
   return padded < reach ? 0 : (padded - reach) / p.stride[axis] + 1;  // C++ division rounds towards zero
 }
 
-inline void check_geometry(const char* op, int64_t height, int64_t width, const Ints& kernel, const ConvParams& p) {
-  FUSED_CNN_CHECK(p.stride.size() == 2 && p.padding.size() == 2 && p.dilation.size() == 2, op,
-                  ": stride, padding and dilation must have two values");
+inline void check_geometry(const char* op, int64_t height, int64_t width, const Pair& kernel, const ConvParams& p) {
   for (int axis = 0; axis < 2; ++axis) {
     FUSED_CNN_CHECK(p.stride[axis] >= 1 && p.dilation[axis] >= 1 && p.padding[axis] >= 0, op,
                     ": stride and dilation must be at least 1 and padding at least 0");
@@ -48,7 +63,7 @@ inline void check_conv(const char* op, const Tensor& x, const Tensor& weight, co
                       weight.size(1) == x.size(1) / p.groups,
                   op, ": x has ", x.size(1), " channels; a weight of shape ", shape_of(weight),
                   " with groups=", p.groups, " needs its own ", weight.size(1), " for each group");
-  const Ints kernel{weight.size(2), weight.size(3)};
+  const Pair kernel{weight.size(2), weight.size(3)};
   check_geometry(op, x.size(2), x.size(3), kernel, p);
   if (bias) {
     check_channels(op, "bias", *bias, weight.size(0));
@@ -77,8 +92,8 @@ inline Tensor aligned_for_cudnn(const Tensor& t) {
 inline Tensor aten_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                const ConvParams& p) {
   const auto found =
-      call_operator("aten::convolution", "", aligned_for_cudnn(x), aligned_for_cudnn(weight), bias, p.stride, p.padding,
-                    p.dilation, /*transposed=*/false, /*output_padding=*/Ints{0, 0}, p.groups);
+      call_operator("aten::convolution", "", aligned_for_cudnn(x), aligned_for_cudnn(weight), bias, list_of(p.stride),
+                    list_of(p.padding), list_of(p.dilation), /*transposed=*/false, list_of(kNoPadding), p.groups);
   Tensor y = torch::stable::detail::to<Tensor>(found[0]);
   FUSED_CNN_CHECK(y.scalar_type() == x.scalar_type(), "ATen's convolution of ",
                   torch::headeronly::toString(x.scalar_type()), " gave ", torch::headeronly::toString(y.scalar_type()),
@@ -92,9 +107,9 @@ inline std::tuple<Tensor, Tensor> aten_convolution_backward(const Tensor& grad, 
   using torch::stable::detail::to;
   const bool needs[] = {needs_x, needs_weight, /*bias=*/false};
   const auto found = call_operator("aten::convolution_backward", "", aligned_for_cudnn(grad), aligned_for_cudnn(x),
-                                   aligned_for_cudnn(weight), /*bias_sizes=*/std::optional<Ints>(), p.stride, p.padding,
-                                   p.dilation, /*transposed=*/false, /*output_padding=*/Ints{0, 0}, p.groups,
-                                   torch::headeronly::HeaderOnlyArrayRef<bool>(needs, 3));
+                                   aligned_for_cudnn(weight), /*bias_sizes=*/std::optional<Ints>(), list_of(p.stride),
+                                   list_of(p.padding), list_of(p.dilation), /*transposed=*/false, list_of(kNoPadding),
+                                   p.groups, torch::headeronly::HeaderOnlyArrayRef<bool>(needs, 3));
   Tensor grad_x = to<Tensor>(found[0]), grad_weight = to<Tensor>(found[1]), grad_bias = to<Tensor>(found[2]);
   return {grad_x, grad_weight};
 }

@@ -11,19 +11,22 @@ namespace {
 Tensor stem_fwd(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, Ints stride, Ints padding,
                 int64_t pool_padding, bool ceil_mode) {
   const char* op = "stem_fwd";
-  const ConvParams params{stride, padding, {1, 1}, 1};
+  const ConvParams params = conv_params(op, stride, padding, /*dilation=*/{1, 1}, /*groups=*/1);
   check_conv(op, x, weight, bias, std::nullopt, params);
   const std::array<int64_t, 2> size = size_of_result(x, weight, params);
-  const Ints window(2, kStemPoolKernel), step(2, kStemPoolStride), around(2, pool_padding), dilation{1, 1};
-  const auto [height, width] =
-      checked_pool(op, {weight.size(0), size[0], size[1]}, window, step, around, dilation, ceil_mode);
+  const Pool pool{.kernel = {kStemPoolKernel, kStemPoolKernel},
+                  .stride = {kStemPoolStride, kStemPoolStride},
+                  .padding = {pool_padding, pool_padding},
+                  .dilation = {1, 1},
+                  .ceil_mode = ceil_mode};
+  const auto [height, width] = checked_pool(op, {weight.size(0), size[0], size[1]}, pool);
   const RowResult out(x, weight.size(0), height, width, result_format(x));
   if (out.tensor.numel() == 0) return out.finish();
   const int pad = static_cast<int>(pool_padding);
   const Tile* tile = tile_of(x, weight, params, /*residual=*/false, /*relu=*/true, size, /*own=*/true, /*pooled=*/true);
   if (tile && tile->kind == TileKind::stem) {
     if (bias) bias = dense_vector(*bias);
-    run_stem(x, weight, bias, padding, /*relu=*/true, size, StemPool{pad, height, width}, out);
+    run_stem(x, weight, bias, params.padding, /*relu=*/true, size, StemPool{pad, height, width}, out);
   } else {
     const Tensor y = conv_bias_relu(x, weight, bias, std::nullopt, params, /*relu=*/true, MemoryFormat::ChannelsLast);
     const std::array kernel{kStemPoolKernel, kStemPoolKernel}, stride{kStemPoolStride, kStemPoolStride};
