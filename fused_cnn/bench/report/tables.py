@@ -14,8 +14,8 @@ Table = tuple[Cells, list[Cells]]
 Rows = Sequence[Row]
 Columns = Mapping[str, Callable[[Row], str]]  # by heading, what a row has in it
 PEERS = ("eager", "library", "compile", "reduce-overhead", "autotune", "graph", "onnxruntime", "openvino")
-COMPILED = ("fused compile", "fused dynamic", "fused package")
-VARIANTS = (*PEERS, "native", "triton", "fused", "optimized", "fused graph", *COMPILED)
+FUSED = ("fused", "optimized", "fused graph", "fused compile", "fused dynamic", "fused package")
+VARIANTS = (*PEERS, "native", "triton", *FUSED)
 NAMES = {
     "library": "PyTorch's fused call",
     "compile": "torch.compile",
@@ -25,7 +25,7 @@ NAMES = {
     "openvino": "OpenVINO",
     "fused graph": "fused as a CUDA graph",
     "fused compile": "torch.compile of fused",
-    "fused dynamic": "torch.compile of fused, dynamic batch",
+    "fused dynamic": "dynamic torch.compile of fused",
     "fused package": "AOTInductor package",
 }
 LABELS = ["model", "pass", "dtype", "batch"]
@@ -163,7 +163,7 @@ def headlines(results: Iterable[Result]) -> Table:
                 peer = min((v for v in ms if v in PEERS), key=ms.__getitem__)
                 ratio = ms["fused"] / ms[peer]
                 verdict = f"**loses by {ratio:.2f}x**" if ratio > 1 else f"wins by {1 / ratio:.2f}x"
-                others = [v for v in ("optimized", "fused graph", *COMPILED) if v in ms]
+                others = [v for v in ("optimized", "fused graph", "fused compile") if v in ms]
                 found[model, step] = [
                     *(model, step, f"{dtype}, batch {batch}", device),
                     *(f"{ms['eager']:.3g}", f"{ms[peer]:.3g} ({named(peer)})", f"{ms['fused']:.3g}", verdict),
