@@ -260,8 +260,12 @@ def tunable(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        asks = _tables.asks or measuring.record is not None
-        if backend is None and not torch.compiler.is_compiling() and asks and not transforms_active():
+        if (
+            backend is None
+            and not torch.compiler.is_compiling()
+            and (_tables.asks or measuring.record is not None)
+            and not transforms_active()
+        ):
             chosen = _measured(function, args, kwargs)
             if chosen is not None:
                 with contextlib.suppress(BackendUnavailable):  # what was measured need not be built here

@@ -1,6 +1,7 @@
 """Benchmarks: a row that takes its process with it costs that row alone, and the rows that are run by default are the
 telling ones."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_cnn.bench import network_benches
+from fused_cnn.bench import network_benches, peers
 from fused_cnn.bench.benches import Bench, Prepared, extremes, measured
 from fused_cnn.bench.ceilings import Ceilings
 from fused_cnn.bench.network_benches import NetworkBench
@@ -102,6 +103,33 @@ def test_an_optimized_network_with_wrong_numbers_is_not_timed(monkeypatch: pytes
     monkeypatch.setattr(network_benches, "optimize", lambda model, images, **_: lambda x: 1.01 * model(x))
     with pytest.raises(AssertionError, match=r"resnet18, float32, inference: .*scores, optimized"):
         bench.check()
+
+
+@pytest.mark.parametrize(("factor", "absent"), [(1.0, set()), (1.01, {"fused package"})])
+def test_a_package_is_timed_where_its_numbers_are_right_and_its_folder_removed(
+    monkeypatch: pytest.MonkeyPatch, factor: float, absent: set[str]
+) -> None:
+    files = []
+    monkeypatch.setattr(network_benches, "package", lambda model, path: files.append(Path(path)) or model)
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda model: lambda x: factor * model(x))
+    work = deployed(monkeypatch, "inference").make()
+    assert work.variants.keys() == {"eager", "fused", "optimized", *network_benches.DEPLOYED} - absent
+    why = work.counted.get("absent", {})
+    assert why.keys() == absent and all("off eager's" in reason for reason in why.values())
+    assert [file.parent.exists() for file in files] == [False]
+
+
+def test_what_deploys_a_network_is_not_timed_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert deployed(monkeypatch, "training step").make().variants.keys() == {"eager", "fused"}
+
+
+def deployed(monkeypatch: pytest.MonkeyPatch, direction: str) -> NetworkBench:
+    """A small network's bench that is asked for what deploys one, without peers and without a compiler."""
+    monkeypatch.setattr(peers, "runtimes", lambda *_: {})
+    monkeypatch.setattr(network_benches, "peaks_in_children", lambda _: {})
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    small = {"model": "resnet18", "batch": 2, "size": 64, "dtype": torch.float32, "device": "cpu"}
+    return NetworkBench(**small, direction=direction, compilers=network_benches.DEPLOYED)
 
 
 def test_a_capture_that_fails_leaves_the_other_variants_times() -> None:

@@ -228,6 +228,14 @@ def kernel_row(
     return {**labels, "ms": ms, "busy_ms": busy, **counted, "kernels": [list(kernel) for kernel in kernels]}
 
 
+def test_what_deploys_a_fused_network_is_ours_and_has_columns_of_its_own() -> None:
+    found = tables_of([result("2026-11-25", row(8, eager=9, onnxruntime=5, fused=4, fused_dynamic=3, fused_package=2))])
+    text = found["inference-cuda"]
+    assert "| fused ms | dynamic torch.compile of fused ms | AOTInductor package ms |" in text
+    assert "| 9 | 5 | 4 | 3 | 2 |" in text and "1.25x (ONNX Runtime)" in text
+    assert "| 9 | 5 (ONNX Runtime) | 4 | wins by 1.25x |  |" in found["headlines-cuda"]
+
+
 def test_the_headline_names_the_fastest_peer_and_who_loses() -> None:
     steps = [kernel_row("eager", 50, ("a", 1, 1e3)), kernel_row("fused", 40, ("a", 1, 1e3))]
     inference = result(

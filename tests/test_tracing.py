@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
 from torchvision.models import resnet
 
-from fused_cnn import fuse_, ops, unfuse_
+from fused_cnn import _tables, fuse_, ops, unfuse_
 
 NETWORKS = {
     "resnet18": lambda: tv("resnet18"),
@@ -312,6 +312,19 @@ def test_a_compiled_model_sees_what_becomes_of_a_block() -> None:
             for model in (eager, fused):
                 change(model)
             close(compiled(x), eager(x))
+
+
+@torch.no_grad()
+def test_a_compiled_model_is_compiled_once() -> None:
+    """Though its first call is the process's first, at which the device's tables are read."""
+    torch._dynamo.reset()
+    _tables.forget()
+    eager, fused, x = twins("resnet18")
+    compiled = torch.compile(fused, fullgraph=True, dynamic=True, backend="aot_eager")
+    close(compiled(x), eager(x))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for images in (x, torch.cat([x, x.flip(0), x])):
+            close(compiled(images), eager(images))
 
 
 @torch.no_grad()

@@ -204,10 +204,9 @@ class OpBench(Bench):
         work = Prepared(variants, cost[f"{self.direction}_bytes"], cost[f"{self.direction}_flops"])
         if self.op in ("conv1x1_bias_relu", "conv_bias_relu") and not self.backward:
             work.add_peers({"library": lambda: self._variant(peers.fused_convolution)}, LARGEST[self.dtype])
-        for name in self.compilers:
-            of, mode = peers.COMPILERS[name]
-            if of == "eager":
-                variants[name] = self._variant(torch.compile(op_cases.op, mode=mode), backend="reference")
+        for name, (of, options) in peers.COMPILERS.items():
+            if name in self.compilers and of == "eager":
+                variants[name] = self._variant(torch.compile(op_cases.op, **options), backend="reference")
         return work
 
     def _variant(self, function: Callable[..., Tensor], **chosen: Any) -> Work:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..analysis import count, minimum_traffic, saved_bytes
 from ..measure import Work, graphed, interleaved
+from ..plan.export import package
 from ..plan.optimized import OptimizedModel, optimize
 from . import networks, peers
 from .benches import Bench, Makers, Prepared
@@ -25,6 +27,8 @@ from .profiling import host, kernels, peak_on_gpu, peaks_in_children
 from .results import PASSES, Row
 
 MODELS = ("googlenet", "resnet50")
+PACKAGE = "fused package"
+DEPLOYED = ("fused dynamic", PACKAGE)  # inference alone
 MOST_KERNELS = 45  # of a profile
 TRAINING_CHECK = (2, 96)  # images and pixels: float64 gradients in full size take minutes
 
@@ -102,7 +106,8 @@ class NetworkBench(Bench):
         if self.training:
             counted["saved"] = {name: saved_bytes(model, images) for name, model in pair.models.items()}
         makers: Makers = {} if self.training else peers.runtimes(pair.eager, images)
-        compiled = {name: partial(self.compiled, name, pair, images) for name in self.compilers}
+        wanted = [name for name in self.compilers if not (self.training and name in DEPLOYED)]
+        compiled = {name: partial(self.compiled, name, pair, images) for name in wanted}
         prepared.add_peers({**makers, **compiled}, LARGEST[self.dtype])
         if self.device == "cuda":
             counted["launches"] = {name: sum(n for _, n, _ in kernels(v, self.device)) for name, v in variants.items()}
@@ -128,10 +133,19 @@ class NetworkBench(Bench):
         pair, images = self.prepared(self.batch, self.size)
         return lambda: self.optimized(pair, images)(images)
 
+    def packaged(self, pair: Pair, images: Tensor) -> Work:
+        """The optimized network's AOTInductor package, loaded."""
+        with tempfile.TemporaryDirectory() as folder:  # what is loaded has been unpacked into another one
+            file = package(self.optimized(pair, images), f"{folder}/network.pt2")
+            loaded = torch._inductor.aoti_load_package(file)
+        return torch.no_grad()(lambda: loaded(images))
+
     def compiled(self, name: str, pair: Pair, images: Tensor) -> Work:
-        """One of peers.COMPILERS over the eager or the fused network."""
-        of, mode = peers.COMPILERS[name]
-        return peers.compiled(pair.models[of], mode, partial(work, images=images), frozen=not self.training)
+        """One of peers.COMPILERS over the eager or the fused network, or the package."""
+        if name == PACKAGE:
+            return self.packaged(pair, images)
+        of, options = peers.COMPILERS[name]
+        return peers.compiled(pair.models[of], options, partial(work, images=images), frozen=not self.training)
 
     def variant(self, name: str) -> Work:
         """One variant by itself: eager, fused or one of peers.COMPILERS."""

@@ -2,7 +2,7 @@
 
 Each function makes one peer's variant of a piece of work at its best: weights frozen where the peer can, its own memory
 layout, all of PyTorch's threads. ONNX Runtime and OpenVINO are optional (`pip install fused_cnn[peers]`) and take the
-unfused network as ONNX.
+unfused network as ONNX: what `unfuse_` and an export make of a fused one, too (examples/to_onnx.py).
 """
 
 import copy
@@ -10,7 +10,8 @@ import functools
 import importlib.util
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +22,28 @@ from .errors import require
 from .numbers import contiguous
 
 INSTALL = "`pip install fused_cnn[peers]`"
-OURS = ("fused", "optimized", "fused graph", "fused compile", "native", "triton")  # every other variant is a peer
+# Every other variant is a peer.
+OURS = ("fused", "optimized", "fused graph", "fused compile", "fused dynamic", "fused package", "native", "triton")
 
 
-# torch.compile: of the eager or of the fused network, and in which mode.
-COMPILERS: dict[str, tuple[str, str | None]] = {
-    "compile": ("eager", None),
-    "fused compile": ("fused", None),
-    "reduce-overhead": ("eager", "reduce-overhead"),
-    "autotune": ("eager", "max-autotune"),
+# torch.compile: of the eager or of the fused network, and with which options.
+COMPILERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "compile": ("eager", {}),
+    "fused compile": ("fused", {}),
+    "fused dynamic": ("fused", {"fullgraph": True, "dynamic": True}),
+    "reduce-overhead": ("eager", {"mode": "reduce-overhead"}),
+    "autotune": ("eager", {"mode": "max-autotune"}),
 }
 
 
-def compiled(model: nn.Module, mode: str | None, work_of: Callable[[nn.Module], Work], *, frozen: bool) -> Work:
+def compiled(
+    model: nn.Module, options: Mapping[str, Any], work_of: Callable[[nn.Module], Work], *, frozen: bool
+) -> Work:
     """torch.compile of a copy, compiled; frozen: with weights made part of the program. torch.compiler.reset() must not
     follow before its last call, which would compile it again, unfrozen."""
     import torch._inductor.config as config
 
-    work = work_of(torch.compile(copy.deepcopy(model), mode=mode))  # type: ignore[arg-type]
+    work = work_of(torch.compile(copy.deepcopy(model), **options))  # type: ignore[arg-type]
     with config.patch(freezing=frozen):
         work()
     return work

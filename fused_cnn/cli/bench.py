@@ -16,7 +16,7 @@ from ..bench import ceilings
 from ..bench.benches import BATCHES, DTYPES, Bench, measured, op_benches
 from ..bench.errors import RequestError
 from ..bench.facts import facts_of_run
-from ..bench.network_benches import MODELS, network_benches
+from ..bench.network_benches import DEPLOYED, MODELS, network_benches
 from ..bench.report import tables
 from ..bench.results import PASSES, Result, Row
 from ..bench.worker import Worker
@@ -35,7 +35,12 @@ def bench(
     batch: Annotated[list[int] | None, typer.Option(help="May be given again.")] = None,
     size: Annotated[int, typer.Option(min=32, help="Height and width of a network's images.")] = 224,
     backend: Backend = "auto",
-    compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile too: it takes minutes.")] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Time torch.compile and, on a CPU, AOTInductor's package too: it takes minutes."
+        ),
+    ] = False,
     reduce_overhead: Annotated[
         bool, typer.Option("--reduce-overhead", help="Time torch.compile's reduce-overhead, a GPU's CUDA graphs, too.")
     ] = False,
@@ -54,6 +59,8 @@ def bench(
     dtypes = [dtype_of(name) for name in dtype] if dtype else DTYPES[here]
     batches = batch or BATCHES[here]
     asked = {"compile": compiled, "fused compile": compiled, "reduce-overhead": reduce_overhead, "autotune": autotune}
+    # A package is of a CPU's plan; on a GPU, which is paid by the hour, one compilation of the fused network is enough.
+    asked |= dict.fromkeys(DEPLOYED, compiled and here == "cpu")
     compilers = tuple(name for name, wanted in asked.items() if wanted)
     options: dict[str, Any] = {"device": here, "backend": backend_of(backend), "compilers": compilers}
     benches: list[Bench] = []

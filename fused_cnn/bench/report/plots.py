@@ -17,6 +17,8 @@ COLOURS = {
     "optimized": "#d6336c",
     "fused graph": "#0b3d66",
     "fused compile": "#62b1e8",
+    "fused dynamic": "#17a2b8",
+    "fused package": "#f08fb1",
     "compile": "#e39c37",
     "reduce-overhead": "#c9a227",
     "autotune": "#b5651d",

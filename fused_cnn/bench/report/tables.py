@@ -14,7 +14,8 @@ Table = tuple[Cells, list[Cells]]
 Rows = Sequence[Row]
 Columns = Mapping[str, Callable[[Row], str]]  # by heading, what a row has in it
 PEERS = ("eager", "library", "compile", "reduce-overhead", "autotune", "graph", "onnxruntime", "openvino")
-VARIANTS = (*PEERS, "native", "triton", "fused", "optimized", "fused graph", "fused compile")
+FUSED = ("fused", "optimized", "fused graph", "fused compile", "fused dynamic", "fused package")
+VARIANTS = (*PEERS, "native", "triton", *FUSED)
 NAMES = {
     "library": "PyTorch's fused call",
     "compile": "torch.compile",
@@ -24,6 +25,8 @@ NAMES = {
     "openvino": "OpenVINO",
     "fused graph": "fused as a CUDA graph",
     "fused compile": "torch.compile of fused",
+    "fused dynamic": "dynamic torch.compile of fused",
+    "fused package": "AOTInductor package",
 }
 LABELS = ["model", "pass", "dtype", "batch"]
 SHOWN = ("fused", "compile")  # the variants whose kernels a table lists
