@@ -2,9 +2,7 @@
 whole numbers: sums are exact in any order, so results are equal to the bit."""
 
 import ctypes
-import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,45 +124,3 @@ def test_what_is_not_finite_reaches_the_pixels_that_it_reaches_in_pytorch(librar
     expected = torch.relu(F.conv2d(x, weight, padding=1)).half()
     found = split(library, lambda: conv_bias_relu(last(x.half()), weight.half(), padding=1, backend="simt"))
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-
-
-RULE = """
-#include <cstdio>
-#include "cuda/gemm/tiles.h"
-using namespace fused_cnn;
-int main() {
-  long m, n, k, kernel, launched;
-  while (std::scanf("%ld %ld %ld %ld %ld", &m, &n, &k, &kernel, &launched) == 5) {
-    const Problem problem{.device = 0, .dtype = static_cast<int64_t>(DType::bf16), .m = m, .n = n,
-                          .k = k * kernel * kernel, .residual = 0, .slices = 1, .kernel_height = kernel,
-                          .kernel_width = kernel, .stride = 1, .library_takes_all = 1, .scope = kConvolution};
-    for (const Tile& tile : kSm90aTiles) {
-      if (!tile.suits(problem) || !tile.when(problem, {.multiprocessors = 132, .launched = launched != 0})) continue;
-      std::printf("%d\\n", static_cast<int>(tile.kind));
-      break;
-    }
-  }
-}
-"""
-
-
-def test_by_rule_the_host_launches_kernels_of_our_own_and_a_graph_has_the_librarys(tmp_path: Path) -> None:
-    """ResNet-50's 3x3 convolutions on an H200: at batch 1 the host is the limit, at batch 256 it is not."""
-    source, program = tmp_path / "rule.cpp", tmp_path / "rule"
-    source.write_text(RULE)
-    folders = [f"-I{simt_backend.SIMT}", f"-I{simt_backend.ROOT / 'csrc'}"]
-    torch_headers = f"-isystem{Path(torch.__file__).parent / 'include'}"
-    command = [simt_backend.compiler(), "-std=c++20", *folders, torch_headers, str(source), "-o", str(program)]
-    subprocess.run(command, check=True)
-
-    def kinds(batch: int, kernel: int, launched: bool) -> list[int]:
-        layers = ((56, 64), (28, 128), (14, 256), (7, 512))
-        lines = (f"{batch * side * side} {c} {c} {kernel} {int(launched)}\n" for side, c in layers)
-        done = subprocess.run([program], input="".join(lines), capture_output=True, text=True, check=True)
-        return [int(kind) for kind in done.stdout.split()]
-
-    convolution, split, fused_by_library = 1, 6, 4
-    assert kinds(1, 3, launched=True) == [convolution, convolution, split, split]
-    for batch, launched in ((1, False), (256, False), (256, True)):
-        assert kinds(batch, 3, launched) == [fused_by_library] * 4
-    assert kinds(1, 1, launched=True) == kinds(1, 1, launched=False) == [0] * 4

@@ -54,7 +54,7 @@ std::vector<const Tile*> suitable(const Problem& problem, int major) {
 
 }  // namespace
 
-const Tile& tile_for(const Problem& problem, std::span<const Tile> candidates, const Where& where) {
+const Tile& tile_for(const Problem& problem, std::span<const Tile> candidates, int multiprocessors) {
   const std::lock_guard lock(mutex);
   if (recording) {
     recorded.push_back(problem);
@@ -62,7 +62,7 @@ const Tile& tile_for(const Problem& problem, std::span<const Tile> candidates, c
   }
   if (const auto found = chosen.find(problem); found != chosen.end()) return *found->second;
   return *std::find_if(candidates.begin(), std::prev(candidates.end()),
-                       [&](const Tile& tile) { return may_run(tile, problem) && tile.when(problem, where); });
+                       [&](const Tile& tile) { return may_run(tile, problem) && tile.when(problem, multiprocessors); });
 }
 
 bool tf32_allowed() {

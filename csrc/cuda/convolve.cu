@@ -155,8 +155,7 @@ const Tile* tile_of(const Tensor& x, const Tensor& weight, const ConvParams& par
                                              x.size(1) % in_16_bytes(dtype) == 0 && rows * weight.size(0) <= INT_MAX &&
                                              library_may_fuse(),
                         .scope = pooled ? kPoolBehind : kConvolution};
-  const bool launched = problem.library_takes_all && !is_capturing(current_stream(kernels.device));
-  return &kernels.tile_for(problem, launched);
+  return &kernels.tile_for(problem);
 }
 
 void convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const RowView& residual,

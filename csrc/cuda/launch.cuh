@@ -11,15 +11,6 @@ namespace fused_cnn {
 
 constexpr int kSharedWithoutAsking = 48 << 10;  // bytes of shared memory that every launch may have
 
-// Whether what is launched on a stream becomes part of a CUDA graph.
-inline bool is_capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  const cudaError_t error = cudaStreamIsCapturing(stream, &status);
-  if (error != cudaSuccess) cudaGetLastError();  // or this library's next check would report it once more
-  FUSED_CNN_CHECK(error == cudaSuccess, "whether a stream is captured cannot be asked: ", cudaGetErrorString(error));
-  return status == cudaStreamCaptureStatusActive;
-}
-
 class Launch {
  public:
   explicit Launch(const Tensor& on) : guard_(on.get_device_index()), stream_(current_stream(on.get_device_index())) {}

@@ -72,9 +72,8 @@ struct GemmKernels {
         multiprocessors(device_facts(device).multiprocessors) {}
   explicit operator bool() const { return cores != nullptr; }
 
-  // `launched`: as Where has it, where it counts.
-  const Tile& tile_for(const Problem& problem, bool launched = false) const {
-    return fused_cnn::tile_for(problem, cores->tiles, {multiprocessors, launched});
+  const Tile& tile_for(const Problem& problem) const {
+    return fused_cnn::tile_for(problem, cores->tiles, multiprocessors);
   }
   void run(const Launch& launch, const Gemm& gemm) const {
     check(cores->product(gemm, multiprocessors, launch.stream()), "product of ", gemm.m, " x ", gemm.k, " and ", gemm.k,

@@ -28,7 +28,7 @@ class SideStreams {
  public:
   // For launches on a device; `wanted` says whether they may run at the same time.
   SideStreams(int device, bool wanted)
-      : guard_(device), device_(device), main_(current_stream(device)), forks_(wanted && is_capturing(main_)) {}
+      : guard_(device), device_(device), main_(current_stream(device)), forks_(wanted && is_capturing()) {}
   SideStreams(const SideStreams&) = delete;
   ~SideStreams() {
     for (const cudaStream_t side : used_) {
@@ -60,6 +60,12 @@ class SideStreams {
   }
 
  private:
+  bool is_capturing() const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(main_, &status));
+    return status == cudaStreamCaptureStatusActive;
+  }
+
   // What comes on `later` from now on waits for what is on `earlier`.
   static void wait(cudaStream_t later, cudaStream_t earlier) {
     cudaEvent_t event;

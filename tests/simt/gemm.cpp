@@ -15,10 +15,10 @@ namespace {
 constexpr Tile kTiles[] = {
     {TileKind::product, 128, 128, 64, kSm80Tiles[0].when, ""},
     {TileKind::product, 64, 64, 64, tiles::always, ""},
-    {TileKind::stem, 112, 64, 16, [](const Problem& problem, const Where&) { return problem.scope != 0; }, ""},
+    {TileKind::stem, 112, 64, 16, [](const Problem& problem, int) { return problem.scope != 0; }, ""},
     {TileKind::pooled_product, 256, 128, 64, tiles::always, ""},
     {TileKind::space_to_depth, 128, 64, 64, tiles::always, ""},
-    {TileKind::split, 64, 64, 64, [](const Problem& problem, const Where&) { return problem.stride > 1; }, ""},
+    {TileKind::split, 64, 64, 64, [](const Problem& problem, int) { return problem.stride > 1; }, ""},
     {TileKind::convolution, 128, 64, 64, tiles::always, ""},
     {TileKind::product, 128, 128, 32, tiles::always, ""},
     {TileKind::convolution, 128, 64, 32, tiles::always, ""},

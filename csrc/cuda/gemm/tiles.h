@@ -45,19 +45,12 @@ struct Problem {
   auto operator<=>(const Problem&) const = default;
 };
 
-// Where a problem runs, and whether the host launches it there and then: it needs 11 microseconds more for the
-// library's call than for a kernel of our own (H100, 2026-11-28), which a CUDA graph does not see.
-struct Where {
-  int multiprocessors;
-  bool launched;
-};
-
 // A way to run it: a candidate. Where nothing was measured, the first in the architecture's order whose `when` holds
 // runs. `measured` is what put it there: shape, figure, GPU, date.
 struct Tile {
   TileKind kind;
   int m, n, k;
-  bool (*when)(const Problem& problem, const Where& where);
+  bool (*when)(const Problem& problem, int multiprocessors);
   const char* measured;
 
   // Whether it takes elements of which so many lie in 16 bytes: all but the stem's bring 128 bytes of k at a time.
@@ -99,11 +92,12 @@ struct Tile {
   }
 };
 
+// Predicates of problems and the number of multiprocessors.
 namespace tiles {
-inline bool always(const Problem&, const Where&) {
+inline bool always(const Problem&, int) {
   return true;
 }
-inline bool never(const Problem&, const Where&) {
+inline bool never(const Problem&, int) {
   return false;
 }
 // Enough tiles of so many rows and columns that every multiprocessor has work.
@@ -114,10 +108,6 @@ inline bool fills(const Problem& problem, int rows, int columns, int multiproces
 inline bool needs_pass(const Problem& problem) {
   return !problem.library_takes_all && problem.kernel_height * problem.kernel_width > 1;
 }
-// One for which a kernel of our own may be a little slower than the library's, which the host takes longer to launch.
-inline bool needs_pass_or_host(const Problem& problem, const Where& where) {
-  return needs_pass(problem) || (where.launched && problem.kernel_height * problem.kernel_width > 1);
-}
 }  // namespace tiles
 
 // Of 16-bit types alone: cp.async leaves float32 as it is, and mma.sync would cut it off to TF32, not round it.
@@ -126,10 +116,8 @@ inline constexpr Tile kSm80Tiles[] = {
      .m = 128,
      .n = 128,
      .k = 64,
-     .when =
-         [](const Problem& problem, const Where& where) {
-           return problem.n > 64 && tiles::fills(problem, 128, 128, 2 * where.multiprocessors);
-         },
+     .when = [](const Problem& problem,
+                int multiprocessors) { return problem.n > 64 && tiles::fills(problem, 128, 128, 2 * multiprocessors); },
      .measured = ""},
     {.kind = TileKind::product, .m = 64, .n = 64, .k = 64, .when = tiles::always, .measured = ""},
     {.kind = TileKind::stem, .m = 112, .n = 64, .k = 16, .when = tiles::always, .measured = ""},
@@ -147,9 +135,9 @@ inline constexpr Tile kSm90aTiles[] = {
      .n = 128,
      .k = 64,
      .when =
-         [](const Problem& problem, const Where& where) {
+         [](const Problem& problem, int multiprocessors) {
            return problem.n > 64 && (problem.residual || problem.slices > 1 || problem.k <= 256) &&
-                  tiles::fills(problem, 256, 128, where.multiprocessors);
+                  tiles::fills(problem, 256, 128, multiprocessors);
          },
      .measured = "(802816, 64) x (64, 256) + residual: 345; 128 x 128: 416; the library and a pass: 673"},
     {.kind = TileKind::product,
@@ -157,8 +145,8 @@ inline constexpr Tile kSm90aTiles[] = {
      .n = 128,
      .k = 64,
      .when =
-         [](const Problem& problem, const Where& where) {
-           return problem.n > 64 && problem.slices == 1 && tiles::fills(problem, 128, 128, where.multiprocessors);
+         [](const Problem& problem, int multiprocessors) {
+           return problem.n > 64 && problem.slices == 1 && tiles::fills(problem, 128, 128, multiprocessors);
          },
      .measured = "(200704, 512) x (512, 256): 120; 256 x 128: 132; cuDNN's fused call: 128"},
     {.kind = TileKind::product,
@@ -166,7 +154,7 @@ inline constexpr Tile kSm90aTiles[] = {
      .n = 64,
      .k = 64,
      .when = [](const Problem& problem,
-                const Where& where) { return tiles::fills(problem, 128, 64, where.multiprocessors); },
+                int multiprocessors) { return tiles::fills(problem, 128, 64, multiprocessors); },
      .measured = "(802816, 256) x (256, 64): 183; 128 x 128: 204; cuDNN's fused call: 187"},
     {.kind = TileKind::product,
      .m = 64,
@@ -182,15 +170,15 @@ inline constexpr Tile kSm90aTiles[] = {
      .n = 128,
      .k = 32,
      .when =
-         [](const Problem& problem, const Where& where) {
-           return !problem.library_takes_all && tiles::fills(problem, 128, 128, where.multiprocessors / 2);
+         [](const Problem& problem, int multiprocessors) {
+           return !problem.library_takes_all && tiles::fills(problem, 128, 128, multiprocessors / 2);
          },
      .measured = "(802816, 64) x (64, 256) + residual: 700; the library and a pass: 1237"},
     {.kind = TileKind::convolution,
      .m = 128,
      .n = 64,
      .k = 32,
-     .when = [](const Problem& problem, const Where&) { return tiles::needs_pass(problem) && problem.k <= 512; },
+     .when = [](const Problem& problem, int) { return tiles::needs_pass(problem) && problem.k <= 512; },
      .measured = "3x3, 32 -> 128 at 14, batch 256: a block 572; the library and a pass: 585, ahead for more channels"},
     {.kind = TileKind::space_to_depth,
      .m = 128,
@@ -210,7 +198,7 @@ inline constexpr Tile kSm90aTiles[] = {
      .n = 128,
      .k = 64,
      .when = [](const Problem& problem,
-                const Where& where) { return tiles::fills(problem, 256, 128, where.multiprocessors); },
+                int multiprocessors) { return tiles::fills(problem, 256, 128, multiprocessors); },
      .measured =
          "(200704, 256) x (256, 64): a block 436, 505 with a pool of its own; (196, 480) x (480, 64): 54 and 40"},
     {.kind = TileKind::convolution,
@@ -218,9 +206,9 @@ inline constexpr Tile kSm90aTiles[] = {
      .n = 192,
      .k = 64,
      .when =
-         [](const Problem& problem, const Where& where) {
+         [](const Problem& problem, int multiprocessors) {
            return problem.n % 192 == 0 && (tiles::needs_pass(problem) || problem.inputs() <= 64) &&
-                  tiles::fills(problem, 128, 192, where.multiprocessors);
+                  tiles::fills(problem, 128, 192, multiprocessors);
          },
      .measured = "3x3, 64 -> 192 at 56, batch 256: 440; 128 x 64: 587; cuDNN's fused call: 700"},
     {.kind = TileKind::split,
@@ -228,9 +216,8 @@ inline constexpr Tile kSm90aTiles[] = {
      .n = 64,
      .k = 64,
      .when =
-         [](const Problem& problem, const Where& where) {
-           return tiles::needs_pass_or_host(problem, where) &&
-                  !tiles::fills(problem, 128, 64, where.multiprocessors / 10);
+         [](const Problem& problem, int multiprocessors) {
+           return tiles::needs_pass(problem) && !tiles::fills(problem, 128, 64, multiprocessors / 10);
          },
      .measured = "3x3, 192 -> 384 at 7, batch 1: a block 49; the library and a pass: 51; the tile below: 53"},
     {.kind = TileKind::convolution,
@@ -238,9 +225,9 @@ inline constexpr Tile kSm90aTiles[] = {
      .n = 64,
      .k = 64,
      .when =
-         [](const Problem& problem, const Where& where) {
-           return tiles::needs_pass_or_host(problem, where) && problem.k <= 1152 &&
-                  !tiles::fills(problem, 128, 64, 2 * where.multiprocessors);
+         [](const Problem& problem, int multiprocessors) {
+           return tiles::needs_pass(problem) && problem.k <= 1152 &&
+                  !tiles::fills(problem, 128, 64, 2 * multiprocessors);
          },
      .measured = "3x3, 48 -> 128 at 7, batch 256: a block 131; the library and a pass: 141"},
     {.kind = TileKind::branches, .m = 0, .n = 0, .k = 0, .when = tiles::never, .measured = ""},
@@ -254,7 +241,7 @@ inline constexpr Tile kSm90aTiles[] = {
 };
 
 // The one of them that a problem runs with (cuda/choices.cu).
-const Tile& tile_for(const Problem& problem, std::span<const Tile> candidates, const Where& where);
+const Tile& tile_for(const Problem& problem, std::span<const Tile> candidates, int multiprocessors);
 
 // What an architecture has; a launch's error says why it could not be. In a product of several slices each one's rows
 // of b begin at a multiple of `slice_step`.
