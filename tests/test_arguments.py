@@ -57,6 +57,11 @@ ABSURD = {
         lambda: packed_conv([LARGEST] * 2, [2**29] * 2, [2**29] * 2),
         "an image of 8 channels and, padded, 1073741829 x 1073741829 pixels is too large",
     ),
+    "too few numbers": (lambda: packed_conv([1, 1], [1], [1, 1]), "fwd: padding must have two values, got 1"),
+    "too many numbers": (
+        lambda: torch.ops.fused_cnn.max_pool2d_fwd(X, [3, 3, 3], [2, 2], [1, 1], [1, 1], False),
+        "max_pool2d_fwd: kernel must have two values, got 3",
+    ),
     "scratch memory": (lambda: packed_conv([LARGEST] * 2, [2**14] * 2, [2**14] * 2), "bytes of scratch memory"),
 }
 
