@@ -442,7 +442,7 @@ def test_a_stem_and_its_pool_are_what_the_parts_are_to_the_bit(checked_memory: N
 
 POOLED = (7, 256, 128, 64)  # the tile whose kernel pools and projects
 BRANCHES = (8, 0, 0, 0)  # the way to run a block in which its branches run beside each other
-POOL_BEFORE, BLOCK = 2, 3  # in a problem's last place
+POOL_BEFORE, BLOCK = 2, _library.BLOCK  # in a problem's last place
 
 
 def last_branch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Callable[[], torch.Tensor]:
