@@ -137,7 +137,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """How many answers had come after so many milliseconds, and images a second, round by round."""
     figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
     waits, rates = figure.subplots(1, 2, width_ratios=(3, 2))
-    for place, (variant, row) in enumerate(result["variants"].items()):
+    names = [row["variant"] for row in result["rows"]]
+    for place, (variant, row) in enumerate(zip(names, result["rows"], strict=True)):
         colour, ms = COLOURS[variant], [seconds * 1e3 for seconds in sorted(row["seconds"])]
         share = [(i + 1) / len(ms) for i in range(len(ms))]
         label = f"{variant}: p50 {row['p50'] * 1e3:.0f} ms, p99 {row['p99'] * 1e3:.0f} ms"
@@ -145,7 +146,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         rates.bar(place, row["images_per_second"], 0.6, color=colour)
         rates.plot([place] * len(row["rounds"]), row["rounds"], "o", color="black", markersize=3)
     waits.set(xlabel="milliseconds from request to answer", ylabel="share of the answers", xlim=0, ylim=(0, 1))
-    rates.set_xticks(range(len(result["variants"])), list(result["variants"]))
+    rates.set_xticks(range(len(names)), names)
     rates.set(ylabel="images a second (bar: median of rounds)")
     for axes in (waits, rates):
         axes.spines[["top", "right"]].set_visible(False)
@@ -194,7 +195,8 @@ def main(
             row |= {"images_per_second": statistics.median(row["rounds"]), "mean_batch": pictures / times_run}
             row |= {"p50": quantile(row["seconds"], 0.5), "p99": quantile(row["seconds"], 0.99)}
     facts = facts_of_run("cuda" if torch.cuda.is_available() else "cpu")
-    result = {"kind": "load", "network": network, "size": size, "clients": clients, "variants": found, **facts}
+    rows = [{"variant": variant, **row} for variant, row in found.items()]
+    result = {"kind": "load", "network": network, "size": size, "clients": clients, "rows": rows, **facts}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1))
     draw(result, out)

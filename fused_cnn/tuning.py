@@ -105,7 +105,7 @@ def measure_tiles(work: Callable[[], object], device: torch.device, library: cty
             works: dict[_library.Tile, Callable[[], object]]
             works = {tile: functools.partial(with_tile, tile) for tile in _library.tiles_of(library, problem)}
             if problem[-1] == _library.BLOCK:
-                works = {tile: graphed(work_with) for tile, work_with in works.items()}
+                works = {tile: graphed(work_with, device) for tile, work_with in works.items()}
             timed = _seconds(works, device)
             best = min(timed, key=timed.__getitem__)
         finally:

@@ -291,3 +291,23 @@ def test_results_that_report_does_not_know_are_passed_over(tmp_path: Path) -> No
     file = tmp_path / "stage.json"
     file.write_text('{"stage": "build", "dry": "", "result": {"kernels": []}}')
     assert load(file) is None
+
+
+def test_a_service_under_load_has_a_table() -> None:
+    figures = {
+        "seconds": [0.5, 1.5],
+        "rounds": [2.0],
+        "images_per_second": 2.04,
+        "mean_batch": 7.69,
+        "p50": 0.5,
+        "p99": 1.5,
+    }
+    rows = [{"variant": variant, **figures} for variant in ("eager", "optimized")]
+    loaded = result("2026-11-28", *rows, kind="load", network="resnet50", clients=16)
+    text = tables_of([loaded, result("2026-11-28", row(1, eager=4, fused=2))])["load"]
+    headings, _, *lines, _, facts = text.splitlines()
+    assert headings == "| network | clients | variant | images/s | p50 ms | p99 ms | mean batch | answers |"
+    assert lines == [
+        f"| resnet50 | 16 | {variant} | 2.0 | 500 | 1500 | 7.7 | 2 |" for variant in ("eager", "optimized")
+    ]
+    assert "2026-11-28" in facts

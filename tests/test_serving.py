@@ -428,8 +428,8 @@ def test_the_load_script_compares_saves_and_draws(
     monkeypatch.setattr(load, "service", lambda variant, *_: contextlib.nullcontext(service_of(variant).port))
     load.main(NETWORK, SIZE, clients=4, requests=12, seconds=PATIENCE, rounds=2, out=tmp_path / "load.json")
     result = json.loads((tmp_path / "load.json").read_text())
-    assert list(result["variants"]) == ["eager", "fused", "optimized"]
-    for row in result["variants"].values():
+    assert [row["variant"] for row in result["rows"]] == ["eager", "fused", "optimized"]
+    for row in result["rows"]:
         assert len(row["seconds"]) == 24 and len(row["rounds"]) == 2 and min(row["rounds"]) > 0
         assert 0 < row["p50"] <= row["p99"] == max(row["seconds"]) and row["mean_batch"] >= 1
     assert Image.open(tmp_path / "load.png").size == (1100, 440)

@@ -519,7 +519,7 @@ def test_the_ways_to_run_a_block_are_timed_as_graphs_and_last(monkeypatch: pytes
         assert (timed[-1] == {BRANCHES, (3, 0, 0, 0)}) == (len(captured) == 2)
         return {tile: float(tile != BRANCHES) for tile in variants}
 
-    def graphed(work: Callable[[], object]) -> Callable[[], object]:
+    def graphed(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
         captured.append(lambda: simt_backend.captured(library, work))
         captured[-1]()
         return captured[-1]

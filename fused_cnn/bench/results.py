@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import RequestError
 
-KINDS = ("bench", "kernels", "verify", "tests")
+KINDS = ("bench", "kernels", "verify", "tests", "load")
 # What a row calls a pass, by the name of its table.
 PASSES = {"inference": "inference", "training": "training step"}
 TABLES = {step: table for table, step in PASSES.items()}
@@ -48,7 +48,7 @@ def load(file: Path) -> Result | None:
         if document["kind"] not in KINDS:
             raise KeyError(document["kind"])
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        kinds = "verify, bench, profile, pytest-benchmark or scripts/gpu.sh"
+        kinds = "verify, bench, profile, pytest-benchmark, examples/load.py or scripts/gpu.sh"
         raise RequestError(f"{file} is not a result of {kinds}: {error!r}") from error
     return document
 
@@ -72,7 +72,7 @@ def table_of(row: Row) -> str:
 
 def _by_table(result: Result) -> dict[str, list[Row]]:
     rows: list[Row] = result.get("rows", [])
-    if table := {"verify": "verify", "kernels": "steps"}.get(result["kind"]):
+    if table := {"verify": "verify", "kernels": "steps", "load": "load"}.get(result["kind"]):
         return {table: rows}
     return {table: [row for row in rows if table_of(row) == table] for table in dict.fromkeys(map(table_of, rows))}
 

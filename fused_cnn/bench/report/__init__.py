@@ -1,7 +1,7 @@
 """Tables in Markdown and plots of saved results.
 
-Tables are named verify, inference, training, memory-inference, memory-training, ops, steps and kernels-MODEL-PASS, with
-`-cuda` added where a GPU made them, headlines, and `ran`: which kernels have run on which GPU.
+Tables are named verify, inference, training, memory-inference, memory-training, ops, steps, kernels-MODEL-PASS and
+load, with `-cuda` added where a GPU made them, headlines, and `ran`: which kernels have run on which GPU.
 """
 
 import re
@@ -30,6 +30,8 @@ def tables_of(results: Sequence[Result]) -> dict[str, str]:
             for model, step in dict.fromkeys((row["model"], row["pass"]) for row in rows):
                 of_step = [row for row in rows if (row["model"], row["pass"]) == (model, step)]
                 found[f"kernels-{model}-{step.split()[0]}{suffix}"] = markdown(*tables.kernels(of_step))
+        elif result["kind"] == "load":
+            found[name + suffix] = markdown(*tables.load(result)) + source(result)
         else:
             subject = rows[0]["kind"]
             found[name + suffix] = markdown(*tables.bench(rows, subject)) + tables.remarks(rows) + source(result)
@@ -47,7 +49,7 @@ def draw(result: Result, folder: Path) -> list[Path]:
     table, suffix = result["table"], f"{SUFFIX[result['device']]}.png"
     if table == "verify":
         return [plots.stages(result, folder / f"verify{suffix}")]
-    if table == "steps" or all("error" in row for row in result["rows"]):
+    if table in ("steps", "load") or all("error" in row for row in result["rows"]):
         return []
     if table == "ops":
         return [plots.roofline(result, folder / f"roofline{suffix}")]

@@ -210,6 +210,19 @@ def verify(result: Result) -> Table:
     return table([{"model": name, **found} for name, found in models], ["model"], columns)
 
 
+def load(result: Result) -> Table:
+    """A service under load, variant by variant."""
+    columns: Columns = {
+        "images/s": lambda row: f"{row['images_per_second']:.1f}",
+        "p50 ms": lambda row: f"{row['p50'] * 1e3:.0f}",
+        "p99 ms": lambda row: f"{row['p99'] * 1e3:.0f}",
+        "mean batch": lambda row: f"{row['mean_batch']:.1f}",
+        "answers": lambda row: str(len(row["seconds"])),
+    }
+    of = {"network": result["network"], "clients": result["clients"]}
+    return table([{**of, **row} for row in result["rows"]], ["network", "clients", "variant"], columns)
+
+
 def steps(rows: Rows, **more: Callable[[Row], str]) -> Table:
     """What a step takes, and how much of that the device is busy."""
     columns: Columns = {
