@@ -304,7 +304,7 @@ def test_a_service_under_load_has_a_table() -> None:
     }
     rows = [{"variant": variant, **figures} for variant in ("eager", "optimized")]
     loaded = result("2026-11-28", *rows, kind="load", network="resnet50", clients=16)
-    text = tables_of([loaded, result("2026-11-28", row(1, eager=4, fused=2))])["load"]
+    text = tables_of([loaded, result("2026-11-28", row(1, eager=4, fused=2))])["load-cuda"]
     headings, _, *lines, _, facts = text.splitlines()
     assert headings == "| network | clients | variant | images/s | p50 ms | p99 ms | mean batch | answers |"
     assert lines == [
