@@ -150,7 +150,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     rates.set(ylabel="images a second (bar: median of rounds)")
     for axes in (waits, rates):
         axes.spines[["top", "right"]].set_visible(False)
-    title = f"{result['network']}, {result['clients']} clients, {result['device_name']}, {result['date'][:10]}"
+    of = result["rows"][0]
+    title = f"{of['network']}, {of['clients']} clients, {result['device_name']}, {result['date'][:10]}"
     figure.legend(frameon=False, loc="outside lower center", ncols=3)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path.with_suffix(".png"), dpi=110)
@@ -195,8 +196,9 @@ def main(
             row |= {"images_per_second": statistics.median(row["rounds"]), "mean_batch": pictures / times_run}
             row |= {"p50": quantile(row["seconds"], 0.5), "p99": quantile(row["seconds"], 0.99)}
     facts = facts_of_run("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [{"variant": variant, **row} for variant, row in found.items()]
-    result = {"kind": "load", "network": network, "size": size, "clients": clients, "rows": rows, **facts}
+    of = {"network": network, "size": size, "clients": clients}
+    rows = [{**of, "variant": variant, **row} for variant, row in found.items()]
+    result = {"kind": "load", "rows": rows, **facts}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1))
     draw(result, out)

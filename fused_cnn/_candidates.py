@@ -262,7 +262,7 @@ def tunable(function: Function) -> Function:
     def call(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
         if (
             backend is None
-            and not torch.compiler.is_compiling()
+            and not torch.compiler.is_compiling()  # before the tables, for a trace guards on what it reads
             and (_tables.asks or measuring.record is not None)
             and not transforms_active()
         ):

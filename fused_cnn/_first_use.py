@@ -211,9 +211,11 @@ def sentence(key: tuple[Any, ...], what: str, gpu: str) -> str:
 
 
 def _problems(library: ctypes.CDLL, run: Callable[[], Any], device: torch.device) -> list[_library.Problem]:
-    """A call's problems on this device."""
+    """A call's problems on this device, but for a whole block's, whose ways have the same kernels and are compared
+    where they are timed (tuning.py)."""
     here = -1 if device.type == "cpu" else device.index or 0
-    return [problem for problem in _library.problems_of(library, run) if problem[0] == here]
+    found = _library.problems_of(library, run)
+    return [problem for problem in found if problem[0] == here and problem[-1] != _library.BLOCK]
 
 
 def _choose(library: ctypes.CDLL, problems: Sequence[_library.Problem], tile: _library.Tile | None) -> None:

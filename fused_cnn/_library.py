@@ -183,7 +183,7 @@ Problem = tuple[int, ...]
 Tile = tuple[int, int, int, int]  # kind (TileKind there), m, n, k
 LIBRARY_TILES = (3, 4)  # the kinds that are cuDNN's
 BLOCK = 3  # the last value of a problem that is a whole block's
-RECORDED = 64  # more problems than one op has
+RECORDED = 256  # more problems than a network of today has
 
 
 def _values(library: ctypes.CDLL, problem: Problem) -> Any:

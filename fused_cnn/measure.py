@@ -39,8 +39,8 @@ def synchronize(device: torch.device | str) -> None:
 
 def graphed(work: Work, device: torch.device | None = None) -> Work:
     """The work captured as a CUDA graph on a device, or the current one; its tensors stay where they are, so each
-    replay does it again. A capture that fails leaves PyTorch's stream, allocator and generator of random numbers in it:
-    what runs later in that process fails, too.
+    replay does it again. A capture that fails leaves PyTorch's allocator and generator of random numbers in it: what
+    runs later in that process fails, too.
 
     Warm-up and capture share a stream: autograd adds to a parameter's gradient on the stream where that parameter was
     first used, and outside of the capture's it may not. Graphs of earlier steps, which remember theirs, must therefore
@@ -48,16 +48,19 @@ def graphed(work: Work, device: torch.device | None = None) -> Work:
     """
     gc.collect()
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        here, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(here)
         with torch.cuda.stream(stream):
             for _ in range(3):
                 work()
-        torch.cuda.current_stream().wait_stream(stream)
+        here.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Autograd's threads may allocate meanwhile, which a capture in the global mode forbids.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            out = work()
+        try:
+            # Autograd's threads may allocate meanwhile, which a capture in the global mode forbids.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                out = work()
+        finally:
+            torch.cuda.set_stream(here)  # which PyTorch leaves undone where the capture's end is an error
 
     def replay() -> object:
         graph.replay()

@@ -20,6 +20,7 @@ from ._candidates import measuring
 from ._tables import Key, Table
 from ._trees import leaves_of, mapped, tensors
 from .measure import graphed, interleaved
+from .ops import inception, pack_inception
 
 
 class _Call(NamedTuple):
@@ -89,11 +90,11 @@ def _measure(call: _Call, backends: Sequence[str], device: torch.device) -> None
 
 
 def measure_tiles(work: Callable[[], object], device: torch.device, library: ctypes.CDLL, table: Table) -> None:
-    """Time `work` with each tile of each problem that it has, keep the fastest, and leave it chosen. A whole block's
-    ways, which differ in a CUDA graph alone, are timed as such, behind its parts."""
-    for problem in sorted(_library.problems_of(library, work), key=lambda problem: problem[-1] == _library.BLOCK):
+    """Time `work` with each tile of each problem that it has, keep the fastest, and leave it chosen; of a whole block's
+    problem see `measure_block`."""
+    for problem in _library.problems_of(library, work):
         key = (_tables.GEMM, *problem[1:])
-        if key in table.tiles:
+        if key in table.tiles or problem[-1] == _library.BLOCK:
             continue
 
         def with_tile(tile: _library.Tile, problem: _library.Problem = problem) -> object:
@@ -102,15 +103,48 @@ def measure_tiles(work: Callable[[], object], device: torch.device, library: cty
 
         best = None  # of what is interrupted
         try:
-            works: dict[_library.Tile, Callable[[], object]]
-            works = {tile: functools.partial(with_tile, tile) for tile in _library.tiles_of(library, problem)}
-            if problem[-1] == _library.BLOCK:
-                works = {tile: graphed(work_with, device) for tile, work_with in works.items()}
-            timed = _seconds(works, device)
+            tiles = _library.tiles_of(library, problem)
+            timed = _seconds({tile: functools.partial(with_tile, tile) for tile in tiles}, device)
             best = min(timed, key=timed.__getitem__)
         finally:
             _library.choose_tile(library, problem, best)
         table.tiles[key] = {"best": list(best), "seconds": {str(tile): s for tile, s in timed.items()}}
+
+
+def measure_block(work: Callable[[], Tensor], device: torch.device, library: ctypes.CDLL, table: Table) -> None:
+    """Time each way to run a whole block, keep the fastest, and leave it chosen. They differ in CUDA graphs alone, and
+    must give the same there, for their kernels are the same.
+
+    Raises:
+        RuntimeError: they do not, or a capture failed, behind which this process can make no other.
+    """
+    for problem in _library.problems_of(library, work):
+        key = (_tables.GEMM, *problem[1:])
+        if key in table.tiles or problem[-1] != _library.BLOCK:
+            continue
+        best, replays = None, dict[_library.Tile, Callable[[], Any]]()
+        try:
+            for tile in _library.tiles_of(library, problem):
+                _library.choose_tile(library, problem, tile)
+                replays[tile] = graphed(work, device)
+            timed = _seconds(replays, device)
+            first, *others = [replay() for replay in replays.values()]  # behind many that hid no race
+            if not all(torch.equal(first, other) for other in others):
+                raise RuntimeError(
+                    f"tune: the ways to run the block {problem} give different results; please report it"
+                )
+            best = min(timed, key=timed.__getitem__)
+        finally:
+            _library.choose_tile(library, problem, best)
+        table.tiles[key] = {"best": list(best), "seconds": {str(tile): s for tile, s in timed.items()}}
+
+
+def _packed_block(call: _Call, device: torch.device) -> Callable[[], Tensor]:
+    """An Inception block's call with its weights as a network in eval has them."""
+    x, weights, biases = mapped(lambda t: _random(t, device).detach(), call.args, Tensor)
+    x = x.to(call.autocast or x.dtype)
+    packed = pack_inception(weights, biases, like=x, backend="native")
+    return torch.no_grad()(lambda: inception(x, *packed))
 
 
 def _calls_of(model: Callable[..., Any], example: Sequence[Tensor], train: bool) -> list[_Call]:
@@ -181,6 +215,11 @@ def tune(
         for i, call in enumerate(calls, 1):
             say(f"{i} of {len(calls)}: {call.key[0]}, {call.key[1]}")
             _measure(call, backends, device)
+        library = _library.cuda.loaded
+        if library is not None and device.type == "cuda" and "native" in backends and not train:
+            for call in calls:  # behind all others: a capture that fails is the process's last
+                if call.key[0] == "inception":
+                    measure_block(_packed_block(call, device), device, library, measured)
     finally:  # interrupted, it keeps what it has
         measuring.table = None
         _tables.save(path, measured, found)

@@ -441,7 +441,7 @@ def test_a_stem_and_its_pool_are_what_the_parts_are_to_the_bit(checked_memory: N
 
 
 POOLED = (7, 256, 128, 64)  # the tile whose kernel pools and projects
-BRANCHES = (8, 0, 0, 0)  # the way to run a block in which its branches run beside each other
+BESIDE = (8, 0, 0, 0)  # the way to run a block in which its branches run beside each other
 POOL_BEFORE, BLOCK = 2, _library.BLOCK  # in a problem's last place
 
 
@@ -494,45 +494,58 @@ def test_a_pool_and_its_projection_are_what_the_parts_are_to_the_bit(shape: tupl
         assert torch.equal(found, parts)
 
 
-@pytest.mark.parametrize("kind", ["branches", "library"])
-def test_in_a_graph_an_inception_blocks_branches_run_beside_each_other_where_the_table_says_so(kind: str) -> None:
+@pytest.mark.parametrize("way", [BESIDE, (3, 0, 0, 0)])
+def test_in_a_graph_an_inception_blocks_branches_run_beside_each_other_where_the_table_says_so(
+    way: _library.Tile,
+) -> None:
     library, work = simt_backend.install(), simt_backend.inception_of_small_tiles()
     in_line = work()
     (problem,) = [p for p in _library.problems_of(library, work) if p[-1] == BLOCK]
-    assert _library.tiles_of(library, problem) == [BRANCHES, (3, 0, 0, 0)]
-    _library.choose_tile(library, problem, BRANCHES if kind == "branches" else (3, 0, 0, 0))
-    for _ in range(2):  # the second finds the first's streams
-        assert torch.equal(simt_backend.captured(library, work), in_line)
-        assert library.simt_forks() == (2 if kind == "branches" else 0)
-    assert torch.equal(work(), in_line) and library.simt_forks() == 0  # launched, not captured
-    _library.choose_tile(library, problem, None)
-    assert library.simt_streams() <= 3
+    assert _library.tiles_of(library, problem) == [BESIDE, (3, 0, 0, 0)]
+    library.simt_forks()  # of others
+    _library.choose_tile(library, problem, way)
+    try:
+        for _ in range(2):  # the second finds the first's streams
+            assert torch.equal(simt_backend.captured(library, work), in_line)
+            assert library.simt_forks() == (2 if way == BESIDE else 0)
+        assert torch.equal(work(), in_line) and library.simt_forks() == 0  # launched, not captured
+        assert library.simt_streams() <= 3
+    finally:
+        _library.choose_tile(library, problem, None)
 
 
-def test_the_ways_to_run_a_block_are_timed_as_graphs_and_last(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("races", [False, True])
+def test_the_ways_to_run_a_block_are_timed_as_graphs_and_compared(monkeypatch: pytest.MonkeyPatch, races: bool) -> None:
     library, work = simt_backend.install(), simt_backend.inception_of_small_tiles()
-    captured: list[Callable[[], object]] = []
-    timed: list[set[_library.Tile]] = []
+    graphs: list[Callable[[], torch.Tensor]] = []
 
     def seconds(variants: dict[_library.Tile, Callable[[], object]], device: torch.device) -> dict[object, float]:
-        timed.append(set(variants))
-        assert (timed[-1] == {BRANCHES, (3, 0, 0, 0)}) == (len(captured) == 2)
-        return {tile: float(tile != BRANCHES) for tile in variants}
+        assert [*variants] == [BESIDE, (3, 0, 0, 0)] and [*variants.values()] == graphs
+        return {tile: float(tile == BESIDE) for tile in variants}
 
-    def graphed(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
-        captured.append(lambda: simt_backend.captured(library, work))
-        captured[-1]()
-        return captured[-1]
+    def graphed(work: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
+        library.simt_forks()
+        out = simt_backend.captured(library, work)
+        out += races and library.simt_forks() > 0
+        graphs.append(lambda: out)
+        return graphs[-1]
 
     monkeypatch.setattr(tuning, "_seconds", seconds)
     monkeypatch.setattr(tuning, "graphed", graphed)
-    problems, table = _library.problems_of(library, work), _tables.Table()
+    (problem,) = [p for p in _library.problems_of(library, work) if p[-1] == BLOCK]
+    table = _tables.Table()
     try:
-        tuning.measure_tiles(work, torch.device("cpu"), library, table)
-        assert len(timed) == len(problems) > 1 and table.tiles[(_tables.GEMM, *problems[0][1:])]["best"] == [*BRANCHES]
+        if races:
+            with pytest.raises(RuntimeError, match="give different results"):
+                tuning.measure_block(work, torch.device("cpu"), library, table)
+        else:
+            tuning.measure_block(work, torch.device("cpu"), library, table)
+        assert [*table.tiles] == ([] if races else [(_tables.GEMM, *problem[1:])])
+        library.simt_forks()
+        simt_backend.captured(library, work)
+        assert library.simt_forks() == (2 if races else 0)  # by the stand-in's rule; the fastest
     finally:
-        for problem in problems:
-            _library.choose_tile(library, problem, None)
+        _library.choose_tile(library, problem, None)
 
 
 def test_a_pool_and_its_projection_take_what_is_not_finite_every_layout_and_any_values() -> None:
@@ -662,9 +675,9 @@ def test_a_wrong_tile_is_alone_to_blame(monkeypatch: pytest.MonkeyPatch) -> None
 
     def kernel(op: str) -> Callable[..., torch.Tensor]:
         def call(*args: Any) -> torch.Tensor:
+            used.value = -1
             out: torch.Tensor = _library.kernel(op, "simt")(*args)
-            # The block's last product is the pool's projection: a problem of its own.
-            return out + (used.value == 1)
+            return out + (used.value == 1)  # one product at a time is not the library's
 
         return call
 

@@ -11,7 +11,7 @@ import torch
 from conftest import DEVICE
 from torch import Tensor, nn
 
-from fused_cnn import fuse_, models, refresh, unfuse_
+from fused_cnn import _library, fuse_, models, refresh, unfuse_
 from fused_cnn.measure import graphed
 from fused_cnn.nn import BasicBlock, FusedModule, ResidualStage
 
@@ -74,6 +74,34 @@ def test_a_captured_forward_replays_with_other_images(name: str, backend: str | 
     for seed in range(1, 4):
         x.copy_(images(seed))
         torch.testing.assert_close(replay(), model(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_in_a_graph_branches_beside_each_other_give_what_one_after_the_other_gives(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = _library.cuda.loaded
+    if library is None:
+        pytest.skip("not built")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # float32 is no problem of tensor cores otherwise
+    model, x = network("googlenet").to(dtype), images(0).to(dtype)
+    blocks = [p for p in _library.problems_of(library, lambda: model(x)) if p[-1] == _library.BLOCK]
+    beside = (8, 0, 0, 0)
+    assert blocks and all(beside in _library.tiles_of(library, block) for block in blocks)
+    in_line = graphed(lambda: model(x))
+    try:
+        for block in blocks:
+            _library.choose_tile(library, block, beside)
+        replays = [graphed(lambda: model(x)) for _ in range(2)]
+        for seed in range(1, 30):
+            x.copy_(images(seed))
+            expected = in_line().clone()
+            assert all(torch.equal(replay(), expected) for replay in replays)
+    finally:
+        for block in blocks:
+            _library.choose_tile(library, block, None)
 
 
 @pytest.mark.gpu

@@ -31,7 +31,7 @@ inline auto list_of(const Pair& pair) {
   return torch::headeronly::HeaderOnlyArrayRef<int64_t>(pair.data(), pair.size());
 }
 
-constexpr Pair kNoPadding{0, 0};
+inline constexpr Pair kNoPadding{0, 0};
 constexpr int64_t kLargestStep = (int64_t{1} << 31) - 1;  // of a window: sums and products of two do not overflow
 
 inline int64_t conv_out_size(int64_t size, const Pair& kernel, const ConvParams& p, int axis) {

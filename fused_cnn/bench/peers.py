@@ -22,8 +22,8 @@ from .errors import require
 from .numbers import contiguous
 
 INSTALL = "`pip install fused_cnn[peers]`"
-# Every other variant is a peer.
-OURS = ("fused", "optimized", "fused graph", "fused compile", "fused dynamic", "fused package", "native", "triton")
+FUSED = ("fused", "optimized", "fused graph", "fused compile", "fused dynamic", "fused package")
+OURS = (*FUSED, "native", "triton")  # every other variant is a peer
 
 
 # torch.compile: of the eager or of the fused network, and with which options.

@@ -15,7 +15,17 @@ KINDS = ("bench", "kernels", "verify", "tests", "load")
 # What a row calls a pass, by the name of its table.
 PASSES = {"inference": "inference", "training": "training step"}
 TABLES = {step: table for table, step in PASSES.items()}
-LABELS = ("op", "case", "model", "pass", "dtype", "batch", "variant")  # what tells a row from others
+LABELS = (
+    "op",
+    "case",
+    "model",
+    "network",
+    "clients",
+    "pass",
+    "dtype",
+    "batch",
+    "variant",
+)  # what tells a row from others
 OF_VARIANTS = ("times", "ratios", "gb_per_s", "tflop_per_s", "share_of_limit", "launches")
 Row = dict[str, Any]
 Result = dict[str, Any]

@@ -66,6 +66,7 @@ struct Work {
 std::vector<std::deque<std::vector<Work>>> at_work;  // groups of each thread, the open one last
 bool some_late;                                      // one of them may have work
 
+// Of kernels alone: what PyTorch's operators read and write in a capture is not seen.
 // A stream's clock has for each stream how many of its launches come before what this one does next: a launch ticks its
 // own, and waiting for an event takes the later of both.
 constexpr size_t kStreams = 8;
@@ -83,7 +84,8 @@ std::map<uintptr_t, Byte> bytes_touched;   // since the capture began
 std::map<uintptr_t, size_t> allocated_on;  // the stream on which memory was asked for, by where it begins
 std::string wrong_in_capture;
 bool capturing;
-int waits;  // for events
+unsigned long long captures, entered[kStreams];  // their number, and each side stream's while it lasts
+int waits;                                       // for events
 
 size_t number_of(cudaStream_t stream) {
   return reinterpret_cast<size_t>(stream);
@@ -372,8 +374,12 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   *stream = reinterpret_cast<cudaStream_t>(streams++);
   return cudaSuccess;
 }
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* number) {
+  // A side stream is in the capture in which something was launched on it, or waited for.
+  const size_t i = number_of(stream);
+  const bool in_one = i == 0 ? capturing : entered[i] != 0;
+  *status = in_one ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  *number = i == 0 ? captures : entered[i];
   return cudaSuccess;
 }
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
@@ -389,6 +395,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   ++waits;
+  if (capturing) entered[number_of(stream)] = captures;
   Clock& clock = clocks[number_of(stream)];
   for (size_t s = 0; s < kStreams; ++s) clock.of[s] = std::max(clock.of[s], static_cast<Clock*>(event)->of[s]);
   return cudaSuccess;
@@ -454,9 +461,11 @@ __attribute__((visibility("default"))) const char* simt_capture(bool on) {
   static std::string found;
   found = std::exchange(wrong_in_capture, {});
   for (size_t s = 1; s < streams && !on; ++s) {
-    if (clocks[s].of[s] > clocks[0].of[s]) found = "a stream was not joined";
+    if (clocks[s].of[s] > clocks[0].of[s]) found += " a stream was not joined";
   }
   capturing = on;
+  captures += on;
+  std::fill(std::begin(entered), std::end(entered), 0);
   bytes_touched.clear();
   std::fill(std::begin(clocks), std::end(clocks), Clock{});
   return found.c_str();

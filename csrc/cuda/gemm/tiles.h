@@ -31,7 +31,7 @@ constexpr int kStemInputs = 3, kStemKernel = 7, kStemStride = 2;  // of stem: at
 
 // What a problem is of: a convolution; one and the max pool behind it, or the 3x3 one of stride 1 before it, where the
 // library's tile stands for the convolution, a problem of its own, and the pool; or a whole Inception block, whose k
-// are its inputs and whose kernel its two windows.
+// are its inputs and whose kernel its two windows, and of which others with as many outputs in all have the tile, too.
 constexpr int kConvolution = 0, kPoolBehind = 1, kPoolBefore = 2, kBlock = 3;
 
 // A problem as the tables have it (fused_cnn/_tables.py): m rows and n columns of the result, k channels under the
@@ -55,20 +55,19 @@ struct Tile {
 
   // Whether it takes elements of which so many lie in 16 bytes: all but the stem's bring 128 bytes of k at a time.
   constexpr bool takes(int vector) const {
-    if (is_library() || kind == TileKind::branches) return true;
-    return kind == TileKind::stem ? vector == 8 : k == 8 * vector;
+    return is_library() || (kind == TileKind::stem ? vector == 8 : k == 8 * vector);
   }
   constexpr bool is_library() const { return kind == TileKind::library || kind == TileKind::library_fused; }
   constexpr bool is_instance() const {  // of instances.h
     return !is_library() && kind != TileKind::stem && kind != TileKind::pooled_product && kind != TileKind::branches;
   }
   bool suits(const Problem& problem) const {
-    const int vector = in_16_bytes(static_cast<DType>(problem.dtype));
-    const bool whole_vectors = problem.inputs() % vector == 0;
-    if (!takes(vector)) return false;
     if (kind == TileKind::branches || problem.scope == kBlock) {
       return problem.scope == kBlock && (kind == TileKind::branches || kind == TileKind::library);
     }
+    const int vector = in_16_bytes(static_cast<DType>(problem.dtype));
+    const bool whole_vectors = problem.inputs() % vector == 0;
+    if (!takes(vector)) return false;
     if (kind == TileKind::stem) {
       return problem.slices == 1 && !problem.residual && problem.stride == kStemStride &&
              problem.kernel_height == kStemKernel && problem.kernel_width == kStemKernel &&

@@ -31,7 +31,7 @@ def tables_of(results: Sequence[Result]) -> dict[str, str]:
                 of_step = [row for row in rows if (row["model"], row["pass"]) == (model, step)]
                 found[f"kernels-{model}-{step.split()[0]}{suffix}"] = markdown(*tables.kernels(of_step))
         elif result["kind"] == "load":
-            found[name + suffix] = markdown(*tables.load(result)) + source(result)
+            found[name + suffix] = markdown(*tables.load(rows)) + source(result)
         else:
             subject = rows[0]["kind"]
             found[name + suffix] = markdown(*tables.bench(rows, subject)) + tables.remarks(rows) + source(result)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from ..peers import OURS
+from ..peers import FUSED, OURS
 from ..results import Result, Row
 
 Cells = list[str]
@@ -14,7 +14,6 @@ Table = tuple[Cells, list[Cells]]
 Rows = Sequence[Row]
 Columns = Mapping[str, Callable[[Row], str]]  # by heading, what a row has in it
 PEERS = ("eager", "library", "compile", "reduce-overhead", "autotune", "graph", "onnxruntime", "openvino")
-FUSED = ("fused", "optimized", "fused graph", "fused compile", "fused dynamic", "fused package")
 VARIANTS = (*PEERS, "native", "triton", *FUSED)
 NAMES = {
     "library": "PyTorch's fused call",
@@ -26,7 +25,7 @@ NAMES = {
     "fused graph": "fused as a CUDA graph",
     "fused compile": "torch.compile of fused",
     "fused dynamic": "dynamic torch.compile of fused",
-    "fused package": "AOTInductor package",
+    "fused package": "AOTInductor package of optimized",
 }
 LABELS = ["model", "pass", "dtype", "batch"]
 SHOWN = ("fused", "compile")  # the variants whose kernels a table lists
@@ -163,7 +162,7 @@ def headlines(results: Iterable[Result]) -> Table:
                 peer = min((v for v in ms if v in PEERS), key=ms.__getitem__)
                 ratio = ms["fused"] / ms[peer]
                 verdict = f"**loses by {ratio:.2f}x**" if ratio > 1 else f"wins by {1 / ratio:.2f}x"
-                others = [v for v in ("optimized", "fused graph", "fused compile") if v in ms]
+                others = [v for v in FUSED[1:] if v in ms]
                 found[model, step] = [
                     *(model, step, f"{dtype}, batch {batch}", device),
                     *(f"{ms['eager']:.3g}", f"{ms[peer]:.3g} ({named(peer)})", f"{ms['fused']:.3g}", verdict),
@@ -210,7 +209,7 @@ def verify(result: Result) -> Table:
     return table([{"model": name, **found} for name, found in models], ["model"], columns)
 
 
-def load(result: Result) -> Table:
+def load(rows: Rows) -> Table:
     """A service under load, variant by variant."""
     columns: Columns = {
         "images/s": lambda row: f"{row['images_per_second']:.1f}",
@@ -219,8 +218,7 @@ def load(result: Result) -> Table:
         "mean batch": lambda row: f"{row['mean_batch']:.1f}",
         "answers": lambda row: str(len(row["seconds"])),
     }
-    of = {"network": result["network"], "clients": result["clients"]}
-    return table([{**of, **row} for row in result["rows"]], ["network", "clients", "variant"], columns)
+    return table(rows, ["network", "clients", "variant"], columns)
 
 
 def steps(rows: Rows, **more: Callable[[Row], str]) -> Table:
