@@ -196,6 +196,8 @@ def tune(
     Raises:
         ValueError: "reference" is not a candidate, or the model calls no op with backend=None.
         OSError: the cache folder cannot be written.
+        RuntimeError: the ways to run an Inception block in a CUDA graph give different results, or cannot be captured;
+            what was measured before is kept.
     """
     if "reference" not in backends:
         raise ValueError(

@@ -24,7 +24,8 @@ import fused_cnn
 from fused_cnn import _candidates, _tables, tuning
 from fused_cnn.cli import run
 from fused_cnn.nn import ConvBNReLU
-from fused_cnn.ops import add_relu, bn_relu_concat, conv1x1_bias_relu, max_pool2d
+from fused_cnn.ops import add_relu, bn_relu_concat, conv1x1_bias_relu, inception, max_pool2d
+from fused_cnn.ops.inception.op import weight_shapes
 
 PLACE = torch.zeros(1, device=DEVICE).device
 KEY = ("add_relu", "inference", (("float32", (1, 8, 4, 4), "contiguous"),) * 2, ())
@@ -108,6 +109,20 @@ def test_the_models_own_tensors_are_left_alone() -> None:
     after = {**module.state_dict(), "x": x}
     assert all(torch.equal(after[name], t) for name, t in before.items())
     assert all(p.grad is None for p in module.parameters())
+
+
+@torch.no_grad()
+def test_an_inception_blocks_call_is_timed_with_packed_weights() -> None:
+    shapes = weight_shapes(8, (8, 8, 16, 8, 8, 8), (3, 5))
+    weights, biases = (
+        [torch.randn(s, device=DEVICE) for s in shapes],
+        [torch.randn(s[0], device=DEVICE) for s in shapes],
+    )
+    x = torch.randn(2, 8, 5, 5, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    (call,) = tuning._calls_of(lambda x: inception(x, weights, biases), [x], train=False)
+    work = tuning._packed_block(call, PLACE)
+    assert not ops_of(work) & {"fused_cnn::inception_fwd", "aten::cat"}
+    assert work().shape == (2, 40, 5, 5)
 
 
 def test_nothing_is_measured_unless_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
